@@ -1,0 +1,21 @@
+"""Fused losses and ops for VICReg and the joint-embedding predictive architectures."""
+
+from vicreg_kernels.vicreg import (
+    VCRegLoss,
+    VICRegLoss,
+    VICRegTerms,
+    variance_covariance,
+    vicreg_loss,
+    vicreg_terms,
+)
+from vicreg_kernels.version import __version__
+
+__all__ = [
+    "VCRegLoss",
+    "VICRegLoss",
+    "VICRegTerms",
+    "__version__",
+    "variance_covariance",
+    "vicreg_loss",
+    "vicreg_terms",
+]

@@ -1,0 +1,93 @@
+"""Which backend runs: the choice, the override, the report.
+
+`backend=None` takes the best one for the device and shape. A backend named in the call that cannot
+run there is an error. The environment variable VICREG_KERNELS_BACKEND, read at import, takes the
+place of None. What ran, and why, goes to the debug log of the logger "vicreg_kernels".
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from vicreg_kernels import library
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ENVIRONMENT_BACKEND: str | None = os.environ.get("VICREG_KERNELS_BACKEND") or None
+
+# Below this min(N, D) a vendor product beats a hand-written triangular one (published H100 figures:
+# 0.7-0.8x at <= 2048, 1.3x at 4096); not measured here yet.
+TRIANGULAR_FROM = 2048
+
+logger = logging.getLogger("vicreg_kernels")
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its interpreter, which takes CPU tensors (read where kernels are made)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+_INTERPRETING = interpreting()
+
+
+def missing(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot run on `device_type` and `dtype`; None when it can."""
+    if backend == "reference":
+        return None
+    if dtype not in FUSED_DTYPES:
+        return f"it takes float32, bfloat16 or float16, not {dtype}; float64 runs on 'reference'"
+    if backend == "cpu":
+        if library.CPU_MISSING is not None:
+            return library.CPU_MISSING
+        return None if device_type == "cpu" else f"it runs on CPU tensors, not {device_type}"
+    if backend == "triton":
+        if library.TRITON_MISSING is not None:
+            return library.TRITON_MISSING
+        if device_type == "cuda" or (device_type == "cpu" and _INTERPRETING):
+            return None
+        return f"it runs on CUDA tensors, not {device_type}"
+    if library.CUDA_MISSING is not None:
+        return library.CUDA_MISSING
+    return None if device_type == "cuda" else f"it runs on CUDA tensors, not {device_type}"
+
+
+def check_backend(backend: str | None) -> None:
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}, takes one of {BACKENDS} or None")
+
+
+def choose(
+    op: str, backend: str | None, device_type: str, dtype: torch.dtype, side: int | None = None
+) -> str:
+    """The name of the backend that runs `op`; side is the edge of its square matrix, if it has one.
+
+    Raises ValueError for an unknown backend, RuntimeError for a named one that cannot run here.
+    """
+    check_backend(backend)
+    named = backend if backend is not None else ENVIRONMENT_BACKEND
+    if named is not None:
+        check_backend(named)
+        reason = missing(named, device_type, dtype)
+        if reason is not None:
+            raise RuntimeError(f"backend={named!r} cannot run {op} here: {reason}")
+        return named
+    if device_type == "cuda":
+        order = ("cuda", "triton")
+        if side is not None and side > TRIANGULAR_FROM:
+            order = ("triton", "cuda")
+    else:
+        order = ("cpu",)
+    for name in order:
+        if missing(name, device_type, dtype) is None:
+            return name
+    return "reference"
+
+
+def log_choice(op: str, chosen: str, asked: str | None, device: torch.device, shape: object) -> None:
+    """One debug line a call; not called under torch.compile."""
+    if logger.isEnabledFor(logging.DEBUG):
+        why = f"backend={asked!r}" if asked else "best for the device and shape"
+        logger.debug("%s %s on %s: %s (%s)", op, tuple(shape), device, chosen, why)  # type: ignore[arg-type]

@@ -1,0 +1,73 @@
+"""The fused backends of the VICReg op behind one pair of functions, `forward` and `backward`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Columns of largest scatter that the Gram side takes out and treats exactly (docs/cancellation.md).
+DEFLATED_COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """forward(x, y, margin, eps, unbiased, scales, weights) -> the six tensors of op.py;
+    backward(grads, x, y, moments, squares, deflated, index, centred, need_x, need_y, margin, eps,
+    unbiased, scales, weights) -> (grad_x, grad_y), empty where not needed.
+    """
+
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor, Tensor]]
+
+
+def _compiled(namespace: str) -> Kernels:
+    """The kernels of a compiled library; autocast must not lower the products inside."""
+    ops = getattr(torch.ops, namespace)
+
+    def forward(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        with _exact(x.device.type):
+            return ops.vicreg_forward(x, *rest)
+
+    def backward(grads: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        with _exact(x.device.type):
+            return ops.vicreg_backward(grads, x, *rest)
+
+    return Kernels(forward, backward)
+
+
+def _exact(device_type: str) -> Any:
+    return torch.autocast(device_type, enabled=False)
+
+
+@cache
+def load(backend: str) -> Kernels:
+    if backend == "triton":
+        kernels = importlib.import_module("vicreg_kernels.vicreg.triton")
+        return Kernels(kernels.forward, kernels.backward)
+    return _compiled({"cpu": "vicreg_kernels_cpu", "cuda": "vicreg_kernels_cuda"}[backend])
+
+
+def empty_saved(x: Tensor, views: int, backend: str) -> tuple[Tensor, ...]:
+    """Uninitialised outputs of the forward op for x: [G, N, D]; the one place that says shapes."""
+    groups, rows, dim = x.shape
+    gram = rows < dim
+    side = rows if gram else dim
+    deflated = min(DEFLATED_COLUMNS, dim) if gram else 0
+
+    def new(*shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    return (
+        new(4),
+        new(views, groups, 2, dim),
+        new(views, groups, side, side),
+        new(views, groups, deflated, rows),
+        new(views, groups, deflated, dtype=torch.int64),
+        new(views, groups, rows, dim, dtype=x.dtype) if backend == "cuda" else new(0),
+    )

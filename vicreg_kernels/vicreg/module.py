@@ -1,0 +1,110 @@
+"""The nn.Modules that users drop in."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from vicreg_kernels.vicreg.op import check_settings, variance_covariance, vicreg_loss
+
+
+class VICRegLoss(nn.Module):
+    """`vicreg_loss` as a module.
+
+    Args:
+        invariance_weight, variance_weight, covariance_weight: weights of the three terms; None
+            takes the convention's own.
+        margin: target standard deviation of each dimension.
+        eps: added to the variance under the square root.
+        convention: which published implementation's scaling; see `vicreg_loss`.
+        backend: "reference", "cpu", "triton", "cuda"; None takes the best for the input.
+
+    Shapes: x, y: [N, D] (or [B, ..., D] for the conventions that take it) -> scalar.
+    """
+
+    def __init__(
+        self,
+        invariance_weight: float | None = None,
+        variance_weight: float | None = None,
+        covariance_weight: float | None = None,
+        *,
+        margin: float = 1.0,
+        eps: float = 1e-4,
+        convention: str = "vicreg",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_settings(margin=margin, eps=eps, convention=convention, backend=backend)
+        self.invariance_weight = invariance_weight
+        self.variance_weight = variance_weight
+        self.covariance_weight = covariance_weight
+        self.margin = margin
+        self.eps = eps
+        self.convention = convention
+        self.backend = backend
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return vicreg_loss(
+            x,
+            y,
+            invariance_weight=self.invariance_weight,
+            variance_weight=self.variance_weight,
+            covariance_weight=self.covariance_weight,
+            margin=self.margin,
+            eps=self.eps,
+            convention=self.convention,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"convention={self.convention!r}, margin={self.margin}, eps={self.eps}"
+
+
+class VCRegLoss(nn.Module):
+    """The variance and covariance terms of one set of embeddings (VCReg), as a module.
+
+    Args:
+        variance_weight, covariance_weight: weights of the two terms.
+        margin, eps, unbiased, covariance_normalizer, backend: as in `variance_covariance`.
+
+    Shapes: z: [N, D] or grouped [G, N, D] -> scalar.
+    """
+
+    def __init__(
+        self,
+        variance_weight: float = 25.0,
+        covariance_weight: float = 1.0,
+        *,
+        margin: float = 1.0,
+        eps: float = 1e-4,
+        unbiased: bool = True,
+        covariance_normalizer: str = "d",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_settings(
+            margin=margin, eps=eps, covariance_normalizer=covariance_normalizer, backend=backend
+        )
+        self.variance_weight = variance_weight
+        self.covariance_weight = covariance_weight
+        self.margin = margin
+        self.eps = eps
+        self.unbiased = unbiased
+        self.covariance_normalizer = covariance_normalizer
+        self.backend = backend
+
+    def forward(self, z: Tensor) -> Tensor:
+        variance, covariance = variance_covariance(
+            z,
+            margin=self.margin,
+            eps=self.eps,
+            unbiased=self.unbiased,
+            covariance_normalizer=self.covariance_normalizer,
+            backend=self.backend,
+        )
+        return self.variance_weight * variance + self.covariance_weight * covariance
+
+    def extra_repr(self) -> str:
+        return (
+            f"variance_weight={self.variance_weight}, covariance_weight={self.covariance_weight}, "
+            f"margin={self.margin}, normalizer={self.covariance_normalizer!r}"
+        )
