@@ -1,0 +1,135 @@
+// Symmetric products on the CPU and what is read off them.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "common/tensors.h"
+#include "common/vector.h"
+
+namespace vicreg {
+
+using torch::stable::Tensor;
+
+// Length of a chunk along the long side (`extent`) when the other one is `across`: about 2 MiB of
+// float32, so that what is centred is still in cache when it is multiplied and combined.
+inline int64_t chunk_length(int64_t across, int64_t extent) {
+  constexpr int64_t kElements = 512 * 1024;
+  const int64_t length = std::max<int64_t>(256, kElements / across / 64 * 64);
+  return std::min(length, extent);
+}
+
+// The lower triangle of matrix (+)= a a^T, by trapezoids of row blocks; a: [m, k], any strides.
+// With b blocks that is (b + 1) / 2b of the whole product.
+inline void add_symmetric(const Tensor& matrix, const Tensor& a, bool accumulate) {
+  const int64_t m = a.size(0), k = a.size(1);
+  const int64_t row = a.stride(0), column = a.stride(1);
+  const int64_t block = m <= 128 ? m : m <= 512 ? (m + 1) / 2 : 256;
+  for (int64_t begin = 0; begin < m; begin += block) {
+    const int64_t count = std::min(block, m - begin);
+    common::addmm_cpu(common::strided(matrix, {count, begin + count}, {m, 1}, begin * m),
+                      common::strided(a, {count, k}, {row, column}, begin * row),
+                      common::strided(a, {k, begin + count}, {column, row}, 0),
+                      accumulate ? 1.0 : 0.0);
+  }
+}
+
+// Copies the lower triangle of an m x m matrix onto the upper one.
+inline void mirror(float* matrix, int64_t m) {
+  constexpr int64_t kTile = 32;
+  const int64_t tiles = (m + kTile - 1) / kTile;
+  torch::stable::parallel_for(0, tiles, 4, [&](int64_t first, int64_t last) {
+    for (int64_t i = first * kTile; i < std::min(last * kTile, m); i += kTile) {
+      for (int64_t j = 0; j <= i; j += kTile) {
+        for (int64_t n = i; n < std::min(i + kTile, m); ++n) {
+          for (int64_t k = j; k < std::min(j + kTile, n); ++k) {
+            matrix[k * m + n] = matrix[n * m + k];
+          }
+        }
+      }
+    }
+  });
+}
+
+VICREG_VECTOR inline double row_square_sum(const float* values, int64_t count) {
+  double lanes[8] = {};
+  int64_t j = 0;
+  for (; j + 8 <= count; j += 8) {
+    for (int64_t i = 0; i < 8; ++i) {
+      const double value = values[j + i];
+      lanes[i] += value * value;
+    }
+  }
+  for (; j < count; ++j) lanes[0] += static_cast<double>(values[j]) * values[j];
+  return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) +
+         ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+}
+
+VICREG_VECTOR inline double dot(const float* a, const float* b, int64_t count) {
+  double lanes[8] = {};
+  int64_t j = 0;
+  for (; j + 8 <= count; j += 8) {
+    for (int64_t i = 0; i < 8; ++i) lanes[i] += static_cast<double>(a[j + i]) * b[j + i];
+  }
+  for (; j < count; ++j) lanes[0] += static_cast<double>(a[j]) * b[j];
+  return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) +
+         ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+}
+
+VICREG_VECTOR inline void add_scaled(const float* a, float scale, int64_t count, float* out) {
+  for (int64_t j = 0; j < count; ++j) out[j] += scale * a[j];
+}
+
+// sum of squares in float64, the same whatever the number of threads.
+inline double square_sum(const float* values, int64_t count) {
+  constexpr int64_t kPiece = 16384;
+  const int64_t pieces = (count + kPiece - 1) / kPiece;
+  std::vector<double> partial(pieces);
+  torch::stable::parallel_for(0, pieces, 4, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      partial[i] = row_square_sum(values + i * kPiece, std::min(kPiece, count - i * kPiece));
+    }
+  });
+  double total = 0.0;
+  for (const double value : partial) total += value;
+  return total;
+}
+
+// gram: Kr [m, m] without the deflated columns `taken` [K, m]. Returns the covariance sum but for
+// the scatters of the other columns; fills `deflated` [K, m] with the covariance gradient of the
+// taken columns, and makes gram the whole Gram matrix.
+inline double restore_deflated(float* gram, int64_t m, const float* taken, int64_t columns,
+                               float* deflated) {
+  std::vector<double> between(columns * columns);
+  for (int64_t i = 0; i < columns; ++i) {
+    for (int64_t k = 0; k < columns; ++k) {
+      between[i * columns + k] = i == k ? 0.0 : dot(taken + i * m, taken + k * m, m);
+    }
+  }
+  std::vector<double> partial(m);
+  torch::stable::parallel_for(0, m, std::max<int64_t>(1, 16384 / m),
+                              [&](int64_t first, int64_t last) {
+    for (int64_t n = first; n < last; ++n) {
+      float* row = gram + n * m;
+      partial[n] = row_square_sum(row, m);
+      for (int64_t k = 0; k < columns; ++k) {
+        const double product = dot(row, taken + k * m, m);
+        partial[n] += 2.0 * taken[k * m + n] * product;
+        double gradient = product;
+        for (int64_t i = 0; i < columns; ++i) {
+          gradient += between[i * columns + k] * taken[i * m + n];
+        }
+        deflated[k * m + n] = static_cast<float>(gradient);
+      }
+      for (int64_t k = 0; k < columns; ++k) {
+        add_scaled(taken + k * m, taken[k * m + n], m, row);
+      }
+    }
+  });
+  double total = 0.0;
+  for (const double value : partial) total += value;
+  for (const double value : between) total += value * value;
+  return total;
+}
+
+}  // namespace vicreg

@@ -1,0 +1,26 @@
+// The two ops of VICReg as each compiled library provides them; op.py documents every tensor.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace vicreg {
+
+using torch::stable::Tensor;
+
+// -> terms, moments, squares, deflated, index, centred.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+    Tensor x, std::optional<Tensor> y, double margin, double eps, bool unbiased,
+    std::vector<double> scales, std::vector<double> weights);
+
+// -> gradients of x and y, empty where not needed.
+std::tuple<Tensor, Tensor> backward(Tensor grads, Tensor x, std::optional<Tensor> y, Tensor moments,
+                                    Tensor squares, Tensor deflated, Tensor index, Tensor centred,
+                                    bool need_x, bool need_y, double margin, double eps,
+                                    bool unbiased, std::vector<double> scales,
+                                    std::vector<double> weights);
+
+}  // namespace vicreg
