@@ -7,6 +7,7 @@ a CPU build of torch lacks.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -14,11 +15,18 @@ import torch
 _PACKAGE = Path(__file__).parent
 
 
+def _not_built(name: str) -> str:
+    """What setup.py wrote down about a library that it did not build."""
+    report = _PACKAGE / "build_report.json"
+    reasons = json.loads(report.read_text()) if report.exists() else {}
+    return reasons.get(name, f"{name}.abi3.so was not built (`make setup` or `pip install .` does)")
+
+
 def _load(name: str) -> str | None:
     """Load `name`; None when it loaded, else the reason it did not."""
     path = _PACKAGE / f"{name}.abi3.so"
     if not path.exists():
-        return f"{path.name} was not built (no compiler when the package was installed)"
+        return _not_built(name)
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -36,11 +44,11 @@ def _load_cuda() -> str | None:
 CPU_MISSING: str | None = _load("_C")
 CUDA_MISSING: str | None = _load_cuda()
 
+TRITON_VERSION: str | None
+TRITON_MISSING: str | None
 try:
     import triton
-
-    TRITON_MISSING: str | None = None
-    TRITON_VERSION: str | None = triton.__version__
 except ImportError as error:
-    TRITON_MISSING = f"triton is not installed ({error})"
-    TRITON_VERSION = None
+    TRITON_VERSION, TRITON_MISSING = None, f"triton is not installed ({error})"
+else:
+    TRITON_VERSION, TRITON_MISSING = triton.__version__, None

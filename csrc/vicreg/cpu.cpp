@@ -125,10 +125,9 @@ void view_gradient(const Problem& p, const Rows& z, const Rows* other, const Coe
                    const float* moments, const Tensor& squares, const float* deflated,
                    const int64_t* index, float margin, float eps, const Tensor& grad) {
   const ScalarType dtype = grad.scalar_type();
-  const bool direct = dtype == ScalarType::Float;  // the product lands in the gradient itself
   const int64_t chunk = chunk_length(p.gram ? p.rows : p.dim, p.gram ? p.dim : p.rows);
   const int64_t area = chunk * (p.gram ? p.rows : p.dim);
-  const Tensor scratch = common::empty(grad, {direct ? 1 : 2, area}, ScalarType::Float);
+  const Tensor scratch = common::empty(grad, {2, area}, ScalarType::Float);
   float* zc = static_cast<float*>(scratch.data_ptr());
   std::vector<float> factor(p.dim), slope(p.dim);
 
@@ -154,21 +153,17 @@ void view_gradient(const Problem& p, const Rows& z, const Rows* other, const Coe
       const int64_t origin = (g * p.rows + row) * p.dim + column;
       centre(z, g, row, rows, column, columns, mean, zc);
       const Tensor centred = common::strided(scratch, {rows, columns}, {columns, 1}, 0);
-      const Tensor product = direct
-                                 ? common::strided(grad, {rows, columns}, {p.dim, 1}, origin)
-                                 : common::strided(scratch, {rows, columns}, {columns, 1}, area);
+      const Tensor product = common::strided(scratch, {rows, columns}, {columns, 1}, area);
       if (p.gram) {
         common::addmm_cpu(product, square, centred, 0.0);
       } else {
         common::addmm_cpu(product, centred, square, 0.0);
       }
-      const int64_t stride = direct ? p.dim : columns;
-      float* values = static_cast<float*>(product.data_ptr());
       torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 16384 / columns),
                                   [&](int64_t first, int64_t last) {
         std::vector<float> own_scratch(columns), other_scratch(columns);
         for (int64_t n = first; n < last; ++n) {
-          float* out = values + n * stride;
+          float* out = zc + area + n * columns;
           for (int64_t k = 0; k < p.deflated; ++k) {
             const int64_t j = index[g * p.deflated + k] - column;
             if (j >= 0 && j < columns) out[j] = deflated[(g * p.deflated + k) * p.rows + n];
@@ -179,10 +174,12 @@ void view_gradient(const Problem& p, const Rows& z, const Rows* other, const Coe
             own = z.read(g, row + n, column, columns, own_scratch.data());
             opposite = other->read(g, row + n, column, columns, other_scratch.data());
           }
+          const bool in_place = dtype == ScalarType::Float;
+          float* target = in_place ? static_cast<float*>(grad.data_ptr()) + origin + n * p.dim : out;
           gradient_row(out, zc + n * columns, factor.data() + column, own, opposite, a, columns,
-                       out);
-          if (!direct) {
-            common::write_row(out, columns, dtype, grad.data_ptr(), origin + n * p.dim);
+                       target);
+          if (!in_place) {
+            common::write_row(target, columns, dtype, grad.data_ptr(), origin + n * p.dim);
           }
         }
       });

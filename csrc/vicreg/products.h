@@ -11,10 +11,10 @@ namespace vicreg {
 
 using torch::stable::Tensor;
 
-// Length of a chunk along the long side (`extent`) when the other one is `across`: about 2 MiB of
+// Length of a chunk along the long side (`extent`) when the other one is `across`: about half a MiB of
 // float32, so that what is centred is still in cache when it is multiplied and combined.
 inline int64_t chunk_length(int64_t across, int64_t extent) {
-  constexpr int64_t kElements = 512 * 1024;
+  constexpr int64_t kElements = 128 * 1024;
   const int64_t length = std::max<int64_t>(256, kElements / across / 64 * 64);
   return std::min(length, extent);
 }

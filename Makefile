@@ -1,0 +1,52 @@
+# `make demo` and `make test` set up what they need in .venv from nothing: Python >= 3.10 and a C++
+# compiler; nvcc is used when present.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+export PYTHONPATH := $(CURDIR)/python
+
+.PHONY: setup demo test lint bench gpu docs clean help
+
+help:
+	@echo "make setup | demo | test | lint | bench | gpu | docs | clean"
+
+# torch first and alone: the compiled libraries take their headers from it.
+$(VENV)/packages: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)" "setuptools>=77" wheel
+	VICREG_KERNELS_BUILD=python $(BIN)/python -m pip install -q --disable-pip-version-check \
+	    --no-build-isolation --config-settings editable_mode=compat -e ".[triton,demo,test,lint]"
+	touch $@
+
+$(VENV)/libraries: $(VENV)/packages $(SOURCES)
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+setup: $(VENV)/libraries
+
+demo: setup
+	$(BIN)/python -m jepa.demo --output runs/demo
+
+test: setup
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m bench.run
+
+# One command for a machine with an NVIDIA GPU, with its own python3; needs no network and no .venv.
+gpu:
+	$(PYTHON) -m bench.gpu
+
+docs: setup
+	$(BIN)/python -m pip install -q --disable-pip-version-check ".[docs]"
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf build dist site runs .cache *.egg-info vicreg_kernels/*.so vicreg_kernels/build_report.json

@@ -1,0 +1,67 @@
+// What a CUDA file needs of the host: the current stream, launches, and shared memory, each the real
+// thing under nvcc and the emulator's under g++.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "common/tensors.h"
+
+#ifdef __CUDACC__
+#define SHARED_ARRAY(type, name, count) __shared__ type name[count]
+#define DYNAMIC_SHARED(type, name)                                \
+  extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
+  type* const name = reinterpret_cast<type*>(dynamic_shared)
+#else
+#define SHARED_ARRAY(type, name, count) \
+  static char name##_key;               \
+  type* const name = emulator::shared_array<type>(&name##_key, count)
+#define DYNAMIC_SHARED(type, name) \
+  type* const name = static_cast<type*>(emulator::Scheduler::instance().dynamic_shared())
+#endif
+
+namespace common {
+
+inline void check(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "CUDA error: ", cudaGetErrorString(error));
+}
+
+// The device of a tensor, made current while this lives, and torch's current stream on it.
+class Queue {
+ public:
+#ifdef __CUDACC__
+  explicit Queue(const Tensor& like) : guard_(like.get_device_index()) {
+    void* stream;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+    check(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount,
+                                 like.get_device_index()));
+  }
+#else
+  explicit Queue(const Tensor&) {
+    check(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, 0));
+  }
+#endif
+
+  int multiprocessors() const { return multiprocessors_; }
+
+  template <typename... Parameters, typename... Arguments>
+  void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic,
+              const Arguments&... arguments) const {
+#ifdef __CUDACC__
+    kernel<<<grid, block, dynamic, stream_>>>(arguments...);
+    check(cudaGetLastError());
+#else
+    emulator::launch(grid, block, dynamic, [&] { kernel(arguments...); });
+#endif
+  }
+
+ private:
+#ifdef __CUDACC__
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  cudaStream_t stream_ = nullptr;
+  int multiprocessors_ = 1;
+};
+
+}  // namespace common

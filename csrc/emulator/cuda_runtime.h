@@ -1,0 +1,189 @@
+// A drop-in <cuda_runtime.h> that lets g++ compile and run a .cu file's kernels on the CPU.
+//
+//   g++ -x c++ -I csrc/emulator -I csrc op/cuda.cu
+//
+// Launches go through common/launch.h, which is <<<>>> under nvcc and emulator::launch here.
+// scheduler.h says how blocks, barriers and shared memory behave. Statically sized shared memory is
+// declared with SHARED_ARRAY of common/launch.h: a plain __shared__ array also works, but is neither
+// refilled with NaN for each block nor checked against the 48 KiB.
+//
+// EMULATOR_SEED             order of blocks and threads
+// EMULATOR_MULTIPROCESSORS  what the device says it has (4)
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "scheduler.h"
+
+#define __global__ [[maybe_unused]] static
+#define __device__
+#define __host__
+#define __constant__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+#define __shared__ static
+
+using std::max;
+using std::min;
+
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+// ------------------------------------------------------------------- barriers and warp operations
+
+#define __syncthreads() emulator::Scheduler::instance().wait_block(__FILE__, __LINE__)
+#define __syncwarp(...) emulator::warp_barrier(__FILE__, __LINE__ __VA_OPT__(, ) __VA_ARGS__)
+#define __shfl_sync(...) emulator::shuffle(__FILE__, __LINE__, __VA_ARGS__)
+#define __shfl_xor_sync(...) emulator::shuffle_xor(__FILE__, __LINE__, __VA_ARGS__)
+#define __shfl_down_sync(...) emulator::shuffle_down(__FILE__, __LINE__, __VA_ARGS__)
+#define __shfl_up_sync(...) emulator::shuffle_up(__FILE__, __LINE__, __VA_ARGS__)
+#define __ballot_sync(mask, predicate) emulator::ballot(__FILE__, __LINE__, mask, predicate)
+#define __any_sync(mask, predicate) (emulator::ballot(__FILE__, __LINE__, mask, predicate) != 0u)
+#define __all_sync(mask, predicate) (emulator::ballot(__FILE__, __LINE__, mask, !(predicate)) == 0u)
+#define __threadfence() static_cast<void>(0)
+#define __threadfence_block() static_cast<void>(0)
+
+namespace emulator {
+
+inline void warp_barrier(const char* file, int line, unsigned mask = 0xffffffffu) {
+  Scheduler::instance().exchange(mask, 0, file, line);
+}
+
+// The value that lane `source` gave, or one's own where `source` lies outside its segment.
+template <typename T>
+T shuffle_from(const char* file, int line, unsigned mask, T value, int source, bool inside) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  const uint64_t* all = Scheduler::instance().exchange(mask, bits, file, line);
+  if (inside) std::memcpy(&value, &all[source], sizeof(T));
+  return value;
+}
+
+template <typename T>
+T shuffle(const char* file, int line, unsigned mask, T value, int source, int width = 32) {
+  const int lane = static_cast<int>(Scheduler::instance().lane());
+  return shuffle_from(file, line, mask, value, lane / width * width + source % width, true);
+}
+
+template <typename T>
+T shuffle_xor(const char* file, int line, unsigned mask, T value, int bits, int width = 32) {
+  const int lane = static_cast<int>(Scheduler::instance().lane()), source = lane ^ bits;
+  return shuffle_from(file, line, mask, value, source, source < lane / width * width + width);
+}
+
+template <typename T>
+T shuffle_down(const char* file, int line, unsigned mask, T value, unsigned by, int width = 32) {
+  const int lane = static_cast<int>(Scheduler::instance().lane());
+  const int source = lane + static_cast<int>(by);
+  return shuffle_from(file, line, mask, value, source, source < lane / width * width + width);
+}
+
+template <typename T>
+T shuffle_up(const char* file, int line, unsigned mask, T value, unsigned by, int width = 32) {
+  const int lane = static_cast<int>(Scheduler::instance().lane());
+  const int source = lane - static_cast<int>(by);
+  return shuffle_from(file, line, mask, value, source, source >= lane / width * width);
+}
+
+inline unsigned ballot(const char* file, int line, unsigned mask, int predicate) {
+  const uint64_t* all = Scheduler::instance().exchange(mask, predicate != 0, file, line);
+  unsigned bits = 0;
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    if (mask >> lane & 1u) bits |= static_cast<unsigned>(all[lane] == 1) << lane;
+  }
+  return bits;
+}
+
+inline void launch(dim3 grid, dim3 block, size_t dynamic, const std::function<void()>& body) {
+  Scheduler::instance().launch(grid, block, dynamic, body);
+}
+
+}  // namespace emulator
+
+// ------------------------------------------------------------ atomics: one CPU thread runs them all
+
+template <typename T>
+T atomicAdd(T* address, T value) {
+  const T old = *address;
+  *address = old + value;
+  return old;
+}
+template <typename T>
+T atomicMax(T* address, T value) {
+  const T old = *address;
+  *address = std::max(old, value);
+  return old;
+}
+template <typename T>
+T atomicMin(T* address, T value) {
+  const T old = *address;
+  *address = std::min(old, value);
+  return old;
+}
+template <typename T>
+T atomicExch(T* address, T value) {
+  const T old = *address;
+  *address = value;
+  return old;
+}
+template <typename T>
+T atomicCAS(T* address, T expected, T value) {
+  const T old = *address;
+  if (old == expected) *address = value;
+  return old;
+}
+template <typename T>
+T __ldg(const T* address) {
+  return *address;
+}
+template <typename T>
+T __ldcg(const T* address) {
+  return *address;
+}
+
+// ------------------------------------------------------------------------------- the host's runtime
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaMemcpyKind { cudaMemcpyDeviceToDevice = 3, cudaMemcpyDefault = 4 };
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (attribute != cudaDevAttrMultiProcessorCount) return cudaErrorInvalidValue;
+  *value = static_cast<int>(emulator::setting("EMULATOR_MULTIPROCESSORS", 4));
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t) {
+  std::memset(target, value, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t bytes, cudaMemcpyKind,
+                                   cudaStream_t) {
+  std::memcpy(target, source, bytes);
+  return cudaSuccess;
+}
