@@ -40,7 +40,6 @@ __attribute__((naked, noinline, unused)) static void switch_stack(void** /*save*
 inline void start_context(Context& context, char* stack, size_t size, void (*entry)()) {
   auto* top = reinterpret_cast<uintptr_t*>(stack + size);
   *--top = 0;  // where entry's return address would be, which also aligns the stack for it
-  *--top = 0;
   *--top = reinterpret_cast<uintptr_t>(entry);
   for (int i = 0; i < 6; ++i) *--top = 0;
   context.stack_pointer = top;

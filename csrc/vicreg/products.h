@@ -11,12 +11,13 @@ namespace vicreg {
 
 using torch::stable::Tensor;
 
-// Length of a chunk along the long side (`extent`) when the other one is `across`: about half a MiB of
-// float32, so that what is centred is still in cache when it is multiplied and combined.
+// Length of a chunk along the long side (`extent`) when the other one is `across`: about half a MiB
+// of float32, so that what is centred is still in cache when it is multiplied and combined, and at
+// most a quarter of the input, so that scratch stays small beside it.
 inline int64_t chunk_length(int64_t across, int64_t extent) {
   constexpr int64_t kElements = 128 * 1024;
-  const int64_t length = std::max<int64_t>(256, kElements / across / 64 * 64);
-  return std::min(length, extent);
+  const int64_t cached = std::max<int64_t>(256, kElements / across / 64 * 64);
+  return std::min(cached, std::max<int64_t>(16, (extent + 3) / 4));
 }
 
 // The lower triangle of matrix (+)= a a^T, by trapezoids of row blocks; a: [m, k], any strides.

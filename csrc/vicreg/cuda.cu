@@ -1,0 +1,352 @@
+// The VICReg op on CUDA: what is launched, and why.
+//
+// PLACEHOLDER
+#include <algorithm>
+#include <array>
+
+#include "common/launch.h"
+#include "common/tensors.h"
+#include "vicreg/formula.h"
+#include "vicreg/kernels.cuh"
+#include "vicreg/vicreg.h"
+
+// Elements of float32 that a product for half inputs may take before it is done in pieces; small in
+// the emulator's build, so that the pieces are tested.
+#ifndef VICREG_PRODUCT_ELEMENTS
+#define VICREG_PRODUCT_ELEMENTS (4 << 20)
+#endif
+
+namespace vicreg {
+namespace {
+
+using common::Queue;
+using common::ScalarType;
+using namespace kernels;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Problem {
+  Problem(const Tensor& x, const std::optional<Tensor>& y, bool unbiased)
+      : views(y ? 2 : 1),
+        groups(x.size(0)),
+        rows(x.size(1)),
+        dim(x.size(2)),
+        batches(views * groups),
+        gram(rows < dim),
+        side(std::min(rows, dim)),
+        take(gram ? std::min(kDeflatedColumns, dim) : 0),
+        degrees(static_cast<float>(rows - (unbiased ? 1 : 0))),
+        dtype(x.scalar_type()) {}
+
+  int64_t views, groups, rows, dim, batches;
+  bool gram;
+  int64_t side, take;
+  float degrees;
+  ScalarType dtype;
+};
+
+template <typename T>
+View<T> view(const Tensor& z) {
+  return {static_cast<const T*>(z.const_data_ptr()), z.stride(0), z.stride(1), z.stride(2)};
+}
+
+template <typename T>
+Views<T> views(const Tensor& x, const std::optional<Tensor>& y) {
+  return {{view<T>(x), y ? view<T>(*y) : View<T>{nullptr, 0, 0, 0}}};
+}
+
+// Whether 16-byte loads are aligned in every row of the views, and in contiguous rows of D.
+template <typename T>
+bool aligned(const Problem& p, const Views<T>& all) {
+  bool result = p.dim % kWidth<T> == 0;
+  for (int64_t v = 0; v < p.views; ++v) {
+    const View<T>& z = all.view[v];
+    result &= z.column == 1 && z.row % kWidth<T> == 0 && z.group % kWidth<T> == 0 &&
+              reinterpret_cast<uintptr_t>(z.data) % 16 == 0;
+  }
+  return result;
+}
+
+// About `blocks` blocks over [batches, rows, columns], each of at least 32 rows.
+Cut cut(int64_t batches, int64_t row0, int64_t rows, int64_t column0, int64_t columns, int width,
+        int64_t blocks, bool vectors) {
+  const int64_t tiles = ceil_div(columns, kLanes * width);
+  const int64_t wanted = std::clamp<int64_t>(blocks / (tiles * batches), 1, ceil_div(rows, 32));
+  const int64_t block_rows = ceil_div(rows, wanted);
+  return {batches, row0, rows, column0, columns, tiles, ceil_div(rows, block_rows), block_rows,
+          vectors};
+}
+
+unsigned blocks_of(const Cut& c) {
+  const int64_t blocks = c.batches * c.row_blocks * c.tiles;
+  STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "vicreg: too large for one launch");
+  return static_cast<unsigned>(blocks);
+}
+
+// Blocks for `rows` warps, no more than fit on the device at once.
+unsigned blocks_of_warps(int64_t rows, const Queue& queue) {
+  return static_cast<unsigned>(
+      std::min<int64_t>(ceil_div(rows, kWarps), 8 * queue.multiprocessors()));
+}
+
+template <typename F>
+auto by_dtype(ScalarType dtype, F&& run) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return run(float{});
+    case ScalarType::Half:
+      return run(__half{});
+    default:
+      STD_TORCH_CHECK(dtype == ScalarType::BFloat16, "vicreg: takes float32, bfloat16, float16");
+      return run(__nv_bfloat16{});
+  }
+}
+
+// out = a b for batches of matrices by torch's own product, float32 whatever the inputs are.
+void product(const Tensor& a, const Tensor& b, const Tensor& out) {
+  using torch::stable::detail::from;
+  const auto call = [](const char* overload, StableIValue* stack) {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::bmm", overload, stack, TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);
+  };
+  if (a.scalar_type() == ScalarType::Float) {
+    std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
+    call("out", stack.data());
+    return;
+  }
+#ifdef __CUDACC__
+  std::array<StableIValue, 4> stack{from(a), from(b), from(ScalarType::Float), from(out)};
+  call("dtype_out", stack.data());
+#else  // a CPU torch has no such overload; products of half values are exact in float32
+  product(torch::stable::to(a, ScalarType::Float), torch::stable::to(b, ScalarType::Float), out);
+#endif
+}
+
+template <typename T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+// ------------------------------------------------------------------------------------------ forward
+
+template <typename T>
+void forward_kernels(const Problem& p, const Tensor& x, const std::optional<Tensor>& y,
+                     double margin, double eps, const std::vector<double>& scales,
+                     const std::vector<double>& weights, const Tensor& terms, const Tensor& moments,
+                     const Tensor& squares, const Tensor& deflated, const Tensor& index,
+                     const Tensor& centred) {
+  const Queue queue(x);
+  const Views<T> all = views<T>(x, y);
+  const bool vectors = aligned(p, all);
+  const int64_t wanted = 2 * queue.multiprocessors();
+  const Cut statistics = cut(p.groups, 0, p.rows, 0, p.dim, kWidth<T>, wanted, vectors);
+  const Cut centring = cut(p.batches, 0, p.rows, 0, p.dim, kWidth<T>, wanted, vectors);
+  const int64_t column_blocks = ceil_div(p.dim, kThreads), candidates = column_blocks * kTaken;
+  const unsigned statistics_blocks = blocks_of(statistics);
+  const unsigned finish_blocks = static_cast<unsigned>(p.batches * column_blocks);
+  const unsigned square_blocks = blocks_of_warps(p.batches * p.side, queue);
+
+  // Scratch: float64 sums of blocks; float32 partial statistics, then the deflated columns, the
+  // scatters of what is stored and the candidates' keys; int32 candidates and the counter.
+  const Tensor sums = common::empty(x, {int64_t{statistics_blocks} + finish_blocks + square_blocks},
+                                    ScalarType::Double);
+  double* differences = data<double>(sums);
+  double* hinges = differences + statistics_blocks;
+  double* square_sums = hinges + finish_blocks;
+  const int64_t partial_count = statistics.row_blocks * p.batches * 2 * p.dim;
+  const int64_t taken_count = p.batches * p.take * p.rows;
+  const int64_t scatter_count = p.gram ? centring.row_blocks * p.batches * p.dim : 0;
+  const Tensor floats = common::empty(
+      x, {partial_count + taken_count + scatter_count + p.batches * candidates}, ScalarType::Float);
+  float* partials = data<float>(floats);
+  float* taken = partials + partial_count;
+  float* scatters = taken + taken_count;
+  float* keys = scatters + scatter_count;
+  const Tensor integers = common::empty(x, {p.batches * candidates + 1}, ScalarType::Int);
+  int* key_columns = data<int>(integers);
+  auto* done = reinterpret_cast<unsigned*>(key_columns + p.batches * candidates);
+
+  queue.launch(p.views == 2 ? &column_partials<T, 2> : &column_partials<T, 1>, statistics_blocks,
+               kThreads, 0, all, statistics, p.dim, partials, differences);
+  queue.launch(&column_finish<T>, finish_blocks, kThreads, 0, all, statistics, p.batches, p.dim,
+               static_cast<int>(p.take), p.degrees, static_cast<float>(margin),
+               static_cast<float>(eps), partials, data<float>(moments), hinges, keys, key_columns,
+               done);
+  const Deflation deflation = {static_cast<int>(p.take), candidates, keys, key_columns, taken,
+                               scatters, p.take > 0 ? data<int64_t>(index) : nullptr};
+  queue.launch(&centre<T>, blocks_of(centring), kThreads, 0, all, p.groups, centring,
+               data<float>(moments), deflation, data<T>(centred));
+
+  const Tensor upright = common::strided(centred, {p.batches, p.rows, p.dim},
+                                         {p.rows * p.dim, p.dim, 1}, 0);
+  const Tensor across = common::strided(centred, {p.batches, p.dim, p.rows},
+                                        {p.rows * p.dim, 1, p.dim}, 0);
+  const Tensor square = common::strided(squares, {p.batches, p.side, p.side},
+                                        {p.side * p.side, p.side, 1}, 0);
+  product(p.gram ? upright : across, p.gram ? across : upright, square);
+
+  const double groups = static_cast<double>(p.groups), columns = groups * p.dim;
+  const Finish finish = {
+      {differences, hinges, square_sums},
+      {p.views == 2 ? int64_t{statistics_blocks} : 0, finish_blocks, square_blocks},
+      {scales[0] / (columns * p.rows), scales[1] / columns,
+       scales[2] / (groups * p.degrees * p.degrees)},
+      {weights[0], weights[1], weights[2]},
+      done,
+      data<float>(terms)};
+  if (p.gram) {
+    queue.launch(&gram_rows, square_blocks, kThreads, 0, p.batches, p.rows, p.dim,
+                 centring.row_blocks, deflation, data<float>(squares), data<float>(deflated),
+                 square_sums, finish);
+  } else {
+    queue.launch(&covariance_rows, square_blocks, kThreads, 0, p.batches, p.dim,
+                 data<float>(squares), square_sums, finish);
+  }
+}
+
+// ----------------------------------------------------------------------------------------- backward
+
+// The operand that multiplies the centred values: the squares, or for half inputs their rounding.
+template <typename T>
+struct Operand {
+  Tensor squares;  // [V, G, side, side]
+  Tensor powers;   // [V, G, side], only for half inputs
+};
+
+template <typename T>
+Operand<T> operand(const Problem& p, const Queue& queue, const Tensor& squares) {
+  if constexpr (std::is_same_v<T, float>) {
+    return {squares, squares};
+  } else {
+    const int64_t rows = p.batches * p.side;
+    const Operand<T> result = {
+        common::empty(squares, {p.batches, p.side, p.side}, p.dtype),
+        common::empty(squares, {p.batches, p.side}, ScalarType::Float)};
+    queue.launch(&round_rows<T>, blocks_of_warps(rows, queue), kThreads, 0, rows, p.side,
+                 data<float>(squares), data<T>(result.squares), data<float>(result.powers));
+    return result;
+  }
+}
+
+// The products of the cut's part of view v into `out`.
+void view_product(const Problem& p, int64_t v, const Cut& c, const Tensor& squares,
+                  const Tensor& centred, const Tensor& out) {
+  const int64_t side = p.side, area = side * side;
+  // Symmetric, but its rounding to half is scaled by rows: on the right side it must be transposed.
+  const Tensor square = common::strided(squares, {p.groups, side, side},
+                                        {area, p.gram ? side : 1, p.gram ? 1 : side},
+                                        v * p.groups * area);
+  const Tensor part = common::strided(
+      centred, {p.groups, c.rows, c.columns}, {p.rows * p.dim, p.dim, 1},
+      v * p.groups * p.rows * p.dim + c.row0 * p.dim + c.column0);
+  product(p.gram ? square : part, p.gram ? part : square, out);
+}
+
+template <typename T>
+void backward_kernels(const Problem& p, const Tensor& grads, const Tensor& x,
+                      const std::optional<Tensor>& y, const Tensor& moments, const Tensor& squares,
+                      const Tensor& deflated, const Tensor& index, const Tensor& centred,
+                      double margin, double eps, const std::vector<double>& scales,
+                      const std::vector<double>& weights, std::array<Tensor, 2> grad,
+                      std::array<bool, 2> wanted) {
+  constexpr bool direct = std::is_same_v<T, float>;  // the product lands in the gradient itself
+  const Queue queue(x);
+  const Views<T> all = views<T>(x, y);
+  const bool vectors = aligned(p, all);
+  const Operand<T> left = operand<T>(p, queue, squares);
+
+  Gradient<T> g = {};
+  g.grads = data<float>(grads);
+  g.grad_count = grads.numel();
+  g.grad_stride = grads.dim() == 0 ? 0 : grads.stride(0);
+  for (int i = 0; i < 3; ++i) {
+    g.scales[i] = static_cast<float>(scales[i]);
+    g.weights[i] = static_cast<float>(weights[i]);
+  }
+  g.degrees = p.degrees;
+  g.margin = static_cast<float>(margin);
+  g.eps = static_cast<float>(eps);
+  g.groups = p.groups;
+  g.rows = p.rows;
+  g.dim = p.dim;
+  g.take = static_cast<int>(p.take);
+  g.moments = data<float>(moments);
+  g.deflated = data<float>(deflated);
+  g.index = data<int64_t>(index);
+
+  // Pieces are columns (N < D) or rows, so that each is one product of all groups.
+  const int64_t extent = p.gram ? p.dim : p.rows, across = p.groups * p.side;
+  int64_t piece = extent;
+  if (!direct) {
+    const int64_t elements = std::max<int64_t>(VICREG_PRODUCT_ELEMENTS, across * extent / 8);
+    piece = std::min(extent, std::max<int64_t>(64, elements / across / 64 * 64));
+  }
+  std::array<Tensor, 2> scratch;
+  for (int v = 0; v < 2; ++v) {
+    if (!direct && wanted[v]) scratch[v] = common::empty(x, {across * piece}, ScalarType::Float);
+  }
+  for (int64_t begin = 0; begin < extent; begin += piece) {
+    const int64_t length = std::min(piece, extent - begin);
+    const Cut c = p.gram ? cut(p.groups, 0, p.rows, begin, length, kWidth<T>,
+                               4 * queue.multiprocessors(), vectors)
+                         : cut(p.groups, begin, length, 0, p.dim, kWidth<T>,
+                               4 * queue.multiprocessors(), vectors);
+    for (int v = 0; v < 2; ++v) {
+      if (!wanted[v]) continue;
+      const Tensor out = common::strided(direct ? grad[v] : scratch[v],
+                                         {p.groups, c.rows, c.columns},
+                                         {c.rows * c.columns, c.columns, 1}, 0);
+      view_product(p, v, c, left.squares, centred, out);
+      const float* powers = direct ? nullptr : data<float>(left.powers) + v * p.groups * p.side;
+      g.product[v] = {data<float>(out), c.rows * c.columns, c.columns, powers};
+      g.out[v] = data<T>(grad[v]);
+    }
+    queue.launch(&gradient_rows<T>, blocks_of(c), kThreads, 0, all, c, g);
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+    Tensor x, std::optional<Tensor> y, double margin, double eps, bool unbiased,
+    std::vector<double> scales, std::vector<double> weights) {
+  const Problem p(x, y, unbiased);
+  const auto make = [&](std::initializer_list<int64_t> sizes, ScalarType dtype) {
+    return common::empty(x, sizes, dtype);
+  };
+  const Tensor terms = make({4}, ScalarType::Float);
+  const Tensor moments = make({p.views, p.groups, 2, p.dim}, ScalarType::Float);
+  const Tensor squares = make({p.views, p.groups, p.side, p.side}, ScalarType::Float);
+  const Tensor deflated = make({p.views, p.groups, p.take, p.rows}, ScalarType::Float);
+  const Tensor index = make({p.views, p.groups, p.take}, ScalarType::Long);
+  const Tensor centred = make({p.views, p.groups, p.rows, p.dim}, p.dtype);
+  by_dtype(p.dtype, [&](auto element) {
+    forward_kernels<decltype(element)>(p, x, y, margin, eps, scales, weights, terms, moments,
+                                       squares, deflated, index, centred);
+  });
+  return {terms, moments, squares, deflated, index, centred};
+}
+
+std::tuple<Tensor, Tensor> backward(Tensor grads, Tensor x, std::optional<Tensor> y, Tensor moments,
+                                    Tensor squares, Tensor deflated, Tensor index, Tensor centred,
+                                    bool need_x, bool need_y, double margin, double eps,
+                                    bool unbiased, std::vector<double> scales,
+                                    std::vector<double> weights) {
+  const Problem p(x, y, unbiased);
+  const std::array<bool, 2> wanted = {need_x, need_y};
+  std::array<Tensor, 2> grad;
+  for (int v = 0; v < 2; ++v) {
+    grad[v] = wanted[v] ? common::empty(x, {p.groups, p.rows, p.dim}, p.dtype)
+                        : common::empty(x, {0}, p.dtype);
+  }
+  if (need_x || need_y) {
+    by_dtype(p.dtype, [&](auto element) {
+      backward_kernels<decltype(element)>(p, grads, x, y, moments, squares, deflated, index,
+                                          centred, margin, eps, scales, weights, grad, wanted);
+    });
+  }
+  return {grad[0], grad[1]};
+}
+
+}  // namespace vicreg
