@@ -29,6 +29,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 TORCH_TARGET = "0x020b000000000000"  # torch 2.11
@@ -129,6 +130,12 @@ def commands(name: str, target: Path, scratch: Path) -> list[list[str]]:
     return [first, [*second, "-o", str(kernels)], [*link, "-o", str(target)]]
 
 
+def write_report(root: Path) -> None:
+    """What was not built and why, for library.py to repeat to the user."""
+    report = {name: f"{name}.abi3.so was not built: {why}" for name, why in MISSING.items()}
+    (root / "vicreg_kernels" / "build_report.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
 class BuildLibraries(build_ext):
     """Compiles and links each library with the commands above; they are not Python modules."""
 
@@ -137,10 +144,8 @@ class BuildLibraries(build_ext):
 
     def run(self) -> None:
         super().run()
-        folder = ROOT / "vicreg_kernels" if self.inplace else Path(self.build_lib, "vicreg_kernels")
-        folder.mkdir(parents=True, exist_ok=True)
-        report = {name: f"{name}.abi3.so was not built: {why}" for name, why in MISSING.items()}
-        (folder / "build_report.json").write_text(json.dumps(report, indent=1) + "\n")
+        if self.inplace:
+            write_report(ROOT)
 
     def build_extensions(self) -> None:
         Path(self.build_temp).mkdir(parents=True, exist_ok=True)
@@ -160,9 +165,13 @@ class BuildLibraries(build_ext):
                     "VICREG_KERNELS_BUILD=python all compiled code"
                 )
 
-    def get_outputs(self) -> list[str]:
-        folder = Path(self.build_lib, "vicreg_kernels")
-        return [*super().get_outputs(), str(folder / "build_report.json")]
+
+class BuildPackage(build_py):
+    """Adds the report of what was not built to the package."""
+
+    def run(self) -> None:
+        super().run()
+        write_report(ROOT if self.editable_mode else Path(self.build_lib))
 
 
 class Wheel(bdist_wheel):
@@ -179,5 +188,5 @@ setup(
     ext_modules=[
         Extension(f"vicreg_kernels.{name}", sources=[], py_limited_api=True) for name in WANTED
     ],
-    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},
+    cmdclass={"build_py": BuildPackage, "build_ext": BuildLibraries, "bdist_wheel": Wheel},
 )

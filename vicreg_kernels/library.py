@@ -8,6 +8,7 @@ a CPU build of torch lacks.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -43,6 +44,9 @@ def _load_cuda() -> str | None:
 # None: loaded. A string: why not.
 CPU_MISSING: str | None = _load("_C")
 CUDA_MISSING: str | None = _load_cuda()
+
+if CPU_MISSING is not None:
+    warnings.warn(f"vicreg-kernels runs in plain PyTorch on CPUs: {CPU_MISSING}", stacklevel=2)
 
 TRITON_VERSION: str | None
 TRITON_MISSING: str | None

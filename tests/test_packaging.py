@@ -1,0 +1,146 @@
+"""The package as a user gets it: wheels built with and without compilers, in environments of their
+own, and what the compiled library asks of the machine it is loaded on."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from vicreg_kernels import library
+
+ROOT = Path(__file__).parent.parent
+TORCH_SITE = Path(torch.__file__).parent.parent
+
+CHECK = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import torch, vicreg_kernels as vk
+from vicreg_kernels import dispatch, library
+x = torch.randn(8, 32, requires_grad=True)
+vk.vicreg_loss(x, torch.randn(8, 32)).backward()
+print(vk.__file__)
+print(dispatch.choose("vicreg", None, "cpu", torch.float32), bool(x.grad.isfinite().all()))
+print(library.CPU_MISSING)
+print(sum("plain PyTorch on CPUs" in str(w.message) for w in caught))
+"""
+
+
+def build_wheel(tmp_path: Path, **environment: str) -> tuple[Path, str]:
+    """A wheel of a clean copy of the sources; the copy, so that nothing built here leaks in."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "csrc", source / "csrc")
+    shutil.copytree(
+        ROOT / "vicreg_kernels",
+        source / "vicreg_kernels",
+        ignore=shutil.ignore_patterns("*.so", "build_report.json", "__pycache__"),
+    )
+    out = tmp_path / "wheels"
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps"]
+        + ["-w", str(out), str(source)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (wheel,) = out.glob("*.whl")
+    return wheel, done.stdout + done.stderr
+
+
+def run_installed(wheel: Path, tmp_path: Path, code: str) -> list[str]:
+    """Install the wheel in an empty environment that sees nothing of this checkout but torch."""
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    python = environment / "bin" / "python"
+    site = next((environment / "lib").glob("python*/site-packages"))
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site)]
+        + [str(wheel)],
+        check=True,
+    )
+    # torch is too large to install again: its own directory is put behind the environment's
+    (site / "torch_only.pth").write_text(str(TORCH_SITE) + "\n")
+    done = subprocess.run(
+        [str(python), "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith(str(environment)), done.stdout
+    return done.stdout.splitlines()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_compiled_wheel_works_in_an_empty_environment(tmp_path: Path) -> None:
+    wheel, _ = build_wheel(tmp_path, VICREG_KERNELS_BUILD="cpu")
+    assert re.search(r"-cp310-abi3-linux_\w+\.whl$", wheel.name), wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "vicreg_kernels/_C.abi3.so" in names
+    assert "vicreg_kernels/_C_cuda.abi3.so" not in names
+    lines = run_installed(wheel, tmp_path, CHECK)
+    assert lines[1:] == ["cpu True", "None", "0"]
+
+
+def test_without_a_compiler_the_wheel_is_pure_python_and_says_so(tmp_path: Path) -> None:
+    wheel, output = build_wheel(tmp_path, CXX="no-such-compiler", CUDA_HOME="/nowhere")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert output.count("built as pure Python: no C++ compiler was found") >= 1
+    lines = run_installed(wheel, tmp_path, CHECK)
+    assert lines[1] == "reference True"
+    assert lines[2].startswith("_C.abi3.so was not built: no C++ compiler was found")
+    assert lines[3] == "1"  # said once
+
+
+def test_asking_for_cuda_without_nvcc_fails_instead_of_falling_back(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        env={**os.environ, "VICREG_KERNELS_BUILD": "cuda", "CXX": "no-such-compiler"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "VICREG_KERNELS_BUILD=cuda, but no C++ compiler was found" in done.stderr
+
+
+@pytest.mark.skipif(library.CPU_MISSING is not None, reason="_C was not built")
+def test_library_needs_no_python_and_only_torchs_stable_symbols() -> None:
+    """One library for every Python >= 3.10 and every torch from the target version on."""
+    path = ROOT / "vicreg_kernels" / "_C.abi3.so"
+    listed = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(path)], capture_output=True, text=True, check=True
+    )
+    names = [line.split()[-1] for line in listed.stdout.splitlines()]
+    assert any(name.startswith("aoti_torch_") for name in names)
+    assert not [name for name in names if name.startswith(("Py", "_Py"))]
+    # mangled names of torch's C++ namespaces, whose ABI changes between releases
+    assert not [name for name in names if re.match(r"_ZN?K?(2at|3c10|5torch)", name)]
+
+
+def test_the_import_succeeds_with_nothing_compiled_and_no_triton(tmp_path: Path) -> None:
+    package = tmp_path / "vicreg_kernels"
+    shutil.copytree(
+        ROOT / "vicreg_kernels", package, ignore=shutil.ignore_patterns("*.so", "*.json")
+    )
+    code = "import sys; sys.modules['triton'] = None\n" + CHECK
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith(str(package))
+    assert done.stdout.splitlines()[1] == "reference True"
+    assert "was not built" in done.stdout
