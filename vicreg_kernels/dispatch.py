@@ -26,7 +26,7 @@ logger = logging.getLogger("vicreg_kernels")
 
 
 def interpreting() -> bool:
-    """Whether Triton runs its interpreter, which takes CPU tensors (read where kernels are made)."""
+    """Whether Triton runs its interpreter, which takes CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
@@ -59,6 +59,13 @@ def check_backend(backend: str | None) -> None:
         raise ValueError(f"backend: got {backend!r}, takes one of {BACKENDS} or None")
 
 
+def _source(backend: str | None) -> str:
+    """Who named the backend: the call or the environment."""
+    if backend is not None:
+        return f"backend={backend!r}"
+    return f"VICREG_KERNELS_BACKEND={ENVIRONMENT_BACKEND!r}"
+
+
 def choose(
     op: str, backend: str | None, device_type: str, dtype: torch.dtype, side: int | None = None
 ) -> str:
@@ -69,10 +76,11 @@ def choose(
     check_backend(backend)
     named = backend if backend is not None else ENVIRONMENT_BACKEND
     if named is not None:
-        check_backend(named)
+        if named not in BACKENDS:
+            raise ValueError(f"VICREG_KERNELS_BACKEND: got {named!r}, takes one of {BACKENDS}")
         reason = missing(named, device_type, dtype)
         if reason is not None:
-            raise RuntimeError(f"backend={named!r} cannot run {op} here: {reason}")
+            raise RuntimeError(f"{_source(backend)} cannot run {op} here: {reason}")
         return named
     if device_type == "cuda":
         order = ("cuda", "triton")
@@ -86,8 +94,11 @@ def choose(
     return "reference"
 
 
-def log_choice(op: str, chosen: str, asked: str | None, device: torch.device, shape: object) -> None:
+def log_choice(
+    op: str, chosen: str, asked: str | None, device: torch.device, shape: object
+) -> None:
     """One debug line a call; not called under torch.compile."""
     if logger.isEnabledFor(logging.DEBUG):
-        why = f"backend={asked!r}" if asked else "best for the device and shape"
+        named = asked or ENVIRONMENT_BACKEND
+        why = _source(asked) if named else "best for the device and shape"
         logger.debug("%s %s on %s: %s (%s)", op, tuple(shape), device, chosen, why)  # type: ignore[arg-type]

@@ -65,7 +65,7 @@ double gram_side(const Problem& p, const Rows& z, int64_t group, const float* mo
   largest_columns(scatter, p.dim, p.deflated, index);
 
   float* zc = static_cast<float*>(scratch.data_ptr());
-  std::vector<float> taken(p.deflated * p.rows);  // [K, N]
+  std::vector<float> taken(kDeflatedColumns * p.rows);  // [K, N], zero where there is none
   for (int64_t begin = 0; begin < p.dim; begin += chunk) {
     const int64_t count = std::min(chunk, p.dim - begin);
     centre(z, group, 0, p.rows, begin, count, mean, zc);

@@ -46,7 +46,11 @@ class VICRegTerms(NamedTuple):
 # ---------------------------------------------------------------------------------------- the ops
 
 _LIBRARY = torch.library.Library("vicreg_kernels", "FRAGMENT")
-_SETTINGS = "float margin, float eps, bool unbiased, float[] scales, float[] weights, str backend"
+# The covariance normaliser travels by name: 1 / D as a number would tie a compiled graph to one D.
+_SETTINGS = (
+    "float margin, float eps, bool unbiased, float[] scales, float[] weights, str normalizer,"
+    " str backend"
+)
 _LIBRARY.define(
     f"vicreg_forward(Tensor x, Tensor? y, {_SETTINGS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -60,14 +64,20 @@ _LIBRARY.define(
 
 @torch.library.impl(_LIBRARY, "vicreg_forward", "CompositeExplicitAutograd")
 def _forward(x: Tensor, y: Tensor | None, *settings: Any) -> tuple[Tensor, ...]:
-    *settings, backend = settings
-    return backends.load(backend).forward(x, y, *settings)
+    *rest, scales, weights, normalizer, backend = settings
+    scales = _normalised(scales, x, normalizer)
+    return backends.load(backend).forward(x, y, *rest, scales, weights)
 
 
 @torch.library.impl(_LIBRARY, "vicreg_backward", "CompositeExplicitAutograd")
-def _backward(*args: Any) -> tuple[Tensor, Tensor]:
-    *args, backend = args
-    return backends.load(backend).backward(*args)
+def _backward(grads: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *rest, scales, weights, normalizer, backend = args
+    scales = _normalised(scales, x, normalizer)
+    return backends.load(backend).backward(grads.contiguous(), x, *rest, scales, weights)
+
+
+def _normalised(scales: Sequence[float], x: Tensor, normalizer: str) -> list[float]:
+    return [scales[0], scales[1], scales[2] * covariance_scale(x.shape[-1], normalizer)]
 
 
 @torch.library.register_fake("vicreg_kernels::vicreg_forward")
@@ -76,9 +86,7 @@ def _forward_fake(x: Tensor, y: Tensor | None, *settings: Any) -> tuple[Tensor, 
 
 
 @torch.library.register_fake("vicreg_kernels::vicreg_backward")
-def _backward_fake(
-    grads: Tensor, x: Tensor, y: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
+def _backward_fake(grads: Tensor, x: Tensor, y: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     need_x, need_y = rest[5], rest[6]
     grad_x = x.new_empty(x.shape if need_x else (0,))
     grad_y = x.new_empty(x.shape if need_y else (0,))
@@ -98,15 +106,41 @@ class _VICReg(torch.autograd.Function):
         return tuple(terms.unbind()) if all_terms else terms[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, y, *saved = ctx.saved_tensors
         need_x, need_y = ctx.needs_input_grad[:2]
         grad = torch.stack(grads) if len(grads) > 1 else grads[0].reshape(1)
-        grad_x, grad_y = torch.ops.vicreg_kernels.vicreg_backward(
-            grad, x, y, *saved, need_x, need_y, *ctx.settings
-        )
+        args = (grad, x, y, saved, need_x, need_y, ctx.settings)
+        run = _Gradient.apply if torch.is_grad_enabled() else _gradient
+        grad_x, grad_y = run(*args)
         return grad_x if need_x else None, grad_y if need_y else None, None, None
+
+
+def _gradient(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    saved: list[Tensor],
+    need_x: bool,
+    need_y: bool,
+    settings: tuple[Any, ...],
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.vicreg_kernels.vicreg_backward(grad, x, y, *saved, need_x, need_y, *settings)
+
+
+class _Gradient(torch.autograd.Function):
+    """The backward op under create_graph=True: a second derivative is an error, not a silent 0.
+
+    once_differentiable does not do: autograd.grad can walk past its error node.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        return _gradient(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError("the fused VICReg differentiates once; backend='reference' to any order")
 
 
 # ------------------------------------------------------------------------------------- the checks
@@ -127,9 +161,9 @@ def check_settings(
         raise ValueError(
             f"covariance_normalizer: got {covariance_normalizer!r}, takes one of {NORMALIZERS}"
         )
-    if not (math.isfinite(eps) and eps >= 0):
+    if not 0 <= eps < math.inf:
         raise ValueError(f"eps: got {eps}, takes a finite number >= 0")
-    if not (math.isfinite(margin) and margin >= 0):
+    if not 0 <= margin < math.inf:
         raise ValueError(f"margin: got {margin}, takes a finite number >= 0")
     dispatch.check_backend(backend)
 
@@ -138,9 +172,7 @@ def _check_tensor(name: str, z: Tensor, shapes: str) -> None:
     if not isinstance(z, Tensor):
         raise TypeError(f"{name}: got {type(z).__name__}, takes a torch.Tensor")
     if z.dtype not in DTYPES:
-        raise TypeError(
-            f"{name}: got dtype {z.dtype}, takes float32, bfloat16, float16 or float64"
-        )
+        raise TypeError(f"{name}: got dtype {z.dtype}, takes float32, bfloat16, float16 or float64")
     if z.dim() < 2:
         raise ValueError(f"{name}: got shape {tuple(z.shape)}, takes {shapes}")
     if z.layout != torch.strided:
@@ -172,6 +204,7 @@ def _terms(
     unbiased: bool,
     scales: tuple[float, float, float],
     weights: tuple[float, float, float],
+    normalizer: str,
     backend: str | None,
     all_terms: bool,
 ) -> Any:
@@ -180,9 +213,11 @@ def _terms(
     if not torch.compiler.is_compiling():
         dispatch.log_choice("vicreg", name, backend, x.device, x.shape)
     if name == "reference":
+        scale = scales[2] * covariance_scale(x.shape[-1], normalizer)
+        scales = (scales[0], scales[1], scale)
         out = reference.terms(x, y, margin, eps, unbiased, scales, weights)
         return out if all_terms else out[0]
-    settings = (float(margin), float(eps), unbiased, list(scales), list(weights), name)
+    settings = (margin, eps, unbiased, list(scales), list(weights), normalizer, name)
     return _VICReg.apply(x, y, all_terms, settings)
 
 
@@ -218,18 +253,18 @@ def _two_views(
         y = y.flatten(1, -2).transpose(0, 1)
     _check_extent("x", x, rule.normalizer)
     for name, weight in zip(("invariance", "variance", "covariance"), weights, strict=True):
-        if weight is not None and not math.isfinite(weight):
+        if weight is not None and not -math.inf < weight < math.inf:
             raise ValueError(f"{name}_weight: got {weight}, takes a finite number or None")
     own = [w if w is not None else d for w, d in zip(weights, rule.weights, strict=True)]
-    scale = rule.covariance_view * covariance_scale(x.shape[-1], rule.normalizer)
     return _terms(
         x,
         y,
         margin=margin,
         eps=eps,
         unbiased=True,
-        scales=(1.0, rule.variance_view, scale),
+        scales=(1.0, rule.variance_view, rule.covariance_view),
         weights=(float(own[0]), float(own[1]), float(own[2])),
+        normalizer=rule.normalizer,
         backend=backend,
         all_terms=all_terms,
     )
@@ -297,9 +332,7 @@ def vicreg_terms(
     is their weighted sum.
     """
     weights = (invariance_weight, variance_weight, covariance_weight)
-    return VICRegTerms(
-        *_two_views(x, y, weights, margin, eps, convention, backend, all_terms=True)
-    )
+    return VICRegTerms(*_two_views(x, y, weights, margin, eps, convention, backend, all_terms=True))
 
 
 def variance_covariance(
@@ -342,8 +375,9 @@ def variance_covariance(
         margin=margin,
         eps=eps,
         unbiased=bool(unbiased),
-        scales=(0.0, 1.0, covariance_scale(z.shape[-1], covariance_normalizer)),
+        scales=(0.0, 1.0, 1.0),
         weights=(0.0, 1.0, 1.0),
+        normalizer=covariance_normalizer,
         backend=backend,
         all_terms=True,
     )

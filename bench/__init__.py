@@ -1,0 +1,1 @@
+"""Benchmarks: this library's ops against the published formulas and the best plain PyTorch."""

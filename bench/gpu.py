@@ -1,0 +1,211 @@
+"""The program behind `make gpu`: everything that needs an NVIDIA GPU, in one unattended command.
+
+For a bare machine: its own python3 with torch, triton and pytest, nvcc, no network, no virtual
+environment, perhaps no git. In order of importance: build (or load what is carried), parity tests,
+benchmarks of the shapes that have targets, compute-sanitizer, the other shapes, ncu. Logs, JSON and
+summary.md go to $OUT, by default bench/results/<device>/, and the summary is printed last.
+
+Exit status: 0 all well, 1 something failed or did not fit the budget, 2 no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench import report  # noqa: E402
+from bench.cases import CASES, TARGETS  # noqa: E402
+from bench.stages import Result, Stage, run_stages  # noqa: E402
+
+LIBRARIES = ("_C.abi3.so", "_C_cuda.abi3.so")
+FIRST = [name for name in CASES if name in {*TARGETS["cpu"], "2048x8192"}]
+PYTEST = ("-m", "gpu", "-rfEs", "--tb=short", "--continue-on-collection-errors")
+REST = [name for name in CASES if name not in FIRST]
+
+
+def stale() -> str | None:
+    """Why the compiled libraries must be built; None when those here are up to date."""
+    sources = [ROOT / "setup.py"]
+    sources += [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu", ".cuh", ".h")]
+    newest = max(path.stat().st_mtime for path in sources if path.exists())
+    for name in LIBRARIES:
+        library = ROOT / "vicreg_kernels" / name
+        if not library.exists():
+            return f"{name} is absent"
+        if library.stat().st_mtime < newest:
+            return f"{name} is older than its sources"
+    return None
+
+
+def triton_kernels() -> list[str]:
+    """Names of the Triton kernels: the functions under @triton.jit whose name ends so."""
+    names: list[str] = []
+    for path in sorted((ROOT / "vicreg_kernels").rglob("triton*.py")):
+        names += re.findall(
+            r"^@triton\.jit.*\n(?:@.*\n)*def (\w+_kernel)\b", path.read_text(), re.MULTILINE
+        )
+    return names
+
+
+def tool(name: str) -> str | None:
+    """A CUDA tool on the PATH or in the usual place."""
+    usual = Path("/usr/local/cuda/bin") / name
+    return shutil.which(name) or (str(usual) if usual.exists() else None)
+
+
+def make_stages(out: Path, capability: str, build: str) -> list[Stage]:
+    """All stages, most important first. build: auto, always or never."""
+    python = sys.executable
+    record = str(out / "vicreg.json")
+    bench = [python, "-m", "bench.run", "--device", "cuda", "--append", "--output", record]
+    plain = "ours,eager,gram_plain,gram_best,gram_compiled"
+    reason = None
+    if build == "never":
+        reason = "told not to build"
+    elif build == "auto" and stale() is None:
+        reason = "the libraries here are newer than their sources"
+    sanitizer, ncu = tool("compute-sanitizer"), tool("ncu")
+    exercise = [python, "-m", "bench.exercise"]
+    # memcheck watches every kernel; the others this project's own, since vendor kernels are slow
+    # under them and initcheck finds padding that those read and never use.
+    own = [f for name in ["vicreg", *triton_kernels()] for f in ("--kernel-regex", f"kns={name}")]
+    check = [sanitizer or "compute-sanitizer", "--error-exitcode", "9", "--tool"]
+    sanitized = [[*check, "memcheck", *exercise]]
+    sanitized += [
+        [*check, name, *own, *exercise] for name in ("racecheck", "initcheck", "synccheck")
+    ]
+    profiled = [ncu or "ncu", "--clock-control", "none", "--section", "SpeedOfLight"]
+    profiled += ["--section", "LaunchStats", "--kernel-name", "regex:vicreg", "--launch-count", "6"]
+    return [
+        Stage(
+            "build",
+            [[python, "setup.py", "-q", "build_ext", "--inplace"]],
+            150,
+            "build.log",
+            missing=reason,
+            environment={"VICREG_KERNELS_ARCHS": capability} if capability else {},
+        ),
+        Stage("info", [[python, "-m", "vicreg_kernels.cli", "info"]], 40, "build.log"),
+        Stage("tests", [[python, "-m", "pytest", *PYTEST, "tests"]], 170, "tests.log"),
+        Stage(
+            "benchmarks of the target shapes",
+            [
+                [*bench, "--shapes", "256x8192", "--budget", "3"],
+                [*bench, "--shapes", ",".join(FIRST[1:]), "--contenders", plain, "--budget", "2"],
+            ],
+            170,
+            "bench.log",
+            every=True,
+        ),
+        Stage(
+            "compute-sanitizer",
+            sanitized,
+            150,
+            "sanitizer.log",
+            missing=None if sanitizer else "compute-sanitizer is not installed",
+            every=True,
+            # Each tensor its own allocation, so that an access past its end is seen.
+            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        ),
+        Stage(
+            "benchmarks of the other shapes",
+            [[*bench, "--shapes", ",".join(REST), "--contenders", plain, "--budget", "2"]],
+            80,
+            "bench.log",
+        ),
+        Stage(
+            "ncu",
+            [[*profiled, *exercise, "--backend", "cuda", "--shape", "256x8192"]],
+            60,
+            "ncu.log",
+            missing=None if ncu else "ncu is not installed",
+        ),
+    ]
+
+
+def tail(text: str, lines: int) -> str:
+    return "\n".join(text.rstrip().splitlines()[-lines:])
+
+
+def summarise(results: list[Result], stages: list[Stage], device: str, out: Path) -> str:
+    """summary.md: the stages, what failed and its last lines, the tests' verdict, the tables."""
+    done = {result.stage.name: result for result in results}
+    lines = [f"# {device}", "", "| stage | status | seconds | |", "| --- | --- | --- | --- |"]
+    for stage in stages:
+        result = done.get(stage.name)
+        if result is None:
+            lines.append(f"| {stage.name} | not reached | | |")
+            continue
+        note = result.reason
+        if stage.name == "tests" and result.output:
+            note = "; ".join(filter(None, (note, tail(result.output, 1))))
+        lines.append(f"| {stage.name} | {result.status} | {result.seconds:.1f} | {note} |")
+    for result in results:
+        if result.status in ("failed", "timed out"):
+            body = tail(result.output, 25)
+            lines += ["", f"## {result.stage.name}: {result.status}", "", "```", body, "```"]
+    record = out / "vicreg.json"
+    if record.exists():
+        tables = "\n\n".join(report.table(run) for run in report.load([record]))
+        lines += ["", "## Speed", "", "```", tables, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def find_gpu() -> tuple[str, str]:
+    """The GPU's name and its architecture as "90"; ValueError where there is none."""
+    try:
+        import torch
+    except ImportError as error:
+        raise ValueError(f"torch cannot be imported ({error})") from error
+    if not torch.cuda.is_available():
+        raise ValueError(f"torch {torch.__version__} sees no CUDA device")
+    major, minor = torch.cuda.get_device_capability()
+    return torch.cuda.get_device_name(), f"{major}{minor}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python3 bench/gpu.py", description=__doc__)
+    parser.add_argument("--budget", type=float, default=570.0, help="seconds for all (570)")
+    parser.add_argument("--build", choices=("auto", "always", "never"), default="auto")
+    parser.add_argument("--dry-run", action="store_true", help="list the stages, run nothing")
+    options = parser.parse_args(argv)
+    try:
+        device, capability = find_gpu()
+    except ValueError as error:
+        if not options.dry_run:
+            print(f"make gpu: no NVIDIA GPU to run on: {error}", file=sys.stderr)
+            return 2
+        device, capability = "no GPU", ""
+    folder = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    out = Path(os.environ.get("OUT") or ROOT / "bench" / "results" / folder).resolve()
+    stages = make_stages(out, capability, options.build)
+    if options.dry_run:
+        for stage in stages:
+            print(f"{stage.name}: at most {stage.seconds:.0f} s, {out / stage.log}")
+            if stage.missing:
+                print(f"  skipped: {stage.missing}")
+            for command in stage.commands:
+                print(f"  {shlex.join(command)}")
+        return 0
+    (out / "vicreg.json").unlink(missing_ok=True)  # its runs are appended to
+
+    def write(results: list[Result]) -> None:
+        (out / "summary.md").write_text(summarise(results, stages, device, out))
+
+    results = run_stages(
+        stages, out, options.budget, ROOT, write, say=lambda line: print(line, flush=True)
+    )
+    print("\n" + (out / "summary.md").read_text())
+    return 0 if all(result.good for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""What every test file shares: poisoned memory, seeds, the fused backends, the `gpu` marker."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+# Read once, when torch and vicreg_kernels load. Threads that spin while they wait make the suite
+# several times slower on a machine that has other work.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.pop("VICREG_KERNELS_BACKEND", None)
+
+import pytest
+import torch
+from hypothesis import settings
+
+from vicreg_kernels import dispatch
+
+# The same examples every time: a red run is a change in the code, not in the draw.
+settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+settings.load_profile("fixed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty gives NaN (integers: their maximum), so an element nobody wrote is seen.
+
+    warn_only: the fill is wanted, not an error from an op that has no deterministic kernel.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A fused backend and the device to run it on."""
+
+    name: str
+    device: str
+
+
+@pytest.fixture(
+    scope="session",
+    params=[
+        pytest.param(Fused("cpu", "cpu"), id="cpu"),
+        pytest.param(Fused("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
+        pytest.param(Fused("cuda", "cuda"), id="cuda", marks=pytest.mark.gpu),
+    ],
+)
+def fused(request: pytest.FixtureRequest) -> Fused:
+    """Each fused backend in turn. Under CI a missing CPU library is a failure, not a skip."""
+    backend: Fused = request.param
+    reason = dispatch.missing(backend.name, backend.device, torch.float32)
+    if reason is None:
+        return backend
+    if backend.name == "cpu" and os.environ.get("CI"):
+        pytest.fail(f"the cpu backend must be built here: {reason}")
+    pytest.skip(f"{backend.name}: {reason}")
