@@ -73,7 +73,8 @@ class _Problem:
         self.format, self.forward_precision, self.backward_precision = operand_format(
             x.dtype, capability
         )
-        self.widen = not on_gpu and x.dtype == torch.bfloat16
+        if self.format == "bf16" and x.device.type == "cpu":
+            self.format = "bf16 in fp32"  # see triton_operands.py
         self.config = configs.nearest(name, self.format, self.rows, self.dim)
         self.strides = (*x.stride(), *self.y.stride())
 
@@ -165,7 +166,7 @@ def forward(
             p.x, p.y, moments, parts, sums, candidates, candidate_index, index, taken, diagonal,
             p.groups, p.rows, p.dim, blocks, splits, chunk, *p.strides, p.degrees,
             GRAM=p.gram, WHOLE=whole, FORMAT=p.format, PRECISION=p.forward_precision,
-            WIDEN=p.widen, TAKEN=p.taken, WIDTH=triton.next_power_of_2(4 * blocks),
+            TAKEN=p.taken, WIDTH=triton.next_power_of_2(4 * blocks),
             TILE=tile, DEPTH=depth, num_warps=product_warps, num_stages=stages,
         )  # fmt: skip
         if not whole:
@@ -214,7 +215,7 @@ def backward(
             2.0 * scales[0] / x.numel(), scales[1] / (p.groups * p.dim),
             4.0 * scales[2] / (p.groups * p.degrees * p.degrees), *weights, p.degrees, margin, eps,
             VIEWS=p.views, GRAM=p.gram, EACH=grads.numel() == 4, TAKEN=p.taken,
-            FORMAT=p.format, PRECISION=p.backward_precision, WIDEN=p.widen,
+            FORMAT=p.format, PRECISION=p.backward_precision,
             ROWS=height, COLUMNS=width, DEPTH=depth, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return grad_x, grad_y

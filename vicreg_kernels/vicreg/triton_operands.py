@@ -6,9 +6,11 @@ Operands are centred values in the FORMAT of the tensor-core path,
     "tf32"  rounded to 10 bits, kept in float32         "fp16"  halved, rounded to float16
 
 and `value` is the number an operand stands for. Halving keeps the difference of two float16 numbers
-inside float16.
+inside float16. The interpreter truncates to bfloat16 and multiplies its bit patterns, so there
+"bf16 in fp32" stands in: the same numbers, kept in float32.
 """
 
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from __future__ import annotations
 
 import triton
@@ -16,9 +18,9 @@ import triton.language as tl
 
 
 @triton.jit
-def round_tf32(z):
-    """The nearest number with 10 fraction bits; the tensor core alone would truncate."""
-    wide = z * 8193.0
+def round_to(z, SPLITTER: tl.constexpr):
+    """Nearest number with 24 - s bits, SPLITTER = 2^s + 1 (Veltkamp); NaN and infinity give NaN."""
+    wide = z * SPLITTER
     return wide - (wide - z)
 
 
@@ -26,10 +28,12 @@ def round_tf32(z):
 def operand(centred, FORMAT: tl.constexpr):
     if FORMAT == "bf16":
         return centred.to(tl.bfloat16)
+    elif FORMAT == "bf16 in fp32":
+        return round_to(centred, 65537.0)
     elif FORMAT == "fp16":
         return (centred * 0.5).to(tl.float16)
-    elif FORMAT == "tf32":
-        return round_tf32(centred)
+    elif FORMAT == "tf32":  # the tensor core alone would truncate
+        return round_to(centred, 8193.0)
     else:
         return centred
 
@@ -41,9 +45,26 @@ def value(centred, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
-    """acc + a b in float32. WIDEN: the interpreter multiplies bfloat16 by its bit patterns."""
-    if WIDEN:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+def square_operand(m, FORMAT: tl.constexpr):
+    """A tile of the saved square matrix; it leaves float16's range, and tf32 has its precision."""
+    if FORMAT == "fp16":
+        return round_to(m, 8193.0)
+    else:
+        return operand(m, FORMAT)
+
+
+@triton.jit
+def view_operand(centred, FORMAT: tl.constexpr):
+    """The forward product's very values, in the format of the gradient's product."""
+    if FORMAT == "fp16":
+        return value(centred, FORMAT)
+    else:
+        return operand(centred, FORMAT)
+
+
+@triton.jit
+def narrow(z, like, FORMAT: tl.constexpr):
+    """z in the element type of the pointer `like`, rounded to nearest."""
+    if FORMAT == "bf16 in fp32":
+        z = round_to(z, 65537.0)
+    return z.to(like.dtype.element_ty)

@@ -6,12 +6,19 @@ of covariances, that is after division by `degrees` = N - 1 (or N), as the formu
 reduction runs in a fixed order. GPU times: not measured yet.
 """
 
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from vicreg_kernels.vicreg.triton_operands import dot, operand, round_tf32, value
+from vicreg_kernels.vicreg.triton_operands import (
+    narrow,
+    operand,
+    square_operand,
+    value,
+    view_operand,
+)
 
 
 @triton.jit
@@ -59,13 +66,13 @@ def product_kernel(
     sx_g, sx_n, sx_d, sy_g, sy_n, sy_d,
     degrees,
     GRAM: tl.constexpr, WHOLE: tl.constexpr, FORMAT: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr, TAKEN: tl.constexpr, WIDTH: tl.constexpr,
+    TAKEN: tl.constexpr, WIDTH: tl.constexpr,
     TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One tile (i <= j) of one plane over one chunk of the reduction, and its mirror image.
 
     GRAM: Zr Zr^T [N, N] over columns, where Zr leaves out the columns of largest scatter: they go
-    to `taken` [planes, 4, N] and `index`, the other columns' sum of squared variances to `diagonal`.
+    to `taken` [planes, 4, N] and `index`, the sum of the others' squared variances to `diagonal`.
     Else Zc^T Zc [D, D] over rows with a zero diagonal. out: [planes, splits, m, m].
     WHOLE (D x D, one split): the sum of squared covariances too; else `strips_kernel` finds it.
 
@@ -90,13 +97,13 @@ def product_kernel(
     s_length = s_d if GRAM else s_n
     mean_ptr = moments + p * 2 * dim
 
-    # Past the edge the last row (or column) is read again: what comes of it is never stored.
+    # Past the edge zeros are read, and not centred: what comes of them is never stored.
     a_side = i * TILE + tl.arange(0, TILE)
     b_side = j * TILE + tl.arange(0, TILE)
-    a_read = tl.minimum(a_side, side - 1)
-    b_read = tl.minimum(b_side, side - 1)
-    a_ptr = z + a_read.to(tl.int64)[:, None] * s_side
-    b_ptr = z + b_read.to(tl.int64)[:, None] * s_side
+    a_live = (a_side < side)[:, None]
+    b_live = (b_side < side)[:, None]
+    a_ptr = z + a_side.to(tl.int64)[:, None] * s_side
+    b_ptr = z + b_side.to(tl.int64)[:, None] * s_side
     if GRAM:
         chosen, others = largest_columns(
             candidates + p * blocks * 5, candidate_index + p * blocks * 4, blocks, TAKEN, WIDTH
@@ -109,18 +116,18 @@ def product_kernel(
         if (i == j) & (split == 0):
             there = chosen >= 0
             column_ptr = z + chosen.to(tl.int64)[None, :] * s_d
-            column_ptr += a_read.to(tl.int64)[:, None] * s_n
-            column = tl.load(column_ptr, mask=there[None, :], other=0.0).to(tl.float32)
+            column_ptr += a_side.to(tl.int64)[:, None] * s_n
+            column = tl.load(column_ptr, mask=a_live & there[None, :], other=0.0).to(tl.float32)
             mean = tl.load(mean_ptr + chosen, mask=there, other=0.0)
             column = tl.where(there[None, :], column - mean[None, :], 0.0)
             at = (p * 4 + k)[None, :] * rows + a_side[:, None]
-            tl.store(taken + at, column, mask=(a_side < rows)[:, None])
+            tl.store(taken + at, column, mask=a_live)
             if i == 0:
                 tl.store(index + p * TAKEN + k, chosen.to(tl.int64), mask=k < TAKEN)
                 tl.store(diagonal + p, others)
     else:
-        a_mean = tl.load(mean_ptr + a_read)[:, None]
-        b_mean = tl.load(mean_ptr + b_read)[:, None]
+        a_mean = tl.load(mean_ptr + a_side, mask=a_side < side, other=0.0)[:, None]
+        b_mean = tl.load(mean_ptr + b_side, mask=b_side < side, other=0.0)[:, None]
 
     acc = tl.zeros((TILE, TILE), tl.float32)
     first = split * chunk
@@ -128,8 +135,8 @@ def product_kernel(
         r = start + tl.arange(0, DEPTH)
         inside = r < length
         offset = r.to(tl.int64)[None, :] * s_length
-        a = tl.load(a_ptr + offset, mask=inside[None, :], other=0.0).to(tl.float32)
-        b = tl.load(b_ptr + offset, mask=inside[None, :], other=0.0).to(tl.float32)
+        a = tl.load(a_ptr + offset, mask=a_live & inside[None, :], other=0.0).to(tl.float32)
+        b = tl.load(b_ptr + offset, mask=b_live & inside[None, :], other=0.0).to(tl.float32)
         if GRAM:
             mean = tl.load(mean_ptr + r, mask=inside, other=0.0)[None, :]
             keep = (inside & (r != t0) & (r != t1) & (r != t2) & (r != t3))[None, :]
@@ -138,13 +145,15 @@ def product_kernel(
         else:
             a = tl.where(inside[None, :], a - a_mean, 0.0)
             b = tl.where(inside[None, :], b - b_mean, 0.0)
-        acc = dot(operand(a, FORMAT), tl.trans(operand(b, FORMAT)), acc, PRECISION, WIDEN)
+        a = operand(a, FORMAT)
+        b = operand(b, FORMAT)
+        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
 
     if FORMAT == "fp16":
         acc *= 4.0
     if not GRAM:
         acc = tl.where(a_side[:, None] == b_side[None, :], 0.0, acc)
-    valid = (a_side < side)[:, None] & (b_side < side)[None, :]
+    valid = a_live & (b_side < side)[None, :]
     if WHOLE:
         c = tl.where(valid, acc / tl.cast(degrees, tl.float32), 0.0)
         twice = tl.where(i == j, 1.0, 2.0)
@@ -239,35 +248,16 @@ def terms_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """terms[4] from the partial sums of all planes; one program, a few thousand numbers."""
-    invariance = total(differences, difference_count, BLOCK) * tl.cast(invariance_factor, tl.float32)
-    variance = total(hinges, hinge_count, BLOCK) * tl.cast(variance_factor, tl.float32)
-    covariance = total(sums, sum_count, BLOCK) * tl.cast(covariance_factor, tl.float32)
+    invariance = total(differences, difference_count, BLOCK)
+    invariance *= tl.cast(invariance_factor, tl.float32)
+    variance = tl.cast(variance_factor, tl.float32) * total(hinges, hinge_count, BLOCK)
+    covariance = tl.cast(covariance_factor, tl.float32) * total(sums, sum_count, BLOCK)
     loss = tl.cast(w0, tl.float32) * invariance + tl.cast(w1, tl.float32) * variance
     loss += tl.cast(w2, tl.float32) * covariance
     tl.store(terms, loss.to(tl.float32))
     tl.store(terms + 1, invariance.to(tl.float32))
     tl.store(terms + 2, variance.to(tl.float32))
     tl.store(terms + 3, covariance.to(tl.float32))
-
-
-@triton.jit
-def square_operand(m, FORMAT: tl.constexpr):
-    """A tile of the saved square matrix; float16's range is too short for it."""
-    if FORMAT == "bf16":
-        return m.to(tl.bfloat16)
-    elif FORMAT == "fp32":
-        return m
-    else:
-        return round_tf32(m)
-
-
-@triton.jit
-def view_operand(centred, FORMAT: tl.constexpr):
-    """The forward product's very values, in the gradient product's format."""
-    if FORMAT == "bf16":
-        return centred.to(tl.bfloat16)
-    else:
-        return value(centred, FORMAT)
 
 
 @triton.jit
@@ -278,7 +268,7 @@ def gradient_kernel(
     invariance_factor, variance_factor, covariance_factor, w0, w1, w2,
     degrees, margin, eps,
     VIEWS: tl.constexpr, GRAM: tl.constexpr, EACH: tl.constexpr, TAKEN: tl.constexpr,
-    FORMAT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    FORMAT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One tile of the gradient of one plane: the product K Zc (GRAM) or Zc S, then
@@ -286,10 +276,14 @@ def gradient_kernel(
         a_inv (x - y) - a_var [std < margin] zc / (degrees std) + a_cov (product - d zc)
 
     where d is the column's scatter on the Gram side, so that i = j drops out, and 0 on the other;
-    taken columns have their product in `deflated`. EACH: grads holds those of the four terms, else
-    of the loss. 2 N D m operations a view; reads 3 N D elements, writes one, the square matrix stays
-    in L2.
+    taken columns have theirs in `deflated`. EACH: grads holds those of the four terms, else of the
+    loss. There d multiplies the operand's value, as the product did: what rounding is left is that
+    of d, no larger than that of the square operand. 2 N D m operations a view; reads 3 N D elements
+    and writes N D, while the square matrix stays in L2.
     """
+    degrees = tl.cast(degrees, tl.float32)
+    margin = tl.cast(margin, tl.float32)
+    eps = tl.cast(eps, tl.float32)
     down = tl.cdiv(rows, ROWS)
     across = tl.cdiv(dim, COLUMNS)
     tile = tl.program_id(0) % (down * across)
@@ -309,34 +303,37 @@ def gradient_kernel(
 
     row = i * ROWS + tl.arange(0, ROWS)
     column = j * COLUMNS + tl.arange(0, COLUMNS)
-    row_read = tl.minimum(row, rows - 1).to(tl.int64)
-    column_read = tl.minimum(column, dim - 1)
-    wide = column_read.to(tl.int64)
-    mean = tl.load(mean_ptr + column_read)
+    tall = row.to(tl.int64)
+    wide = column.to(tl.int64)
+    some_rows = (row < rows)[:, None]
+    some_columns = (column < dim)[None, :]
+    mean = tl.load(mean_ptr + column, mask=column < dim, other=0.0)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     if GRAM:
         for start in range(0, rows, DEPTH):
             r = start + tl.arange(0, DEPTH)
             inside = r < rows
-            square_at = square_ptr + row_read[:, None] * rows + r[None, :]
-            a = tl.load(square_at, mask=inside[None, :], other=0.0)
+            square_at = square_ptr + tall[:, None] * rows + r[None, :]
+            a = tl.load(square_at, mask=some_rows & inside[None, :], other=0.0)
             z_at = z + r.to(tl.int64)[:, None] * s_n + wide[None, :] * s_d
-            b = tl.load(z_at, mask=inside[:, None], other=0.0).to(tl.float32)
+            b = tl.load(z_at, mask=inside[:, None] & some_columns, other=0.0).to(tl.float32)
             b = tl.where(inside[:, None], b - mean[None, :], 0.0)
             a = square_operand(a, FORMAT)
-            acc = dot(a, view_operand(b, FORMAT), acc, PRECISION, WIDEN)
+            b = view_operand(b, FORMAT)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
     else:
         for start in range(0, dim, DEPTH):
             r = start + tl.arange(0, DEPTH)
             inside = r < dim
-            z_at = z + row_read[:, None] * s_n + r.to(tl.int64)[None, :] * s_d
-            a = tl.load(z_at, mask=inside[None, :], other=0.0).to(tl.float32)
+            z_at = z + tall[:, None] * s_n + r.to(tl.int64)[None, :] * s_d
+            a = tl.load(z_at, mask=some_rows & inside[None, :], other=0.0).to(tl.float32)
             own = tl.load(mean_ptr + r, mask=inside, other=0.0)
             a = tl.where(inside[None, :], a - own[None, :], 0.0)
-            square_at = square_ptr + r.to(tl.int64)[:, None] * dim + column_read[None, :]
-            b = tl.load(square_at, mask=inside[:, None], other=0.0)
+            square_at = square_ptr + r.to(tl.int64)[:, None] * dim + column[None, :]
+            b = tl.load(square_at, mask=inside[:, None] & some_columns, other=0.0)
+            a = view_operand(a, FORMAT)
             b = square_operand(b, FORMAT)
-            acc = dot(view_operand(a, FORMAT), b, acc, PRECISION, WIDEN)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
     g0 = tl.load(grads)
     a_inv = g0 * tl.cast(w0, tl.float32)
@@ -349,25 +346,26 @@ def gradient_kernel(
     a_var *= tl.cast(variance_factor, tl.float32)
     a_cov *= tl.cast(covariance_factor, tl.float32)
 
-    degrees = tl.cast(degrees, tl.float32)
-    scatter = tl.load(mean_ptr + dim + column_read)
-    std = tl.sqrt(scatter / degrees + tl.cast(eps, tl.float32))
-    slope = tl.where(std >= tl.cast(margin, tl.float32), 0.0, a_var / (degrees * std))  # a NaN passes
-    keep = (row < rows)[:, None] & (column < dim)[None, :]
-    own = tl.load(z + row_read[:, None] * s_n + wide[None, :] * s_d).to(tl.float32)
+    scatter = tl.load(mean_ptr + dim + column, mask=column < dim, other=1.0)
+    std = tl.sqrt(scatter / degrees + eps)
+    slope = tl.where(std >= margin, 0.0, a_var / (degrees * std))  # a NaN passes
+    keep = some_rows & some_columns
+    own_at = z + tall[:, None] * s_n + wide[None, :] * s_d
+    own = tl.load(own_at, mask=keep, other=0.0).to(tl.float32)
     centred = own - mean[None, :]
     if GRAM:
         acc -= scatter[None, :] * value(centred, FORMAT)
         for k in tl.static_range(TAKEN):
             at = p * TAKEN + k
-            exact = tl.load(deflated + at * rows + row_read)
+            exact = tl.load(deflated + at * rows + tall, mask=row < rows, other=0.0)
             acc = tl.where((column == tl.load(index + at))[None, :], exact[:, None], acc)
     grad = a_cov * acc - slope[None, :] * centred
     if VIEWS == 2:
         other = tl.where(is_x, y + g * sy_g, x + g * sx_g)
         o_n = tl.where(is_x, sy_n, sx_n).to(tl.int64)
         o_d = tl.where(is_x, sy_d, sx_d).to(tl.int64)
-        opposite = tl.load(other + row_read[:, None] * o_n + wide[None, :] * o_d).to(tl.float32)
+        other_at = other + tall[:, None] * o_n + wide[None, :] * o_d
+        opposite = tl.load(other_at, mask=keep, other=0.0).to(tl.float32)
         grad += a_inv * tl.cast(invariance_factor, tl.float32) * (own - opposite)
-    target = tl.where(is_x, grad_x, grad_y) + (g * rows + row_read[:, None]) * dim + wide[None, :]
-    tl.store(target, grad.to(grad_x.dtype.element_ty), mask=keep)
+    target = tl.where(is_x, grad_x, grad_y) + (g * rows + tall[:, None]) * dim + wide[None, :]
+    tl.store(target, narrow(grad, grad_x, FORMAT), mask=keep)

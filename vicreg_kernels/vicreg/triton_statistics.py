@@ -4,6 +4,7 @@ A plane is one view of one group; planes are numbered view * groups + group. GPU
 yet.
 """
 
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from __future__ import annotations
 
 import triton
@@ -53,7 +54,7 @@ def finish_columns(
     inside = columns < dim
     at = moments + plane.to(tl.int64) * 2 * dim + columns
     tl.store(at, mean, mask=inside)
-    tl.store(at + dim, used, mask=inside)
+    tl.store(at + dim, scatter, mask=inside)
     gap = margin - tl.sqrt(scatter / degrees + eps)
     hinge = tl.where(inside, tl.where(gap <= 0.0, 0.0, gap), 0.0)  # a NaN passes
     slot = plane.to(tl.int64) * blocks + block
