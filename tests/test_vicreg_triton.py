@@ -158,8 +158,9 @@ class TestInterpreter:
         _, moments, squares, deflated, index, centred = forward(*z.float().unbind(), *SETTINGS)
         zc = z - z.mean(dim=-2, keepdim=True)
         scatter = zc.square().sum(dim=-2)
-        torch.testing.assert_close(moments[:, :, 0].double(), z.mean(dim=-2), rtol=0, atol=1e-6)
-        torch.testing.assert_close(moments[:, :, 1].double(), scatter, rtol=1e-6, atol=0)
+        mean = moments[:, :, :2].double().sum(dim=2)
+        torch.testing.assert_close(mean, z.float().double().mean(dim=-2), rtol=0, atol=1e-6)
+        torch.testing.assert_close(moments[:, :, 2].double(), scatter, rtol=1e-6, atol=0)
         assert centred.numel() == 0
         covariance = zc.mT @ zc
         covariance.diagonal(dim1=-2, dim2=-1).zero_()
@@ -200,17 +201,11 @@ class TestInterpreter:
         inputs = [(scale * z.detach()).requires_grad_() for z in views(*shape)]
         assert_matches_reference(vicreg_loss, "triton", *inputs)
 
-    def test_a_large_common_offset(self):
-        """Its rounding in the mean costs eps * offset / std at most, and not its square."""
-        inputs = [(z.detach() + 1e4).requires_grad_() for z in views(40, 20)]
-        got = differentiate(lambda *z: vicreg_loss(*z, backend="triton"), *inputs)
-        truth = differentiate(
-            lambda *z: vicreg_loss(*z, backend="reference"),
-            *(z.detach().double().requires_grad_() for z in inputs),
-        )
-        assert relative_error(got.values[0], truth.values[0]) <= 1e-6
-        for grad, true_grad in zip(got.gradients, truth.gradients, strict=True):
-            assert relative_error(grad, true_grad) <= 1e4 * torch.finfo(torch.float32).eps / 4
+    @pytest.mark.parametrize("shape", [(40, 20), (20, 40)], ids=str)
+    def test_a_large_common_offset(self, shape):
+        """The mean is kept in two floats, so an offset of 1e4 costs neither value nor gradient."""
+        inputs = [(z.detach() + 1e4).requires_grad_() for z in views(*shape)]
+        assert_matches_reference(vicreg_loss, "triton", *inputs)
 
     @pytest.mark.parametrize("shape", [(6, 9), (9, 6)], ids=str)
     def test_float16_at_its_limits(self, shape):

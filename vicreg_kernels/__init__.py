@@ -1,5 +1,6 @@
 """Fused losses and ops for VICReg and the joint-embedding predictive architectures."""
 
+from vicreg_kernels.version import __version__
 from vicreg_kernels.vicreg import (
     VCRegLoss,
     VICRegLoss,
@@ -8,7 +9,6 @@ from vicreg_kernels.vicreg import (
     vicreg_loss,
     vicreg_terms,
 )
-from vicreg_kernels.version import __version__
 
 __all__ = [
     "VCRegLoss",

@@ -1,5 +1,5 @@
-// What a CUDA file needs of the host: the current stream, launches, and shared memory, each the real
-// thing under nvcc and the emulator's under g++.
+// What a CUDA file needs of the host: the current stream, launches, and shared memory, each the
+// real thing under nvcc and the emulator's under g++.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,17 +7,12 @@
 
 #include "common/tensors.h"
 
+// Shared memory of a size known at compile time, or at the launch; the emulator has its own.
 #ifdef __CUDACC__
 #define SHARED_ARRAY(type, name, count) __shared__ type name[count]
 #define DYNAMIC_SHARED(type, name)                                \
   extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
   type* const name = reinterpret_cast<type*>(dynamic_shared)
-#else
-#define SHARED_ARRAY(type, name, count) \
-  static char name##_key;               \
-  type* const name = emulator::shared_array<type>(&name##_key, count)
-#define DYNAMIC_SHARED(type, name) \
-  type* const name = static_cast<type*>(emulator::Scheduler::instance().dynamic_shared())
 #endif
 
 namespace common {

@@ -3,9 +3,9 @@
 //   g++ -x c++ -I csrc/emulator -I csrc op/cuda.cu
 //
 // Launches go through common/launch.h, which is <<<>>> under nvcc and emulator::launch here.
-// scheduler.h says how blocks, barriers and shared memory behave. Statically sized shared memory is
-// declared with SHARED_ARRAY of common/launch.h: a plain __shared__ array also works, but is neither
-// refilled with NaN for each block nor checked against the 48 KiB.
+// scheduler.h says how blocks, barriers and shared memory behave. Shared memory is declared with
+// SHARED_ARRAY or DYNAMIC_SHARED, which common/launch.h defines for nvcc: a plain __shared__ array
+// also works, but is neither refilled with NaN for each block nor counted towards the 48 KiB.
 //
 // EMULATOR_SEED             order of blocks and threads
 // EMULATOR_MULTIPROCESSORS  what the device says it has (4)
@@ -25,29 +25,35 @@
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 #define __shared__ static
+#define SHARED_ARRAY(type, name, count) \
+  static char name##_key;               \
+  type* const name = emulator::shared_array<type>(&name##_key, count)
+#define DYNAMIC_SHARED(type, name) \
+  type* const name = static_cast<type*>(emulator::Scheduler::instance().dynamic_shared())
 
 using std::max;
 using std::min;
 
-struct alignas(8) float2 {
+// Vector types may alias what they are read from, as nvcc allows.
+struct __attribute__((may_alias, aligned(8))) float2 {
   float x, y;
 };
-struct alignas(16) float4 {
+struct __attribute__((may_alias, aligned(16))) float4 {
   float x, y, z, w;
 };
-struct alignas(8) uint2 {
+struct __attribute__((may_alias, aligned(8))) uint2 {
   unsigned x, y;
 };
-struct alignas(16) uint4 {
+struct __attribute__((may_alias, aligned(16))) uint4 {
   unsigned x, y, z, w;
 };
-struct alignas(16) int4 {
+struct __attribute__((may_alias, aligned(16))) int4 {
   int x, y, z, w;
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-// ------------------------------------------------------------------- barriers and warp operations
+// -------------------------------------------------------------------- barriers and warp operations
 
 #define __syncthreads() emulator::Scheduler::instance().wait_block(__FILE__, __LINE__)
 #define __syncwarp(...) emulator::warp_barrier(__FILE__, __LINE__ __VA_OPT__(, ) __VA_ARGS__)
@@ -67,14 +73,18 @@ inline void warp_barrier(const char* file, int line, unsigned mask = 0xffffffffu
   Scheduler::instance().exchange(mask, 0, file, line);
 }
 
-// The value that lane `source` gave, or one's own where `source` lies outside its segment.
+// The value that lane `source` gave, one's own where `source` lies outside the segment, and NaN
+// where it lies outside the mask, which CUDA leaves undefined.
 template <typename T>
 T shuffle_from(const char* file, int line, unsigned mask, T value, int source, bool inside) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
   const uint64_t* all = Scheduler::instance().exchange(mask, bits, file, line);
-  if (inside) std::memcpy(&value, &all[source], sizeof(T));
+  if (inside) {
+    bits = mask >> source & 1u ? all[source] : ~uint64_t{0};
+    std::memcpy(&value, &bits, sizeof(T));
+  }
   return value;
 }
 
@@ -119,7 +129,7 @@ inline void launch(dim3 grid, dim3 block, size_t dynamic, const std::function<vo
 
 }  // namespace emulator
 
-// ------------------------------------------------------------ atomics: one CPU thread runs them all
+// ------------------------------------ atomics, which one CPU thread runs, and accesses past caches
 
 template <typename T>
 T atomicAdd(T* address, T value) {
@@ -159,8 +169,12 @@ template <typename T>
 T __ldcg(const T* address) {
   return *address;
 }
+template <typename T>
+void __stwb(T* address, T value) {
+  *address = value;
+}
 
-// ------------------------------------------------------------------------------- the host's runtime
+// ------------------------------------------------------------------------------ the host's runtime
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };

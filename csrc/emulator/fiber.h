@@ -69,7 +69,8 @@ class Fiber {
  public:
   // `body` runs once for each time that the fiber is resumed after it returned.
   explicit Fiber(std::function<void()> body) : body_(std::move(body)) {
-    void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* memory =
+        mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) std::abort();
     stack_ = static_cast<char*>(memory);
     start_context(context_, stack_, kStack, &Fiber::entry);

@@ -1,8 +1,10 @@
 // Runs one CUDA kernel launch on one CPU thread: blocks one after the other, the threads of a block
 // as fibers that switch only where CUDA threads can wait.
 //
-// Blocks run in an order shuffled by EMULATOR_SEED, threads between two waits likewise, so that a
-// result that depends on either order differs between seeds. Shared memory is allocated anew for
+// Blocks run in an order shuffled by EMULATOR_SEED, and so do the warps of a block and the threads
+// of a warp; a warp runs on until all of its threads wait at a barrier of the block, so that one
+// warp is as far ahead of the others as it can be. A result that depends on such an order differs
+// between seeds. Shared memory is allocated anew for
 // every block, with its exact size and filled with 0xFF (NaN, or -1), so that AddressSanitizer sees
 // an access out of bounds and a read before a write gives NaN. A wait that cannot end (a barrier
 // that some threads of the block reach on another line, or never) throws an error that says who
@@ -107,7 +109,7 @@ class Scheduler {
 
   void wait_block(const char* file, int line) { wait(Wait::kBlock, 0, file, line); }
 
-  // Every lane of `mask` gives a value; returns what all of them gave, by lane.
+  // Every lane of `mask` gives a value; returns what each of them gave, by lane.
   const uint64_t* exchange(unsigned mask, uint64_t value, const char* file, int line) {
     const unsigned lane = current_ % kWarp;
     Warp& warp = warps_[current_ / kWarp];
@@ -126,7 +128,9 @@ class Scheduler {
     std::memset(memory, 0xFF, bytes);
     shared_.push_back({key, {memory, &std::free}});
     shared_bytes_ += bytes;
-    if (shared_bytes_ - dynamic_used_ > kStaticShared) fail("more than 48 KiB of static shared memory");
+    if (shared_bytes_ - dynamic_used_ > kStaticShared) {
+      fail("more than 48 KiB of static shared memory");
+    }
     return memory;
   }
 
@@ -151,31 +155,43 @@ class Scheduler {
   void run_block() {
     shared_.clear();
     shared_bytes_ = dynamic_used_ = 0;
-    std::vector<unsigned> order(count_);
-    for (unsigned t = 0; t < count_; ++t) {
-      threads_[t].wait = Wait::kNone;
-      order[t] = t;
-    }
-    for (Warp& warp : warps_) {
-      std::memset(warp.given, 0xFF, sizeof warp.given);
-      std::memset(warp.taken, 0xFF, sizeof warp.taken);
+    for (unsigned t = 0; t < count_; ++t) threads_[t].wait = Wait::kNone;
+    std::vector<size_t> order(warps_.size());
+    for (size_t w = 0; w < order.size(); ++w) {
+      std::memset(&warps_[w], 0xFF, sizeof(Warp));
+      order[w] = w;
     }
     size_t done = 0;
-    while (done < count_) {
+    for (;;) {
       std::shuffle(order.begin(), order.end(), random_);
-      for (const unsigned t : order) {
-        if (threads_[t].wait != Wait::kNone) continue;
-        resume(t);
-        if (!error_.empty()) abandon();
-        done += threads_[t].wait == Wait::kDone;
+      for (const size_t w : order) {
+        do {
+          done += run_warp(w);
+        } while (release_warp(w));
       }
       if (done == count_) break;
-      if (!release_warps() && !release_block(done)) {
+      if (!release_block(done)) {
         error_ = "divergent barrier" + waiting();
         abandon();
       }
     }
     shared_.clear();
+  }
+
+  // Runs the lanes that can run, each up to its next wait. Returns how many came to their end.
+  size_t run_warp(size_t w) {
+    unsigned lanes[kWarp];
+    for (unsigned lane = 0; lane < kWarp; ++lane) lanes[lane] = lane;
+    std::shuffle(lanes, lanes + kWarp, random_);
+    size_t done = 0;
+    for (const unsigned lane : lanes) {
+      const size_t t = w * kWarp + lane;
+      if (t >= count_ || threads_[t].wait != Wait::kNone) continue;
+      resume(static_cast<unsigned>(t));
+      if (!error_.empty()) abandon();
+      done += threads_[t].wait == Wait::kDone;
+    }
+    return done;
   }
 
   void resume(unsigned t) {
@@ -207,13 +223,11 @@ class Scheduler {
     return true;
   }
 
-  bool release_warps() {
+  bool release_warp(size_t w) {
     bool any = false;
-    for (size_t w = 0; w < warps_.size(); ++w) {
-      for (unsigned lane = 0; lane < kWarp; ++lane) {
-        const size_t t = w * kWarp + lane;
-        if (t < count_ && threads_[t].wait == Wait::kWarp) any |= release_mask(w, threads_[t]);
-      }
+    for (unsigned lane = 0; lane < kWarp; ++lane) {
+      const size_t t = w * kWarp + lane;
+      if (t < count_ && threads_[t].wait == Wait::kWarp) any |= release_mask(w, threads_[t]);
     }
     return any;
   }
@@ -233,10 +247,9 @@ class Scheduler {
     }
     for (unsigned lane = 0; lane < kWarp; ++lane) {
       const size_t t = w * kWarp + lane;
-      warps_[w].taken[lane] = ~uint64_t{0};
-      if (!(mask >> lane & 1u) || t >= count_) continue;
-      warps_[w].taken[lane] = warps_[w].given[lane];
-      threads_[t].wait = Wait::kNone;
+      if (!(mask >> lane & 1u)) continue;
+      warps_[w].taken[lane] = t < count_ ? warps_[w].given[lane] : ~uint64_t{0};
+      if (t < count_) threads_[t].wait = Wait::kNone;
     }
     return true;
   }

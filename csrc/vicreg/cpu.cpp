@@ -5,6 +5,13 @@
 // products, 2 N D min(N, D) operations each, go to torch's own matmul chunk by chunk; of the
 // symmetric one only the lower trapezoids of row blocks are computed. Everything elementwise runs
 // on a chunk that is still in cache.
+//
+// Threads take whole tasks (a view of a group, or a part of its chunks): three parallel regions a
+// step in place of one around every pass over every chunk, which cost up to 50 times the work
+// itself where another process held a core. Inside a task torch's matmul runs on one thread.
+//
+// Own AVX2 products (4 x 24 and 3 x 4 tiles, centring and epilogue fused) reached 43-77 GFLOP/s a
+// core where MKL reached 41-75 of a peak of 101: no gain worth the code.
 #include <algorithm>
 #include <array>
 #include <numeric>
@@ -30,45 +37,78 @@ struct Problem {
         dim(x.size(2)),
         gram(rows < dim),
         side(std::min(rows, dim)),
+        length(std::max(rows, dim)),
         deflated(gram ? std::min(kDeflatedColumns, dim) : 0),
         degrees(static_cast<float>(rows - (unbiased ? 1 : 0))) {}
 
   int64_t groups, rows, dim;
   bool gram;
-  int64_t side, deflated;
+  int64_t side, length, deflated;
   float degrees;
 };
 
-VICREG_VECTOR void centre_row(const float* row, const float* mean, int64_t count, float* out) {
-  for (int64_t j = 0; j < count; ++j) out[j] = row[j] - mean[j];
+// Columns (Gram side) or rows of one task, [begin, end), in chunks of `chunk`.
+struct Range {
+  int64_t begin, end, chunk;
+};
+
+// The long side of a plane (a view of a group) cut into parts, so that there is a task a thread.
+struct Split {
+  Split(const Problem& p, int64_t planes, int64_t most) : length(p.length) {
+    const int64_t threads = torch::stable::get_num_threads();
+    parts = std::clamp<int64_t>((threads + planes - 1) / std::max<int64_t>(planes, 1), 1, most);
+    parts = std::min(parts, (length + 63) / 64);
+    const int64_t running = std::min(threads, planes * parts);
+    chunk = chunk_length(p.side, length, running);
+  }
+
+  Range range(int64_t part) const {
+    return {length * part / parts, length * (part + 1) / parts, chunk};
+  }
+
+  int64_t length, parts, chunk;
+};
+
+// Runs task 0 .. count - 1, a thread each where there is one for every thread; else one after the
+// other, each on all threads.
+template <typename Task>
+void run_tasks(int64_t count, const Task& task) {
+  if (count >= static_cast<int64_t>(torch::stable::get_num_threads())) {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) task(i);
+    });
+  } else {
+    for (int64_t i = 0; i < count; ++i) task(i);
+  }
 }
 
-// zc[n - row_begin, j - begin] = z[n, j] - mean[j].
+VICREG_VECTOR void centre_row(const float* row, const float* origin, const float* offset,
+                              int64_t count, float* out) {
+  for (int64_t j = 0; j < count; ++j) out[j] = (row[j] - origin[j]) - offset[j];
+}
+
+// zc[n - row_begin, j - begin] = z[n, j] - mean[j], the mean in two parts: moments [3, dim].
 void centre(const Rows& z, int64_t group, int64_t row_begin, int64_t row_count, int64_t begin,
-            int64_t count, const float* mean, float* zc) {
+            int64_t count, const float* moments, int64_t dim, float* zc) {
   const int64_t grain = std::max<int64_t>(1, 32768 / count);
   torch::stable::parallel_for(0, row_count, grain, [&](int64_t first, int64_t last) {
     for (int64_t n = first; n < last; ++n) {
       float* out = zc + n * count;  // also the scratch: it is read before it is written
-      centre_row(z.read(group, row_begin + n, begin, count, out), mean + begin, count, out);
+      centre_row(z.read(group, row_begin + n, begin, count, out), moments + begin,
+                 moments + dim + begin, count, out);
     }
   });
 }
 
-// The covariance sum of one Gram matrix, before it is scaled; fills gram with Zc Zc^T and the
-// deflated rows (docs/cancellation.md). scratch holds at least chunk * rows floats.
-double gram_side(const Problem& p, const Rows& z, int64_t group, const float* moments,
-                 const Tensor& gram, const Tensor& scratch, int64_t chunk, int64_t* index,
-                 float* deflated) {
-  const float* mean = moments;
-  const float* scatter = moments + p.dim;
-  largest_columns(scatter, p.dim, p.deflated, index);
-
+// The part of Kr = Zr Zr^T that the columns of `range` add (docs/cancellation.md), lower triangle.
+// taken: [K, N], where the deflated columns of the range go.
+void add_gram(const Problem& p, const Rows& z, int64_t group, const float* moments,
+              const int64_t* index, const Range& range, const Tensor& matrix, float* taken) {
+  const Tensor scratch = common::empty(matrix, {p.rows * range.chunk}, ScalarType::Float);
   float* zc = static_cast<float*>(scratch.data_ptr());
-  std::vector<float> taken(kDeflatedColumns * p.rows);  // [K, N], zero where there is none
-  for (int64_t begin = 0; begin < p.dim; begin += chunk) {
-    const int64_t count = std::min(chunk, p.dim - begin);
-    centre(z, group, 0, p.rows, begin, count, mean, zc);
+  for (int64_t begin = range.begin; begin < range.end; begin += range.chunk) {
+    const int64_t count = std::min(range.chunk, range.end - begin);
+    centre(z, group, 0, p.rows, begin, count, moments, p.dim, zc);
     for (int64_t k = 0; k < p.deflated; ++k) {
       const int64_t j = index[k] - begin;
       if (j < 0 || j >= count) continue;
@@ -77,33 +117,39 @@ double gram_side(const Problem& p, const Rows& z, int64_t group, const float* mo
         zc[n * count + j] = 0.f;
       }
     }
-    add_symmetric(gram, common::strided(scratch, {p.rows, count}, {count, 1}, 0), begin > 0);
+    add_symmetric(matrix, common::strided(scratch, {p.rows, count}, {count, 1}, 0),
+                  begin > range.begin);
   }
+}
 
-  float* matrix = static_cast<float*>(gram.data_ptr());
-  mirror(matrix, p.rows);
-  double sum = restore_deflated(matrix, p.rows, taken.data(), p.deflated, deflated);
+// The part of Zc^T Zc that the rows of `range` add, lower triangle.
+void add_covariance(const Problem& p, const Rows& z, int64_t group, const float* moments,
+                    const Range& range, const Tensor& matrix) {
+  const Tensor scratch = common::empty(matrix, {p.dim * range.chunk}, ScalarType::Float);
+  float* zc = static_cast<float*>(scratch.data_ptr());
+  for (int64_t begin = range.begin; begin < range.end; begin += range.chunk) {
+    const int64_t count = std::min(range.chunk, range.end - begin);
+    centre(z, group, begin, count, 0, p.dim, moments, p.dim, zc);
+    add_symmetric(matrix, common::strided(scratch, {p.dim, count}, {1, p.dim}, 0),
+                  begin > range.begin);
+  }
+}
+
+// Makes the lower triangle the whole saved matrix; returns the covariance sum before scaling.
+double finish_square(const Problem& p, const float* scatter, const int64_t* index,
+                     const float* taken, float* matrix, float* deflated) {
+  mirror(matrix, p.side);
+  if (!p.gram) {
+    for (int64_t j = 0; j < p.dim; ++j) matrix[j * (p.dim + 1)] = 0.f;
+    return square_sum(matrix, p.dim * p.dim);
+  }
+  double sum = restore_deflated(matrix, p.rows, taken, p.deflated, deflated);
   for (int64_t j = 0; j < p.dim; ++j) {
     if (std::find(index, index + p.deflated, j) == index + p.deflated) {
       sum -= static_cast<double>(scatter[j]) * scatter[j];
     }
   }
   return sum;
-}
-
-// The same on the D x D side: fills `matrix` with Zc^T Zc, its diagonal zero.
-double covariance_side(const Problem& p, const Rows& z, int64_t group, const float* mean,
-                       const Tensor& matrix, const Tensor& scratch, int64_t chunk) {
-  float* zc = static_cast<float*>(scratch.data_ptr());
-  for (int64_t begin = 0; begin < p.rows; begin += chunk) {
-    const int64_t count = std::min(chunk, p.rows - begin);
-    centre(z, group, begin, count, 0, p.dim, mean, zc);
-    add_symmetric(matrix, common::strided(scratch, {p.dim, count}, {1, p.dim}, 0), begin > 0);
-  }
-  float* values = static_cast<float*>(matrix.data_ptr());
-  mirror(values, p.dim);
-  for (int64_t j = 0; j < p.dim; ++j) values[j * (p.dim + 1)] = 0.f;
-  return square_sum(values, p.dim * p.dim);
 }
 
 VICREG_VECTOR void gradient_row(const float* product, const float* centred, const float* factor,
@@ -120,70 +166,65 @@ VICREG_VECTOR void gradient_row(const float* product, const float* centred, cons
   }
 }
 
-// One view's gradient. `other` is the other view, or null.
-void view_gradient(const Problem& p, const Rows& z, const Rows* other, const Coefficients& a,
-                   const float* moments, const Tensor& squares, const float* deflated,
-                   const int64_t* index, float margin, float eps, const Tensor& grad) {
+// The gradient of one view of one group, over the columns or rows of `range`. `other` is the other
+// view, or null; grad is the whole view's.
+void add_gradient(const Problem& p, const Rows& z, const Rows* other, int64_t group,
+                  const Coefficients& a, const float* moments, const Tensor& square,
+                  const float* deflated, const int64_t* index, float margin, float eps,
+                  const Range& range, const Tensor& grad) {
   const ScalarType dtype = grad.scalar_type();
-  const int64_t chunk = chunk_length(p.gram ? p.rows : p.dim, p.gram ? p.dim : p.rows);
-  const int64_t area = chunk * (p.gram ? p.rows : p.dim);
+  const int64_t area = range.chunk * (p.gram ? p.rows : p.dim);
   const Tensor scratch = common::empty(grad, {2, area}, ScalarType::Float);
   float* zc = static_cast<float*>(scratch.data_ptr());
-  std::vector<float> factor(p.dim), slope(p.dim);
+  std::vector<float> factor(p.dim);
+  const float* scatter = moments + 2 * p.dim;
+  hinge_slopes(scatter, p.dim, p.degrees, margin, eps, factor.data());
+  std::vector<float> slope(p.deflated);
+  for (int64_t k = 0; k < p.deflated; ++k) slope[k] = factor[index[k]];
+  for (int64_t j = 0; j < p.dim; ++j) {
+    factor[j] = column_factor(a, factor[j], p.gram ? scatter[j] : 0.f);
+  }
+  for (int64_t k = 0; k < p.deflated; ++k) factor[index[k]] = column_factor(a, slope[k], 0.f);
 
-  for (int64_t g = 0; g < p.groups; ++g) {
-    const float* mean = moments + g * 2 * p.dim;
-    const float* scatter = mean + p.dim;
-    hinge_slopes(scatter, p.dim, p.degrees, margin, eps, slope.data());
-    for (int64_t j = 0; j < p.dim; ++j) {
-      factor[j] = column_factor(a, slope[j], p.gram ? scatter[j] : 0.f);
+  for (int64_t begin = range.begin; begin < range.end; begin += range.chunk) {
+    // The chunk: rows [row, row + rows), columns [column, column + columns).
+    const int64_t length = std::min(range.chunk, range.end - begin);
+    const int64_t row = p.gram ? 0 : begin, rows = p.gram ? p.rows : length;
+    const int64_t column = p.gram ? begin : 0, columns = p.gram ? length : p.dim;
+    const int64_t origin = (group * p.rows + row) * p.dim + column;
+    centre(z, group, row, rows, column, columns, moments, p.dim, zc);
+    // Not into the gradient itself: its rows lie D apart, and D is a power of two more often than
+    // not, which puts a tile of the product's result into one cache set.
+    const Tensor centred = common::strided(scratch, {rows, columns}, {columns, 1}, 0);
+    const Tensor product = common::strided(scratch, {rows, columns}, {columns, 1}, area);
+    if (p.gram) {
+      common::addmm_cpu(product, square, centred, 0.0);
+    } else {
+      common::addmm_cpu(product, centred, square, 0.0);
     }
-    for (int64_t k = 0; k < p.deflated; ++k) {
-      const int64_t j = index[g * p.deflated + k];
-      factor[j] = column_factor(a, slope[j], 0.f);
-    }
-    const Tensor square = common::strided(squares, {p.side, p.side}, {p.side, 1},
-                                          g * p.side * p.side);
-    const int64_t extent = p.gram ? p.dim : p.rows;
-    for (int64_t begin = 0; begin < extent; begin += chunk) {
-      // The chunk: rows [row, row + rows), columns [column, column + columns).
-      const int64_t length = std::min(chunk, extent - begin);
-      const int64_t row = p.gram ? 0 : begin, rows = p.gram ? p.rows : length;
-      const int64_t column = p.gram ? begin : 0, columns = p.gram ? length : p.dim;
-      const int64_t origin = (g * p.rows + row) * p.dim + column;
-      centre(z, g, row, rows, column, columns, mean, zc);
-      const Tensor centred = common::strided(scratch, {rows, columns}, {columns, 1}, 0);
-      const Tensor product = common::strided(scratch, {rows, columns}, {columns, 1}, area);
-      if (p.gram) {
-        common::addmm_cpu(product, square, centred, 0.0);
-      } else {
-        common::addmm_cpu(product, centred, square, 0.0);
-      }
-      torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 16384 / columns),
-                                  [&](int64_t first, int64_t last) {
-        std::vector<float> own_scratch(columns), other_scratch(columns);
-        for (int64_t n = first; n < last; ++n) {
-          float* out = zc + area + n * columns;
-          for (int64_t k = 0; k < p.deflated; ++k) {
-            const int64_t j = index[g * p.deflated + k] - column;
-            if (j >= 0 && j < columns) out[j] = deflated[(g * p.deflated + k) * p.rows + n];
-          }
-          const float* own = nullptr;
-          const float* opposite = nullptr;
-          if (other != nullptr) {
-            own = z.read(g, row + n, column, columns, own_scratch.data());
-            opposite = other->read(g, row + n, column, columns, other_scratch.data());
-          }
-          const bool in_place = dtype == ScalarType::Float;
-          float* target = in_place ? static_cast<float*>(grad.data_ptr()) + origin + n * p.dim : out;
-          gradient_row(out, zc + n * columns, factor.data() + column, own, opposite, a, columns,
-                       target);
-          if (!in_place) {
-            common::write_row(target, columns, dtype, grad.data_ptr(), origin + n * p.dim);
-          }
+    torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 16384 / columns),
+                                [&](int64_t first, int64_t last) {
+      std::vector<float> own_scratch(columns), other_scratch(columns);
+      for (int64_t n = first; n < last; ++n) {
+        float* out = zc + area + n * columns;
+        for (int64_t k = 0; k < p.deflated; ++k) {
+          const int64_t j = index[k] - column;
+          if (j >= 0 && j < columns) out[j] = deflated[k * p.rows + n];
         }
-      });
-    }
+        const float* own = nullptr;
+        const float* opposite = nullptr;
+        if (other != nullptr) {
+          own = z.read(group, row + n, column, columns, own_scratch.data());
+          opposite = other->read(group, row + n, column, columns, other_scratch.data());
+        }
+        const bool in_place = dtype == ScalarType::Float;
+        const int64_t at = origin + n * p.dim;
+        float* target = in_place ? static_cast<float*>(grad.data_ptr()) + at : out;
+        gradient_row(out, zc + n * columns, factor.data() + column, own, opposite, a, columns,
+                     target);
+        if (!in_place) common::write_row(target, columns, dtype, grad.data_ptr(), at);
+      }
+    });
   }
 }
 
@@ -198,7 +239,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     return common::empty(x, sizes, dtype);
   };
   const Tensor terms = make({4}, ScalarType::Float);
-  const Tensor moments = make({views, p.groups, 2, p.dim}, ScalarType::Float);
+  const Tensor moments = make({views, p.groups, 3, p.dim}, ScalarType::Float);
   const Tensor squares = make({views, p.groups, p.side, p.side}, ScalarType::Float);
   const Tensor deflated = make({views, p.groups, p.deflated, p.rows}, ScalarType::Float);
   const Tensor index = make({views, p.groups, p.deflated}, ScalarType::Long);
@@ -210,29 +251,56 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const double invariance = column_statistics(rows_x, rows_y ? &*rows_y : nullptr, p.groups,
                                               p.rows, p.dim, moment);
 
-  const int64_t chunk = chunk_length(p.gram ? p.rows : p.dim, p.gram ? p.dim : p.rows);
-  const Tensor scratch = make({chunk * (p.gram ? p.rows : p.dim)}, ScalarType::Float);
-  double hinges = 0.0, squared = 0.0;
-  for (int64_t v = 0; v < views; ++v) {
-    const Rows& z = v == 0 ? rows_x : *rows_y;
-    for (int64_t g = 0; g < p.groups; ++g) {
-      const int64_t at = v * p.groups + g;
-      const float* own = moment + at * 2 * p.dim;
-      hinges += hinge_sum(own + p.dim, p.dim, p.degrees, static_cast<float>(margin),
-                          static_cast<float>(eps));
-      const Tensor square = common::strided(squares, {p.side, p.side}, {p.side, 1},
-                                            at * p.side * p.side);
-      squared += p.gram ? gram_side(p, z, g, own, square, scratch, chunk,
-                                    static_cast<int64_t*>(index.data_ptr()) + at * p.deflated,
-                                    static_cast<float*>(deflated.data_ptr()) +
-                                        at * p.deflated * p.rows)
-                        : covariance_side(p, z, g, own, square, scratch, chunk);
-    }
+  // Parts of one matrix's long side, when there are fewer matrices than threads; every part but the
+  // first sums into a matrix of its own.
+  const int64_t planes = views * p.groups;
+  const Split split(p, planes, 1 + p.length / p.side);
+  const int64_t area = p.side * p.side;
+  const Tensor partial = make({planes * (split.parts - 1) * area}, ScalarType::Float);
+  std::vector<float> taken(p.gram ? planes * kDeflatedColumns * p.rows : 0);  // zero where none
+  std::vector<double> hinges(planes), squared(planes);
+  int64_t* chosen = static_cast<int64_t*>(index.data_ptr());
+  const auto scatter_of = [&](int64_t plane) { return moment + (3 * plane + 2) * p.dim; };
+  for (int64_t plane = 0; p.gram && plane < planes; ++plane) {
+    largest_columns(scatter_of(plane), p.dim, p.deflated, chosen + plane * p.deflated);
   }
+  const auto finish = [&](int64_t plane) {
+    float* matrix = static_cast<float*>(squares.data_ptr()) + plane * area;
+    for (int64_t part = 1; part < split.parts; ++part) {
+      add_scaled(static_cast<float*>(partial.data_ptr()) +
+                     (plane * (split.parts - 1) + part - 1) * area,
+                 1.f, area, matrix);
+    }
+    hinges[plane] = hinge_sum(scatter_of(plane), p.dim, p.degrees, static_cast<float>(margin),
+                              static_cast<float>(eps));
+    squared[plane] = finish_square(
+        p, scatter_of(plane), chosen + plane * p.deflated,
+        taken.data() + (p.gram ? plane * kDeflatedColumns * p.rows : 0), matrix,
+        static_cast<float*>(deflated.data_ptr()) + plane * p.deflated * p.rows);
+  };
+  run_tasks(planes * split.parts, [&](int64_t task) {
+    const int64_t plane = task / split.parts, part = task % split.parts;
+    const Rows& z = plane < p.groups ? rows_x : *rows_y;
+    const Tensor matrix =
+        part == 0 ? common::strided(squares, {p.side, p.side}, {p.side, 1}, plane * area)
+                  : common::strided(partial, {p.side, p.side}, {p.side, 1},
+                                    (plane * (split.parts - 1) + part - 1) * area);
+    const float* own = moment + 3 * plane * p.dim;
+    if (p.gram) {
+      add_gram(p, z, plane % p.groups, own, chosen + plane * p.deflated, split.range(part), matrix,
+               taken.data() + plane * kDeflatedColumns * p.rows);
+    } else {
+      add_covariance(p, z, plane % p.groups, own, split.range(part), matrix);
+    }
+    if (split.parts == 1) finish(plane);
+  });
+  if (split.parts > 1) run_tasks(planes, finish);
 
   const double groups = static_cast<double>(p.groups), columns = groups * p.dim;
-  const std::array<double, 3> raw = {invariance / (columns * p.rows), hinges / columns,
-                                     squared / (groups * p.degrees * p.degrees)};
+  const double hinge_total = std::accumulate(hinges.begin(), hinges.end(), 0.0);
+  const double squared_total = std::accumulate(squared.begin(), squared.end(), 0.0);
+  const std::array<double, 3> raw = {invariance / (columns * p.rows), hinge_total / columns,
+                                     squared_total / (groups * p.degrees * p.degrees)};
   float* term = static_cast<float*>(terms.data_ptr());
   double loss = 0.0;
   for (int i = 0; i < 3; ++i) {
@@ -259,23 +327,26 @@ std::tuple<Tensor, Tensor> backward(Tensor grads, Tensor x, std::optional<Tensor
   const Rows rows_x(x);
   const std::optional<Rows> rows_y = y ? std::optional<Rows>(Rows(*y)) : std::nullopt;
   std::array<Tensor, 2> out;
+  std::vector<int64_t> planes;
   for (int64_t v = 0; v < 2; ++v) {
-    if (!(v == 0 ? need_x : need_y)) {
-      out[v] = common::empty(x, {0}, x.scalar_type());
-      continue;
-    }
-    out[v] = common::empty(x, {p.groups, p.rows, p.dim}, x.scalar_type());
-    const int64_t at = v * p.groups;
-    const Rows& own = v == 0 ? rows_x : *rows_y;
-    const Rows* other = y ? (v == 0 ? &*rows_y : &rows_x) : nullptr;
-    view_gradient(p, own, other, a,
-                  static_cast<const float*>(moments.data_ptr()) + at * 2 * p.dim,
-                  common::strided(squares, {p.groups, p.side, p.side},
-                                  {p.side * p.side, p.side, 1}, at * p.side * p.side),
-                  static_cast<const float*>(deflated.data_ptr()) + at * p.deflated * p.rows,
-                  static_cast<const int64_t*>(index.data_ptr()) + at * p.deflated,
-                  static_cast<float>(margin), static_cast<float>(eps), out[v]);
+    const bool need = v == 0 ? need_x : need_y;
+    out[v] = need ? common::empty(x, {p.groups, p.rows, p.dim}, x.scalar_type())
+                  : common::empty(x, {0}, x.scalar_type());
+    for (int64_t g = 0; need && g < p.groups; ++g) planes.push_back(v * p.groups + g);
   }
+  const Split split(p, static_cast<int64_t>(planes.size()), p.length);
+  run_tasks(static_cast<int64_t>(planes.size()) * split.parts, [&](int64_t task) {
+    const int64_t plane = planes[task / split.parts], group = plane % p.groups;
+    const bool first = plane < p.groups;
+    const Rows* other = y ? (first ? &*rows_y : &rows_x) : nullptr;
+    add_gradient(p, first ? rows_x : *rows_y, other, group, a,
+                 static_cast<const float*>(moments.data_ptr()) + 3 * plane * p.dim,
+                 common::strided(squares, {p.side, p.side}, {p.side, 1}, plane * p.side * p.side),
+                 static_cast<const float*>(deflated.data_ptr()) + plane * p.deflated * p.rows,
+                 static_cast<const int64_t*>(index.data_ptr()) + plane * p.deflated,
+                 static_cast<float>(margin), static_cast<float>(eps),
+                 split.range(task % split.parts), out[first ? 0 : 1]);
+  });
   return {out[0], out[1]};
 }
 

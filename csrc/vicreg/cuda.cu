@@ -1,13 +1,52 @@
-// The VICReg op on CUDA: what is launched, and why.
+// The VICReg op on CUDA: what is launched, and why. Times: not measured yet.
 //
-// PLACEHOLDER
+// With V views, E = V G N D elements, m = min(N, D), B = V G m^2, e the bytes of an element:
+//
+//   forward                     reads and writes (bytes)           operations
+//   column_partials             e E                                9 E, 2 more for two views
+//   column_finish               8 V G D x row blocks               small
+//   centre                      2 e E                              4 E
+//   bmm (torch)                 e E + 4 B                          2 m E
+//   gram_rows, covariance_rows  8 B (N < D), 4 B                   30 B, 2 B; then the four terms
+//   backward
+//   bmm a view (torch)          e E + 4 B + 4 E                    2 m E
+//   gradient_rows               (4 + 2 e) E                        8 E
+//   half inputs only: round_rows 6 B once; products in pieces, each with its gradient_rows
+//
+// So 5 launches forward and, for float inputs, 3 backward (2 for one view). No result depends on
+// the host: no synchronisation, and all memory from torch's allocator, so CUDA graphs capture it.
+//
+// On an H100 (3.35 TB/s; 67 TFLOP/s float32 outside the tensor cores) 2 x 256 x 8192 in float32 is
+// 17 MB a pass, 5 us of memory time forward for each of 3 passes, against 32 us of products at the
+// peak rate and about 25 us of launches, if one costs 5 us. That is why the products are torch's
+// (cuBLAS), which near its peak below m = 2048 leaves a hand-written kernel nothing to gain but the
+// symmetric half, and why the passes around them are few rather than clever.
+//
+// One persistent launch for the whole forward at small N was counted and left out. At 2 x 64 x 8192
+// it would save 4 launches, 20 us at 5 us each, but needs 4 barriers over the grid of 1.5 to 2 us
+// each and a product of its own: 134 MFLOP with a 64 x 64 result, which fills the device only when
+// split along D with one more barrier and a reduction, 5 us or more where cuBLAS does the same
+// split itself. What is left, below 10 us of 25, is gone once the step runs in a CUDA graph, where
+// a launch costs about as much as a barrier of the grid. From N = 256 on the product alone
+// outweighs all launches.
+//
+// The product runs on `centred`, written once in the input's dtype, so that half inputs use the
+// tensor cores with float32 results. Its deflated columns are zero: Kr comes out of bmm directly,
+// and the gradient of those columns was saved in `deflated`. Everything that the Gram side
+// subtracts is computed from the values that are multiplied, rounding included. Float products
+// follow torch's own TF32 setting, off unless the user turns it on; with it the covariance has
+// TF32's accuracy. For half inputs the gradient's product multiplies the squares rounded to half,
+// an error within the rounding of the result, each row scaled by a power of two so that float16
+// neither over- nor underflows. A centred float16 value beyond 65504 is infinite.
 #include <algorithm>
 #include <array>
 
 #include "common/launch.h"
 #include "common/tensors.h"
 #include "vicreg/formula.h"
-#include "vicreg/kernels.cuh"
+#include "vicreg/gradient.cuh"
+#include "vicreg/squares.cuh"
+#include "vicreg/statistics.cuh"
 #include "vicreg/vicreg.h"
 
 // Elements of float32 that a product for half inputs may take before it is done in pieces; small in
@@ -52,29 +91,25 @@ View<T> view(const Tensor& z) {
 
 template <typename T>
 Views<T> views(const Tensor& x, const std::optional<Tensor>& y) {
-  return {{view<T>(x), y ? view<T>(*y) : View<T>{nullptr, 0, 0, 0}}};
+  return {view<T>(x), y ? view<T>(*y) : View<T>{nullptr, 0, 0, 0}};
 }
 
-// Whether 16-byte loads are aligned in every row of the views, and in contiguous rows of D.
+// Whether 16-byte accesses are aligned in every row of a view and in contiguous rows of D.
 template <typename T>
-bool aligned(const Problem& p, const Views<T>& all) {
-  bool result = p.dim % kWidth<T> == 0;
-  for (int64_t v = 0; v < p.views; ++v) {
-    const View<T>& z = all.view[v];
-    result &= z.column == 1 && z.row % kWidth<T> == 0 && z.group % kWidth<T> == 0 &&
-              reinterpret_cast<uintptr_t>(z.data) % 16 == 0;
-  }
-  return result;
+bool aligned(const Problem& p, const View<T>& z) {
+  constexpr int64_t kElements = 16 / static_cast<int64_t>(sizeof(T));
+  return p.dim % kElements == 0 && z.column == 1 && z.row % kElements == 0 &&
+         z.group % kElements == 0 && reinterpret_cast<uintptr_t>(z.data) % 16 == 0;
 }
 
-// About `blocks` blocks over [batches, rows, columns], each of at least 32 rows.
+// About `blocks` blocks over [batches, rows, columns], each of at least 32 rows; `width` columns a
+// thread.
 Cut cut(int64_t batches, int64_t row0, int64_t rows, int64_t column0, int64_t columns, int width,
-        int64_t blocks, bool vectors) {
+        int64_t blocks) {
   const int64_t tiles = ceil_div(columns, kLanes * width);
   const int64_t wanted = std::clamp<int64_t>(blocks / (tiles * batches), 1, ceil_div(rows, 32));
   const int64_t block_rows = ceil_div(rows, wanted);
-  return {batches, row0, rows, column0, columns, tiles, ceil_div(rows, block_rows), block_rows,
-          vectors};
+  return {batches, row0, rows, column0, columns, tiles, ceil_div(rows, block_rows), block_rows};
 }
 
 unsigned blocks_of(const Cut& c) {
@@ -89,16 +124,25 @@ unsigned blocks_of_warps(int64_t rows, const Queue& queue) {
       std::min<int64_t>(ceil_div(rows, kWarps), 8 * queue.multiprocessors()));
 }
 
+// run(element, vectors) with an element of x's dtype and whether 16-byte accesses are aligned.
 template <typename F>
-auto by_dtype(ScalarType dtype, F&& run) {
-  switch (dtype) {
+void by_kind(const Problem& p, const Tensor& x, const std::optional<Tensor>& y, F&& run) {
+  const auto with = [&](auto element) {
+    using T = decltype(element);
+    if (aligned(p, view<T>(x)) && (!y || aligned(p, view<T>(*y)))) {
+      run(element, std::true_type{});
+    } else {
+      run(element, std::false_type{});
+    }
+  };
+  switch (p.dtype) {
     case ScalarType::Float:
-      return run(float{});
+      return with(float{});
     case ScalarType::Half:
-      return run(__half{});
+      return with(__half{});
     default:
-      STD_TORCH_CHECK(dtype == ScalarType::BFloat16, "vicreg: takes float32, bfloat16, float16");
-      return run(__nv_bfloat16{});
+      STD_TORCH_CHECK(p.dtype == ScalarType::BFloat16, "vicreg: takes float32, bfloat16, float16");
+      return with(__nv_bfloat16{});
   }
 }
 
@@ -128,9 +172,9 @@ T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
-// ------------------------------------------------------------------------------------------ forward
+// ----------------------------------------------------------------------------------------- forward
 
-template <typename T>
+template <typename T, bool Vectors>
 void forward_kernels(const Problem& p, const Tensor& x, const std::optional<Tensor>& y,
                      double margin, double eps, const std::vector<double>& scales,
                      const std::vector<double>& weights, const Tensor& terms, const Tensor& moments,
@@ -138,10 +182,10 @@ void forward_kernels(const Problem& p, const Tensor& x, const std::optional<Tens
                      const Tensor& centred) {
   const Queue queue(x);
   const Views<T> all = views<T>(x, y);
-  const bool vectors = aligned(p, all);
+  constexpr int width = kColumns<T, Vectors>;
   const int64_t wanted = 2 * queue.multiprocessors();
-  const Cut statistics = cut(p.groups, 0, p.rows, 0, p.dim, kWidth<T>, wanted, vectors);
-  const Cut centring = cut(p.batches, 0, p.rows, 0, p.dim, kWidth<T>, wanted, vectors);
+  const Cut statistics = cut(p.groups, 0, p.rows, 0, p.dim, width, wanted);
+  const Cut centring = cut(p.batches, 0, p.rows, 0, p.dim, width, wanted);
   const int64_t column_blocks = ceil_div(p.dim, kThreads), candidates = column_blocks * kTaken;
   const unsigned statistics_blocks = blocks_of(statistics);
   const unsigned finish_blocks = static_cast<unsigned>(p.batches * column_blocks);
@@ -167,7 +211,8 @@ void forward_kernels(const Problem& p, const Tensor& x, const std::optional<Tens
   int* key_columns = data<int>(integers);
   auto* done = reinterpret_cast<unsigned*>(key_columns + p.batches * candidates);
 
-  queue.launch(p.views == 2 ? &column_partials<T, 2> : &column_partials<T, 1>, statistics_blocks,
+  queue.launch(p.views == 2 ? &column_partials<T, Vectors, 2>
+                            : &column_partials<T, Vectors, 1>, statistics_blocks,
                kThreads, 0, all, statistics, p.dim, partials, differences);
   queue.launch(&column_finish<T>, finish_blocks, kThreads, 0, all, statistics, p.batches, p.dim,
                static_cast<int>(p.take), p.degrees, static_cast<float>(margin),
@@ -175,7 +220,7 @@ void forward_kernels(const Problem& p, const Tensor& x, const std::optional<Tens
                done);
   const Deflation deflation = {static_cast<int>(p.take), candidates, keys, key_columns, taken,
                                scatters, p.take > 0 ? data<int64_t>(index) : nullptr};
-  queue.launch(&centre<T>, blocks_of(centring), kThreads, 0, all, p.groups, centring,
+  queue.launch(&centre<T, Vectors>, blocks_of(centring), kThreads, 0, all, p.groups, centring,
                data<float>(moments), deflation, data<T>(centred));
 
   const Tensor upright = common::strided(centred, {p.batches, p.rows, p.dim},
@@ -205,7 +250,7 @@ void forward_kernels(const Problem& p, const Tensor& x, const std::optional<Tens
   }
 }
 
-// ----------------------------------------------------------------------------------------- backward
+// ---------------------------------------------------------------------------------------- backward
 
 // The operand that multiplies the centred values: the squares, or for half inputs their rounding.
 template <typename T>
@@ -243,7 +288,7 @@ void view_product(const Problem& p, int64_t v, const Cut& c, const Tensor& squar
   product(p.gram ? square : part, p.gram ? part : square, out);
 }
 
-template <typename T>
+template <typename T, bool Vectors>
 void backward_kernels(const Problem& p, const Tensor& grads, const Tensor& x,
                       const std::optional<Tensor>& y, const Tensor& moments, const Tensor& squares,
                       const Tensor& deflated, const Tensor& index, const Tensor& centred,
@@ -253,7 +298,6 @@ void backward_kernels(const Problem& p, const Tensor& grads, const Tensor& x,
   constexpr bool direct = std::is_same_v<T, float>;  // the product lands in the gradient itself
   const Queue queue(x);
   const Views<T> all = views<T>(x, y);
-  const bool vectors = aligned(p, all);
   const Operand<T> left = operand<T>(p, queue, squares);
 
   Gradient<T> g = {};
@@ -288,10 +332,10 @@ void backward_kernels(const Problem& p, const Tensor& grads, const Tensor& x,
   }
   for (int64_t begin = 0; begin < extent; begin += piece) {
     const int64_t length = std::min(piece, extent - begin);
-    const Cut c = p.gram ? cut(p.groups, 0, p.rows, begin, length, kWidth<T>,
-                               4 * queue.multiprocessors(), vectors)
-                         : cut(p.groups, begin, length, 0, p.dim, kWidth<T>,
-                               4 * queue.multiprocessors(), vectors);
+    const Cut c = p.gram ? cut(p.groups, 0, p.rows, begin, length, kGradientColumns,
+                               4 * queue.multiprocessors())
+                         : cut(p.groups, begin, length, 0, p.dim, kGradientColumns,
+                               4 * queue.multiprocessors());
     for (int v = 0; v < 2; ++v) {
       if (!wanted[v]) continue;
       const Tensor out = common::strided(direct ? grad[v] : scratch[v],
@@ -302,7 +346,7 @@ void backward_kernels(const Problem& p, const Tensor& grads, const Tensor& x,
       g.product[v] = {data<float>(out), c.rows * c.columns, c.columns, powers};
       g.out[v] = data<T>(grad[v]);
     }
-    queue.launch(&gradient_rows<T>, blocks_of(c), kThreads, 0, all, c, g);
+    queue.launch(&gradient_rows<T, Vectors>, blocks_of(c), kThreads, 0, all, c, g);
   }
 }
 
@@ -316,14 +360,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     return common::empty(x, sizes, dtype);
   };
   const Tensor terms = make({4}, ScalarType::Float);
-  const Tensor moments = make({p.views, p.groups, 2, p.dim}, ScalarType::Float);
+  const Tensor moments = make({p.views, p.groups, 3, p.dim}, ScalarType::Float);
   const Tensor squares = make({p.views, p.groups, p.side, p.side}, ScalarType::Float);
   const Tensor deflated = make({p.views, p.groups, p.take, p.rows}, ScalarType::Float);
   const Tensor index = make({p.views, p.groups, p.take}, ScalarType::Long);
   const Tensor centred = make({p.views, p.groups, p.rows, p.dim}, p.dtype);
-  by_dtype(p.dtype, [&](auto element) {
-    forward_kernels<decltype(element)>(p, x, y, margin, eps, scales, weights, terms, moments,
-                                       squares, deflated, index, centred);
+  by_kind(p, x, y, [&](auto element, auto vectors) {
+    forward_kernels<decltype(element), vectors>(p, x, y, margin, eps, scales, weights, terms,
+                                                moments, squares, deflated, index, centred);
   });
   return {terms, moments, squares, deflated, index, centred};
 }
@@ -341,9 +385,10 @@ std::tuple<Tensor, Tensor> backward(Tensor grads, Tensor x, std::optional<Tensor
                         : common::empty(x, {0}, p.dtype);
   }
   if (need_x || need_y) {
-    by_dtype(p.dtype, [&](auto element) {
-      backward_kernels<decltype(element)>(p, grads, x, y, moments, squares, deflated, index,
-                                          centred, margin, eps, scales, weights, grad, wanted);
+    by_kind(p, x, y, [&](auto element, auto vectors) {
+      backward_kernels<decltype(element), vectors>(p, grads, x, y, moments, squares, deflated,
+                                                   index, centred, margin, eps, scales, weights,
+                                                   grad, wanted);
     });
   }
   return {grad[0], grad[1]};

@@ -13,12 +13,12 @@ namespace vicreg {
 using torch::stable::Tensor;
 
 // Length of a chunk along the long side (`extent`) when the other one is `across`: about half a MiB
-// of float32, so that what is centred is still in cache when it is multiplied and combined, and at
-// most a quarter of the input, so that scratch stays small beside it.
-inline int64_t chunk_length(int64_t across, int64_t extent) {
+// of float32, so that what is centred is still in cache when it is multiplied and combined, and with
+// `running` tasks at once at most a quarter of the input, so that scratch stays small beside it.
+inline int64_t chunk_length(int64_t across, int64_t extent, int64_t running) {
   constexpr int64_t kElements = 128 * 1024;
   const int64_t cached = std::max<int64_t>(256, kElements / across / 64 * 64);
-  return std::min(cached, std::max<int64_t>(16, (extent + 3) / 4));
+  return std::min(cached, std::max<int64_t>(16, extent / (4 * running)));
 }
 
 // The lower triangle of matrix (+)= a a^T, by trapezoids of row blocks; a: [m, k], any strides.
@@ -98,6 +98,10 @@ VICREG_VECTOR inline void add_taken(const float* taken, const float* scale, int6
     row[j] += (a * taken[j] + b * taken[count + j]) +
               (c * taken[2 * count + j] + d * taken[3 * count + j]);
   }
+}
+
+VICREG_VECTOR inline void add_scaled(const float* a, float scale, int64_t count, float* out) {
+  for (int64_t j = 0; j < count; ++j) out[j] += scale * a[j];
 }
 
 // sum of squares in float64, the same whatever the number of threads.

@@ -67,8 +67,8 @@ VICREG_VECTOR inline void merge_block(const float* shift, const float* sum, cons
 }
 
 inline void tile_task(const Rows& x, const Rows* y, int64_t group, int64_t rows, int64_t begin,
-                      int64_t width, Tile* tiles, float* scratch, float* mean_x, float* scatter_x,
-                      float* mean_y, float* scatter_y, double* invariance) {
+                      int64_t width, Tile* tiles, float* scratch, float* const* moments,
+                      int64_t dim, double* invariance) {
   const int views = y == nullptr ? 1 : 2;
   float difference[kTile];
   double differences[kTile] = {};
@@ -106,12 +106,12 @@ inline void tile_task(const Rows& x, const Rows* y, int64_t group, int64_t rows,
     }
   }
   for (int v = 0; v < views; ++v) {
-    float* mean = v == 0 ? mean_x : mean_y;
-    float* scatter = v == 0 ? scatter_x : scatter_y;
+    float* origin = moments[v];
     for (int64_t j = 0; j < width; ++j) {
-      mean[j] = static_cast<float>(tiles[v].mean[j]);
-      const double value = tiles[v].scatter[j];
-      scatter[j] = static_cast<float>(value < 0.0 ? 0.0 : value);  // NaN stays NaN
+      const double mean = tiles[v].mean[j], scatter = tiles[v].scatter[j];
+      origin[j] = static_cast<float>(mean);
+      origin[dim + j] = static_cast<float>(mean - origin[j]);
+      origin[2 * dim + j] = static_cast<float>(scatter < 0.0 ? 0.0 : scatter);  // NaN stays NaN
     }
   }
   std::copy_n(differences, width, invariance);
@@ -119,7 +119,7 @@ inline void tile_task(const Rows& x, const Rows* y, int64_t group, int64_t rows,
 
 }  // namespace statistics
 
-// moments: [V, G, 2, D]. Returns sum (x - y)^2 over everything, 0 for one view.
+// moments: [V, G, 3, D]: the mean as a sum of two floats, and the scatter. Returns sum (x - y)^2 over everything, 0 for one view.
 inline double column_statistics(const common::Rows& x, const common::Rows* y, int64_t groups,
                                 int64_t rows, int64_t dim, float* moments) {
   using namespace statistics;
@@ -134,11 +134,10 @@ inline double column_statistics(const common::Rows& x, const common::Rows* y, in
     std::vector<float> scratch(2 * kBlockRows * kTile);
     for (int64_t task = first; task < last; ++task) {
       const int64_t group = task / tiles, begin = task % tiles * width;
-      float* at_x = moments + group * 2 * dim + begin;
-      float* at_y = at_x + groups * 2 * dim;
+      float* const own[2] = {moments + group * 3 * dim + begin,
+                             moments + (groups + group) * 3 * dim + begin};
       tile_task(x, y, group, rows, begin, std::min(width, dim - begin), sums.data(),
-                scratch.data(), at_x, at_x + dim, at_y, at_y + dim,
-                invariance.data() + group * dim + begin);
+                scratch.data(), own, dim, invariance.data() + group * dim + begin);
     }
   });
   if (y == nullptr) return 0.0;

@@ -65,7 +65,7 @@ def empty_saved(x: Tensor, views: int, backend: str) -> tuple[Tensor, ...]:
 
     return (
         new(4),
-        new(views, groups, 2, dim),
+        new(views, groups, 3, dim),
         new(views, groups, side, side),
         new(views, groups, deflated, rows),
         new(views, groups, deflated, dtype=torch.int64),

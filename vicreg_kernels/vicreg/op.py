@@ -4,7 +4,8 @@ One forward op and one backward op serve every convention and both one and two v
 are scalings (`conventions.py`), groups are a leading dimension. With m = min(N, D):
 
     terms       float32 [4]            loss, invariance, variance, covariance
-    moments     float32 [V, G, 2, D]   column mean, column scatter (sum of squared deviations)
+    moments     float32 [V, G, 3, D]   column mean as the sum of two floats (a large common offset
+                                       costs no digits), column scatter (sum of squared deviations)
     squares     float32 [V, G, m, m]   N < D: the Gram matrix Zc Zc^T, else the scatter matrix
                                        Zc^T Zc with a zero diagonal
     deflated    float32 [V, G, K, N]   N < D: for the K columns of largest scatter, their covariance

@@ -22,6 +22,13 @@ from vicreg_kernels.vicreg.triton_operands import (
 
 
 @triton.jit
+def load_mean(moments, dim, columns, mask):
+    """The two parts of the columns' mean; moments: [3, dim] of one plane."""
+    origin = tl.load(moments + columns, mask=mask, other=0.0)
+    return origin, tl.load(moments + dim + columns, mask=mask, other=0.0)
+
+
+@triton.jit
 def triangle(t):
     """Tile t of the upper triangle, column by column: (i, j) with i <= j."""
     j = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
@@ -95,7 +102,7 @@ def product_kernel(
     s_d = tl.where(plane < groups, sx_d, sy_d).to(tl.int64)
     s_side = s_n if GRAM else s_d
     s_length = s_d if GRAM else s_n
-    mean_ptr = moments + p * 2 * dim
+    mean_ptr = moments + p * 3 * dim
 
     # Past the edge zeros are read, and not centred: what comes of them is never stored.
     a_side = i * TILE + tl.arange(0, TILE)
@@ -118,33 +125,34 @@ def product_kernel(
             column_ptr = z + chosen.to(tl.int64)[None, :] * s_d
             column_ptr += a_side.to(tl.int64)[:, None] * s_n
             column = tl.load(column_ptr, mask=a_live & there[None, :], other=0.0).to(tl.float32)
-            mean = tl.load(mean_ptr + chosen, mask=there, other=0.0)
-            column = tl.where(there[None, :], column - mean[None, :], 0.0)
+            origin, offset = load_mean(mean_ptr, dim, chosen, there)
+            centred = (column - origin[None, :]) - offset[None, :]
+            column = tl.where(there[None, :], centred, 0.0)
             at = (p * 4 + k)[None, :] * rows + a_side[:, None]
             tl.store(taken + at, column, mask=a_live)
             if i == 0:
                 tl.store(index + p * TAKEN + k, chosen.to(tl.int64), mask=k < TAKEN)
                 tl.store(diagonal + p, others)
     else:
-        a_mean = tl.load(mean_ptr + a_side, mask=a_side < side, other=0.0)[:, None]
-        b_mean = tl.load(mean_ptr + b_side, mask=b_side < side, other=0.0)[:, None]
+        a_origin, a_offset = load_mean(mean_ptr, dim, a_side, a_side < side)
+        b_origin, b_offset = load_mean(mean_ptr, dim, b_side, b_side < side)
 
     acc = tl.zeros((TILE, TILE), tl.float32)
     first = split * chunk
     for start in range(first, tl.minimum(first + chunk, length), DEPTH):
         r = start + tl.arange(0, DEPTH)
         inside = r < length
-        offset = r.to(tl.int64)[None, :] * s_length
-        a = tl.load(a_ptr + offset, mask=a_live & inside[None, :], other=0.0).to(tl.float32)
-        b = tl.load(b_ptr + offset, mask=b_live & inside[None, :], other=0.0).to(tl.float32)
+        along = r.to(tl.int64)[None, :] * s_length
+        a = tl.load(a_ptr + along, mask=a_live & inside[None, :], other=0.0).to(tl.float32)
+        b = tl.load(b_ptr + along, mask=b_live & inside[None, :], other=0.0).to(tl.float32)
         if GRAM:
-            mean = tl.load(mean_ptr + r, mask=inside, other=0.0)[None, :]
+            origin, offset = load_mean(mean_ptr, dim, r, inside)
             keep = (inside & (r != t0) & (r != t1) & (r != t2) & (r != t3))[None, :]
-            a = tl.where(keep, a - mean, 0.0)
-            b = tl.where(keep, b - mean, 0.0)
+            a = tl.where(keep, (a - origin[None, :]) - offset[None, :], 0.0)
+            b = tl.where(keep, (b - origin[None, :]) - offset[None, :], 0.0)
         else:
-            a = tl.where(inside[None, :], a - a_mean, 0.0)
-            b = tl.where(inside[None, :], b - b_mean, 0.0)
+            a = tl.where(inside[None, :], (a - a_origin[:, None]) - a_offset[:, None], 0.0)
+            b = tl.where(inside[None, :], (b - b_origin[:, None]) - b_offset[:, None], 0.0)
         a = operand(a, FORMAT)
         b = operand(b, FORMAT)
         acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
@@ -299,7 +307,7 @@ def gradient_kernel(
     s_d = tl.where(is_x, sx_d, sy_d).to(tl.int64)
     side = rows if GRAM else dim
     square_ptr = squares + p * side * side
-    mean_ptr = moments + p * 2 * dim
+    mean_ptr = moments + p * 3 * dim
 
     row = i * ROWS + tl.arange(0, ROWS)
     column = j * COLUMNS + tl.arange(0, COLUMNS)
@@ -307,7 +315,7 @@ def gradient_kernel(
     wide = column.to(tl.int64)
     some_rows = (row < rows)[:, None]
     some_columns = (column < dim)[None, :]
-    mean = tl.load(mean_ptr + column, mask=column < dim, other=0.0)
+    origin, offset = load_mean(mean_ptr, dim, column, column < dim)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     if GRAM:
         for start in range(0, rows, DEPTH):
@@ -317,7 +325,7 @@ def gradient_kernel(
             a = tl.load(square_at, mask=some_rows & inside[None, :], other=0.0)
             z_at = z + r.to(tl.int64)[:, None] * s_n + wide[None, :] * s_d
             b = tl.load(z_at, mask=inside[:, None] & some_columns, other=0.0).to(tl.float32)
-            b = tl.where(inside[:, None], b - mean[None, :], 0.0)
+            b = tl.where(inside[:, None], (b - origin[None, :]) - offset[None, :], 0.0)
             a = square_operand(a, FORMAT)
             b = view_operand(b, FORMAT)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
@@ -327,8 +335,8 @@ def gradient_kernel(
             inside = r < dim
             z_at = z + tall[:, None] * s_n + r.to(tl.int64)[None, :] * s_d
             a = tl.load(z_at, mask=some_rows & inside[None, :], other=0.0).to(tl.float32)
-            own = tl.load(mean_ptr + r, mask=inside, other=0.0)
-            a = tl.where(inside[None, :], a - own[None, :], 0.0)
+            o, f = load_mean(mean_ptr, dim, r, inside)
+            a = tl.where(inside[None, :], (a - o[None, :]) - f[None, :], 0.0)
             square_at = square_ptr + r.to(tl.int64)[:, None] * dim + column[None, :]
             b = tl.load(square_at, mask=inside[:, None] & some_columns, other=0.0)
             a = view_operand(a, FORMAT)
@@ -346,13 +354,13 @@ def gradient_kernel(
     a_var *= tl.cast(variance_factor, tl.float32)
     a_cov *= tl.cast(covariance_factor, tl.float32)
 
-    scatter = tl.load(mean_ptr + dim + column, mask=column < dim, other=1.0)
+    scatter = tl.load(mean_ptr + 2 * dim + column, mask=column < dim, other=1.0)
     std = tl.sqrt(scatter / degrees + eps)
     slope = tl.where(std >= margin, 0.0, a_var / (degrees * std))  # a NaN passes
     keep = some_rows & some_columns
     own_at = z + tall[:, None] * s_n + wide[None, :] * s_d
     own = tl.load(own_at, mask=keep, other=0.0).to(tl.float32)
-    centred = own - mean[None, :]
+    centred = (own - origin[None, :]) - offset[None, :]
     if GRAM:
         acc -= scatter[None, :] * value(centred, FORMAT)
         for k in tl.static_range(TAKEN):

@@ -32,29 +32,23 @@ def merge(count, mean, scatter, total):
 
 
 @triton.jit
-def settle(pivot, deviation, scatter, rows):
-    """The float32 mean, and the scatter about that very mean rather than about the exact one."""
-    mean = pivot + deviation
-    residue = deviation - (mean - pivot)
-    return mean, scatter + rows * residue * residue
-
-
-@triton.jit
 def finish_columns(
-    mean, scatter, used, plane, block, blocks, columns, dim, degrees, margin, eps,
+    pivot, deviation, scatter, used, plane, block, blocks, columns, dim, degrees, margin, eps,
     moments, hinges, candidates, candidate_index,
     GRAM: tl.constexpr,
 ):  # fmt: skip
-    """Store one block of columns of one plane: moments, hinge sum and, for the Gram side, the four
+    """Store one block of columns of one plane: moments (the mean as pivot + deviation, which keeps
+    its low digits under a large offset; the scatter), hinge sum and, for the Gram side, the four
     columns of largest scatter and the sum of the other columns' squared variances.
 
     used: the scatter of the products' values. A NaN ranks as infinite; ties go to the lowest.
     candidates: [planes, blocks, 5] of variances, candidate_index: [planes, blocks, 4], -1 for none.
     """
     inside = columns < dim
-    at = moments + plane.to(tl.int64) * 2 * dim + columns
-    tl.store(at, mean, mask=inside)
-    tl.store(at + dim, scatter, mask=inside)
+    at = moments + plane.to(tl.int64) * 3 * dim + columns
+    tl.store(at, pivot, mask=inside)
+    tl.store(at + dim, deviation, mask=inside)
+    tl.store(at + 2 * dim, scatter, mask=inside)
     gap = margin - tl.sqrt(scatter / degrees + eps)
     hinge = tl.where(inside, tl.where(gap <= 0.0, 0.0, gap), 0.0)  # a NaN passes
     slot = plane.to(tl.int64) * blocks + block
@@ -75,7 +69,7 @@ def finish_columns(
 
 @triton.jit
 def used_scatter(
-    z_ptr, columns, inside, mean, rows, stride_n,
+    z_ptr, columns, inside, pivot, deviation, rows, stride_n,
     FORMAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Sum of squares of the values a product uses, z_ptr: [COLUMNS] at row 0; the rows were just
@@ -87,7 +81,8 @@ def used_scatter(
         keep = (row < rows)[:, None] & inside[None, :]
         at = z_ptr[None, :] + row.to(tl.int64)[:, None] * stride_n
         z = tl.load(at, mask=keep, other=0.0).to(tl.float32)
-        used = value(tl.where(keep, z - mean[None, :], 0.0), FORMAT)
+        centred = (z - pivot[None, :]) - deviation[None, :]
+        used = value(tl.where(keep, centred, 0.0), FORMAT)
         acc += used * used
     return tl.sum(acc, axis=0)
 
@@ -153,22 +148,24 @@ def statistics_kernel(
         tl.store(differences + tl.program_id(0), tl.sum(difference).to(tl.float64))
     if FINAL:
         ROUNDED: tl.constexpr = GRAM and FORMAT != "fp32"
-        mean, scatter = settle(x_pivot, a_mean, a_scatter, total)
-        used = scatter
+        used = a_scatter
         if ROUNDED:
-            used = used_scatter(x_ptr, columns, inside, mean, rows, sx_n, FORMAT, ROWS, COLUMNS)
+            used = used_scatter(
+                x_ptr, columns, inside, x_pivot, a_mean, rows, sx_n, FORMAT, ROWS, COLUMNS
+            )  # fmt: skip
         finish_columns(
-            mean, scatter, used, group, block, blocks, columns, dim, degrees, margin, eps,
-            moments, hinges, candidates, candidate_index, GRAM,
+            x_pivot, a_mean, a_scatter, used, group, block, blocks, columns, dim,
+            degrees, margin, eps, moments, hinges, candidates, candidate_index, GRAM,
         )  # fmt: skip
         if VIEWS == 2:
-            mean, scatter = settle(y_pivot, b_mean, b_scatter, total)
-            used = scatter
+            used = b_scatter
             if ROUNDED:
-                used = used_scatter(y_ptr, columns, inside, mean, rows, sy_n, FORMAT, ROWS, COLUMNS)
+                used = used_scatter(
+                    y_ptr, columns, inside, y_pivot, b_mean, rows, sy_n, FORMAT, ROWS, COLUMNS
+                )  # fmt: skip
             finish_columns(
-                mean, scatter, used, groups + group, block, blocks, columns, dim, degrees, margin,
-                eps, moments, hinges, candidates, candidate_index, GRAM,
+                y_pivot, b_mean, b_scatter, used, groups + group, block, blocks, columns, dim,
+                degrees, margin, eps, moments, hinges, candidates, candidate_index, GRAM,
             )  # fmt: skip
     else:
         at = partials + (g * row_blocks + r) * 2 * dim + columns
@@ -221,8 +218,8 @@ def merge_kernel(
         shift = tl.load(here, mask=keep, other=0.0) - whole[None, :]
         part = tl.load(here + dim, mask=keep, other=0.0)
         acc += tl.where(keep, part + count[:, None] * shift * shift, 0.0)
-    mean, scatter = settle(pivot, whole, tl.sum(acc, axis=0), tl.cast(rows, tl.float32))
+    scatter = tl.sum(acc, axis=0)
     finish_columns(
-        mean, scatter, scatter, plane, block, blocks, columns, dim, degrees, margin, eps,
+        pivot, whole, scatter, scatter, plane, block, blocks, columns, dim, degrees, margin, eps,
         moments, hinges, candidates, candidate_index, GRAM,
     )  # fmt: skip
