@@ -124,9 +124,13 @@ def commands(name: str, target: Path, scratch: Path) -> list[list[str]]:
         include = ["-I", str(ROOT / "csrc"), "-isystem", str(torch / "include")]
         second = [compiler, *NVCC_FLAGS, *codes, "--threads", "0", *defines, "-DUSE_CUDA"]
         second += [*include, "-c", "csrc/vicreg/cuda.cu", "-o", str(kernels)]
-        # the symbols of a CUDA torch are not here to link against; the loader finds them
-        link = [compiler, "-shared", "-cudart", "static", *objects]
-        return [first, second, [*link, "-o", str(target)]]
+        # A CPU torch has no libtorch_cuda to link against; an empty library of that name makes the
+        # loader look for the real one, where there is one.
+        stub = scratch / "libtorch_cuda.so"
+        named = [cxx() or "", "-shared", "-x", "c++", "/dev/null", f"-Wl,-soname,{stub.name}"]
+        link = [compiler, "-shared", "-cudart", "static", *objects, f"-L{scratch}"]
+        link += [f"-L{torch / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch_cuda", "-ltorch_cpu"]
+        return [first, second, [*named, "-o", str(stub)], [*link, "-o", str(target)]]
     return [first, [*second, "-o", str(kernels)], [*link, "-o", str(target)]]
 
 
