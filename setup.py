@@ -102,7 +102,8 @@ def commands(name: str, target: Path, scratch: Path) -> list[list[str]]:
     """The compile commands of one library, the link command last."""
     torch = torch_directory()
     compiler = cxx()
-    assert torch is not None and compiler is not None
+    assert torch is not None
+    assert compiler is not None
     include = ["-I", str(ROOT / "csrc"), "-isystem", str(torch / "include")]
     cuda = name == "_C_cuda"
     space, key = ("vicreg_kernels_cuda", "CUDA") if cuda else ("vicreg_kernels_cpu", "CPU")

@@ -48,8 +48,13 @@ def build_wheel(tmp_path: Path, **environment: str) -> tuple[Path, str]:
     )
     out = tmp_path / "wheels"
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps"]
-        + ["-w", str(out), str(source)],
+        [
+            sys.executable,
+            *"-m pip wheel -v --no-build-isolation --no-deps".split(),
+            "-w",
+            out,
+            source,
+        ],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -66,8 +71,7 @@ def run_installed(wheel: Path, tmp_path: Path, code: str) -> list[str]:
     python = environment / "bin" / "python"
     site = next((environment / "lib").glob("python*/site-packages"))
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site)]
-        + [str(wheel)],
+        [sys.executable, *"-m pip install -q --no-deps --target".split(), site, wheel],
         check=True,
     )
     # torch is too large to install again: its own directory is put behind the environment's

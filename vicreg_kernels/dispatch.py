@@ -82,12 +82,10 @@ def choose(
         if reason is not None:
             raise RuntimeError(f"{_source(backend)} cannot run {op} here: {reason}")
         return named
+    order = ["cpu"]
     if device_type == "cuda":
-        order = ("cuda", "triton")
-        if side is not None and side > TRIANGULAR_FROM:
-            order = ("triton", "cuda")
-    else:
-        order = ("cpu",)
+        large = side is not None and side > TRIANGULAR_FROM
+        order = ["triton", "cuda"] if large else ["cuda", "triton"]
     for name in order:
         if missing(name, device_type, dtype) is None:
             return name

@@ -73,7 +73,9 @@ def main() -> None:
     titles = ("covariance term", "gradient, dominating column")
     for part, (axis, title) in enumerate(zip(axes, titles, strict=True)):
         for name, (colour, marker) in styles.items():
-            medians = [max(float(np.median([e[name][part] for e in row])), 1e-9) for row in measured]
+            medians = [
+                max(float(np.median([e[name][part] for e in row])), 1e-9) for row in measured
+            ]
             axis.loglog(SCALES, medians, marker=marker, ms=4, color=colour, label=name)
         axis.axhline(1e-4, color="0.7", lw=1, ls="--")
         axis.set_title(title)
