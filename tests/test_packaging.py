@@ -50,7 +50,7 @@ def build_wheel(tmp_path: Path, **environment: str) -> tuple[Path, str]:
     done = subprocess.run(
         [
             sys.executable,
-            *"-m pip wheel -v --no-build-isolation --no-deps".split(),
+            *["-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps"],
             "-w",
             out,
             source,
@@ -71,7 +71,7 @@ def run_installed(wheel: Path, tmp_path: Path, code: str) -> list[str]:
     python = environment / "bin" / "python"
     site = next((environment / "lib").glob("python*/site-packages"))
     subprocess.run(
-        [sys.executable, *"-m pip install -q --no-deps --target".split(), site, wheel],
+        [sys.executable, *["-m", "pip", "install", "-q", "--no-deps", "--target"], site, wheel],
         check=True,
     )
     # torch is too large to install again: its own directory is put behind the environment's
