@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 export PYTHONPATH := $(CURDIR)/python
+# Quick to build, and its PTX runs on every later card; a wheel takes setup.py's whole list.
+export VICREG_KERNELS_ARCHS ?= 80
 
 .PHONY: setup demo test lint bench gpu docs clean help
 
@@ -30,14 +32,17 @@ demo: setup
 	$(BIN)/python -m jepa.demo --output runs/demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The peers' own requirements would bring another torch along.
 bench: setup
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps \
+	    lightly==1.6.0 pytorch-metric-learning==2.9.0 scipy tqdm
 	$(BIN)/python -m bench.run
 
 # One command for a machine with an NVIDIA GPU, with its own python3; needs no network and no .venv.
