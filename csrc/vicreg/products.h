@@ -26,7 +26,7 @@ inline int64_t chunk_length(int64_t across, int64_t extent, int64_t running) {
 inline void add_symmetric(const Tensor& matrix, const Tensor& a, bool accumulate) {
   const int64_t m = a.size(0), k = a.size(1);
   const int64_t row = a.stride(0), column = a.stride(1);
-  const int64_t block = m <= 128 ? m : m <= 512 ? (m + 1) / 2 : 256;
+  const int64_t block = m <= 64 ? m : m <= 256 ? 64 : 128;
   for (int64_t begin = 0; begin < m; begin += block) {
     const int64_t count = std::min(block, m - begin);
     common::addmm_cpu(common::strided(matrix, {count, begin + count}, {m, 1}, begin * m),
