@@ -17,7 +17,7 @@ help:
 # torch first and alone: the compiled libraries take their headers from it.
 $(VENV)/packages: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)" "setuptools>=77" wheel
+	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)" "setuptools>=70.1" wheel
 	VICREG_KERNELS_BUILD=python $(BIN)/python -m pip install -q --disable-pip-version-check \
 	    --no-build-isolation --config-settings editable_mode=compat -e ".[triton,demo,test,lint]"
 	touch $@

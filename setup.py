@@ -190,6 +190,7 @@ class Wheel(bdist_wheel):
 
 
 setup(
+    license="Apache-2.0",  # here, because setuptools changed the key's form in pyproject.toml
     ext_modules=[
         Extension(f"vicreg_kernels.{name}", sources=[], py_limited_api=True) for name in WANTED
     ],
