@@ -319,9 +319,6 @@ def test_slug():
     )
 
 
-# ------------------------------------------------------------------------------------------ the CLI
-
-
 def test_info_says_which_backend_runs(capsys):
     assert cli.main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

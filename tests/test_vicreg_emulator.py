@@ -52,8 +52,6 @@ def check(function, *inputs, **settings):
     return assert_matches_reference(function, "cuda", *inputs, **settings)
 
 
-# ------------------------------------------------------------------------- shapes, strides, dtypes
-
 EDGES = [(2, 2), (2, 3), (3, 2), (2, 1), (3, 4), (4, 5), (5, 5), (2, 67), (67, 2)]
 TILES = [(31, 33), (33, 31), (64, 64), (65, 131), (131, 65), (97, 300), (300, 97), (32, 520)]
 
@@ -174,9 +172,6 @@ def test_saved_tensors(kernels, shape, dtype, views):
     assert not centred.gather(3, rows).any(), "the products leave the deflated columns out"
 
 
-# -------------------------------------------------------------------------------- difficult values
-
-
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (64, 300)])
 def test_collapsed(shape):
     z = shapes.collapsed(*shape).requires_grad_()
@@ -240,8 +235,6 @@ def test_deflated_columns_with_nan(kernels, bad_columns):
         assert torch.equal(index[0, 0], largest)
 
 
-# ------------------------------------------------------------------------------------ cancellation
-
 DOMINATED = {
     "one_64x512": lambda: shapes.dominated(64, 512, 300.0),
     "one_256x2048": lambda: shapes.dominated(256, 2048, 100.0),
@@ -286,9 +279,6 @@ def test_near_white():
     for k in ("values", "gradients"):
         mine, theirs, true = (getattr(o, k)[0] for o in (actual, plain, truth))
         assert relative_error(mine, true) <= PLAIN_FACTOR * relative_error(theirs, true)
-
-
-# --------------------------------------------------------------------------------------- behaviour
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -60,7 +60,6 @@ struct Views {
   }
 };
 
-// ------------------------------------------------------------------------------------ work sharing
 
 // Cuts [batches, rows, columns], which begins at row0 and column0 of each batch, into one block for
 // each tile of 32 W columns and each block of rows.
@@ -166,7 +165,6 @@ __device__ __forceinline__ void store(T* row, const Columns<W, Vectors>& columns
   }
 }
 
-// -------------------------------------------------------------------------------------- reductions
 
 __device__ __forceinline__ double warp_sum(double value) {
 #pragma unroll

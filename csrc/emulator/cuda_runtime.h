@@ -53,7 +53,6 @@ struct __attribute__((may_alias, aligned(16))) int4 {
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-// -------------------------------------------------------------------- barriers and warp operations
 
 #define __syncthreads() emulator::Scheduler::instance().wait_block(__FILE__, __LINE__)
 #define __syncwarp(...) emulator::warp_barrier(__FILE__, __LINE__ __VA_OPT__(, ) __VA_ARGS__)
@@ -129,7 +128,6 @@ inline void launch(dim3 grid, dim3 block, size_t dynamic, const std::function<vo
 
 }  // namespace emulator
 
-// ------------------------------------ atomics, which one CPU thread runs, and accesses past caches
 
 template <typename T>
 T atomicAdd(T* address, T value) {
@@ -174,7 +172,6 @@ void __stwb(T* address, T value) {
   *address = value;
 }
 
-// ------------------------------------------------------------------------------ the host's runtime
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };

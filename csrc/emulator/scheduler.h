@@ -105,7 +105,6 @@ class Scheduler {
     }
   }
 
-  // From inside a kernel ------------------------------------------------------------------------
 
   void wait_block(const char* file, int line) { wait(Wait::kBlock, 0, file, line); }
 

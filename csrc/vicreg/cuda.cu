@@ -172,8 +172,6 @@ T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
-// ----------------------------------------------------------------------------------------- forward
-
 template <typename T, bool Vectors>
 void forward_kernels(const Problem& p, const Tensor& x, const std::optional<Tensor>& y,
                      double margin, double eps, const std::vector<double>& scales,
@@ -249,8 +247,6 @@ void forward_kernels(const Problem& p, const Tensor& x, const std::optional<Tens
                  data<float>(squares), square_sums, finish);
   }
 }
-
-// ---------------------------------------------------------------------------------------- backward
 
 // The operand that multiplies the centred values: the squares, or for half inputs their rounding.
 template <typename T>

@@ -33,7 +33,6 @@ __device__ __forceinline__ Candidate warp_largest(Candidate mine) {
   return mine;
 }
 
-// -------------------------------------------------------------------------------------- statistics
 
 // partials[row block, v, g, 0 or 1, D]: mean minus row 0, and scatter, of each column over the rows
 // of a block; differences[block] = sum (x - y)^2. Welford's update on values less row 0: a common
@@ -193,7 +192,6 @@ __device__ __forceinline__ void largest_columns(const float* keys, const int* ke
   }
 }
 
-// ---------------------------------------------------------------------------------------- centring
 
 struct Deflation {
   int take;                // K, 0 on the covariance side

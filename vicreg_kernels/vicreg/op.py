@@ -44,8 +44,6 @@ class VICRegTerms(NamedTuple):
     covariance: Tensor
 
 
-# ---------------------------------------------------------------------------------------- the ops
-
 _LIBRARY = torch.library.Library("vicreg_kernels", "FRAGMENT")
 # The covariance normaliser travels by name: 1 / D as a number would tie a compiled graph to one D.
 _SETTINGS = (
@@ -144,9 +142,6 @@ class _Gradient(torch.autograd.Function):
         raise RuntimeError("the fused VICReg differentiates once; backend='reference' to any order")
 
 
-# ------------------------------------------------------------------------------------- the checks
-
-
 def check_settings(
     *,
     margin: float,
@@ -191,9 +186,6 @@ def _check_extent(name: str, z: Tensor, normalizer: str) -> None:
         raise ValueError(f"{name}: got no elements (grouped shape {tuple(z.shape)})")
     if normalizer == "d(d-1)" and dim < 2:
         raise ValueError(f"{name}: got D = 1, takes D >= 2 with the d(d-1) covariance normalizer")
-
-
-# ------------------------------------------------------------------------------- public functions
 
 
 def _terms(
