@@ -50,7 +50,7 @@ gpu:
 	$(PYTHON) -m bench.gpu
 
 docs: setup
-	$(BIN)/python -m pip install -q --disable-pip-version-check ".[docs]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check mkdocs mkdocs-material
 	$(BIN)/mkdocs build --strict
 
 clean:
