@@ -305,12 +305,13 @@ def test_deterministic_and_inputs_untouched(fused, shape, dtype):
     assert [z._version for z in (x, y)] == versions
 
 
-@pytest.mark.parametrize("shape", [(200, 500), (500, 200), (5, 2000), (4000, 5)])
+@pytest.mark.parametrize("shape", [(200, 500), (500, 200), (5, 2000), (4000, 5), (64, 4096)])
 def test_any_number_of_threads(fused, shape):
+    """Too few tasks for the threads, one each, and long sides cut into parts (4 and 8 threads)."""
     x, y = views(shapes.contiguous, shape, fused)
     threads = torch.get_num_threads()
     try:
-        for count in (1, 2):
+        for count in (1, 2, 4, 8):
             torch.set_num_threads(count)
             assert_matches_reference(vicreg_loss, fused.name, x, y)
     finally:

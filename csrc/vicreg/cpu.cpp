@@ -52,14 +52,15 @@ struct Range {
   int64_t begin, end, chunk;
 };
 
-// The long side of a plane (a view of a group) cut into parts, so that there is a task a thread.
+// The long side of a plane (a view of a group) cut into at most `most` parts, so that there is a task
+// a thread. Where that would leave threads over, or parts too short for a product to be worth it,
+// it stays whole: then all threads work on one task after another (run_tasks).
 struct Split {
-  Split(const Problem& p, int64_t planes, int64_t most) : length(p.length) {
+  Split(const Problem& p, int64_t planes, int64_t most) : length(p.length), parts(1) {
     const int64_t threads = torch::stable::get_num_threads();
-    parts = std::clamp<int64_t>((threads + planes - 1) / std::max<int64_t>(planes, 1), 1, most);
-    parts = std::min(parts, (length + 63) / 64);
-    const int64_t running = std::min(threads, planes * parts);
-    chunk = chunk_length(p.side, length, running);
+    const int64_t wanted = (threads + planes - 1) / std::max<int64_t>(planes, 1);
+    if (wanted <= std::min(most, length / 512)) parts = std::max<int64_t>(wanted, 1);
+    chunk = chunk_length(p.side, length, parts);
   }
 
   Range range(int64_t part) const {

@@ -13,12 +13,12 @@ namespace vicreg {
 using torch::stable::Tensor;
 
 // Length of a chunk along the long side (`extent`) when the other one is `across`: about half a MiB
-// of float32, so that what is centred is still in cache when it is multiplied and combined, and with
-// `running` tasks at once at most a quarter of the input, so that scratch stays small beside it.
-inline int64_t chunk_length(int64_t across, int64_t extent, int64_t running) {
+// of float32, so that what is centred is still in cache when it is multiplied and combined, and in
+// all `parts` of the extent together at most an eighth of it, so that scratch stays small beside it.
+inline int64_t chunk_length(int64_t across, int64_t extent, int64_t parts) {
   constexpr int64_t kElements = 128 * 1024;
   const int64_t cached = std::max<int64_t>(256, kElements / across / 64 * 64);
-  return std::min(cached, std::max<int64_t>(16, extent / (4 * running)));
+  return std::min(cached, std::max<int64_t>(16, extent / (8 * parts)));
 }
 
 // The lower triangle of matrix (+)= a a^T, by trapezoids of row blocks; a: [m, k], any strides.

@@ -1,8 +1,8 @@
 """Launch configurations of the VICReg op's Triton kernels: a table per GPU, nearest shape wins.
 
 `configs.json` maps a GPU's name, or "default", to rows of operand format ("single" or "half"),
-shape [N, D] and settings; `vicreg-kernels bench --tune` rewrites it. Nothing is tuned while a model
-runs.
+shape [N, D] and settings. It is edited by hand: only "default" exists, chosen by counting, and no
+GPU has measured it yet. Nothing is tuned while a model runs.
 """
 
 from __future__ import annotations
