@@ -98,8 +98,13 @@ def plan() -> tuple[list[str], dict[str, str]]:
 WANTED, MISSING = plan()
 
 
-def commands(name: str, target: Path, scratch: Path) -> list[list[str]]:
-    """The compile commands of one library, the link command last."""
+def operations() -> list[str]:
+    """The ops that have compiled code: one folder each, the same files in all."""
+    return sorted(path.parent.name for path in (ROOT / "csrc").glob("*/registration.cpp"))
+
+
+def compilations(name: str, scratch: Path) -> list[tuple[Path, list[str], str]]:
+    """(object, its compile command, its op) for every source of one library."""
     torch = torch_directory()
     compiler = cxx()
     assert torch is not None
@@ -107,32 +112,51 @@ def commands(name: str, target: Path, scratch: Path) -> list[list[str]]:
     include = ["-I", str(ROOT / "csrc"), "-isystem", str(torch / "include")]
     cuda = name == "_C_cuda"
     space, key = ("vicreg_kernels_cuda", "CUDA") if cuda else ("vicreg_kernels_cpu", "CPU")
-    defines = [*DEFINES, f"-DVICREG_NAMESPACE={space}", f"-DVICREG_KEY={key}"]
-    registration = scratch / f"{name}.registration.o"
-    kernels = scratch / f"{name}.kernels.o"
-    first = [compiler, *CXX_FLAGS, *defines, *include, "-c", "csrc/registration.cpp"]
-    first += ["-o", str(registration)]
-    objects = [str(registration), str(kernels)]
-    if not cuda:
-        second = [compiler, *CXX_FLAGS, *defines, *include, "-c", "csrc/vicreg/cpu.cpp"]
-        # libtorch_cpu is found by name: torch has loaded it before this library
-        link = [compiler, "-shared", *objects, f"-L{torch / 'lib'}", "-ltorch_cpu"]
-    else:
-        compiler = nvcc()
-        assert compiler is not None
+    defines = [*DEFINES, f"-DKERNELS_NAMESPACE={space}", f"-DKERNELS_KEY={key}"]
+    host = [compiler, *CXX_FLAGS, *defines, *include]
+    kernels, source = host, "cpu.cpp"
+    if cuda:
+        tool = nvcc()
+        assert tool is not None
         codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
         codes.append(f"-gencode=arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}")
-        include = ["-I", str(ROOT / "csrc"), "-isystem", str(torch / "include")]
-        second = [compiler, *NVCC_FLAGS, *codes, "--threads", "0", *defines, "-DUSE_CUDA"]
-        second += [*include, "-c", "csrc/vicreg/cuda.cu", "-o", str(kernels)]
-        # A CPU torch has no libtorch_cuda to link against; an empty library of that name makes the
-        # loader look for the real one, where there is one.
-        stub = scratch / "libtorch_cuda.so"
-        named = [cxx() or "", "-shared", "-x", "c++", "/dev/null", f"-Wl,-soname,{stub.name}"]
-        link = [compiler, "-shared", "-cudart", "static", *objects, f"-L{scratch}"]
-        link += [f"-L{torch / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch_cuda", "-ltorch_cpu"]
-        return [first, second, [*named, "-o", str(stub)], [*link, "-o", str(target)]]
-    return [first, [*second, "-o", str(kernels)], [*link, "-o", str(target)]]
+        kernels = [tool, *NVCC_FLAGS, *codes, "--threads", "0", *defines, "-DUSE_CUDA", *include]
+        source = "cuda.cu"
+    found = []
+    for op in operations():
+        for command, file in ((kernels, source), (host, "registration.cpp")):
+            target = scratch / f"{name}.{op}.{file.partition('.')[0]}.o"
+            found.append((target, [*command, "-c", f"csrc/{op}/{file}", "-o", str(target)], op))
+    return found
+
+
+def links(name: str, objects: list[Path], target: Path, scratch: Path) -> list[list[str]]:
+    """The commands that make the library of its objects."""
+    torch = torch_directory()
+    compiler = cxx()
+    assert torch is not None
+    assert compiler is not None
+    names = [str(path) for path in objects]
+    if name == "_C":
+        # libtorch_cpu is found by name: torch has loaded it before this library
+        link = [compiler, "-shared", *names, f"-L{torch / 'lib'}", "-ltorch_cpu"]
+        return [[*link, "-o", str(target)]]
+    # A CPU torch has no libtorch_cuda to link against; an empty library of that name makes the
+    # loader look for the real one, where there is one.
+    stub = scratch / "libtorch_cuda.so"
+    empty = [compiler, "-shared", "-x", "c++", "/dev/null", f"-Wl,-soname,{stub.name}"]
+    link = [nvcc() or "", "-shared", "-cudart", "static", *names, f"-L{scratch}"]
+    link += [f"-L{torch / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch_cuda", "-ltorch_cpu"]
+    return [[*empty, "-o", str(stub)], [*link, "-o", str(target)]]
+
+
+def up_to_date(target: Path, command: list[str], op: str) -> bool:
+    """Whether an object was made by this very command, from sources no newer than it."""
+    note = target.with_suffix(".command")
+    if not target.exists() or not note.exists() or note.read_text() != " ".join(command):
+        return False
+    sources = [path for folder in (op, "common") for path in (ROOT / "csrc" / folder).iterdir()]
+    return all(path.stat().st_mtime < target.stat().st_mtime for path in sources)
 
 
 def write_report(root: Path) -> None:
@@ -153,22 +177,31 @@ class BuildLibraries(build_ext):
             write_report(ROOT)
 
     def build_extensions(self) -> None:
-        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(self.build_extension, self.extensions))
+        scratch = Path(self.build_temp).resolve()
+        scratch.mkdir(parents=True, exist_ok=True)
+        names = {ext.name.rpartition(".")[2]: ext for ext in self.extensions}
+        plans = {name: compilations(name, scratch) for name in names}
+        waiting = [job for plan in plans.values() for job in plan if not up_to_date(*job)]
+        waiting.sort(key=lambda job: not job[1][-3].endswith(".cu"))  # the slow ones first
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda job: self.compile(job[0], job[1]), waiting))
+        for name, plan in plans.items():
+            target = Path(self.get_ext_fullpath(names[name].name)).resolve()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            for command in links(name, [job[0] for job in plan], target, scratch):
+                self.execute(command)
 
-    def build_extension(self, ext: Extension) -> None:
-        name = ext.name.rpartition(".")[2]
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for command in commands(name, target, Path(self.build_temp).resolve()):
-            print(" ".join(command), flush=True)
-            done = subprocess.run(command, cwd=ROOT)
-            if done.returncode != 0:
-                raise SystemExit(
-                    f"compiling {name} failed; VICREG_KERNELS_BUILD=cpu leaves out CUDA, "
-                    "VICREG_KERNELS_BUILD=python all compiled code"
-                )
+    def compile(self, target: Path, command: list[str]) -> None:
+        self.execute(command)
+        target.with_suffix(".command").write_text(" ".join(command))
+
+    def execute(self, command: list[str]) -> None:
+        print(" ".join(command), flush=True)
+        if subprocess.run(command, cwd=ROOT).returncode != 0:
+            raise SystemExit(
+                f"{command[0]} failed; VICREG_KERNELS_BUILD=cpu leaves out CUDA, "
+                "VICREG_KERNELS_BUILD=python all compiled code"
+            )
 
 
 class BuildPackage(build_py):

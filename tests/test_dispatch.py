@@ -43,6 +43,13 @@ def test_what_is_missing_is_passed_over(everything_built, monkeypatch):
     assert dispatch.choose("vicreg", None, "cpu", torch.float32, 64) == "reference"
 
 
+def test_a_backend_that_does_not_take_the_call(everything_built):
+    unfit = {"cuda": "at most 256 keys"}
+    assert dispatch.choose("attention", None, "cuda", torch.float32, unfit=unfit) == "triton"
+    with pytest.raises(RuntimeError, match=r"cannot run attention.*at most 256 keys"):
+        dispatch.choose("attention", "cuda", "cuda", torch.float32, unfit=unfit)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_float64_runs_on_the_reference(everything_built, device):
     assert dispatch.choose("vicreg", None, device, torch.float64, 64) == "reference"

@@ -6,7 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
-import build_emulator
+import native
 import pytest
 import torch
 
@@ -15,12 +15,12 @@ SEEDS = range(6)
 
 @pytest.fixture(scope="module")
 def program() -> Path:
-    return build_emulator.selftest()
+    return native.selftest()
 
 
 @pytest.fixture(scope="module")
 def sanitized() -> Path:
-    return build_emulator.selftest(sanitize=True)
+    return native.selftest(sanitize=True)
 
 
 def run(program: Path, case: str, seed: int = 0, stdin: bytes = b""):

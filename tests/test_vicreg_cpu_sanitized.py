@@ -2,25 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
+import native
 
-import pytest
-import torch
-
-ROOT = Path(__file__).parent.parent
-SOURCES = [
-    "csrc/registration.cpp",
-    "csrc/vicreg/cpu.cpp",
-    *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/common/*.h")),
-    *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/vicreg/*.h")),
-]
-
-# Run in a process of its own, because the sanitizer must be the first library loaded.
 PROGRAM = """
 import sys, torch
 from vicreg_kernels.vicreg import reference
@@ -53,55 +36,18 @@ print("clean")
 """
 
 
-@pytest.fixture(scope="module")
-def library() -> Path:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++ with its sanitizer libraries")
-    key = hashlib.sha256(b"".join((ROOT / s).read_bytes() for s in SOURCES))
-    key.update(torch.__version__.encode())
-    target = ROOT / ".cache" / f"sanitized_{key.hexdigest()[:16]}.so"
-    if not target.exists():
-        target.parent.mkdir(exist_ok=True)
-        torch_directory = Path(torch.__file__).parent
-        scratch = target.with_suffix(".partial")
-        command = [compiler, "-O1", "-g", "-std=c++20", "-fPIC", "-shared"]
-        command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-        command += ["-fno-omit-frame-pointer", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-        command += ["-DVICREG_NAMESPACE=vicreg_kernels_sanitized", "-DVICREG_KEY=CPU", "-Icsrc"]
-        command += ["-isystem", str(torch_directory / "include"), *SOURCES[:2]]
-        command += [f"-L{torch_directory / 'lib'}", "-ltorch_cpu", "-o", str(scratch)]
-        subprocess.run(command, cwd=ROOT, check=True)
-        scratch.rename(target)
-    return target
+def run(mode: str):
+    return native.run_sanitized(PROGRAM, native.sanitized("vicreg"), mode)
 
 
-def run(library: Path, mode: str) -> subprocess.CompletedProcess[str]:
-    found = [
-        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout
-        for name in ("libasan.so", "libstdc++.so")
-    ]
-    environment = dict(os.environ)
-    environment["LD_PRELOAD"] = ":".join(path.strip() for path in found)
-    # torch and Python keep memory until the process ends
-    environment["ASAN_OPTIONS"] = "detect_leaks=0"
-    environment["PYTHONPATH"] = str(ROOT)
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(library), mode],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-
-
-def test_every_edge_is_clean(library: Path) -> None:
-    done = run(library, "plain")
+def test_every_edge_is_clean() -> None:
+    done = run("plain")
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.strip() == "clean"
 
 
-def test_a_planted_overrun_is_seen(library: Path) -> None:
+def test_a_planted_overrun_is_seen() -> None:
     """The build really is instrumented: saved moments one element short must be reported."""
-    done = run(library, "off_by_one")
+    done = run("off_by_one")
     assert done.returncode != 0
     assert "AddressSanitizer" in done.stderr

@@ -6,11 +6,7 @@ multiprocessors makes small inputs take several blocks of rows and columns.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
-import build_emulator
+import native
 import pytest
 import shapes
 import torch
@@ -31,9 +27,14 @@ HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES)
 
 
+def library(sanitize: bool = False):
+    """Its half products come in small pieces."""
+    return native.emulated("vicreg", "-DVICREG_PRODUCT_ELEMENTS=512", sanitize=sanitize)
+
+
 @pytest.fixture(scope="module")
 def kernels() -> backends.Kernels:
-    torch.ops.load_library(str(build_emulator.library()))
+    torch.ops.load_library(str(library()))
     return backends._compiled("vicreg_kernels_emulator")
 
 
@@ -307,7 +308,6 @@ def test_any_number_of_multiprocessors(shape, count, monkeypatch):
     check(vicreg_terms, draw(*shape), draw(*shape), cotangents=FOUR)
 
 
-# Run in a process of its own, because the sanitizer must be the first library loaded.
 SANITIZED = """
 import sys, torch
 from vicreg_kernels.vicreg import reference
@@ -339,24 +339,7 @@ print("clean")
 
 
 def run_sanitized(mode):
-    library = build_emulator.library(sanitize=True)
-    compiler = build_emulator.compiler()
-    found = [
-        subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
-        for name in ("libasan.so", "libstdc++.so")
-    ]
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": ":".join(found),
-        "ASAN_OPTIONS": "detect_leaks=0",  # torch and Python keep memory until the process ends
-        "PYTHONPATH": str(build_emulator.ROOT),
-    }
-    return subprocess.run(
-        [sys.executable, "-c", SANITIZED, str(library), mode],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    return native.run_sanitized(SANITIZED, library(sanitize=True), mode)
 
 
 def test_sanitized():

@@ -152,8 +152,8 @@ def main(argv: list[str] | None = None) -> int:
     if importlib.util.find_spec("pytest") is None:
         print("vicreg-kernels: the audit runs under pytest, which is missing", file=sys.stderr)
         return 2
-    audit = "tests/test_audit_triton.py"
-    return _in_checkout(audit, ["-m", "pytest", "-s", "-rs", audit, *rest])
+    audits = sorted(str(p) for p in (CHECKOUT / "tests").glob("test_*_audit_triton.py"))
+    return _in_checkout("tests/audit_triton.py", ["-m", "pytest", "-s", "-rs", *audits, *rest])
 
 
 if __name__ == "__main__":

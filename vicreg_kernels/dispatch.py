@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 
 import torch
 
@@ -67,18 +68,26 @@ def _source(backend: str | None) -> str:
 
 
 def choose(
-    op: str, backend: str | None, device_type: str, dtype: torch.dtype, side: int | None = None
+    op: str,
+    backend: str | None,
+    device_type: str,
+    dtype: torch.dtype,
+    side: int | None = None,
+    unfit: Mapping[str, str] | None = None,
 ) -> str:
     """The name of the backend that runs `op`; side is the edge of its square matrix, if it has one.
+
+    unfit: backends that do not take this call's sizes, and why, beyond what `missing` knows.
 
     Raises ValueError for an unknown backend, RuntimeError for a named one that cannot run here.
     """
     check_backend(backend)
+    unfit = unfit or {}
     named = backend if backend is not None else ENVIRONMENT_BACKEND
     if named is not None:
         if named not in BACKENDS:
             raise ValueError(f"VICREG_KERNELS_BACKEND: got {named!r}, takes one of {BACKENDS}")
-        reason = missing(named, device_type, dtype)
+        reason = missing(named, device_type, dtype) or unfit.get(named)
         if reason is not None:
             raise RuntimeError(f"{_source(backend)} cannot run {op} here: {reason}")
         return named
@@ -87,7 +96,7 @@ def choose(
         large = side is not None and side > TRIANGULAR_FROM
         order = ["triton", "cuda"] if large else ["cuda", "triton"]
     for name in order:
-        if missing(name, device_type, dtype) is None:
+        if name not in unfit and missing(name, device_type, dtype) is None:
             return name
     return "reference"
 

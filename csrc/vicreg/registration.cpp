@@ -1,0 +1,19 @@
+// The op schemas' C++ side; common/registration.h says what a library and a key are.
+#include "common/registration.h"
+#include "vicreg/vicreg.h"
+
+#define VICREG_SETTINGS "float margin, float eps, bool unbiased, float[] scales, float[] weights"
+
+KERNELS_LIBRARY(m) {
+  m.def("vicreg_forward(Tensor x, Tensor? y, " VICREG_SETTINGS
+        ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "vicreg_backward(Tensor grads, Tensor x, Tensor? y, Tensor moments, Tensor squares, "
+      "Tensor deflated, Tensor index, Tensor centred, bool need_x, bool need_y, " VICREG_SETTINGS
+      ") -> (Tensor, Tensor)");
+}
+
+KERNELS_IMPLEMENTATION(m) {
+  m.impl("vicreg_forward", TORCH_BOX(&vicreg::forward));
+  m.impl("vicreg_backward", TORCH_BOX(&vicreg::backward));
+}
