@@ -34,6 +34,11 @@ def interpreting() -> bool:
 _INTERPRETING = interpreting()
 
 
+def debugging() -> bool:
+    """Whether checks that wait for the device are wanted (VICREG_KERNELS_DEBUG=1)."""
+    return os.environ.get("VICREG_KERNELS_DEBUG", "0") == "1"
+
+
 def missing(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why `backend` cannot run on `device_type` and `dtype`; None when it can."""
     if backend == "reference":

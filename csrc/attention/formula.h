@@ -1,0 +1,97 @@
+// What a query sees, and what rotary position does to a pair: the maths of the attention op, once
+// for the CPU, for CUDA and for the emulator.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define ATTENTION_BOTH __host__ __device__ __forceinline__
+#else
+#define ATTENTION_BOTH inline
+#endif
+
+namespace attention {
+
+// Keys [begin, end) of a sample.
+struct Interval {
+  int begin, end;
+
+  ATTENTION_BOTH bool has(int key) const { return begin <= key && key < end; }
+  ATTENTION_BOTH bool empty() const { return end <= begin; }
+};
+
+// A query sees the keys of both; they never overlap, and `first` lies before `second`.
+struct Intervals {
+  Interval first, second;
+
+  ATTENTION_BOTH bool has(int key) const { return first.has(key) || second.has(key); }
+};
+
+// The rules of one sample. keys: how many it has, padding taken off; frame: tokens a frame and
+// window: frames seen, each 0 for no such rule; bounds: block_count + 1 ends of the context and of
+// its blocks, null for no blocks.
+struct Rules {
+  int keys, frame, window, block_count;
+  const int* bounds;
+};
+
+ATTENTION_BOTH Interval clip(Interval a, Interval to) {
+  return {a.begin < to.begin ? to.begin : a.begin, a.end > to.end ? to.end : a.end};
+}
+
+// What the query at place `query` of its sample sees. Both ends are monotone in `query` but at the
+// step from one block to the next, so a tile of queries lies within the hull of its rows.
+ATTENTION_BOTH Intervals key_intervals(const Rules& rules, int query) {
+  Interval all = {0, rules.keys};
+  if (rules.frame > 0) {
+    const int frame = query / rules.frame;
+    const int64_t end = (static_cast<int64_t>(frame) + 1) * rules.frame;
+    if (end < all.end) all.end = static_cast<int>(end);
+    if (rules.window > 0 && frame >= rules.window) {
+      all.begin = (frame - rules.window + 1) * rules.frame;
+    }
+  }
+  if (rules.bounds == nullptr) return {all, {0, 0}};
+  const int context = rules.bounds[0];
+  Interval own = {0, 0};
+  for (int m = 0; m < rules.block_count; ++m) {
+    if (rules.bounds[m] <= query && query < rules.bounds[m + 1]) {
+      own = {rules.bounds[m], rules.bounds[m + 1]};
+    }
+  }
+  return {clip({0, context}, all), clip(own, all)};
+}
+
+// Where a token lies in the table of cosines and sines: its row for each axis, the first `axes` of
+// which count. grid: the three axes' sizes; a place outside the grid is taken to be its last one.
+struct Rows {
+  int row[3];
+};
+
+ATTENTION_BOTH Rows table_rows(const int64_t* grid, int axes, int64_t place) {
+  const int64_t places = grid[0] * grid[1] * grid[2];
+  if (place < 0 || place >= places) place = places - 1;
+  const int64_t column = place % grid[2], row = place / grid[2] % grid[1];
+  const int64_t frame = place / (grid[2] * grid[1]);
+  const int rows[3] = {static_cast<int>(frame), static_cast<int>(grid[0] + row),
+                       static_cast<int>(grid[0] + grid[1] + column)};
+  Rows result = {{0, 0, 0}};
+  for (int axis = 0; axis < axes; ++axis) result.row[axis] = rows[3 - axes + axis];
+  return result;
+}
+
+// The pair (even, odd) turned, each element by its own angle; `adjoint`: what the gradient takes.
+ATTENTION_BOTH void turn(float& even, float& odd, float cos_even, float sin_even, float cos_odd,
+                         float sin_odd, bool adjoint) {
+  const float a = even, b = odd;
+  if (adjoint) {
+    even = a * cos_even + b * sin_odd;
+    odd = b * cos_odd - a * sin_even;
+  } else {
+    even = a * cos_even - b * sin_even;
+    odd = b * cos_odd + a * sin_odd;
+  }
+}
+
+}  // namespace attention

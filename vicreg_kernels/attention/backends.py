@@ -1,0 +1,63 @@
+"""The fused backends of the attention op behind three functions: forward, backward, rotate.
+
+What they take and give, with B = 1 and packed tokens where the rules have offsets:
+
+    forward(q, k, v, *rules, *rope, scale) -> out [B, H, Tq, d], lse float32 [B, H, Tq]
+    backward(grad, q, k, v, out, lse, *rules, *rope, need_q, need_k, need_v, scale) -> dq, dk, dv
+    rotate(x, table, index, offsets, grid, adjoint) -> [B, H, T, d]
+
+rules and rope are the fields of masks.MaskArguments and rope.RopeArguments. q, k, v have any
+strides; results lie as [B, T, H, d] in memory, which is how they are used, and a gradient that is
+not needed is empty. lse is the natural logarithm of the sum of exp(scale q k) over the keys that a
+query sees, -inf where it sees none.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from vicreg_kernels.attention.masks import MaskArguments
+
+# Tokens of a sample whose keys and values the CUDA kernels hold in shared memory.
+LONGEST_IN_SHARED = 256
+
+
+@dataclass(frozen=True)
+class Kernels:
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    rotate: Callable[..., Tensor]
+
+
+@cache
+def load(backend: str) -> Kernels:
+    if backend == "triton":
+        kernels = importlib.import_module("vicreg_kernels.attention.triton")
+        return Kernels(kernels.forward, kernels.backward, kernels.rotate)
+    return compiled({"cpu": "vicreg_kernels_cpu", "cuda": "vicreg_kernels_cuda"}[backend])
+
+
+def compiled(namespace: str) -> Kernels:
+    ops = getattr(torch.ops, namespace)
+    return Kernels(ops.attention_forward, ops.attention_backward, ops.attention_rotate)
+
+
+def unfit(dtype: torch.dtype, rules: MaskArguments) -> dict[str, str]:
+    """Backends that do not take a call, and why."""
+    if dtype == torch.float32:
+        return {"cuda": "its tensor-core products take bfloat16 or float16, not float32"}
+    if max(rules.max_q, rules.max_k) > LONGEST_IN_SHARED:
+        return {"cuda": f"it takes at most {LONGEST_IN_SHARED} tokens a sample (they fit on chip)"}
+    return {}
+
+
+def empty_like_heads(x: Tensor, tokens: int | None = None) -> Tensor:
+    """Uninitialised [B, H, T, d] that lies as [B, T, H, d]; the one place that says how."""
+    batch, heads, own, dim = x.shape
+    return x.new_empty((batch, own if tokens is None else tokens, heads, dim)).transpose(1, 2)
