@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from vicreg_kernels import dispatch
 from vicreg_kernels.attention.masks import Rule
-from vicreg_kernels.attention.op import HEAD_DIMS, masked_attention
+from vicreg_kernels.attention.op import masked_attention, takes_head_dim
 from vicreg_kernels.attention.rope import Rope3d
 
 
@@ -34,7 +34,7 @@ class MaskedAttention(nn.Module):
     ) -> None:
         super().__init__()
         dispatch.check_backend(backend)
-        if num_heads < 1 or dim % num_heads or dim // num_heads not in HEAD_DIMS:
+        if num_heads < 1 or dim % num_heads or not takes_head_dim(dim // num_heads):
             raise ValueError(
                 f"num_heads: got {num_heads} with dim {dim}, takes a divisor that leaves a head "
                 "dim that is a multiple of 8 from 16 to 128"
