@@ -299,7 +299,7 @@ def _attend(
     scale: float,
     backend: str | None,
 ) -> Tensor:
-    unfit = backends.unfit(q.dtype, rules)
+    unfit = backends.unfit(q.dtype, max(rules.max_q, rules.max_k))
     name = dispatch.choose("attention", backend, q.device.type, q.dtype, unfit=unfit)
     if not torch.compiler.is_compiling():
         dispatch.log_choice("attention", name, backend, q.device, q.shape)
