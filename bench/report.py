@@ -55,7 +55,7 @@ class Columns:
         case, dtype, backend, *numbers = cells
         # A heading stands on two lines, broken at its underscore.
         widths = [8, 8, 8]
-        widths += [max(9, *(len(part) + 2 for part in n.split("_", 1))) for n in self.contenders]
+        widths += [max(8, *(len(part) + 2 for part in n.split("_", 1))) for n in self.contenders]
         text = f"{case:<{max(self.width, 4)}} {dtype:<6}{backend:<10}"
         text += "".join(f"{n:>{w}}" for n, w in zip(numbers, widths, strict=True))
         return text.rstrip()

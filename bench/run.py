@@ -145,6 +145,9 @@ def attempt(
     """measure_case of what the options select; a case that fails is said and stops nothing."""
     try:
         plan = case.build(device, getattr(torch, dtype), options.backend)
+        unknown = (plan.steps.keys() | plan.skipped.keys()) - options.known.keys()
+        if unknown:
+            raise ValueError(f"{case.name}: {', '.join(sorted(unknown))} not in CONTENDERS")
     except Exception as error:
         traceback.print_exc()
         return [], {"ours": reason_of(error)}
@@ -194,10 +197,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options.modules = {op: import_module(f"bench.{op}") for op in options.op or OPS}
     modules = options.modules.values()
     options.first = [next(iter(module.CASES)) for module in modules]
-    for option, known in (
-        ("cases", {name: None for m in modules for name in m.CASES}),
-        ("contenders", {name: None for m in modules for name in ("ours", *m.CONTENDERS)}),
-    ):
+    options.known = {name: None for m in modules for name in ("ours", *m.CONTENDERS)}
+    cases = {name: None for m in modules for name in m.CASES}
+    for option, known in (("cases", cases), ("contenders", options.known)):
         text = getattr(options, option)
         try:
             setattr(options, option, listed(known)(text) if text else None)
@@ -268,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
         columns = report.Columns(
             max(len(case.name) for case, _ in pairs), [n for n in module.CONTENDERS if n in named]
         )
-        print(f"{report.header(record, run)}\n{columns.headings()}", flush=True)
+        print(report.header(record, run), flush=True)
         begun, late = time.perf_counter(), []
         for case, dtype in pairs:
             if options.seconds and time.perf_counter() - start > options.seconds:
@@ -278,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
                 limits[dtype] = measure.ceilings(device, getattr(torch, dtype))
             if dtype not in run["ceilings"]:
                 run["ceilings"][dtype] = limits[dtype]
-                print(report.ceilings_of(run, dtype), flush=True)
+                print(f"\n{report.ceilings_of(run, dtype)}\n{columns.headings()}", flush=True)
             rows, reasons = attempt(case, dtype, device, options, limits[dtype])
             failed |= "ours" in reasons
             run["rows"] += rows
@@ -293,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        print("\n".join(report.remarks(run)))
+        print("\n".join(["", *report.remarks(run)]))
         if late:
             print(f"no time left for: {', '.join(late)}")
         if path is not None and path.exists():
