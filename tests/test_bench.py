@@ -317,6 +317,33 @@ def test_a_lean_run_measures_costly_contenders_where_they_count(fake, tmp_path):
     assert report.remarks(run_)[-1].startswith("missed: first float32: ")
 
 
+def test_on_cuda_launches_graphs_and_the_floor_count(monkeypatch):
+    """measure_case with what needs a GPU replaced."""
+    device = types.SimpleNamespace(type="cuda")
+    captured = []
+    monkeypatch.setattr(measure, "make_clock", lambda device: measure.WallClock())
+    monkeypatch.setattr(measure, "peak_memory", lambda step, device: 3 << 20)
+    monkeypatch.setattr(measure, "count_launches", lambda step: 7)
+    monkeypatch.setattr(measure, "capture", lambda step: captured.append(step) or step)
+    plan = fake_plan(CPU, torch.bfloat16, "cuda")
+    case = Case("c", fake_plan, {"cuda": {"eager": 1.5}, "cpu": {"peer": 2.0}}, floor=2.5)
+    names = ("ours", "eager", "peer")
+    limits = {"copy_gbps": 10.0, "matmul_tflops": 0.1}
+    rows, reasons = run.measure_case(case, plan, names, device, "bfloat16", 0.01, limits)
+    assert reasons == {}
+    ours, eager, peer = rows
+    assert (ours["target"], eager["target"], peer["target"]) == (2.5, 1.5, None)
+    assert (ours["launches"], eager["launches"]) == (7, None)
+    assert ours["floor_ms"] == pytest.approx(8000 / 10.0 / 1e6 + 7 * 0.005)
+    assert ours["peak_mib"] == 3.0
+    assert len(captured) == 2, "a peer is not captured"
+    assert ours["graph_ms"]["p50"] > 0
+    assert (ours["graph_ratio"], peer["graph_ms"], peer["graph_ratio"]) == (None, None, None)
+    assert eager["graph_ratio"] > 0
+    (ours, *_), _ = run.measure_case(case, plan, names, device, "float32", 0.01, limits)
+    assert ours["target"] is None, "the case's own dtype on cuda is bfloat16"
+
+
 def test_missing_measures_what_the_record_lacks(fake, tmp_path, capsys):
     assert go("--cases", "second", "--output", tmp_path) == 0
     assert go("--missing", "--output", tmp_path) == 0
