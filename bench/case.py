@@ -1,4 +1,5 @@
-"""What an op gives the benchmarks: one file, `bench/<op>.py`, and its name in `bench.OPS`.
+"""What an op gives the benchmarks: one file, `bench/<op>.py`, its name in `bench.OPS`, and the
+seconds of its stage in `bench.gpu.SECONDS`.
 
 The file is imported only where the op is measured, and holds
 
@@ -11,7 +12,8 @@ The file is imported only where the op is measured, and holds
     exercise    optional: exercise(backend, device) -> int, the count of results that are not
                 finite. It calls every kernel of the op once, forward and backward, in each dtype,
                 on small shapes that no tile divides: what compute-sanitizer watches. It names the
-                backend in every call, and runs on the CPU too.
+                backend in every call, and runs on the CPU too. The kernels are known by name: CUDA
+                ones by the namespace called after the op, Triton ones by an ending in _kernel.
 
 The rest is the runner's: warm-up, interleaving, memory, CUDA graphs, ceilings, records, tables,
 chart. Baselines that need room of their own go to `bench/<op>_<what>.py`.
@@ -56,7 +58,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Case:
-    """build(device, dtype, backend of ours or None) -> Plan.
+    """build(device, dtype, backend of ours or None) -> Plan; torch's seed is set before it.
 
     targets: device type -> contender -> the least ratio of its time to ours. dtypes: device type ->
     the dtypes that are measured there and that the targets hold for; a device that is absent is

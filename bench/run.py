@@ -143,16 +143,17 @@ def attempt(
     limits: dict[str, float],
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """measure_case of what the options select; a case that fails is said and stops nothing."""
+    torch.manual_seed(0)
     try:
         plan = case.build(device, getattr(torch, dtype), options.backend)
         unknown = (plan.steps.keys() | plan.skipped.keys()) - options.known.keys()
         if unknown:
             raise ValueError(f"{case.name}: {', '.join(sorted(unknown))} not in CONTENDERS")
+        wanted = contenders(plan, case, device.type, options)
+        rows, reasons = measure_case(case, plan, wanted, device, dtype, options.budget, limits)
     except Exception as error:
         traceback.print_exc()
         return [], {"ours": reason_of(error)}
-    wanted = contenders(plan, case, device.type, options)
-    rows, reasons = measure_case(case, plan, wanted, device, dtype, options.budget, limits)
     if plan.compiled:
         torch.compiler.reset()
     named = options.contenders or plan.skipped
@@ -173,7 +174,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python3 -m bench.run", description=__doc__)
     parser.add_argument("--op", type=listed(OPS), help=f"of {','.join(OPS)}; default: all")
     parser.add_argument("--cases", help="names of cases, of any of the ops")
-    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds; as --lean")
+    parser.add_argument("--quick", action="store_true", help="a few cases, lean, fewer rounds")
     parser.add_argument(
         "--lean",
         action="store_true",
@@ -249,8 +250,8 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     options.lean |= options.quick
     options.budget = options.budget or (QUICK_BUDGET if options.quick else BUDGET[device.type])
-    selected = (options.lean, options.cases, options.dtype, options.contenders, options.backend)
-    if options.output is None and not any(selected):
+    selected = ("lean", "cases", "dtype", "contenders", "backend", "seconds")
+    if options.output is None and not any(getattr(options, name) for name in selected):
         options.output = environment.default_folder(device)
     command = shlex.join(["python3", "-m", "bench.run", *(sys.argv[1:] if argv is None else argv)])
     about = {"command": command, **environment.describe(device)}
