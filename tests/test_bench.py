@@ -294,12 +294,15 @@ def test_a_selection_writes_only_where_told(fake, monkeypatch):
     written = []
     monkeypatch.setattr(run, "write", lambda path, record: written.append(path))
     for option in (
-        ["--cases", "first"],
-        ["--quick"],
-        ["--backend", "reference"],
-        ["--seconds", "60"],
+        "--cases first",
+        "--quick",
+        "--lean",
+        "--dtype float32",
+        "--contenders ours",
+        "--backend reference",
+        "--seconds 60",
     ):
-        assert go(*option, "--contenders", "ours,eager") == 0
+        assert go(*option.split()) == 0
     assert written == []
     assert go("--op", "fake") == 0
     assert set(written) == {environment.default_folder(CPU) / "fake.json"}
