@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     one = commands.add_parser("info", help="versions, devices, libraries, which backend would run")
     one.add_argument("--json", action="store_true", help="as JSON")
     passed = {
-        "bench": "the quick benchmark; options as of `python3 -m bench.run`, for example --shapes",
+        "bench": "the quick benchmark; options as of `python3 -m bench.run`, for example --op",
         "audit": "compile the Triton kernels ahead of time: registers, shared memory, spills",
         "report": "the tables of bench/results; options as of `python3 -m bench.report`",
     }
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(found, indent=1) if options.json else _text(found))
         return 0
     if options.command == "bench":
-        selected = any(word.startswith(("--shapes", "--quick")) for word in rest)
+        selected = any(word.startswith(("--cases", "--quick")) for word in rest)
         quick = [] if selected else ["--quick"]
         return _in_checkout("bench/run.py", ["-m", "bench.run", *quick, *rest])
     if options.command == "report":
