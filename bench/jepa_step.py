@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vicreg_kernels as vk
+from bench import measure
+from bench.case import Case, Plan
+from vicreg_kernels import dispatch
+
+TITLE = "V-JEPA 2-style step: encoder, predictor, teacher, backward and EMA"
+CONTENDERS = {
+    "plain": "plain PyTorch, padded to the longest sample",
+    "compiled": "plain PyTorch under torch.compile",
+}
 
 
 @dataclass(frozen=True)
@@ -269,3 +279,56 @@ def plain_attention(
     mask = None if keep is None else keep[:, None, None]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return module.proj(out.transpose(1, 2).flatten(-2))
+
+
+def plan(
+    size: Size,
+    batch: int,
+    kept: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str | None,
+) -> Plan:
+    step = Step(size, backend).to(device, dtype)
+    masks = Masks.tubes(size, batch, kept)
+    video = torch.randn(batch, 3, size.frames, size.side, size.side).to(device, dtype)
+    steps = {"ours": partial(step.fused, video, masks), "plain": partial(step.plain, video, masks)}
+    skipped = {}
+    if device.type == "cuda":
+        other = copy.deepcopy(step)
+        other.plain_loss = measure.compiled(other.plain_loss)  # type: ignore[method-assign]
+        steps["compiled"] = partial(other.plain, video, masks)
+    else:
+        skipped["compiled"] = "takes minutes to compile on two cores"
+    name = dispatch.choose("attention", backend, device.type, dtype)
+    return Plan(steps, name, 0, 0, compiled=("compiled",), skipped=skipped)
+
+
+LARGE = Size(
+    dim=1024, heads=16, depth=24, predictor_dim=384, predictor_heads=12, predictor_depth=12
+)
+# Context tokens kept of 1568: V-JEPA's two mask settings (short-range, then long-range blocks).
+CASES = {
+    case.name: case
+    for case in (
+        Case(
+            "tiny/2 mask-B",
+            partial(plan, Size(), 2, (111, 303)),
+            targets={"cpu": {"plain": 1.0}},
+            dtypes={"cpu": ("float32",)},
+            quick=True,
+        ),
+        Case(
+            "tiny/2 mask-A",
+            partial(plan, Size(), 2, (382, 602)),
+            targets={"cpu": {"plain": 1.0}},
+            dtypes={"cpu": ("float32",)},
+        ),
+        Case(
+            "large/24 mask-B",
+            partial(plan, LARGE, 24, (111, 303)),
+            targets={"cuda": {"plain": 1.0}},
+            dtypes={"cuda": ("bfloat16",)},
+        ),
+    )
+}
