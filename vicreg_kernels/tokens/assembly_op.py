@@ -86,7 +86,7 @@ def _order_fake(
     else:
         count, kept = target_index.shape[0], context_index.shape[1]
         shapes = [(count, kept + target_index.shape[1]), (count, kept), tuple(target_index.shape)]
-    return tuple(context_index.new_empty(shape) for shape in shapes)  # type: ignore[return-value]
+    return tuple(context_index.new_empty(shape) for shape in shapes)
 
 
 @torch.library.register_fake("vicreg_kernels::tokens_assemble")
@@ -265,16 +265,16 @@ def assemble_tokens(
             mask-major, or a list of M of [B, Kt]: each of M targets with the same context.
         mask_token: [D] or [1, 1, D], one for all; or a row for each target, [P, Kt, D] or
             [total, D].
-        positions: a table [T, D] that is added by grid position, such as I-JEPA's sine-cosine table;
-            indices must then be below T.
+        positions: a table [T, D] that is added by grid position, such as I-JEPA's sine-cosine
+            table; indices must then be below T.
         context_offsets, target_offsets: both or neither, as in `gather_tokens`.
         backend: "reference", "cpu", "triton" or "cuda"; None takes the best for the input.
 
     Returns:
-        Assembly(tokens, index, context_rows, target_rows, offsets), with a method targets(sequence)
-        that takes the target rows out again. tokens have the context's dtype; sums are made in
-        float32 and rounded once. Differentiable in context, mask_token and positions; fused backends
-        once, "reference" to any order.
+        Assembly(tokens, index, context_rows, target_rows, offsets), with a method
+        targets(sequence) that takes the target rows out again. tokens have the context's dtype;
+        sums are made in float32 and rounded once. Differentiable in context, mask_token and
+        positions; fused backends once, "reference" to any order.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device, index or offset that is not one of the above;
@@ -302,20 +302,22 @@ def assemble_tokens(
                     f"target_index: got masks of {tuple(target_index[0].shape)} and"
                     f" {tuple(one.shape)}, takes equal ones"
                 )
-        target_index = torch.cat(list(target_index))
+        targets = torch.cat(list(target_index))
+    else:
+        targets = target_index
     _check_index("context_index", context_index, context, packed)
-    _check_index("target_index", target_index, context, packed)  # type: ignore[arg-type]
+    _check_index("target_index", targets, context, packed)
     if context_index.shape != context.shape[:-1]:
         raise ValueError(
             f"context_index: got shape {tuple(context_index.shape)}, takes that of the context's"
             f" rows, {tuple(context.shape[:-1])}"
         )
-    if not packed and (target_index.shape[0] < 1 or target_index.shape[0] % context.shape[0] != 0):
+    if not packed and (targets.shape[0] < 1 or targets.shape[0] % context.shape[0] != 0):
         raise ValueError(
-            f"target_index: got {target_index.shape[0]} samples, takes the context's"
+            f"target_index: got {targets.shape[0]} samples, takes the context's"
             f" {context.shape[0]} or a multiple"
         )
-    target = _target(mask_token, context, target_index)
+    target = _target(mask_token, context, targets)
     if positions is not None:
         checks.tensor("positions", positions, (2,), "[T, D]")
         checks.not_empty("positions", positions)
@@ -326,9 +328,9 @@ def assemble_tokens(
             checks.offsets("context_offsets", context_offsets, None, context.shape[0], context)
         ]
         batch = offsets[0].shape[0] - 1
-        total = target_index.shape[0]
+        total = targets.shape[0]
         offsets.append(checks.offsets("target_offsets", target_offsets, batch, total, context))
-    return _assembled(context, context_index, target, target_index, positions, offsets, backend)
+    return _assembled(context, context_index, target, targets, positions, offsets, backend)
 
 
 def _assembled(
@@ -359,11 +361,11 @@ def _assembled(
     # The table and the one mask token are small; they are read in float32.
     table = None if positions is None else positions.float().contiguous()
     target = target.float().contiguous() if target.dim() == 1 else target.to(context.dtype)
-    args = (target_index, index, context_rows, target_rows)
+    rows = [target_index, index, context_rows, target_rows]
     if offsets:  # places are rows of the packed whole: one sequence
-        args = tuple(z[None] for z in args)  # type: ignore[assignment]
+        rows = [z[None] for z in rows]
         target = target if target.dim() == 1 else target[None]
-        tokens = _Assemble.apply(context[None], target, table, context_index[None], *args, name)[0]
+        tokens = _Assemble.apply(context[None], target, table, context_index[None], *rows, name)[0]
     else:
-        tokens = _Assemble.apply(context, target, table, context_index, *args, name)
+        tokens = _Assemble.apply(context, target, table, context_index, *rows, name)
     return Assembly(tokens, index, context_rows, target_rows, whole)

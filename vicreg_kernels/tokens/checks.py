@@ -3,14 +3,16 @@
 Shapes, dtypes and devices are checked in Python on every call. What needs the values (indices in
 range, offsets that fit, no token twice) is checked on CPU tensors always, by the kernels themselves
 where they are compiled, so also under torch.compile. On a GPU it would wait for the device: there
-it is checked where VICREG_KERNELS_DEBUG=1; without it no kernel reads or writes out of bounds, and a
-row whose index is out of range becomes NaN.
+it is checked where VICREG_KERNELS_DEBUG=1; without it no kernel reads or writes out of bounds, and
+a row whose index is out of range becomes NaN.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ DTYPES = (torch.float64, *FUSED_DTYPES)
 INDEX_DTYPES = (torch.int32, torch.int64)
 DEBUG = os.environ.get("VICREG_KERNELS_DEBUG", "0") == "1"
 
-Offsets = Tensor | Sequence[int]
+Offsets: TypeAlias = Tensor | Sequence[int]
 
 
 def tensor(name: str, z: Tensor, dims: tuple[int, ...], shapes: str) -> None:
@@ -76,7 +78,7 @@ def offset_values(name: str, z: Tensor, total: int) -> None:
     values = z.tolist()
     if values[0] != 0:
         raise ValueError(f"{name}: got {values[0]} first, takes 0")
-    for before, after in zip(values, values[1:], strict=False):
+    for before, after in pairwise(values):
         if after < before:
             raise ValueError(f"{name}: got {after} after {before}, takes numbers that never fall")
     if values[-1] != total:

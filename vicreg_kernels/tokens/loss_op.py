@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from vicreg_kernels.tokens.checks import Offsets
 from vicreg_kernels.tokens.rows_op import check_values, choose
 
 REDUCTIONS = ("masks", "tokens")
-Masks = Tensor | Sequence[Tensor]
+Masks: TypeAlias = Tensor | Sequence[Tensor]
 
 _LIBRARY = torch.library.Library("vicreg_kernels", "FRAGMENT")
 _LIBRARY.define(
@@ -252,10 +252,10 @@ def prediction_loss(
         backends differentiate once; "reference" to any order.
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device, index or setting that is not one of the above,
-            or a mask without tokens; the message names the argument. On a GPU the values of index
-            and offsets are checked where VICREG_KERNELS_DEBUG=1; without it an index out of range
-            makes the loss, and its row's gradient, NaN.
+        ValueError, TypeError: a shape, dtype, device, index or setting that is not one of the
+            above, or a mask without tokens; the message names the argument. On a GPU the values of
+            index and offsets are checked where VICREG_KERNELS_DEBUG=1; without it an index out of
+            range makes the loss, and its row's gradient, NaN.
         RuntimeError: the named backend cannot run here; the message says why.
     """
     check_settings(kind=kind, beta=beta, eps=eps, reduction=reduction, backend=backend)
@@ -266,7 +266,7 @@ def prediction_loss(
             if len(index) == 0:
                 raise ValueError("index: got no masks, takes at least one")
             index = _stacked(pred, teacher, index)
-        return _one_mask(pred, teacher, index, offsets, settings)  # type: ignore[arg-type]
+        return _one_mask(pred, teacher, index, offsets, settings)
     if not isinstance(pred, (list, tuple)):
         raise TypeError(f"pred: got {type(pred).__name__}, takes a torch.Tensor or a list of them")
     if not isinstance(index, (list, tuple)) or len(index) != len(pred) or len(pred) == 0:
@@ -280,12 +280,9 @@ def prediction_loss(
         raise ValueError(f"offsets: takes a list with one for each of pred's {len(pred)} masks")
     each = [None] * len(pred) if offsets is None else offsets
     losses = [
-        _one_mask(p, teacher, i, o, settings)  # type: ignore[arg-type]
-        for p, i, o in zip(pred, index, each, strict=True)
+        _one_mask(p, teacher, i, o, settings) for p, i, o in zip(pred, index, each, strict=True)
     ]
     if reduction == "masks":
         return torch.stack(losses).mean()
     rows = [i.numel() for i in index]
-    return sum(  # type: ignore[return-value]
-        loss * (count / sum(rows)) for loss, count in zip(losses, rows, strict=True)
-    )
+    return sum(loss * (count / sum(rows)) for loss, count in zip(losses, rows, strict=True))

@@ -107,7 +107,7 @@ def assemble_ragged(
     context_offsets: Tensor,
     target_offsets: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same for packed context [Rc, D] and target [D] or [Rt, D]; rows are of the packed whole."""
+    """The same for packed context [Rc, D] and target [D] or [Rt, D]; rows of the packed whole."""
     kept, total = context.shape[0], context.shape[0] + target_index.shape[0]
     dtype = torch.float64 if context.dtype == torch.float64 else torch.float32
     if target.dim() == 1:
