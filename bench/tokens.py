@@ -59,7 +59,7 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, dynamic=False)
 
 
-# ----------------------------------------------------------------------------------- prediction loss
+# --------------------------------------------------------------------------------- prediction loss
 
 
 def published_loss(teacher: Tensor, index: list[Tensor], kind: str) -> Callable[..., Tensor]:
@@ -135,7 +135,7 @@ def _loss(kind: str, batch: int, tokens: int, dim: int, kept: tuple[int, ...]) -
     )
 
 
-# ------------------------------------------------------------------------------- gather, assembly
+# -------------------------------------------------------------------------------- gather, assembly
 
 
 def _gather(batch: int, tokens: int, dim: int, kept: int) -> Case:

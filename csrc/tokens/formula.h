@@ -23,7 +23,7 @@ enum Kind : int { kSmoothL1 = 0, kL1 = 1, kMse = 2, kCosine = 3 };
 constexpr float kLeastNorm = 1e-8f;
 
 // Floats saved for a row: mean and rstd, and for the cosine kind the factors of z and p.
-constexpr int64_t saved_floats(int64_t kind) { return kind == kCosine ? 4 : 2; }
+TOKENS_INLINE constexpr int64_t saved_floats(int64_t kind) { return kind == kCosine ? 4 : 2; }
 
 // F is float, or a vector of floats in the CPU's clones. A NaN passes every branch.
 template <int kind, typename F>

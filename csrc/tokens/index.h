@@ -37,10 +37,10 @@ struct Samples {
   }
   // Rows [begin, end) of a sample, inside [0, count] whatever the offsets hold.
   TOKENS_INLINE int64_t begin(int64_t sample) const {
-    return offsets == nullptr ? sample * each : clamp(offsets[sample]);
+    return clamp(offsets == nullptr ? sample * each : offsets[sample]);
   }
   TOKENS_INLINE int64_t end(int64_t sample) const {
-    return offsets == nullptr ? (sample + 1) * each : clamp(offsets[sample + 1]);
+    return clamp(offsets == nullptr ? (sample + 1) * each : offsets[sample + 1]);
   }
 
  private:

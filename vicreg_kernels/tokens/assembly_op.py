@@ -317,6 +317,8 @@ def assemble_tokens(
             f"target_index: got {targets.shape[0]} samples, takes the context's"
             f" {context.shape[0]} or a multiple"
         )
+    if context_index.numel() == 0 and targets.numel() == 0:
+        raise ValueError("context_index: got no tokens, takes at least one here or in target_index")
     target = _target(mask_token, context, targets)
     if positions is not None:
         checks.tensor("positions", positions, (2,), "[T, D]")
