@@ -41,9 +41,9 @@ struct Blend {
 };
 
 EMA_INLINE Blend blend(double momentum) {
-  const float weight = static_cast<float>(1.0 - momentum);
-  if (weight < 0.5f) return {weight, true};
-  return {-static_cast<float>(momentum), false};
+  const double weight = 1.0 - momentum;
+  if (weight < 0.5) return {static_cast<float>(weight), true};
+  return {static_cast<float>(-momentum), false};
 }
 
 EMA_INLINE float interpolate(float target, float online, const Blend& blend) {
