@@ -10,6 +10,7 @@
 #include "attention/cpu_problem.h"
 
 namespace attention {
+namespace {  // included by cpu.cpp alone
 namespace cpu {
 
 struct Inputs {
@@ -86,7 +87,7 @@ class Backward {
         });
       }
     }
-    if (task.parts == 1) finish(p_, in_, to_, sample, task.head, {{keys, sums}});
+    if (task.parts == 1) finish(p_, to_, sample, task.head, {{keys, sums}});
   }
 
   struct Part {
@@ -95,8 +96,8 @@ class Backward {
   };
 
   // Writes the gradients of a sample's keys and values: the sum of its parts, in their order.
-  static void finish(const Problem& p, const Inputs& in, const Gradients& to, const Sample& sample,
-                     int64_t head, const std::vector<Part>& parts) {
+  static void finish(const Problem& p, const Gradients& to, const Sample& sample, int64_t head,
+                     const std::vector<Part>& parts) {
     alignas(64) float row[128];
     int kept = 0;
     for (int place = 0; place < sample.keys; ++place) {
@@ -224,7 +225,7 @@ class Backward {
 };
 
 // The gradients of keys and values where several tasks share a sample and head.
-inline void finish_parts(const Problem& p, const Inputs& in, const Gradients& to,
+inline void finish_parts(const Problem& p, const Gradients& to,
                          const std::vector<Sums>& partial) {
   std::vector<std::vector<Backward::Part>> parts(p.samples.size() * p.heads);
   std::vector<int64_t> pending;
@@ -240,10 +241,11 @@ inline void finish_parts(const Problem& p, const Inputs& in, const Gradients& to
                               [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t unit = pending[i];
-      Backward::finish(p, in, to, p.samples[unit / p.heads], unit % p.heads, parts[unit]);
+      Backward::finish(p, to, p.samples[unit / p.heads], unit % p.heads, parts[unit]);
     }
   });
 }
 
 }  // namespace cpu
+}  // namespace
 }  // namespace attention

@@ -7,6 +7,7 @@
 #include "attention/cpu_problem.h"
 
 namespace attention {
+namespace {  // included by cpu.cpp alone
 namespace cpu {
 
 class Forward {
@@ -109,4 +110,5 @@ class Forward {
 };
 
 }  // namespace cpu
+}  // namespace
 }  // namespace attention

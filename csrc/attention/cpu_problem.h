@@ -9,6 +9,7 @@
 #include "attention/cpu_tokens.h"
 
 namespace attention {
+namespace {  // included by cpu.cpp alone
 namespace cpu {
 
 constexpr double kLog2E = 1.4426950408889634;
@@ -259,4 +260,5 @@ void split_unless_finite(const Sample& sample, const Tile& tile, bool finite, co
 }
 
 }  // namespace cpu
+}  // namespace
 }  // namespace attention

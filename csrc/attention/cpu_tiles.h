@@ -9,6 +9,7 @@
 #include "attention/formula.h"
 
 namespace attention {
+namespace {  // included by cpu.cpp alone
 namespace cpu {
 
 // One sample's rules. Keys are counted among those that are kept, `kept` of them.
@@ -116,4 +117,5 @@ inline void fill_unseen(const Intervals& seen, int origin, int count, float valu
 }
 
 }  // namespace cpu
+}  // namespace
 }  // namespace attention

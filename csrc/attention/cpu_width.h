@@ -5,6 +5,7 @@
 #include <cstring>
 
 namespace attention {
+namespace {  // included by cpu.cpp alone
 namespace cpu {
 
 // A tile: at most kTileRows queries, by at most kChunk keys at a time. Rows of scores and of
@@ -76,4 +77,5 @@ inline const Kernels& kernels() {
 }
 
 }  // namespace cpu
+}  // namespace
 }  // namespace attention
