@@ -32,7 +32,7 @@ from vicreg_kernels.attention import (
     masks,
 )
 
-TITLE = "Attention, forward and backward, by configuration, tokens and heads x head dim"
+TITLE = "Attention, forward and backward, by configuration, tokens kept and head dim"
 CONTENDERS = {
     "sdpa_mask": "SDPA, all tokens, boolean mask",
     "sdpa_loop": "SDPA, a loop over samples",
@@ -79,10 +79,9 @@ class Setting:
         least, most = self.kept
         kept = f"{most}" if least == most else f"{least}-{most}"
         whole = f"of{self.tokens}" if self.tokens != most else ""
-        heads = "|".join(sorted({str(h) for h in self.heads.values()}))
         rope = "_rope" if self.rope else ""
         forward = "_forward" if self.forward else ""
-        return f"{self.label}_{kept}{whole}_{heads}x{self.dim}{rope}{forward}"
+        return f"{self.label}_{kept}{whole}_d{self.dim}{rope}{forward}"
 
     def lengths(self, batch: int) -> list[int]:
         least, most = self.kept
