@@ -29,7 +29,6 @@ from vicreg_kernels.attention import (
     apply_rope,
     backends,
     masked_attention,
-    masks,
 )
 
 TITLE = "Attention, forward and backward, by configuration, tokens kept and head dim"
@@ -172,7 +171,7 @@ def ours(x: Inputs, backend: str | None) -> tuple[Step, str]:
         like = leaves[0]
         if rope is not None:
             rope = Rope3d(setting.grid, x.padded_places)
-    unfit = backends.unfit(like.dtype, masks.resolve(mask, like, like))
+    unfit = backends.unfit(like.dtype, x.longest)
     name = dispatch.choose("attention", backend, like.device.type, like.dtype, unfit=unfit)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

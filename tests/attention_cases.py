@@ -192,7 +192,8 @@ def unfit(backend: str, call: Call) -> str | None:
     if q.dim() == 3:
         q, k = (x.transpose(0, 1).unsqueeze(0) for x in (q, k))
     reason = dispatch.missing(backend, q.device.type, q.dtype)
-    return reason or backends.unfit(q.dtype, masks.resolve(call.mask, q, k)).get(backend)
+    rules = masks.resolve(call.mask, q, k)
+    return reason or backends.unfit(q.dtype, max(rules.max_q, rules.max_k)).get(backend)
 
 
 def run(backend: str, call: Call, cotangent: Tensor) -> tuple[Tensor, list[Tensor | None]]:

@@ -100,11 +100,7 @@ def assert_matches_reference(
     **settings: object,
 ) -> None:
     """The backend on `device` gives the reference's bits, on the CPU, in targets and shadows."""
-    mine, copies, before = (
-        again(targets, device),
-        again(shadows, device),
-        [*map(torch.clone, onlines)],
-    )
+    mine, copies, before = again(targets, device), again(shadows, device), [*map(torch.clone, onlines)]
     others = list(onlines) if device == "cpu" else again(onlines, device)
     expected, expected_copies = again(targets), again(shadows)
     on_device = momentum.to(device) if isinstance(momentum, Tensor) else momentum

@@ -166,11 +166,11 @@ def test_stochastic_rounding_keeps_what_the_dtype_holds(dtype):
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     every = every[~every.isnan()]
     for random in (0, 1, 0x7FFF, 0xFFFF):
-        kept = reference.stochastic_round(every.float(), torch.full(every.shape, random), dtype)
+        kept = reference.stochastic_round(
+            every.float(), torch.full(every.shape, random), dtype
+        )
         assert torch.equal(kept.view(torch.int16), every.view(torch.int16))
-    nan = reference.stochastic_round(
-        torch.full((3,), float("nan")), torch.tensor([0, 9, 65535]), dtype
-    )
+    nan = reference.stochastic_round(torch.full((3,), float("nan")), torch.tensor([0, 9, 65535]), dtype)
     assert nan.isnan().all()
 
 
