@@ -62,6 +62,7 @@ struct LossSettings {
   Samples rows;
   Indices index;
   int64_t length, dim;
+  double inverse_dim;
   int kind;
   bool normalize;
   float beta, inverse_beta, eps;
@@ -134,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (int w = 0; w < W; ++w) part += t[w];
       });
       sum = warp_sum(part);
-      mean = static_cast<float>(sum / static_cast<double>(q.dim));
+      mean = static_cast<float>(sum * q.inverse_dim);
       part = 0.f;
       over_pieces<W>(q.dim, [&](int i, int64_t) { deviation(kept[i]); });
       over_rest<W>(q.dim, [&](int64_t c) {
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         deviation(t);
       });
       scatter = warp_sum(part);
-      rstd = 1.f / sqrtf(static_cast<float>(scatter / static_cast<double>(q.dim)) + q.eps);
+      rstd = 1.f / sqrtf(static_cast<float>(scatter * q.inverse_dim) + q.eps);
     }
     const auto reduce = [&](const auto& term) {
       return row_sum(pred, p_at, teacher, t_at, kept, q.dim, mean, rstd, term);
@@ -188,12 +189,13 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) *loss = static_cast<float>(total * scale);
 }
 
-// One row's gradient; two pieces are under way at once.
+// One row's gradient; two pieces are under way at once, no more: ptxas would spill.
 template <typename Pred, typename Teacher, typename Slope>
 __device__ __forceinline__ void gradient_row(const Pred& pred, int64_t p_at, const Teacher& teacher,
                                              int64_t t_at, int64_t dim, float mean, float rstd,
                                              const Pred& out, int64_t out_at, const Slope& slope) {
   constexpr int W = Pred::W;
+#pragma unroll 1
   for (int64_t c = int64_t{lane()} * W; c < dim; c += 2 * kLanes * W) {
     float p[2][W], t[2][W];
 #pragma unroll
