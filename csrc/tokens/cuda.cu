@@ -141,14 +141,19 @@ Aligned<T> vectors_of(const Tensor& z) {
 // run(pred, teacher, out) with the accesses that both allow; out may be pred itself.
 template <typename F>
 void by_access(const Tensor& pred, const Tensor& teacher, const Tensor& out, F&& run) {
-  if (!aligned(pred, 8) || !aligned(teacher, 8)) {
+  const auto half = [](const Tensor& z) { return z.scalar_type() != ScalarType::Float; };
+  const bool two_halves = half(pred) && half(teacher) && pred.scalar_type() != teacher.scalar_type();
+  if (!aligned(pred, 8) || !aligned(teacher, 8) || two_halves) {  // float16 with bfloat16 is rare
     run(strided(pred), strided(teacher), strided(out));
     return;
   }
   by_dtype(pred.scalar_type(), [&](auto p) {
     by_dtype(teacher.scalar_type(), [&](auto t) {
       using P = decltype(p);
-      run(vectors_of<P>(pred), vectors_of<decltype(t)>(teacher), vectors_of<P>(out));
+      using T = decltype(t);
+      if constexpr (std::is_same_v<P, T> || std::is_same_v<P, float> || std::is_same_v<T, float>) {
+        run(vectors_of<P>(pred), vectors_of<T>(teacher), vectors_of<P>(out));
+      }
     });
   });
 }
@@ -246,8 +251,13 @@ Tensor loss_backward(Tensor grad, Tensor pred, Tensor teacher, Tensor index,
   const Tensor out = empty_rows(index, pred, pred.scalar_type());
   const Queue queue(pred);
   by_access(pred, teacher, out, [&](auto p, auto t, auto to) {
-    queue.launch(&gradient_rows<decltype(p), decltype(t)>, blocks_of(q.rows.count, queue), kThreads,
-                 0, q, p, t, reading<float>(saved), reading<float>(grad), loss_scale(q), to);
+    using P = decltype(p);
+    using T = decltype(t);
+    constexpr decltype(&gradient_rows<kSmoothL1, P, T>) kernels[] = {
+        &gradient_rows<kSmoothL1, P, T>, &gradient_rows<kL1, P, T>, &gradient_rows<kMse, P, T>,
+        &gradient_rows<kCosine, P, T>};
+    queue.launch(kernels[kind], blocks_of(q.rows.count, queue), kThreads, 0, q, p, t,
+                 reading<float>(saved), reading<float>(grad), loss_scale(q), to);
   });
   return out;
 }

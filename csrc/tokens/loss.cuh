@@ -216,8 +216,9 @@ __device__ __forceinline__ void gradient_row(const Pred& pred, int64_t p_at, con
   }
 }
 
-// grad: the gradient of the loss; scale: 1 over the number of terms. `out` is contiguous.
-template <typename Pred, typename Teacher>
+// grad: the gradient of the loss; scale: 1 over the number of terms. `out` is contiguous. A kernel
+// for each kind: with all of them in one, ptxas spills for sm_100.
+template <int kind, typename Pred, typename Teacher>
 __global__ void __launch_bounds__(kThreads, 2)
     gradient_rows(LossSettings q, Pred pred, Teacher teacher, const float* saved, const float* grad,
                   double scale, Pred out) {
@@ -226,24 +227,18 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t token = q.index[r];
     const bool valid = token >= 0 && token < q.length;
     const int64_t p_at = pred.place(r), t_at = teacher.place(q.rows.of(r), valid ? token : 0);
-    const float* own = saved + r * saved_floats(q.kind);
-    const float mean = own[0], rstd = own[1];
-    const auto run = [&](const auto& slope) {
-      gradient_row(pred, p_at, teacher, t_at, q.dim, mean, rstd, out, r * q.dim, slope);
-    };
-    if (!valid) {
-      run([](float, float) { return not_a_number(); });
-    } else if (q.kind == kCosine) {
-      const float toward = own[2] * factor, along = own[3] * factor;
-      run([&](float p, float z) { return toward * z + along * p; });
-    } else if (q.kind == kSmoothL1) {
-      run([&](float p, float z) {
-        return element_slope<kSmoothL1>(p - z, q.beta, q.inverse_beta) * factor;
-      });
-    } else if (q.kind == kL1) {
-      run([&](float p, float z) { return element_slope<kL1>(p - z, 0.f, 0.f) * factor; });
+    const float* own = saved + r * saved_floats(kind);
+    const float mean = own[0], rstd = own[1], weight = valid ? factor : not_a_number();
+    if constexpr (kind == kCosine) {
+      const float toward = own[2] * weight, along = own[3] * weight;
+      gradient_row(pred, p_at, teacher, t_at, q.dim, mean, rstd, out, r * q.dim,
+                   [=](float p, float z) { return toward * z + along * p; });
     } else {
-      run([&](float p, float z) { return element_slope<kMse>(p - z, 0.f, 0.f) * factor; });
+      const float beta = q.beta, inverse_beta = q.inverse_beta;
+      gradient_row(pred, p_at, teacher, t_at, q.dim, mean, rstd, out, r * q.dim,
+                   [=](float p, float z) {
+                     return element_slope<kind>(p - z, beta, inverse_beta) * weight;
+                   });
     }
   }
 }
