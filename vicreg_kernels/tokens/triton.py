@@ -214,7 +214,7 @@ def order(
                 context_offsets if packed else context_index,
                 target_offsets if packed else target_index,
                 index, context_rows, target_rows, kept, wanted, contexts, blocks,
-                PACKED=packed, BLOCK=block, CHUNK=128, num_warps=4,
+                PACKED=packed, BLOCK=block, CHUNK=64, num_warps=4,
             )  # fmt: skip
     return index, context_rows, target_rows
 

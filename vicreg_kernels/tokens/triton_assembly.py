@@ -53,12 +53,13 @@ def order_kernel(
     for first in range(block * BLOCK, total, blocks * BLOCK):
         k = first + tl.arange(0, BLOCK).to(tl.int64)
         position = position_of(k, c_count, total, context, target)
-        place = tl.zeros((BLOCK,), tl.int64)
+        place = tl.zeros((BLOCK,), tl.int32)
+        own = position.to(tl.int32)[:, None]  # int64 tiles would spill
+        rank = k.to(tl.int32)[:, None]
         for chunk in range(0, total, CHUNK):
             j = chunk + tl.arange(0, CHUNK).to(tl.int64)
-            other = position_of(j, c_count, total, context, target)[None, :]
-            own = position[:, None]
-            before = (other < own) | ((other == own) & (j[None, :] < k[:, None]))
+            other = position_of(j, c_count, total, context, target).to(tl.int32)[None, :]
+            before = (other < own) | ((other == own) & (j.to(tl.int32)[None, :] < rank))
             before = before & (j < total)[None, :]
             place += tl.sum(before.to(tl.int32), axis=1)
         there = k < total
