@@ -1,8 +1,9 @@
 """Schema, fake, backends and the public function of the EMA op.
 
 One op takes whole lists, so that a backend sees all the work at once. It mutates `targets` and
-`shadows` and returns nothing; there is no gradient. What cannot be seen while a graph is traced (the
-value of a momentum on the CPU, where memory lies) is checked when the op runs, before it writes.
+`shadows` and returns nothing; there is no gradient. What cannot be seen while a graph is traced,
+the value of a momentum on the CPU and where memory lies, is checked when the op runs, before it
+writes.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def ema_update_(
         step_tensor, step = step, 0
     elif step is None:
         if rounding == "stochastic":
-            raise ValueError("step: got None, takes the number of the step with rounding='stochastic'")
+            raise ValueError("step: got None, takes an int or a tensor with rounding='stochastic'")
         step = 0
     elif isinstance(step, bool) or not isinstance(step, int):
         raise TypeError(f"step: got {type(step).__name__}, takes an int or a 0-d int64 tensor")
