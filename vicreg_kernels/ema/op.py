@@ -9,6 +9,7 @@ writes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -125,12 +126,14 @@ def ema_update_(
     if not targets:
         return
 
-    dtypes = {z.dtype for z in (*targets, *onlines, *(copies or ()))}
+    everything = (*targets, *onlines, *(copies or ()))
+    dtypes = {z.dtype for z in everything}
     widest = torch.float64 if torch.float64 in dtypes else targets[0].dtype
     name = dispatch.choose("ema_update_", backend, device.type, widest)
     if not torch.compiler.is_compiling():
         dispatch.log_choice("ema_update_", name, backend, device, (len(targets),))
-    with torch.no_grad():
+    # Only where it is needed: a compiled graph that fails inside leaves gradients switched off.
+    with torch.no_grad() if any(z.requires_grad for z in everything) else nullcontext():
         torch.ops.vicreg_kernels.ema_update_(
             targets,
             onlines,
