@@ -37,11 +37,17 @@ def plain_name(name: str) -> str:
 
 
 def named_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Parameters and buffers by plain name; tied ones once."""
+    """Parameters and buffers by plain name; tied ones under each of their names."""
     return (
-        {plain_name(name): z for name, z in module.named_parameters()},
-        {plain_name(name): z for name, z in module.named_buffers()},
+        {plain_name(k): z for k, z in module.named_parameters(remove_duplicate=False)},
+        {plain_name(k): z for k, z in module.named_buffers(remove_duplicate=False)},
     )
+
+
+def untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor once, under its first name."""
+    first: dict[int, str] = {}
+    return {name: z for name, z in tensors.items() if first.setdefault(id(z), name) == name}
 
 
 def local(name: str, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:

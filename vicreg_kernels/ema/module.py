@@ -176,7 +176,7 @@ class _Match:
         for k, kind in enumerate(kinds):
             for other in named[1:]:
                 matching.check_names(kind, named[0][k], other[k])
-            for name, z in named[0][k].items():
+            for name, z in matching.untied(named[0][k]).items():
                 averages = z.is_floating_point() or z.is_complex()
                 averages = averages and (k == 0 or ema.buffer_rule == "average")
                 group = averaged if averages else copied
