@@ -192,7 +192,7 @@ def test_what_is_written_must_be_a_leaf(name):
 def test_float64_and_fused_backends(fused):
     wide = [torch.ones(3, dtype=torch.float64)]
     for lists in ((wide, [torch.zeros(3)]), ([torch.ones(3)], [torch.zeros(3).double()])):
-        with pytest.raises(RuntimeError, match="cannot run ema_update_ here: .*float64"):
+        with pytest.raises(RuntimeError, match=r"cannot run ema_update_ here: .*float64"):
             ema_update_(*lists, 0.5, backend=fused.name)
         ema_update_(*lists, 0.5)
         assert lists[0][0].eq(0.5).all()
@@ -248,7 +248,7 @@ def test_a_student_that_changes_after_the_first_update():
     ema = EMA(model)
     ema.update(model)
     model[1] = nn.Linear(2, 5)
-    with pytest.raises(ValueError, match="'1.weight'"):
+    with pytest.raises(ValueError, match=r"'1\.weight'"):
         ema.update(model)
     model[1] = nn.Linear(2, 2)
     ema.update(model)

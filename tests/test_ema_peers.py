@@ -64,7 +64,7 @@ def test_timm(decay, counted):
 @pytest.mark.parametrize("buffers", [False, True])
 @pytest.mark.parametrize("decay", [0.9, 0.9998])
 def test_averaged_model(decay, buffers):
-    """Its first update copies, so ours starts there; without use_buffers it leaves buffers alone."""
+    """Its first update copies, so ours does; without use_buffers it copies buffers."""
     model = make()
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
     theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=buffers)

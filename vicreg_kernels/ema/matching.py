@@ -45,9 +45,17 @@ def named_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tenso
 
 
 def untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor once, under its first name."""
-    first: dict[int, str] = {}
-    return {name: z for name, z in tensors.items() if first.setdefault(id(z), name) == name}
+    """Each tensor once, under its first name; also where load_state_dict(assign=True) has made two
+    parameters of one memory.
+    """
+
+    def place(z: Tensor) -> Any:
+        if torch.compiler.is_compiling() or hasattr(z, "to_local") or z.numel() == 0:
+            return id(z)
+        return z.data_ptr(), z.shape, z.stride()
+
+    first: dict[Any, str] = {}
+    return {name: z for name, z in tensors.items() if first.setdefault(place(z), name) == name}
 
 
 def local(name: str, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
