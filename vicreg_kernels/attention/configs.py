@@ -26,8 +26,7 @@ TABLE = Path(__file__).with_name("configs.json")
 class Config:
     """Each: (queries, keys, warps, stages) of a tile; key_gradient keeps keys, the others queries.
 
-    turned: tiles that visit a key (forward) or whatever a backward loop loads, up to which rotary
-    position is applied in the loop; beyond, beforehand, to scratch.
+    turned: tiles of queries up to which the forward turns keys in its loop (triton_forward.py).
     """
 
     forward: tuple[int, int, int, int]

@@ -1,7 +1,7 @@
 """Launchers of the attention op's Triton kernels.
 
-Launches: forward 1, backward 3; with rotary position on samples of more than two tiles, forward one
-more (keys turned to scratch), backward two more (queries and keys). Nothing waits for the device,
+Launches: forward 1, backward 3; with rotary position forward one more on samples of more than two
+tiles (keys turned to scratch), backward two more (queries and keys). Nothing waits for the device,
 and allocation depends on shapes alone, so both can be captured in a CUDA graph: a ragged grid is as
 large as it can need to be (triton_rules.find_sample), not as the lengths say.
 """
@@ -156,7 +156,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, T
             q, k, v, out, lse, *p.tensors(), *p.sizes(tiles),
             *q.stride(), *k.stride(), *v.stride(), abs(scale) * LOG2_E,
             **p.flags(), TURN_KEYS=turn_keys, NEGATE=math.copysign(1.0, scale) < 0,
-            QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages,
+            QUERIES=queries, KEYS=keys, num_warps=warps,
+            num_stages=1 if turn_keys else stages,  # else the table's rows are pipelined too
         )  # fmt: skip
     return out, lse
 
@@ -176,18 +177,7 @@ def backward(
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     delta, peak = (torch.empty_like(lse) for _ in range(2))
-    queries, keys = p.config.query_gradient[0], p.config.key_gradient[1]
-    # What a loop loads is turned in it where few tiles do.
-    turn_keys = p.axes > 0 and triton.cdiv(p.longest[0], queries) <= p.config.turned
-    turn_queries = p.axes > 0 and triton.cdiv(p.longest[1], keys) <= p.config.turned
-    turned_q, turned_k = q, k
-    if p.axes and not turn_queries:
-        turned_q = p.turned(q, "q")
-    if p.axes and not turn_keys:
-        turned_k = p.turned(k, "k")
-    shared: dict[str, Any] = {
-        **p.flags(), "TURN_QUERIES": turn_queries, "TURN_KEYS": turn_keys
-    }  # fmt: skip
+    turned_q, turned_k = (p.turned(q, "q"), p.turned(k, "k")) if p.axes else (q, k)
     strides = (*grad.stride(), *turned_q.stride(), *turned_k.stride(), *v.stride())
     operands = (grad, turned_q, turned_k, v, peak, delta)
     rows = p.batch * p.tokens * p.heads
@@ -197,12 +187,16 @@ def backward(
             HEAD=p.head_dim, WIDTH=triton.next_power_of_2(p.head_dim), ROWS=DELTA_ROWS,
             num_warps=4,
         )  # fmt: skip
-        if need_k or need_v:
+        # float32's split operands fill the registers: dv and dk one after the other
+        single = p.format in ("fp32", "tf32")
+        for k_now, v_now in ((False, need_v), (need_k, False)) if single else ((need_k, need_v),):
+            if not (k_now or v_now):
+                continue
             queries, keys, warps, stages = p.config.key_gradient
             tiles = p.tiles("k", keys)
             key_gradient_kernel[(tiles * p.heads * p.batch,)](
                 *operands, dk, dv, *p.tensors(), *p.sizes(tiles), *strides, scale * LOG2_E,
-                **shared, NEED_K=need_k, NEED_V=need_v,
+                **p.flags(), NEED_K=k_now, NEED_V=v_now,
                 QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages,
             )  # fmt: skip
         if need_q:
@@ -210,7 +204,7 @@ def backward(
             tiles = p.tiles("q", queries)
             query_gradient_kernel[(tiles * p.heads * p.batch,)](
                 *operands, dq, *p.tensors(), *p.sizes(tiles), *strides, scale * LOG2_E,
-                **shared, QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages,
+                **p.flags(), QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages,
             )  # fmt: skip
     return dq, dk, dv
 

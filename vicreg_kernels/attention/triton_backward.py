@@ -9,8 +9,8 @@ products a pair of tiles; query_gradient_kernel over the keys a tile of queries 
 scores are computed twice: 7 products for 5, instead of adding dQ up by atomics or in a float32
 T x d a key tile. P is formed in log2 from the saved lse. GPU times: not measured yet.
 
-Rotary position as in the forward: what is loaded once is turned there, what is loaded in the loop
-beforehand, but for short samples. dQ and dK are turned back in float32 before they are stored.
+Rotary position: queries and keys come turned, since each is loaded in some loop; that moves 4 T d
+elements more, beside 13 without it. dQ and dK are turned back in float32 before they are stored.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from vicreg_kernels.attention.triton_forward import live_keys, seen
-from vicreg_kernels.attention.triton_rope import load_head, store_gradient
+from vicreg_kernels.attention.triton_rope import store_gradient
 from vicreg_kernels.attention.triton_rules import (
     extent,
     find_sample,
@@ -30,7 +30,13 @@ from vicreg_kernels.attention.triton_rules import (
     tile_start,
     tiles_of,
 )
-from vicreg_kernels.attention.triton_tiles import load_part, product, rounded
+from vicreg_kernels.attention.triton_tiles import (
+    load_part,
+    load_rows,
+    product,
+    rounded,
+    store_part,
+)
 
 
 @triton.jit
@@ -59,12 +65,11 @@ def delta_kernel(
 
 @triton.jit
 def from_queries(
-    k1, k2, v1, v2, dk1, dk2, dv1, dv2, q, grad, peak, delta, table, q_index, q_at,
+    k1, k2, v1, v2, dk1, dk2, dv1, dv2, q, grad, peak, delta,
     key, start, limit, keys, bounds, blocks, frame, window, scale,
-    sq_t, sq_d, sg_t, sg_d, frames, height, width, last,
+    sq_t, sq_d, sg_t, sg_d,
     MASKED: tl.constexpr, FRAMES: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
     NEED_K: tl.constexpr, NEED_V: tl.constexpr,
-    INDEX: tl.constexpr, AXES: tl.constexpr, PART: tl.constexpr,
     HEAD: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, QUERIES: tl.constexpr,
     FORMAT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -72,14 +77,8 @@ def from_queries(
     local = tl.arange(0, QUERIES)
     row = start + local
     live = row < limit
-    q1, q2 = load_head(
-        q, start, sq_t, sq_d, live, table, q_index, q_at, frames, height, width, last,
-        INDEX, AXES, PART, MASKED, HEAD, D1, D2, QUERIES, FORMAT,
-    )  # fmt: skip
-    g1, g2 = load_head(
-        grad, start, sg_t, sg_d, live, table, q_index, q_at, frames, height, width, last,
-        False, 0, PART, MASKED, HEAD, D1, D2, QUERIES, FORMAT,
-    )  # fmt: skip
+    q1, q2 = load_rows(q, start, sq_t, sq_d, live, MASKED, HEAD, D1, D2, QUERIES, FORMAT)
+    g1, g2 = load_rows(grad, start, sg_t, sg_d, live, MASKED, HEAD, D1, D2, QUERIES, FORMAT)
     s = product(k1, k2, q1, q2, D2 > 0, PRECISION) * scale  # [keys, queries]
     if MASKED:
         top = tl.load(peak + row, mask=live, other=float("inf"))
@@ -129,7 +128,6 @@ def key_gradient_kernel(
     RAGGED: tl.constexpr, LENGTHS: tl.constexpr, KEEP: tl.constexpr,
     FRAMES: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
     Q_INDEX: tl.constexpr, K_INDEX: tl.constexpr, AXES: tl.constexpr, PART: tl.constexpr,
-    TURN_QUERIES: tl.constexpr, TURN_KEYS: tl.constexpr,
     NEED_K: tl.constexpr, NEED_V: tl.constexpr,
     HEAD: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     FORMAT: tl.constexpr, PRECISION: tl.constexpr,
@@ -167,15 +165,8 @@ def key_gradient_kernel(
     k_index += b * k_index_stride
 
     live = live_keys(keep + b * all_keys, key, keys, KEEP)
-    TURNED: tl.constexpr = AXES if TURN_KEYS else 0
-    k1, k2 = load_head(
-        k, first, sk_t, sk_d, live, table, k_index, k_begin, frames, height, width, last,
-        K_INDEX, TURNED, PART, True, HEAD, D1, D2, KEYS, FORMAT,
-    )  # fmt: skip
-    v1, v2 = load_head(
-        v, first, sv_t, sv_d, live, table, k_index, k_begin, frames, height, width, last,
-        False, 0, PART, True, HEAD, D1, D2, KEYS, FORMAT,
-    )  # fmt: skip
+    k1, k2 = load_rows(k, first, sk_t, sk_d, live, True, HEAD, D1, D2, KEYS, FORMAT)
+    v1, v2 = load_rows(v, first, sv_t, sv_d, live, True, HEAD, D1, D2, KEYS, FORMAT)
     low, high, whole, whole_end = query_range(
         first, tl.minimum(first + KEYS, keys) - 1, queries, bounds, blocks, frame, window,
         FRAMES, WINDOW, BLOCKS,
@@ -189,23 +180,22 @@ def key_gradient_kernel(
     if D2:
         dk2 = tl.zeros((KEYS, D2), tl.float32)
         dv2 = tl.zeros((KEYS, D2), tl.float32)
-    Q_TURNED: tl.constexpr = AXES if TURN_QUERIES else 0
     for t in range(0, masked):
         start = tile_start(t, low, lead, count, True, QUERIES)
         dk1, dk2, dv1, dv2 = from_queries(
-            k1, k2, v1, v2, dk1, dk2, dv1, dv2, q, grad, peak, delta, table, q_index, q_begin,
+            k1, k2, v1, v2, dk1, dk2, dv1, dv2, q, grad, peak, delta,
             key, start, high, keys, bounds, blocks, frame, window, scale,
-            sq_t, sq_d, sg_t, sg_d, frames, height, width, last,
-            True, FRAMES, WINDOW, BLOCKS, NEED_K, NEED_V, Q_INDEX, Q_TURNED, PART,
+            sq_t, sq_d, sg_t, sg_d,
+            True, FRAMES, WINDOW, BLOCKS, NEED_K, NEED_V,
             HEAD, D1, D2, QUERIES, FORMAT, PRECISION,
         )  # fmt: skip
     for t in range(0, count):
         start = tile_start(t, low, lead, count, False, QUERIES)
         dk1, dk2, dv1, dv2 = from_queries(
-            k1, k2, v1, v2, dk1, dk2, dv1, dv2, q, grad, peak, delta, table, q_index, q_begin,
+            k1, k2, v1, v2, dk1, dk2, dv1, dv2, q, grad, peak, delta,
             key, start, high, keys, bounds, blocks, frame, window, scale,
-            sq_t, sq_d, sg_t, sg_d, frames, height, width, last,
-            False, FRAMES, WINDOW, BLOCKS, NEED_K, NEED_V, Q_INDEX, Q_TURNED, PART,
+            sq_t, sq_d, sg_t, sg_d,
+            False, FRAMES, WINDOW, BLOCKS, NEED_K, NEED_V,
             HEAD, D1, D2, QUERIES, FORMAT, PRECISION,
         )  # fmt: skip
 
@@ -213,13 +203,9 @@ def key_gradient_kernel(
     shift = (b * all_keys * heads + h) * HEAD
     keeping = live[:, None]
     if NEED_V:
-        dv1 = tl.where(keeping, dv1, 0.0)
+        store_part(dv + shift, along, there, tl.where(keeping, dv1, 0.0), 0, HEAD, FORMAT)
         if D2:
-            dv2 = tl.where(keeping, dv2, 0.0)
-        store_gradient(
-            dv + shift, along, there, dv1, dv2, key, table, k_index, k_begin,
-            frames, height, width, last, False, 0, PART, HEAD, D1, D2, FORMAT,
-        )  # fmt: skip
+            store_part(dv + shift, along, there, tl.where(keeping, dv2, 0.0), D1, HEAD, FORMAT)
     if NEED_K:
         scale *= 0.6931471805599453
         dk1 = tl.where(keeping, dk1 * scale, 0.0)
@@ -233,11 +219,10 @@ def key_gradient_kernel(
 
 @triton.jit
 def from_keys(
-    q1, q2, g1, g2, dq1, dq2, top, drop, k, v, keep, table, k_index, k_at,
+    q1, q2, g1, g2, dq1, dq2, top, drop, k, v, keep,
     start, limit, begin, end, scale,
-    sk_t, sk_d, sv_t, sv_d, frames, height, width, last,
+    sk_t, sk_d, sv_t, sv_d,
     MASKED: tl.constexpr, RULED: tl.constexpr, KEEP: tl.constexpr,
-    INDEX: tl.constexpr, AXES: tl.constexpr, PART: tl.constexpr,
     HEAD: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, KEYS: tl.constexpr,
     FORMAT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -246,17 +231,11 @@ def from_keys(
     live = key < limit
     if MASKED:
         live = live_keys(keep, key, limit, KEEP)
-    k1, k2 = load_head(
-        k, start, sk_t, sk_d, live, table, k_index, k_at, frames, height, width, last,
-        INDEX, AXES, PART, MASKED, HEAD, D1, D2, KEYS, FORMAT,
-    )  # fmt: skip
-    v1, v2 = load_head(
-        v, start, sv_t, sv_d, live, table, k_index, k_at, frames, height, width, last,
-        False, 0, PART, MASKED, HEAD, D1, D2, KEYS, FORMAT,
-    )  # fmt: skip
+    k1, k2 = load_rows(k, start, sk_t, sk_d, live, MASKED, HEAD, D1, D2, KEYS, FORMAT)
+    v1, v2 = load_rows(v, start, sv_t, sv_d, live, MASKED, HEAD, D1, D2, KEYS, FORMAT)
     s = product(q1, q2, k1, k2, D2 > 0, PRECISION) * scale
     if MASKED:
-        mask = seen(key, live, begin, end, RULED, KEEP)
+        mask = seen(key, live, begin, end, RULED)
         s = tl.where(mask, s, float("-inf"))
     p = tl.exp2(s - top[:, None])
     ds = p * (product(g1, g2, v1, v2, D2 > 0, PRECISION) - drop[:, None])
@@ -281,7 +260,6 @@ def query_gradient_kernel(
     RAGGED: tl.constexpr, LENGTHS: tl.constexpr, KEEP: tl.constexpr,
     FRAMES: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
     Q_INDEX: tl.constexpr, K_INDEX: tl.constexpr, AXES: tl.constexpr, PART: tl.constexpr,
-    TURN_QUERIES: tl.constexpr, TURN_KEYS: tl.constexpr,
     HEAD: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     FORMAT: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -320,15 +298,8 @@ def query_gradient_kernel(
 
     row = first + tl.arange(0, QUERIES)
     live = row < queries
-    Q_TURNED: tl.constexpr = AXES if TURN_QUERIES else 0
-    q1, q2 = load_head(
-        q, first, sq_t, sq_d, live, table, q_index, q_begin, frames, height, width, last,
-        Q_INDEX, Q_TURNED, PART, True, HEAD, D1, D2, QUERIES, FORMAT,
-    )  # fmt: skip
-    g1, g2 = load_head(
-        grad, first, sg_t, sg_d, live, table, q_index, q_begin, frames, height, width, last,
-        False, 0, PART, True, HEAD, D1, D2, QUERIES, FORMAT,
-    )  # fmt: skip
+    q1, q2 = load_rows(q, first, sq_t, sq_d, live, True, HEAD, D1, D2, QUERIES, FORMAT)
+    g1, g2 = load_rows(grad, first, sg_t, sg_d, live, True, HEAD, D1, D2, QUERIES, FORMAT)
     at = (b * heads + h) * tokens + q_at + row
     top = tl.load(peak + at, mask=live, other=float("inf"))
     drop = tl.load(delta + at, mask=live, other=0.0)
@@ -342,7 +313,6 @@ def query_gradient_kernel(
     dq2 = top
     if D2:
         dq2 = tl.zeros((QUERIES, D2), tl.float32)
-    K_TURNED: tl.constexpr = AXES if TURN_KEYS else 0
     for t in range(0, masked + masked2):
         start = tile_start(t, low, lead, whole, True, KEYS)
         limit = high
@@ -355,10 +325,10 @@ def query_gradient_kernel(
             row_begin = tl.where(own, second, begin)
             row_end = tl.where(own, second_end, end)
         dq1, dq2 = from_keys(
-            q1, q2, g1, g2, dq1, dq2, top, drop, k, v, keep, table, k_index, k_begin,
+            q1, q2, g1, g2, dq1, dq2, top, drop, k, v, keep,
             start, limit, row_begin, row_end, scale,
-            sk_t, sk_d, sv_t, sv_d, frames, height, width, last,
-            True, RULED, KEEP, K_INDEX, K_TURNED, PART, HEAD, D1, D2, KEYS, FORMAT, PRECISION,
+            sk_t, sk_d, sv_t, sv_d,
+            True, RULED, KEEP, HEAD, D1, D2, KEYS, FORMAT, PRECISION,
         )  # fmt: skip
     for t in range(0, whole + whole2):
         start = tile_start(t, low, lead, whole, False, KEYS)
@@ -367,10 +337,10 @@ def query_gradient_kernel(
                 t >= whole, tile_start(t - whole, low2, lead2, whole2, False, KEYS), start
             )
         dq1, dq2 = from_keys(
-            q1, q2, g1, g2, dq1, dq2, top, drop, k, v, keep, table, k_index, k_begin,
+            q1, q2, g1, g2, dq1, dq2, top, drop, k, v, keep,
             start, start + KEYS, begin, end, scale,
-            sk_t, sk_d, sv_t, sv_d, frames, height, width, last,
-            False, RULED, KEEP, K_INDEX, K_TURNED, PART, HEAD, D1, D2, KEYS, FORMAT, PRECISION,
+            sk_t, sk_d, sv_t, sv_d,
+            False, RULED, KEEP, HEAD, D1, D2, KEYS, FORMAT, PRECISION,
         )  # fmt: skip
 
     scale *= 0.6931471805599453

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vicreg_kernels.attention.triton_rope import load_head
+from vicreg_kernels.attention.triton_rope import load_turned
 from vicreg_kernels.attention.triton_rules import (
     extent,
     find_sample,
@@ -27,14 +27,11 @@ from vicreg_kernels.attention.triton_rules import (
     key_tiles,
     tile_start,
 )
-from vicreg_kernels.attention.triton_tiles import load_part, loaded, product, rounded, store_part
+from vicreg_kernels.attention.triton_tiles import load_rows, product, rounded, store_part
 
 
 @triton.jit
-def seen(
-    key, live, begin, end,
-    RULED: tl.constexpr, KEEP: tl.constexpr,
-):  # fmt: skip
+def seen(key, live, begin, end, RULED: tl.constexpr):
     """bool [Q or 1, K]: whether a row's interval has a key; live [K]: keys that are there at all."""
     mask = live[None, :]
     if RULED:
@@ -65,13 +62,13 @@ def attend(
     live = key < limit
     if MASKED:
         live = live_keys(keep, key, limit, KEEP)
-    k1, k2 = load_head(
+    k1, k2 = load_turned(
         k, start, sk_t, sk_d, live, table, k_index, k_at, frames, height, width, last,
         INDEX, AXES, PART, MASKED, HEAD, D1, D2, KEYS, FORMAT,
     )  # fmt: skip
     s = product(q1, q2, k1, k2, D2 > 0, PRECISION)
     if MASKED:
-        s = tl.where(seen(key, live, begin, end, RULED, KEEP), s * scale, float("-inf"))
+        s = tl.where(seen(key, live, begin, end, RULED), s * scale, float("-inf"))
         new = tl.maximum(top, tl.max(s, axis=1))
         base = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen nothing yet
         p = tl.exp2(s - base[:, None])
@@ -82,12 +79,9 @@ def attend(
         fade = tl.exp2(top - new)
     total = total * fade + tl.sum(p, axis=1)
     p = rounded(p, FORMAT)
-    v += tl.cast(start, tl.int64) * sv_t
-    along = tl.arange(0, KEYS).to(tl.int64) * sv_t
-    v1 = loaded(load_part(v, along, live, sv_d, 0, D1, HEAD, MASKED), FORMAT)
+    v1, v2 = load_rows(v, start, sv_t, sv_d, live, MASKED, HEAD, D1, D2, KEYS, FORMAT)
     acc1 = tl.dot(p, v1, acc1 * fade[:, None], input_precision=PRECISION)
     if D2:
-        v2 = loaded(load_part(v, along, live, sv_d, D1, D2, HEAD, MASKED), FORMAT)
         acc2 = tl.dot(p, v2, acc2 * fade[:, None], input_precision=PRECISION)
     return acc1, acc2, new, total
 
@@ -141,7 +135,7 @@ def forward_kernel(
 
     row = first + tl.arange(0, QUERIES)
     live = row < queries
-    q1, q2 = load_head(
+    q1, q2 = load_turned(
         q, first, sq_t, sq_d, live, table, q_index + b * q_index_stride, q_begin,
         frames, height, width, last,
         Q_INDEX, AXES, PART, True, HEAD, D1, D2, QUERIES, FORMAT,
@@ -201,5 +195,5 @@ def forward_kernel(
     store_part(target, along, live, acc1 * inverse[:, None], 0, HEAD, FORMAT)
     if D2:
         store_part(target, along, live, acc2 * inverse[:, None], D1, HEAD, FORMAT)
-    natural = (top + tl.log2(total)) * 0.6931471805599453
+    natural = (top + tl.log2(tl.where(total == 0.0, 1.0, total))) * 0.6931471805599453
     tl.store(lse + (b * heads + h) * tokens + token, natural, mask=live)

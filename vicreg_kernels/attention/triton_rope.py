@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from vicreg_kernels.attention.triton_rules import extent, find_sample
-from vicreg_kernels.attention.triton_tiles import load_part, loaded, rounded, store_part
+from vicreg_kernels.attention.triton_tiles import load_part, load_rows, rounded, store_part
 
 
 @triton.jit
@@ -95,33 +95,21 @@ def turn(
 
 
 @triton.jit
-def load_head(
+def load_turned(
     base, start, stride_t, stride_d, live, table, index, at, frames, height, width, last,
     INDEX: tl.constexpr, AXES: tl.constexpr, PART: tl.constexpr, MASKED: tl.constexpr,
     HEAD: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ROWS: tl.constexpr,
     FORMAT: tl.constexpr,
 ):  # fmt: skip
-    """Both parts (the second is the first where there is one) of ROWS rows of a head from `start`
-    on, as a product takes them; turned if AXES, each by index[at + row] or by its row.
-    """
-    local = tl.arange(0, ROWS)
-    base += tl.cast(start, tl.int64) * stride_t
-    along = local.to(tl.int64) * stride_t
-    x1 = load_part(base, along, live, stride_d, 0, D1, HEAD, MASKED)
-    x2 = x1
-    if D2:
-        x2 = load_part(base, along, live, stride_d, D1, D2, HEAD, MASKED)
+    """load_rows, then turned if AXES: each row by index[at + row], or by itself."""
+    x1, x2 = load_rows(base, start, stride_t, stride_d, live, MASKED, HEAD, D1, D2, ROWS, FORMAT)
     if AXES:
-        place = place_of(index, at, start + local, live, last, INDEX)
+        place = place_of(index, at, start + tl.arange(0, ROWS), live, last, INDEX)
         x1 = turn(x1, table, place, frames, height, width, AXES, PART, 0, False)
         x1 = rounded(x1, FORMAT)
         if D2:
             x2 = turn(x2, table, place, frames, height, width, AXES, PART, D1, False)
             x2 = rounded(x2, FORMAT)
-    else:
-        x1 = loaded(x1, FORMAT)
-        if D2:
-            x2 = loaded(x2, FORMAT)
     return x1, x2
 
 
@@ -177,7 +165,7 @@ def rotate_kernel(
         ce2, se2, co2, so2 = cosines(table, place, frames, height, width, AXES, PART, D1, D2)
     for i in range(0, HEADS):
         head = group * HEADS + i
-        some = live & (head < heads)
+        some = row < tl.where(head < heads, count, 0)
         h = tl.cast(head, tl.int64)
         source = x + b * sx_b + h * sx_h
         target = out + (b * tokens * heads + h) * HEAD

@@ -165,7 +165,8 @@ def query_range(
         if WINDOW:
             high = tl.minimum(high, (late + window) * frame)
             whole_end = tl.minimum(whole_end, (early + window) * frame)
-    return low, high, whole, whole_end
+    # blocks may be written for a longer sample than this one
+    return low, tl.minimum(high, queries), whole, tl.minimum(whole_end, queries)
 
 
 @triton.jit

@@ -52,6 +52,28 @@ def load_part(
 
 
 @triton.jit
+def loaded(x, FORMAT: tl.constexpr):
+    """An input's tile as a product takes it."""
+    return x.to(tl.float32) if FORMAT == "bf16 in fp32" else x
+
+
+@triton.jit
+def load_rows(
+    base, start, stride_t, stride_d, live,
+    MASKED: tl.constexpr, HEAD: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    ROWS: tl.constexpr, FORMAT: tl.constexpr,
+):  # fmt: skip
+    """Both parts (the second is the first where there is one) of ROWS rows from `start` on."""
+    base += tl.cast(start, tl.int64) * stride_t
+    along = tl.arange(0, ROWS).to(tl.int64) * stride_t
+    x1 = loaded(load_part(base, along, live, stride_d, 0, D1, HEAD, MASKED), FORMAT)
+    x2 = x1
+    if D2:
+        x2 = loaded(load_part(base, along, live, stride_d, D1, D2, HEAD, MASKED), FORMAT)
+    return x1, x2
+
+
+@triton.jit
 def store_part(
     base, along, live, x, FIRST: tl.constexpr, HEAD: tl.constexpr, FORMAT: tl.constexpr
 ):
@@ -63,12 +85,6 @@ def store_part(
     if FIRST + W > HEAD:
         mask = mask & (column < HEAD)[None, :]
     tl.store(at, narrow(x, base, FORMAT), mask=mask)
-
-
-@triton.jit
-def loaded(x, FORMAT: tl.constexpr):
-    """An input's tile as a product takes it."""
-    return x.to(tl.float32) if FORMAT == "bf16 in fp32" else x
 
 
 @triton.jit
