@@ -47,13 +47,13 @@ def _device(index: int | None) -> tuple[str, int]:
     return torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)[0]
 
 
-def _format(x: Tensor) -> tuple[str, str, str]:
-    """(device name, operand format, precision of the products)."""
-    name, capability = _device(x.device.index if x.device.type == "cuda" else None)
+def _format(x: Tensor) -> tuple[str, str]:
+    """(operand format, precision of the products)."""
+    _, capability = _device(x.device.index if x.is_cuda else None)
     operands, precision, _ = operand_format(x.dtype, capability)
     if operands == "bf16" and x.device.type == "cpu":
         operands = "bf16 in fp32"  # see triton_tiles.py
-    return name, operands, precision
+    return operands, precision
 
 
 def _on_device(x: Tensor) -> AbstractContextManager[Any]:
@@ -69,9 +69,10 @@ class _Problem:
         self.batch, self.heads, self.tokens, self.head_dim = q.shape
         self.keys = k.shape[2]
         self.samples = self.batch if rules.q_offsets is None else rules.q_offsets.shape[0] - 1
-        self.name, self.format, self.precision = _format(q)
+        self.format, self.precision = _format(q)
         self.longest = (min(rules.max_q, self.tokens), min(rules.max_k, self.keys))
-        self.config = configs.nearest(self.name, self.format, self.head_dim, max(self.longest))
+        device = _device(q.device.index if q.is_cuda else None)
+        self.config = configs.nearest(*device, self.format, self.head_dim, max(self.longest))
         longest = max(self.tokens, self.keys, 1)
         # Values that make no difference are kept inside int32, whatever was asked for.
         frame = min(rules.tokens_per_frame, longest)
@@ -222,7 +223,7 @@ def rotate(
     if out.numel() == 0:
         return out
     batch, heads, tokens, head_dim = x.shape
-    _, operands, _ = _format(x)
+    operands, _ = _format(x)
     rows, each, warps = ROTATION
     ragged = index is None and offsets is not None
     samples = offsets.shape[0] - 1 if ragged and offsets is not None else batch
