@@ -43,13 +43,15 @@ def _cases() -> Iterator[Case]:
             yield Case(arch, "bfloat16", 64, 2048, "dense", kernel)
             yield Case(arch, "float32", 64, 300, "ragged-rope", kernel)
         yield Case(90, "bfloat16", 64, 69, "ragged-rope", kernel)
-        yield Case(90, "bfloat16", 64, 245, "blocks-rope", kernel)
         yield Case(90, "bfloat16", 64, 1806, "frames-rope", kernel)
-        yield Case(90, "bfloat16", 80, 256, "ragged-rope", kernel)
-        yield Case(90, "float16", 128, 2048, "frames", kernel)
-    for dtype in ("bfloat16", "float32"):
-        yield Case(90, dtype, 80, 512, "dense-rope", "rotate_kernel")
-        yield Case(90, dtype, 80, 512, "dense-rope", "delta_kernel")
+        yield Case(90, "bfloat16", 80, 512, "blocks-rope", kernel)
+        yield Case(80, "bfloat16", 80, 256, "ragged-rope", kernel)
+    yield Case(90, "float16", 128, 2048, "frames-rope", "forward_kernel")
+    for kernel in ("forward_kernel", "query_gradient_kernel"):
+        yield Case(90, "float32", 80, 300, "ragged-rope", kernel)
+    for arch, dtype in ((80, "float32"), (90, "bfloat16")):
+        for kernel in ("rotate_kernel", "delta_kernel"):
+            yield Case(arch, dtype, 80, 512, "dense-rope", kernel)
 
 
 CASES = list(_cases())
@@ -85,7 +87,7 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     try:
         for name in KERNELS:
             setattr(launchers, name, Recorder(kept[name], found))
-        launchers._device = lambda index: ("default", case.arch // 10)
+        launchers._device = lambda index: ("a GPU that is not in the table", case.arch // 10)
         q, k, v, *rest = arguments(case)
         out, lse = launchers.forward(q, k, v, *rest, 0.125)
         launchers.backward(out, q, k, v, out, lse, *rest, True, True, True, 0.125)
@@ -107,6 +109,22 @@ def test_kernel(case: Case, compiled: dict[str, Any]) -> None:
     audit_triton.check("attention", str(case), found)
     assert found["matrix"] == ([MATRIX[case.arch]] if case.kernel in PRODUCTS else [])
     assert found["wide_loads"] > 0, "every load is narrower than 16 bytes"
+
+
+def test_every_shipped_shape_can_be_launched() -> None:
+    """Each row of the table is the nearest to its own shape; other shapes and GPUs find one too."""
+    from vicreg_kernels.attention import configs
+
+    majors = {"default": 9, "sm_80": 8}
+    for device, family, (head_dim, tokens), config in configs.shipped():
+        operands = "fp32" if family == "single" else "bf16"
+        assert configs.nearest("", majors[device], operands, head_dim, tokens) == config
+    for head_dim in range(16, 129, 8):
+        for major in (7, 8, 9, 10, 12):
+            for operands in ("fp32", "tf32", "fp16", "bf16"):
+                found = configs.nearest("", major, operands, head_dim, 100)
+                assert min(found.forward[:2]) >= 16
+    assert configs.nearest("", 12, "bf16", 64, 0) == configs.nearest("", 8, "fp16", 16, 64)
 
 
 if __name__ == "__main__":

@@ -137,12 +137,15 @@ class TestInterpreter:
     def test_lengths_around_the_tiles(self, small_tiles, tokens):
         hold("triton", draw(tokens=tokens, batch=1, dim=16).wanting(*ALL))
 
-    @pytest.mark.parametrize("dim", [16, 24, 40, 64, 80, 88, 128])
-    @pytest.mark.parametrize("dtype", ["fp32", *HALF])
+    @pytest.mark.parametrize(
+        ("dim", "dtype"),
+        [(d, "fp32") for d in (16, 24, 40, 56, 64, 80, 88, 104, 128)]
+        + [(d, "fp16") for d in (64, 80)] + [(88, "bf16")],
+    )  # fmt: skip
     def test_head_dims(self, dim, dtype):
         """With the shipped tiles."""
         dtype = HALF.get(dtype, torch.float32)
-        call = draw(("frames",), batch=1, heads_=2, tokens=19, dim=dim, dtype=dtype)
+        call = draw(("frames",), batch=1, heads_=1, tokens=19, dim=dim, dtype=dtype)
         hold("triton", call.wanting(*ALL))
 
     @pytest.mark.parametrize("dtype", list(HALF))
@@ -255,7 +258,7 @@ class TestInterpreter:
 
     @pytest.mark.parametrize("rules", [(), ("ragged", "blocks")], ids=str)
     def test_two_runs_are_bitwise_equal(self, small_tiles, rules):
-        call = draw(rules, heads_=1, tokens=37, dim=16, axes=3).wanting(*ALL)
+        call = draw(rules, heads_=1, tokens=20, dim=16, axes=3).wanting(*ALL)
         cotangent = torch.randn(call.q.shape)
         for a, b in zip(*(gradients(call, cotangent) for _ in range(2)), strict=True):
             assert torch.equal(a, b)
@@ -384,13 +387,14 @@ class TestInterpreter:
         assert out[:, 4].sum() == 136
 
     @pytest.mark.parametrize("tile", [16, 64])
-    def test_every_tile_of_every_sample_has_a_program(self, tile):
+    def test_every_tile_of_every_sample_has_a_program(self, monkeypatch, tile):
         """More samples than are looked at together, many of them empty."""
-        lengths = torch.randint(0, 150, (1100,)) * (torch.rand(1100) < 0.1)
+        monkeypatch.setattr(triton_rules, "SAMPLES", tl.constexpr(16))
+        lengths = torch.randint(0, 150, (70,)) * (torch.rand(70) < 0.5)
         offsets = cases.offsets_of(lengths.tolist())
-        programs = int(offsets[-1]) // tile + 1100
+        programs = int(offsets[-1]) // tile + 70
         out = torch.full((programs, 2), -1, dtype=torch.int32)
-        samples_kernel[(programs,)](out, offsets, 1100, TILE=tile)
+        samples_kernel[(programs,)](out, offsets, 70, TILE=tile)
         found = sorted((s, t) for s, t in out.tolist() if t * tile < lengths[s])
         wanted = [(s, t) for s, n in enumerate(lengths.tolist()) for t in range(-(-n // tile))]
         assert found == wanted
