@@ -125,12 +125,12 @@ class TestInterpreter:
 
     @pytest.mark.parametrize("rules", COMBINED, ids="-".join)
     def test_rules(self, small_tiles, rules):
-        hold("triton", draw(rules, batch=3, tokens=41, heads_=1).wanting(*ALL))
+        hold("triton", draw(rules, batch=3, heads_=1, tokens=34, dim=16).wanting(*ALL))
 
-    @pytest.mark.parametrize("rules", [(), ("frames",), ("window",), ("keep",), ("ragged_keys",)])
-    @pytest.mark.parametrize(("tokens", "keys"), [(37, 18), (5, 50)], ids=str)
+    @pytest.mark.parametrize("rules", [(), ("frames",), ("window",), ("ragged_keys",)])
+    @pytest.mark.parametrize(("tokens", "keys"), [(34, 18), (5, 50)], ids=str)
     def test_other_lengths_of_keys(self, small_tiles, rules, tokens, keys):
-        call = draw(rules, batch=2, heads_=1, tokens=tokens, keys=keys, dim=16)
+        call = draw(rules, batch=1, heads_=1, tokens=tokens, keys=keys, dim=16)
         hold("triton", call.wanting(*ALL))
 
     @pytest.mark.parametrize("tokens", [1, 2, 16, 17, 33])
@@ -151,18 +151,20 @@ class TestInterpreter:
     @pytest.mark.parametrize("dtype", list(HALF))
     @pytest.mark.parametrize("rules", [("ragged", "window"), ("keep", "blocks")], ids="-".join)
     def test_half(self, small_tiles, rules, dtype):
-        call = draw(rules, batch=2, heads_=1, tokens=41, dim=40, axes=2, dtype=HALF[dtype])
+        call = draw(rules, batch=2, heads_=1, tokens=20, dim=40, axes=2, dtype=HALF[dtype])
         hold("triton", call.wanting(*ALL))
 
-    @pytest.mark.parametrize("rope_layout", ["vjepa2", "axial"])
-    @pytest.mark.parametrize("indexed", [False, True])
-    @pytest.mark.parametrize("axes", [1, 2, 3])
+    @pytest.mark.parametrize(
+        ("axes", "indexed", "rope_layout"),
+        [(1, False, "axial"), (1, True, "vjepa2"), (2, False, "vjepa2"), (2, True, "axial"),
+         (3, False, "vjepa2"), (3, True, "vjepa2"), (3, False, "axial")],
+    )  # fmt: skip
     def test_rope(self, small_tiles, axes, indexed, rope_layout):
         """Keys turned beforehand, and (turned=9) in the loop; packed with places in the sample."""
         small_tiles(turned=9 if axes == 3 else 0)
         rules = ("ragged_keys",) if axes == 2 else ("lengths",)
         call = draw(
-            rules, batch=2, heads_=1, tokens=35, keys=20, dim=40 if axes == 2 else 16, axes=axes,
+            rules, batch=2, heads_=1, tokens=20, keys=35, dim=40 if axes == 2 else 16, axes=axes,
             indexed=indexed, rope_layout=rope_layout,
         )  # fmt: skip
         hold("triton", call.wanting(*ALL))
@@ -231,7 +233,9 @@ class TestInterpreter:
         if rule == "packed":  # the second sample has no query
             q, k, v = q[0].transpose(0, 1), *(x.flatten(0, 2)[:, None] for x in (k, v))
             mask = Ragged([0, 21, 21], [0, 19, 80])
-        hidden = ~(keep[:, None, :, None] if rule != "packed" else torch.arange(80)[:, None, None] < 19)
+        hidden = ~(
+            keep[:, None, :, None] if rule != "packed" else torch.arange(80)[:, None, None] < 19
+        )
         clean = cases.Call(q, k, v, mask).wanting(*ALL)
         cotangent = torch.randn(q.shape)
         wanted = gradients(clean, cotangent)
@@ -295,14 +299,16 @@ class TestInterpreter:
         q, k, v = (heads(1, 1, 20, 16) for _ in range(3))
         hold("triton", cases.Call(q, k, v, mask).wanting(*ALL))
 
-    @pytest.mark.parametrize("dtype", [torch.float32, *HALF.values()], ids=str)
-    @pytest.mark.parametrize("packed", [False, True])
+    @pytest.mark.parametrize(
+        ("packed", "dtype"),
+        [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)],
+    )
     def test_apply_rope(self, packed, dtype):
         """Values and gradient; rows of more than one tile, places from an index or the sample."""
         rope = Rope3d((7, 4, 3), layout="axial")
         if not packed:
             rope = Rope3d((7, 4, 3), torch.randint(0, 84, (2, 45)))
-        x = heads(2, 5, 45, 88, layout="tokens", dtype=dtype)
+        x = heads(2, 5, 45, 40, layout="tokens", dtype=dtype)
         settings = {}
         if packed:
             x = x.transpose(1, 2).flatten(0, 1)
@@ -338,9 +344,7 @@ class TestInterpreter:
         tokens = 100
         ends = None if bounds is None else torch.tensor([bounds], dtype=torch.int32)
         lengths = torch.tensor([keys], dtype=torch.int32)
-        rules = masks.MaskArguments(
-            None, None, lengths, None, ends, tokens, tokens, frame, window
-        )
+        rules = masks.MaskArguments(None, None, lengths, None, ends, tokens, tokens, frame, window)
         seen = reference.visible(rules, tokens, tokens, torch.device("cpu"))[0]
         tiles = -(-tokens // tile)
         out = torch.full((tiles, 14), -1, dtype=torch.int32)
@@ -369,7 +373,9 @@ class TestInterpreter:
             if columns.shape[1] == 0:
                 continue
             any_key, all_keys = columns.any(1).nonzero(), columns.all(1).nonzero()
-            assert (low, high) == (any_key.min(), any_key.max() + 1) if len(any_key) else low >= high
+            assert (
+                (low, high) == (any_key.min(), any_key.max() + 1) if len(any_key) else low >= high
+            )
             inside = all_keys[(all_keys >= low) & (all_keys < high)]
             if len(inside) and bounds is None:
                 assert (whole, whole_end) == (inside.min(), inside.max() + 1)
@@ -401,10 +407,15 @@ class TestInterpreter:
 
     def test_skipped_tiles_are_not_read(self, small_tiles):
         """NaN in tiles that a rule hides whole changes nothing, forward and backward."""
-        small_tiles(forward=(16, 16, 4, 1), key_gradient=(16, 16, 4, 1), query_gradient=(16, 16, 4, 1))
+        small_tiles(
+            forward=(16, 16, 4, 1), key_gradient=(16, 16, 4, 1), query_gradient=(16, 16, 4, 1)
+        )
         q, k, v, grad = (heads(1, 1, 64, 16) for _ in range(4))
         late, early = slice(48, 64), slice(0, 16)
-        for mask, others in ((FrameCausal(16), slice(0, 48)), (Blocks(16, [16, 16, 16]), slice(0, 48))):
+        for mask, others in (
+            (FrameCausal(16), slice(0, 48)),
+            (Blocks(16, [16, 16, 16]), slice(0, 48)),
+        ):
             clean = cases.Call(q, k, v, mask).wanting(*ALL)
             poisoned = [x.clone() for x in (q, k, v, grad)]
             for x in poisoned:

@@ -74,9 +74,7 @@ def load_rows(
 
 
 @triton.jit
-def store_part(
-    base, along, live, x, FIRST: tl.constexpr, HEAD: tl.constexpr, FORMAT: tl.constexpr
-):
+def store_part(base, along, live, x, FIRST: tl.constexpr, HEAD: tl.constexpr, FORMAT: tl.constexpr):
     """x: float32 [R, W] to live rows at base + along, columns from FIRST on, side by side."""
     W: tl.constexpr = x.shape[1]
     column = FIRST + tl.arange(0, W)
