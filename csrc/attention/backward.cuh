@@ -52,20 +52,42 @@ struct BackwardShared {
   }
 };
 
-// The sum of x * y over a row, of which each lane has 8 elements, in all lanes of the row.
+// The sum of `other` times the tile over the row of token lane % 16.
 template <typename T, int D>
-__device__ __forceinline__ float row_product(const uint4& x, const uint4& y) {
-  float sum = 0.f;
-  const auto add = [&](unsigned left, unsigned right) {
-    const float2 u = common::unpack<T>(left), w = common::unpack<T>(right);
-    sum += u.x * w.x + u.y * w.y;
-  };
-  add(x.x, y.x), add(x.y, y.y), add(x.z, y.z), add(x.w, y.w);
+__device__ __forceinline__ float row_products(const Heads<T>& other, int64_t batch, int64_t head,
+                                              int64_t first, unsigned valid, int dim,
+                                              const T* tile) {
+  using Shape = Tile<D>;
+  const T* const from = lane_vector<T, D>(other, batch, head, first);
+  valid = Shape::vector() * 8 < dim ? valid : 0u;
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  float result = 0.f;
+#pragma unroll 4
+  for (int step = 0; step < Shape::kSteps; ++step) {
+    const int row = Shape::row(step);
+    float sum = 0.f;
+    if (valid >> row & 1u) {
+      const T* const at = from + row * other.token;
+      const uint4 x = other.vectors ? __ldg(reinterpret_cast<const uint4*>(at))
+                                    : read_scalars(at, other.column);
+      const uint4 y = *reinterpret_cast<const uint4*>(tile + row * Shape::kStride +
+                                                      Shape::vector() * 8);
+      const auto add = [&](unsigned left, unsigned right) {
+        const float2 u = common::unpack<T>(left), w = common::unpack<T>(right);
+        sum += u.x * w.x + u.y * w.y;
+      };
+      add(x.x, y.x), add(x.y, y.y), add(x.z, y.z), add(x.w, y.w);
+    }
 #pragma unroll
-  for (int offset = Tile<D>::kRowLanes / 2; offset > 0; offset /= 2) {
-    sum += __shfl_xor_sync(common::kAllLanes, sum, offset);
+    for (int offset = Shape::kRowLanes / 2; offset > 0; offset /= 2) {
+      sum += __shfl_xor_sync(common::kAllLanes, sum, offset);
+    }
+    const int mine = lane % kTile - step * Shape::kRowsAtOnce;  // the lane's token in this step
+    const float found = __shfl_sync(common::kAllLanes, sum,
+                                    (mine & (Shape::kRowsAtOnce - 1)) * Shape::kRowLanes);
+    if (mine >= 0 && mine < Shape::kRowsAtOnce) result = found;
   }
-  return sum;
+  return result;
 }
 
 // Queries [begin, begin + count) of the sample into shared memory, a tile a warp. A query that sees
@@ -87,27 +109,14 @@ __device__ __forceinline__ void stage_queries(const BackwardArguments<T>& a, con
     }
     const bool valid = lse != negative_infinity();
     const unsigned bits = __ballot_sync(common::kAllLanes, valid) & 0xffffu;
-    const T* const grad = lane_vector<T, D>(a.grad, sample.batch, head, token);
-    const T* const out = lane_vector<T, D>(a.out, sample.batch, head, token);
-    float delta = 0.f;  // of the query lane % 16
-#pragma unroll 1
-    for (int step = 0; step < Shape::kSteps; step += Shape::kBatch) {
-      const Part<D> x = read_part<T, D>(a.grad, grad, step, bits, a.dim);
-      const Part<D> y = read_part<T, D>(a.out, out, step, bits, a.dim);
-      write_part<T, D>(x, grads + tile * Shape::kElements, step);
-#pragma unroll
-      for (int i = 0; i < Shape::kBatch; ++i) {
-        const float sum = row_product<T, D>(x.vectors[i], y.vectors[i]);
-        // the lane's query, counted from the first of this step
-        const int mine = lane % kTile - (step + i) * Shape::kRowsAtOnce;
-        const float found = __shfl_sync(common::kAllLanes, sum,
-                                        (mine & (Shape::kRowsAtOnce - 1)) * Shape::kRowLanes);
-        if (mine >= 0 && mine < Shape::kRowsAtOnce) delta = found;
-      }
-    }
+    T* const grad = grads + tile * Shape::kElements;
+    fetch_tile<T, D>(a.grad, sample.batch, head, token, bits, a.dim, grad);
+    fetch_tile<T, D>(a.q, sample.batch, head, token, bits, a.dim,
+                     queries + tile * Shape::kElements);
     const Rows rows = valid ? a.rope.rows(sample.q_index, own) : Rows{{0, 0, 0}};
-    stage_tile<T, D, true>(a.q, sample.batch, head, token, bits, a.dim,
-                           queries + tile * Shape::kElements, a.rope, rows);
+    common::wait_for_copies();
+    rotate_tile<T, D>(queries + tile * Shape::kElements, a.rope, rows);
+    const float delta = row_products<T, D>(a.out, sample.batch, head, token, bits, a.dim, grad);
     if (lane < kTile) {
       const Intervals none = {{0, 0}, {0, 0}};
       notes[tile * kTile + lane] = {valid ? sample.sees(own) : none, rows, lse * kLog2E, delta};
@@ -280,9 +289,10 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
     {
       const int64_t token = sample.k_begin + key;
       __syncwarp();  // the tiles may still be copied out
-      stage_tile<T, D, true>(a.k, sample.batch, head, token, bits, a.dim, own_keys, a.rope, rows);
-      stage_tile<T, D, false>(a.v, sample.batch, head, token, bits, a.dim, own_values, a.rope,
-                              rows);
+      fetch_tile<T, D>(a.k, sample.batch, head, token, bits, a.dim, own_keys);
+      fetch_tile<T, D>(a.v, sample.batch, head, token, bits, a.dim, own_values);
+      common::wait_for_copies();
+      rotate_tile<T, D>(own_keys, a.rope, rows);
     }
     KeyGradients<D> sums;
 #pragma unroll

@@ -61,16 +61,20 @@ __device__ __forceinline__ void stage_keys(const ForwardArguments<T>& a, const S
   const int warp = static_cast<int>(threadIdx.x) / kLanes;
   const int warps = static_cast<int>(blockDim.x) / kLanes;
   for (int tile = warp; tile * kTile < count; tile += warps) {
-    const int first = begin + tile * kTile, own = first + lane % kTile;
-    const bool valid = sample.seen(own);
-    const unsigned bits = __ballot_sync(common::kAllLanes, valid) & 0xffffu;
-    const Rows rows = valid ? a.rope.rows(sample.k_index, own) : Rows{{0, 0, 0}};
+    const int first = begin + tile * kTile;
+    const unsigned bits = __ballot_sync(common::kAllLanes, sample.seen(first + lane % kTile));
     const int64_t token = sample.k_begin + first;
-    stage_tile<T, D, true>(a.k, sample.batch, head, token, bits, a.dim,
-                           keys + tile * Tile<D>::kElements, a.rope, rows);
-    stage_tile<T, D, false>(a.v, sample.batch, head, token, bits, a.dim,
-                            values + tile * Tile<D>::kElements, a.rope, rows);
-    if (lane == 0) seen[tile] = bits;
+    fetch_tile<T, D>(a.k, sample.batch, head, token, bits, a.dim, keys + tile * Tile<D>::kElements);
+    fetch_tile<T, D>(a.v, sample.batch, head, token, bits, a.dim,
+                     values + tile * Tile<D>::kElements);
+    if (lane == 0) seen[tile] = bits & 0xffffu;
+  }
+  common::wait_for_copies();
+  if (a.rope.table == nullptr) return;
+  for (int tile = warp; tile * kTile < count; tile += warps) {
+    const int own = begin + tile * kTile + lane % kTile;
+    const Rows rows = own < sample.keys ? a.rope.rows(sample.k_index, own) : Rows{{0, 0, 0}};
+    rotate_tile<T, D>(keys + tile * Tile<D>::kElements, a.rope, rows);
   }
 }
 
@@ -176,18 +180,17 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
     const int query = first + warp * kTile;
     const int here = min(kTile, sample.queries - query);  // may be negative: a warp without queries
     const bool valid = lane % kTile < here;
-    const unsigned bits = __ballot_sync(common::kAllLanes, valid) & 0xffffu;
+    const unsigned bits = __ballot_sync(common::kAllLanes, valid);
+    const Rows own_rows =
+        valid ? a.rope.rows(sample.q_index, query + lane % kTile) : Rows{{0, 0, 0}};
+    __syncwarp();  // the tile may still be copied out
+    fetch_tile<T, D>(a.q, sample.batch, head, sample.q_begin + query, bits, a.dim, own);
+    common::wait_for_copies();
+    rotate_tile<T, D>(own, a.rope, own_rows);
+    __syncwarp();
     uint32_t q[D / 16][4];
-    {
-      const Rows rows =
-          valid ? a.rope.rows(sample.q_index, query + lane % kTile) : Rows{{0, 0, 0}};
-      __syncwarp();  // the tile may still be copied out
-      stage_tile<T, D, true>(a.q, sample.batch, head, sample.q_begin + query, bits, a.dim, own,
-                             a.rope, rows);
-      __syncwarp();
 #pragma unroll
-      for (int k = 0; k < D / 16; ++k) common::load_a(q[k], own + k * 16, kStride);
-    }
+    for (int k = 0; k < D / 16; ++k) common::load_a(q[k], own + k * 16, kStride);
     // Rows past the last query see what it sees, so that they make no group look half hidden.
     const int last = here > 0 ? sample.queries - 1 : sample.queries;
     const Intervals rows[2] = {sample.sees(min(query + g, last)),
