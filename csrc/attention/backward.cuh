@@ -36,17 +36,18 @@ struct Query {
   float lse, delta;  // lse in base 2
 };
 
-// The parts of shared memory, in bytes from its start; keys come first.
+// The parts of shared memory, in bytes from its start, where the sample lies.
 struct BackwardShared {
-  size_t values, queries, grads, scores, notes, live, total;
+  size_t keys, values, queries, grads, scores, notes, live, total;
 
   __host__ __device__ BackwardShared(int padded_dim, int warps, int chunk) {
-    const size_t row = 2 * (padded_dim + 8), keys = static_cast<size_t>(warps) * kTile;
-    values = keys * row;
-    queries = values + keys * row;
+    const size_t row = 2 * (padded_dim + 8), count = static_cast<size_t>(warps) * kTile;
+    keys = sizeof(Sample);
+    values = keys + count * row;
+    queries = values + count * row;
     grads = queries + chunk * row;
     scores = grads + chunk * row;
-    notes = scores + keys * 2 * (chunk + 8);
+    notes = scores + count * 2 * (chunk + 8);
     live = notes + chunk * sizeof(Query);
     total = live + static_cast<size_t>(warps) * (chunk / kTile);
   }
@@ -100,6 +101,7 @@ __device__ __forceinline__ void stage_queries(const BackwardArguments<T>& a, con
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
   const int warp = static_cast<int>(threadIdx.x) / kLanes;
   const int warps = static_cast<int>(blockDim.x) / kLanes;
+#pragma unroll 1
   for (int tile = warp; tile * kTile < count; tile += warps) {
     const int first = begin + tile * kTile, own = first + lane % kTile;
     const int64_t token = sample.q_begin + first;
@@ -213,6 +215,7 @@ __device__ __forceinline__ void query_gradient(const BackwardArguments<T>& a, in
   const int lane = static_cast<int>(threadIdx.x) % kLanes, g = lane / 4, t = lane % 4;
   const int warps = static_cast<int>(blockDim.x) / kLanes;
   float sums[2][4] = {};
+#pragma unroll 1
   for (int tile = 0; tile < warps; ++tile) {
     if (!live[tile]) continue;
     uint32_t x[4], b[4];
@@ -265,7 +268,8 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
   const int warp = static_cast<int>(threadIdx.x) / kLanes;
   const int warps = static_cast<int>(blockDim.x) / kLanes;
   const BackwardShared parts(D, warps, a.chunk);
-  T* const keys = reinterpret_cast<T*>(memory);
+  Sample& sample = *reinterpret_cast<Sample*>(memory);
+  T* const keys = reinterpret_cast<T*>(memory + parts.keys);
   T* const values = reinterpret_cast<T*>(memory + parts.values);
   T* const queries = reinterpret_cast<T*>(memory + parts.queries);
   T* const grads = reinterpret_cast<T*>(memory + parts.grads);
@@ -274,8 +278,9 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
   unsigned char* const live = memory + parts.live;
   T* const own_keys = keys + warp * kElements;
   T* const own_values = values + warp * kElements;
-  const int64_t head = blockIdx.x % a.heads;
-  const Sample sample(a.masks, a.rope, blockIdx.x / a.heads);
+  const int head = static_cast<int>(blockIdx.x % a.heads);
+  if (threadIdx.x == 0) sample = sample_of(a.masks, a.rope, blockIdx.x / a.heads);
+  __syncthreads();
   const int64_t row = a.heads * a.dim;  // from token to token of a gradient
   const int block_keys = warps * kTile;
 
@@ -301,11 +306,13 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
       for (int e = 0; e < 4; ++e) sums.k[n][e] = sums.v[n][e] = 0.f;
     }
 
+#pragma unroll 1
     for (int from = 0; from < sample.queries; from += a.chunk) {
       const int here = min(a.chunk, sample.queries - from);
       const int tiles = (here + kTile - 1) / kTile;
       stage_queries<T, D>(a, sample, head, from, here, queries, grads, notes);
       __syncthreads();
+#pragma unroll 1
       for (int tile = 0; tile < tiles; ++tile) {
         const bool any = add_queries<T, D>(
             a, own_keys, own_values, queries + tile * kElements, grads + tile * kElements,
@@ -316,6 +323,7 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
       __syncthreads();
       if (a.dq == nullptr) continue;
       const int64_t token = sample.batch * a.tokens + sample.q_begin + from;
+#pragma unroll 1
       for (int unit = warp; unit < tiles * (D / 16); unit += warps) {
         const int tile = unit % tiles, column = unit / tiles * 16;
         query_gradient<T, D>(a, head, token + tile * kTile, here - tile * kTile, column, keys,
@@ -324,6 +332,7 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
       }
       __syncthreads();
       if (!last_keys) continue;
+#pragma unroll 1
       for (int tile = warp; tile < tiles; tile += warps) {  // as stage_queries shares them out
         copy_out<T, D>(queries + tile * kElements,
                        a.dq + (token + tile * kTile) * row + head * a.dim, row,

@@ -174,11 +174,11 @@ void forward_kernel(const Rule& rule, const Rotary& rotary, const Tensor& q, con
   const Queue queue(q);
   int warps = warps_for(to_tiles(rule.max_q)), chunk = to_tiles(rule.max_k) * kTile;
   // All keys and fewer warps before all warps and fewer keys at once.
-  while (warps > 4 && forward_shared(D, chunk, warps) > queue.shared_limit()) --warps;
-  while (chunk > kTile && forward_shared(D, chunk, warps) > queue.shared_limit()) {
+  while (warps > 4 && ForwardShared(D, chunk, warps).total > queue.shared_limit()) --warps;
+  while (chunk > kTile && ForwardShared(D, chunk, warps).total > queue.shared_limit()) {
     chunk = (chunk / kTile - 1) * kTile;
   }
-  const size_t shared = forward_shared(D, chunk, warps);
+  const size_t shared = ForwardShared(D, chunk, warps).total;
   check_fits(shared, queue);
   const ForwardArguments<T> arguments = {view<T>(q), view<T>(k), view<T>(v), data<T>(out),
                                          data<float>(lse), masks_of(rule, q, k), rope_of(rotary),

@@ -1,8 +1,8 @@
 // The forward kernel: a block is one (sample, head), a warp 16 of its queries at a time.
 //
 // Rotated keys and the values lie in shared memory for all warps, `chunk` keys at once: all of them
-// where they fit. A warp's queries, scores and outputs stay in its registers; scores are taken 64
-// keys at a time in groups of 16, each of which is left out where no query of the warp sees it.
+// where they fit. A warp's queries, scores and outputs stay in its registers; scores are taken
+// 32 or 64 keys at a time in groups of 16, each left out where no query of the warp sees it.
 // Softmax is float32, base 2, with a running maximum; its weights are rounded to the input's type
 // as the A operand of the second product, their sum is not.
 #pragma once
@@ -13,7 +13,10 @@ namespace attention::kernels {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr int kGroups = 4;  // of 16 keys, whose scores a warp holds at once
+
+// Groups of 16 keys whose scores a warp holds at once, as its registers allow.
+template <int D>
+constexpr int kGroups = D <= 64 ? 4 : 2;
 
 __device__ __forceinline__ float negative_infinity() { return -INFINITY; }
 
@@ -39,10 +42,22 @@ struct ForwardArguments {
   float scale;     // times log2 e
 };
 
-inline size_t forward_shared(int padded_dim, int chunk, int warps) {
-  const size_t stride = padded_dim + 8;
-  return (2 * chunk + kTile * warps) * stride * 2 + chunk / kTile * sizeof(unsigned);
-}
+// The parts of shared memory, in bytes from its start, where the sample lies.
+struct ForwardShared {
+  size_t keys, values, own, rows, seen, total;
+
+  // own, rows: of each warp, a tile of queries, then of outputs, and what each of them sees.
+  // seen: for each tile of keys, which of them some query sees.
+  __host__ __device__ ForwardShared(int padded_dim, int chunk, int warps) {
+    const size_t row = 2 * (padded_dim + 8);
+    keys = sizeof(Sample);
+    values = keys + chunk * row;
+    own = values + chunk * row;
+    rows = own + warps * kTile * row;
+    seen = rows + warps * kTile * sizeof(Intervals);
+    total = seen + chunk / kTile * sizeof(unsigned);
+  }
+};
 
 // A warp's state: 16 queries, of which a lane holds parts of two, rows g and g + 8.
 template <int D>
@@ -60,6 +75,7 @@ __device__ __forceinline__ void stage_keys(const ForwardArguments<T>& a, const S
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
   const int warp = static_cast<int>(threadIdx.x) / kLanes;
   const int warps = static_cast<int>(blockDim.x) / kLanes;
+#pragma unroll 1
   for (int tile = warp; tile * kTile < count; tile += warps) {
     const int first = begin + tile * kTile;
     const unsigned bits = __ballot_sync(common::kAllLanes, sample.seen(first + lane % kTile));
@@ -71,6 +87,7 @@ __device__ __forceinline__ void stage_keys(const ForwardArguments<T>& a, const S
   }
   common::wait_for_copies();
   if (a.rope.table == nullptr) return;
+#pragma unroll 1
   for (int tile = warp; tile * kTile < count; tile += warps) {
     const int own = begin + tile * kTile + lane % kTile;
     const Rows rows = own < sample.keys ? a.rope.rows(sample.k_index, own) : Rows{{0, 0, 0}};
@@ -78,18 +95,18 @@ __device__ __forceinline__ void stage_keys(const ForwardArguments<T>& a, const S
   }
 }
 
-// Up to 64 keys of the chunk from `begin` on, which is key `key` of the sample. live, full: the
-// groups that some query sees, and that all of them see whole.
+// The groups of keys from `keys` on, which is key `key` of the sample. live, full: those that some
+// query sees, and that all of them see whole; rows: what each query sees.
 template <typename T, int D>
 __device__ __forceinline__ void attend(const uint32_t (&q)[D / 16][4], const T* keys,
                                        const T* values, const unsigned* seen, int key,
-                                       unsigned live, unsigned full, const Intervals (&rows)[2],
+                                       unsigned live, unsigned full, const Intervals* rows,
                                        float scale, Running<D>& state) {
   constexpr int kStride = Tile<D>::kStride, kElements = Tile<D>::kElements;
-  const int t = static_cast<int>(threadIdx.x) % 4;
-  float scores[2 * kGroups][4];
+  const int t = static_cast<int>(threadIdx.x) % 4, g = static_cast<int>(threadIdx.x) % kLanes / 4;
+  float scores[2 * kGroups<D>][4];
 #pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
+  for (int group = 0; group < kGroups<D>; ++group) {
     float(&left)[4] = scores[2 * group], (&right)[4] = scores[2 * group + 1];
     if (!(live >> group & 1u)) {
 #pragma unroll
@@ -112,10 +129,9 @@ __device__ __forceinline__ void attend(const uint32_t (&q)[D / 16][4], const T* 
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int at = 2 * t + e % 2, first = key + group * kTile;
-        if (!(bits >> at & 1u) || !rows[e / 2].has(first + at)) left[e] = negative_infinity();
-        if (!(bits >> (at + 8) & 1u) || !rows[e / 2].has(first + at + 8)) {
-          right[e] = negative_infinity();
-        }
+        const Intervals& row = rows[g + e / 2 * 8];
+        if (!(bits >> at & 1u) || !row.has(first + at)) left[e] = negative_infinity();
+        if (!(bits >> (at + 8) & 1u) || !row.has(first + at + 8)) right[e] = negative_infinity();
       }
     }
   }
@@ -123,7 +139,7 @@ __device__ __forceinline__ void attend(const uint32_t (&q)[D / 16][4], const T* 
   for (int row = 0; row < 2; ++row) {
     float most = state.most[row];
 #pragma unroll
-    for (int n = 0; n < 2 * kGroups; ++n) {
+    for (int n = 0; n < 2 * kGroups<D>; ++n) {
       most = fmaxf(most, fmaxf(scores[n][2 * row], scores[n][2 * row + 1]));
     }
     most = row_max(most);
@@ -132,7 +148,7 @@ __device__ __forceinline__ void attend(const uint32_t (&q)[D / 16][4], const T* 
     state.most[row] = most;
     float sum = 0.f;
 #pragma unroll
-    for (int n = 0; n < 2 * kGroups; ++n) {
+    for (int n = 0; n < 2 * kGroups<D>; ++n) {
 #pragma unroll
       for (int e = 2 * row; e < 2 * row + 2; ++e) {
         scores[n][e] = exp2f(scores[n][e] - base);
@@ -147,7 +163,7 @@ __device__ __forceinline__ void attend(const uint32_t (&q)[D / 16][4], const T* 
     }
   }
 #pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
+  for (int group = 0; group < kGroups<D>; ++group) {
     if (!(live >> group & 1u)) continue;
     uint32_t weights[4];
     common::as_a<T>(weights, scores[2 * group], scores[2 * group + 1]);
@@ -165,17 +181,23 @@ template <typename T, int D>
 __global__ void __launch_bounds__(kMostWarps* kLanes)
     attention_forward(const ForwardArguments<T> a) {
   constexpr int kElements = Tile<D>::kElements, kStride = Tile<D>::kStride;
-  DYNAMIC_SHARED(T, keys);
+  DYNAMIC_SHARED(unsigned char, memory);
   const int lane = static_cast<int>(threadIdx.x) % kLanes, g = lane / 4, t = lane % 4;
   const int warp = static_cast<int>(threadIdx.x) / kLanes;
   const int warps = static_cast<int>(blockDim.x) / kLanes;
-  T* const values = keys + a.chunk * kStride;
-  T* const own = values + a.chunk * kStride + warp * kElements;  // the warp's queries, then outputs
-  unsigned* const seen = reinterpret_cast<unsigned*>(values + (a.chunk + warps * kTile) * kStride);
-  const int64_t head = blockIdx.x % a.heads;
-  const Sample sample(a.masks, a.rope, blockIdx.x / a.heads);
-  const int count = min(sample.keys, sample.rules.keys);  // without what is padding to all
+  const ForwardShared parts(D, a.chunk, warps);
+  Sample& sample = *reinterpret_cast<Sample*>(memory);
+  T* const keys = reinterpret_cast<T*>(memory + parts.keys);
+  T* const values = reinterpret_cast<T*>(memory + parts.values);
+  T* const own = reinterpret_cast<T*>(memory + parts.own) + warp * kElements;
+  Intervals* const rows = reinterpret_cast<Intervals*>(memory + parts.rows) + warp * kTile;
+  unsigned* const seen = reinterpret_cast<unsigned*>(memory + parts.seen);
+  const int head = static_cast<int>(blockIdx.x % a.heads);
+  if (threadIdx.x == 0) sample = sample_of(a.masks, a.rope, blockIdx.x / a.heads);
+  __syncthreads();
+  const int count = sample.rules.keys;  // without what is padding to all
 
+#pragma unroll 1
   for (int first = 0; first < sample.queries; first += warps * kTile) {
     const int query = first + warp * kTile;
     const int here = min(kTile, sample.queries - query);  // may be negative: a warp without queries
@@ -192,9 +214,10 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) common::load_a(q[k], own + k * 16, kStride);
     // Rows past the last query see what it sees, so that they make no group look half hidden.
-    const int last = here > 0 ? sample.queries - 1 : sample.queries;
-    const Intervals rows[2] = {sample.sees(min(query + g, last)),
-                               sample.sees(min(query + g + 8, last))};
+    if (lane < kTile) {
+      rows[lane] = sample.sees(here > 0 ? min(query + lane, sample.queries - 1) : sample.queries);
+    }
+    __syncwarp();
     Running<D> state;
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {
@@ -204,6 +227,7 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
 #pragma unroll
     for (int row = 0; row < 2; ++row) state.most[row] = negative_infinity(), state.sum[row] = 0.f;
 
+#pragma unroll 1
     for (int begin = 0; begin < count; begin += a.chunk) {
       const int keys_here = min(a.chunk, count - begin);
       if (first == 0 || count > a.chunk) {
@@ -211,14 +235,16 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
         stage_keys<T, D>(a, sample, head, begin, keys_here, keys, values, seen);
         __syncthreads();
       }
-      for (int at = 0; at < keys_here; at += kGroups * kTile) {
+#pragma unroll 1
+      for (int at = 0; at < keys_here; at += kGroups<D> * kTile) {
+        const Intervals mine = rows[lane % kTile];
         unsigned live = 0, full = 0;
 #pragma unroll
-        for (int group = 0; group < kGroups; ++group) {
+        for (int group = 0; group < kGroups<D>; ++group) {
           const int tile = at + group * kTile, key = begin + tile;
           const unsigned keep = tile < keys_here ? seen[tile / kTile] : 0u;
-          const bool any = keep != 0u && (overlaps(rows[0], key) || overlaps(rows[1], key));
-          const bool all = keep == 0xffffu && covers(rows[0], key) && covers(rows[1], key);
+          const bool any = keep != 0u && overlaps(mine, key);
+          const bool all = keep == 0xffffu && covers(mine, key);
           live |= static_cast<unsigned>(__any_sync(common::kAllLanes, any)) << group;
           full |= static_cast<unsigned>(__all_sync(common::kAllLanes, all)) << group;
         }

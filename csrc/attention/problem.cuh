@@ -60,36 +60,14 @@ struct Rope {
   }
 };
 
-// One sample: packed ones are runs of tokens of batch 0.
-struct Sample {
+// One sample: packed ones are runs of tokens of batch 0. Kept in shared memory, not in registers,
+// which the products need.
+struct alignas(16) Sample {
   int64_t batch, q_begin, k_begin;
-  int queries, keys;
-  Rules rules;
   const bool* keep;
   const int *q_index, *k_index;
-
-  __device__ __forceinline__ Sample(const Masks& masks, const Rope& rope, int64_t sample) {
-    batch = masks.q_offsets == nullptr ? sample : 0;
-    q_begin = k_begin = 0;
-    queries = masks.queries;
-    keys = masks.keys;
-    if (masks.q_offsets != nullptr) {
-      q_begin = masks.q_offsets[sample];
-      k_begin = masks.k_offsets[sample];
-      queries = masks.q_offsets[sample + 1] - static_cast<int>(q_begin);
-      keys = masks.k_offsets[sample + 1] - static_cast<int>(k_begin);
-    }
-    rules = {keys, masks.frame, masks.window, masks.block_count,
-             masks.bounds == nullptr ? nullptr : masks.bounds + sample * masks.bounds_stride};
-    if (masks.lengths != nullptr) rules.keys = min(rules.keys, masks.lengths[sample]);
-    keep = masks.keep == nullptr ? nullptr : masks.keep + sample * masks.keep_stride;
-    q_index = rope.q_index == nullptr
-                  ? nullptr
-                  : rope.q_index + batch * rope.q_index_stride + q_begin;
-    k_index = rope.k_index == nullptr
-                  ? nullptr
-                  : rope.k_index + batch * rope.k_index_stride + k_begin;
-  }
+  Rules rules;
+  int queries, keys;
 
   // The keys that `query` sees; none past the last query.
   __device__ __forceinline__ Intervals sees(int query) const {
@@ -110,6 +88,30 @@ struct Sample {
     return true;
   }
 };
+
+__device__ __forceinline__ Sample sample_of(const Masks& masks, const Rope& rope, int64_t number) {
+  Sample sample;
+  sample.batch = masks.q_offsets == nullptr ? number : 0;
+  sample.q_begin = sample.k_begin = 0;
+  sample.queries = masks.queries;
+  sample.keys = masks.keys;
+  if (masks.q_offsets != nullptr) {
+    sample.q_begin = masks.q_offsets[number];
+    sample.k_begin = masks.k_offsets[number];
+    sample.queries = masks.q_offsets[number + 1] - static_cast<int>(sample.q_begin);
+    sample.keys = masks.k_offsets[number + 1] - static_cast<int>(sample.k_begin);
+  }
+  sample.rules = {sample.keys, masks.frame, masks.window, masks.block_count,
+                  masks.bounds == nullptr ? nullptr : masks.bounds + number * masks.bounds_stride};
+  if (masks.lengths != nullptr) sample.rules.keys = min(sample.keys, masks.lengths[number]);
+  sample.keep = masks.keep == nullptr ? nullptr : masks.keep + number * masks.keep_stride;
+  const auto index = [&](const int* of, int64_t stride, int64_t begin) {
+    return of == nullptr ? nullptr : of + sample.batch * stride + begin;
+  };
+  sample.q_index = index(rope.q_index, rope.q_index_stride, sample.q_begin);
+  sample.k_index = index(rope.k_index, rope.k_index_stride, sample.k_begin);
+  return sample;
+}
 
 // Whether keys [begin, begin + kTile) are all within one of the two, or any within either.
 __device__ __forceinline__ bool overlaps(const Interval& seen, int begin) {
