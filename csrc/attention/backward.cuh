@@ -63,7 +63,7 @@ __device__ __forceinline__ float row_products(const Heads<T>& other, int64_t bat
   valid = Shape::vector() * 8 < dim ? valid : 0u;
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
   float result = 0.f;
-#pragma unroll 4
+#pragma unroll 2
   for (int step = 0; step < Shape::kSteps; ++step) {
     const int row = Shape::row(step);
     float sum = 0.f;
@@ -124,6 +124,11 @@ __device__ __forceinline__ void stage_queries(const BackwardArguments<T>& a, con
       notes[tile * kTile + lane] = {valid ? sample.sees(own) : none, rows, lse * kLog2E, delta};
     }
   }
+}
+
+// Where a key lies in the rope's table.
+__device__ __forceinline__ Rows key_rows(const Rope& rope, const Sample& sample, int key) {
+  return key < sample.keys ? rope.rows(sample.k_index, key) : Rows{{0, 0, 0}};
 }
 
 // A warp's sums for its 16 keys.
@@ -290,14 +295,13 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
     const bool last_keys = begin + block_keys >= sample.keys;
     const bool valid = sample.seen(key + lane % kTile);
     const unsigned bits = __ballot_sync(common::kAllLanes, valid) & 0xffffu;
-    const Rows rows = valid ? a.rope.rows(sample.k_index, key + lane % kTile) : Rows{{0, 0, 0}};
     {
       const int64_t token = sample.k_begin + key;
       __syncwarp();  // the tiles may still be copied out
       fetch_tile<T, D>(a.k, sample.batch, head, token, bits, a.dim, own_keys);
       fetch_tile<T, D>(a.v, sample.batch, head, token, bits, a.dim, own_values);
       common::wait_for_copies();
-      rotate_tile<T, D>(own_keys, a.rope, rows);
+      rotate_tile<T, D>(own_keys, a.rope, key_rows(a.rope, sample, key + lane % kTile));
     }
     KeyGradients<D> sums;
 #pragma unroll
@@ -347,11 +351,7 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
     if (a.dk != nullptr) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        Rows own;
-#pragma unroll
-        for (int axis = 0; axis < 3; ++axis) {
-          own.row[axis] = __shfl_sync(common::kAllLanes, rows.row[axis], g + 8 * half);
-        }
+        const Rows own = key_rows(a.rope, sample, key + g + 8 * half);
 #pragma unroll
         for (int n = 0; n < D / 8; ++n) {
           float &even = sums.k[n][2 * half], &odd = sums.k[n][2 * half + 1];

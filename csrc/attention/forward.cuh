@@ -16,7 +16,11 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 // Groups of 16 keys whose scores a warp holds at once, as its registers allow.
 template <int D>
-constexpr int kGroups = D <= 64 ? 4 : 2;
+constexpr int kGroups = D <= 32 ? 4 : 2;
+
+// Whether the queries' operands stay in registers, or are read again for each of the products.
+template <int D>
+constexpr bool kKeepQueries = D <= 64;
 
 __device__ __forceinline__ float negative_infinity() { return -INFINITY; }
 
@@ -98,8 +102,8 @@ __device__ __forceinline__ void stage_keys(const ForwardArguments<T>& a, const S
 // The groups of keys from `keys` on, which is key `key` of the sample. live, full: those that some
 // query sees, and that all of them see whole; rows: what each query sees.
 template <typename T, int D>
-__device__ __forceinline__ void attend(const uint32_t (&q)[D / 16][4], const T* keys,
-                                       const T* values, const unsigned* seen, int key,
+__device__ __forceinline__ void attend(uint32_t (&q)[D / 16][4], const T* own,
+                                       const T* keys, const T* values, const unsigned* seen, int key,
                                        unsigned live, unsigned full, const Intervals* rows,
                                        float scale, Running<D>& state) {
   constexpr int kStride = Tile<D>::kStride, kElements = Tile<D>::kElements;
@@ -118,9 +122,11 @@ __device__ __forceinline__ void attend(const uint32_t (&q)[D / 16][4], const T* 
 #pragma unroll
     for (int k = 0; k < D / 16; ++k) {
       uint32_t b[4];
+      if constexpr (!kKeepQueries<D>) common::load_a(q[0], own + k * 16, kStride);
+      uint32_t(&x)[4] = q[kKeepQueries<D> ? k : 0];
       common::load_b(b, keys + group * kElements + k * 16, kStride);
-      common::mma<T>(left, q[k], b[0], b[1]);
-      common::mma<T>(right, q[k], b[2], b[3]);
+      common::mma<T>(left, x, b[0], b[1]);
+      common::mma<T>(right, x, b[2], b[3]);
     }
 #pragma unroll
     for (int e = 0; e < 4; ++e) left[e] *= scale, right[e] *= scale;
@@ -178,7 +184,7 @@ __device__ __forceinline__ void attend(const uint32_t (&q)[D / 16][4], const T* 
 }
 
 template <typename T, int D>
-__global__ void __launch_bounds__(kMostWarps* kLanes)
+__global__ void __launch_bounds__(D <= 96 ? 256 : 384, D <= 96 ? 2 : 1)
     attention_forward(const ForwardArguments<T> a) {
   constexpr int kElements = Tile<D>::kElements, kStride = Tile<D>::kStride;
   DYNAMIC_SHARED(unsigned char, memory);
@@ -211,8 +217,10 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
     rotate_tile<T, D>(own, a.rope, own_rows);
     __syncwarp();
     uint32_t q[D / 16][4];
+    if constexpr (kKeepQueries<D>) {
 #pragma unroll
-    for (int k = 0; k < D / 16; ++k) common::load_a(q[k], own + k * 16, kStride);
+      for (int k = 0; k < D / 16; ++k) common::load_a(q[k], own + k * 16, kStride);
+    }
     // Rows past the last query see what it sees, so that they make no group look half hidden.
     if (lane < kTile) {
       rows[lane] = sample.sees(here > 0 ? min(query + lane, sample.queries - 1) : sample.queries);
@@ -249,7 +257,7 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
           full |= static_cast<unsigned>(__all_sync(common::kAllLanes, all)) << group;
         }
         if (live == 0u) continue;
-        attend<T, D>(q, keys + at * kStride, values + at * kStride, seen + at / kTile, begin + at,
+        attend<T, D>(q, own, keys + at * kStride, values + at * kStride, seen + at / kTile, begin + at,
                      live, full, rows, a.scale, state);
       }
     }

@@ -89,15 +89,18 @@ __device__ __forceinline__ void rotate_tile(T* tile, const Rope& rope, const Row
       own.row[axis] = __shfl_sync(common::kAllLanes, rows.row[axis], row);
     }
     if (vector >= Shape::kVectors) continue;
-    uint4* const at = reinterpret_cast<uint4*>(tile + row * Shape::kStride + vector * 8);
-    const auto turned = [&](unsigned pair, int column) {
-      float2 both = common::unpack<T>(pair);
-      rope.turn_pair(both.x, both.y, own, column, false);
-      return common::pack<T>(both.x, both.y);
-    };
-    const uint4 bits = *at;
-    *at = {turned(bits.x, vector * 8), turned(bits.y, vector * 8 + 2),
-           turned(bits.z, vector * 8 + 4), turned(bits.w, vector * 8 + 6)};
+    T* const at = tile + row * Shape::kStride + vector * 8;
+#pragma unroll 1  // two pairs at a time: the sums of the backward need the registers
+    for (int half = 0; half < 8; half += 4) {
+      const auto turned = [&](unsigned pair, int column) {
+        float2 both = common::unpack<T>(pair);
+        rope.turn_pair(both.x, both.y, own, column, false);
+        return common::pack<T>(both.x, both.y);
+      };
+      const uint2 bits = *reinterpret_cast<const uint2*>(at + half);
+      *reinterpret_cast<uint2*>(at + half) = {turned(bits.x, vector * 8 + half),
+                                              turned(bits.y, vector * 8 + half + 2)};
+    }
   }
 }
 
