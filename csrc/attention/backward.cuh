@@ -36,17 +36,17 @@ struct Query {
   float lse, delta;  // lse in base 2
 };
 
-// The parts of shared memory, in bytes from its start, where the sample lies.
+// The parts of shared memory, in bytes from its start, where the sample lies. A tile of values
+// follows its tile of keys, a tile of grad its tile of queries, so that a lane addresses both with
+// one register.
 struct BackwardShared {
-  size_t keys, values, queries, grads, scores, notes, live, total;
+  size_t keys, queries, scores, notes, live, total;
 
   __host__ __device__ BackwardShared(int padded_dim, int warps, int chunk) {
     const size_t row = 2 * (padded_dim + 8), count = static_cast<size_t>(warps) * kTile;
     keys = sizeof(Sample);
-    values = keys + count * row;
-    queries = values + count * row;
-    grads = queries + chunk * row;
-    scores = grads + chunk * row;
+    queries = keys + 2 * count * row;
+    scores = queries + 2 * chunk * row;
     notes = scores + count * 2 * (chunk + 8);
     live = notes + chunk * sizeof(Query);
     total = live + static_cast<size_t>(warps) * (chunk / kTile);
@@ -96,7 +96,7 @@ __device__ __forceinline__ float row_products(const Heads<T>& other, int64_t bat
 template <typename T, int D>
 __device__ __forceinline__ void stage_queries(const BackwardArguments<T>& a, const Sample& sample,
                                               int64_t head, int begin, int count, T* queries,
-                                              T* grads, Query* notes) {
+                                              Query* notes) {
   using Shape = Tile<D>;
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
   const int warp = static_cast<int>(threadIdx.x) / kLanes;
@@ -111,13 +111,13 @@ __device__ __forceinline__ void stage_queries(const BackwardArguments<T>& a, con
     }
     const bool valid = lse != negative_infinity();
     const unsigned bits = __ballot_sync(common::kAllLanes, valid) & 0xffffu;
-    T* const grad = grads + tile * Shape::kElements;
+    T* const q = queries + tile * 2 * Shape::kElements;
+    T* const grad = q + Shape::kElements;
     fetch_tile<T, D>(a.grad, sample.batch, head, token, bits, a.dim, grad);
-    fetch_tile<T, D>(a.q, sample.batch, head, token, bits, a.dim,
-                     queries + tile * Shape::kElements);
+    fetch_tile<T, D>(a.q, sample.batch, head, token, bits, a.dim, q);
     const Rows rows = valid ? a.rope.rows(sample.q_index, own) : Rows{{0, 0, 0}};
     common::wait_for_copies();
-    rotate_tile<T, D>(queries + tile * Shape::kElements, a.rope, rows);
+    rotate_tile<T, D>(q, a.rope, rows);
     const float delta = row_products<T, D>(a.out, sample.batch, head, token, bits, a.dim, grad);
     if (lane < kTile) {
       const Intervals none = {{0, 0}, {0, 0}};
@@ -141,10 +141,10 @@ struct KeyGradients {
 // sees. Adds to the sums and leaves dS^T [16, 16] in `scores`. Returns whether any pair is seen.
 template <typename T, int D>
 __device__ __forceinline__ bool add_queries(const BackwardArguments<T>& a, const T* keys,
-                                            const T* values, const T* queries, const T* grads,
-                                            const Query* notes, int key, unsigned bits, T* scores,
+                                            const T* queries, const Query* notes, int key, unsigned bits, T* scores,
                                             KeyGradients<D>& sums) {
   constexpr int kStride = Tile<D>::kStride;
+  const T *const values = keys + Tile<D>::kElements, *const grads = queries + Tile<D>::kElements;
   const int lane = static_cast<int>(threadIdx.x) % kLanes, g = lane / 4, t = lane % 4;
   const Intervals own = notes[lane % kTile].seen;
   const bool any = bits != 0u && overlaps(own, key);
@@ -165,16 +165,27 @@ __device__ __forceinline__ bool add_queries(const BackwardArguments<T>& a, const
     common::mma<T>(ds[0], x, b[0], b[1]);
     common::mma<T>(ds[1], x, b[2], b[3]);
   }
+  // Bit 4 n + e: whether the pair of that result is seen.
+  unsigned seen = 0xffu;
+  if (!full) {
+    seen = 0u;
+#pragma unroll 1  // few registers
+    for (int i = 0; i < 4; ++i) {
+      const Intervals& query = notes[i / 2 * 8 + 2 * t + i % 2].seen;
+      const unsigned first = (bits >> g & 1u) != 0u && query.has(key + g);
+      const unsigned second = (bits >> (g + 8) & 1u) != 0u && query.has(key + g + 8);
+      seen |= (first | second << 2) << (i / 2 * 4 + i % 2);
+    }
+  }
   const float scale = a.scale * kLog2E;
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const Query& query = notes[n * 8 + 2 * t + e % 2];
-      const int row = g + e / 2 * 8;
-      const bool seen = full || ((bits >> row & 1u) != 0u && query.seen.has(key + row));
-      p[n][e] = seen ? exp2f(p[n][e] * scale - query.lse) : 0.f;
-      ds[n][e] = seen ? p[n][e] * (ds[n][e] - query.delta) : 0.f;
+      const bool own = (seen >> (4 * n + e) & 1u) != 0u;
+      p[n][e] = own ? exp2f(p[n][e] * scale - query.lse) : 0.f;
+      ds[n][e] = own ? p[n][e] * (ds[n][e] - query.delta) : 0.f;
     }
   }
   uint32_t x[4];
@@ -225,7 +236,7 @@ __device__ __forceinline__ void query_gradient(const BackwardArguments<T>& a, in
     if (!live[tile]) continue;
     uint32_t x[4], b[4];
     common::load_a_transposed(x, scores + tile * kTile * (a.chunk + 8), a.chunk + 8);
-    common::load_b_transposed(b, keys + tile * Tile<D>::kElements + column, kStride);
+    common::load_b_transposed(b, keys + tile * 2 * Tile<D>::kElements + column, kStride);
     common::mma<T>(sums[0], x, b[0], b[1]);
     common::mma<T>(sums[1], x, b[2], b[3]);
   }
@@ -265,9 +276,9 @@ __device__ __forceinline__ void write_key_gradient(float (&sums)[D / 8][4], T* t
 }
 
 template <typename T, int D>
-__global__ void __launch_bounds__(kMostWarps* kLanes)
+__global__ void __launch_bounds__(D == 80 ? kThreads168 : kMostWarps * kLanes, D <= 64 ? 2 : 1)
     attention_backward(const BackwardArguments<T> a) {
-  constexpr int kElements = Tile<D>::kElements;
+  constexpr int kElements = Tile<D>::kElements, kPair = 2 * kElements;
   DYNAMIC_SHARED(unsigned char, memory);
   const int lane = static_cast<int>(threadIdx.x) % kLanes, g = lane / 4, t = lane % 4;
   const int warp = static_cast<int>(threadIdx.x) / kLanes;
@@ -275,14 +286,12 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
   const BackwardShared parts(D, warps, a.chunk);
   Sample& sample = *reinterpret_cast<Sample*>(memory);
   T* const keys = reinterpret_cast<T*>(memory + parts.keys);
-  T* const values = reinterpret_cast<T*>(memory + parts.values);
   T* const queries = reinterpret_cast<T*>(memory + parts.queries);
-  T* const grads = reinterpret_cast<T*>(memory + parts.grads);
   T* const scores = reinterpret_cast<T*>(memory + parts.scores);
   Query* const notes = reinterpret_cast<Query*>(memory + parts.notes);
   unsigned char* const live = memory + parts.live;
-  T* const own_keys = keys + warp * kElements;
-  T* const own_values = values + warp * kElements;
+  T* const own_keys = keys + warp * kPair;
+  T* const own_values = own_keys + kElements;
   const int head = static_cast<int>(blockIdx.x % a.heads);
   if (threadIdx.x == 0) sample = sample_of(a.masks, a.rope, blockIdx.x / a.heads);
   __syncthreads();
@@ -314,13 +323,12 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
     for (int from = 0; from < sample.queries; from += a.chunk) {
       const int here = min(a.chunk, sample.queries - from);
       const int tiles = (here + kTile - 1) / kTile;
-      stage_queries<T, D>(a, sample, head, from, here, queries, grads, notes);
+      stage_queries<T, D>(a, sample, head, from, here, queries, notes);
       __syncthreads();
 #pragma unroll 1
       for (int tile = 0; tile < tiles; ++tile) {
         const bool any = add_queries<T, D>(
-            a, own_keys, own_values, queries + tile * kElements, grads + tile * kElements,
-            notes + tile * kTile, key, bits,
+            a, own_keys, queries + tile * kPair, notes + tile * kTile, key, bits,
             scores + warp * kTile * (a.chunk + 8) + tile * kTile, sums);
         if (lane == 0) live[tile * warps + warp] = any;
       }
@@ -332,13 +340,13 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
         const int tile = unit % tiles, column = unit / tiles * 16;
         query_gradient<T, D>(a, head, token + tile * kTile, here - tile * kTile, column, keys,
                              scores + tile * kTile, live + tile * warps, notes + tile * kTile,
-                             begin == 0, last_keys, queries + tile * kElements);
+                             begin == 0, last_keys, queries + tile * kPair);
       }
       __syncthreads();
       if (!last_keys) continue;
 #pragma unroll 1
       for (int tile = warp; tile < tiles; tile += warps) {  // as stage_queries shares them out
-        copy_out<T, D>(queries + tile * kElements,
+        copy_out<T, D>(queries + tile * kPair,
                        a.dq + (token + tile * kTile) * row + head * a.dim, row,
                        here - tile * kTile, a.dim);
       }

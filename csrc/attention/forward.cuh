@@ -184,7 +184,7 @@ __device__ __forceinline__ void attend(uint32_t (&q)[D / 16][4], const T* own,
 }
 
 template <typename T, int D>
-__global__ void __launch_bounds__(D <= 96 ? 256 : 384, D <= 96 ? 2 : 1)
+__global__ void __launch_bounds__(D <= 96 ? kMostWarps * kLanes : kThreads168, D <= 96 ? 2 : 1)
     attention_forward(const ForwardArguments<T> a) {
   constexpr int kElements = Tile<D>::kElements, kStride = Tile<D>::kStride;
   DYNAMIC_SHARED(unsigned char, memory);

@@ -14,6 +14,10 @@ using common::kLanes;
 constexpr int kTile = 16;
 constexpr int kMostWarps = 8;
 
+// A kernel is launched with at most kMostWarps * kLanes threads; __launch_bounds__ is given more
+// where a thread is to have 168 registers, so that 12 warps fit on a multiprocessor, not 8.
+constexpr int kThreads168 = 384;
+
 // [B, H, T, d] of any strides; vectors: every 8 adjacent elements lie at a multiple of 16 bytes.
 template <typename T>
 struct Heads {
