@@ -53,31 +53,25 @@ struct BackwardShared {
   }
 };
 
-// The sum of `other` times the tile over the row of token lane % 16.
+// The sum over the row of token lane % 16 of the product of two tiles, whose vectors the lane itself
+// brought.
 template <typename T, int D>
-__device__ __forceinline__ float row_products(const Heads<T>& other, int64_t batch, int64_t head,
-                                              int64_t first, unsigned valid, int dim,
-                                              const T* tile) {
+__device__ __forceinline__ float row_products(const T* x, const T* y) {
   using Shape = Tile<D>;
-  const T* const from = lane_vector<T, D>(other, batch, head, first);
-  valid = Shape::vector() * 8 < dim ? valid : 0u;
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
   float result = 0.f;
-#pragma unroll 2
+#pragma unroll 1
   for (int step = 0; step < Shape::kSteps; ++step) {
-    const int row = Shape::row(step);
     float sum = 0.f;
-    if (valid >> row & 1u) {
-      const T* const at = from + row * other.token;
-      const uint4 x = other.vectors ? __ldg(reinterpret_cast<const uint4*>(at))
-                                    : read_scalars(at, other.column);
-      const uint4 y = *reinterpret_cast<const uint4*>(tile + row * Shape::kStride +
-                                                      Shape::vector() * 8);
-      const auto add = [&](unsigned left, unsigned right) {
-        const float2 u = common::unpack<T>(left), w = common::unpack<T>(right);
+    if (Shape::vector() < Shape::kVectors) {
+      const int at = Shape::row(step) * Shape::kStride + Shape::vector() * 8;
+      const uint4 left = *reinterpret_cast<const uint4*>(x + at);
+      const uint4 right = *reinterpret_cast<const uint4*>(y + at);
+      const auto add = [&](unsigned a, unsigned b) {
+        const float2 u = common::unpack<T>(a), w = common::unpack<T>(b);
         sum += u.x * w.x + u.y * w.y;
       };
-      add(x.x, y.x), add(x.y, y.y), add(x.z, y.z), add(x.w, y.w);
+      add(left.x, right.x), add(left.y, right.y), add(left.z, right.z), add(left.w, right.w);
     }
 #pragma unroll
     for (int offset = Shape::kRowLanes / 2; offset > 0; offset /= 2) {
@@ -114,11 +108,13 @@ __device__ __forceinline__ void stage_queries(const BackwardArguments<T>& a, con
     T* const q = queries + tile * 2 * Shape::kElements;
     T* const grad = q + Shape::kElements;
     fetch_tile<T, D>(a.grad, sample.batch, head, token, bits, a.dim, grad);
-    fetch_tile<T, D>(a.q, sample.batch, head, token, bits, a.dim, q);
+    fetch_tile<T, D>(a.out, sample.batch, head, token, bits, a.dim, q);  // for delta alone
     const Rows rows = valid ? a.rope.rows(sample.q_index, own) : Rows{{0, 0, 0}};
     common::wait_for_copies();
+    const float delta = row_products<T, D>(grad, q);
+    fetch_tile<T, D>(a.q, sample.batch, head, token, bits, a.dim, q);
+    common::wait_for_copies();
     rotate_tile<T, D>(q, a.rope, rows);
-    const float delta = row_products<T, D>(a.out, sample.batch, head, token, bits, a.dim, grad);
     if (lane < kTile) {
       const Intervals none = {{0, 0}, {0, 0}};
       notes[tile * kTile + lane] = {valid ? sample.sees(own) : none, rows, lse * kLog2E, delta};
