@@ -176,7 +176,7 @@ void forward_kernel(const Rule& rule, const Rotary& rotary, const Tensor& q, con
   // All keys and fewer warps before all warps and fewer keys at once.
   while (warps > 4 && ForwardShared(D, chunk, warps).total > queue.shared_limit()) --warps;
   while (chunk > kTile && ForwardShared(D, chunk, warps).total > queue.shared_limit()) {
-    chunk = (chunk / kTile - 1) * kTile;
+    chunk -= kTile;
   }
   const size_t shared = ForwardShared(D, chunk, warps).total;
   check_fits(shared, queue);
@@ -194,11 +194,12 @@ void backward_kernel(const Rule& rule, const Rotary& rotary, const Tensor& grad,
   const unsigned blocks = blocks_of(rule, q);
   if (blocks == 0) return;
   const Queue queue(q);
-  const int warps = warps_for(to_tiles(rule.max_k));
-  int chunk = std::min(to_tiles(rule.max_q), 4) * kTile;
+  int warps = warps_for(to_tiles(rule.max_k)), chunk = std::min(to_tiles(rule.max_q), 4) * kTile;
+  // Fewer queries at once before fewer keys, which bring every query in once more.
   while (chunk > kTile && BackwardShared(D, warps, chunk).total > queue.shared_limit()) {
     chunk -= kTile;
   }
+  while (warps > 1 && BackwardShared(D, warps, chunk).total > queue.shared_limit()) --warps;
   const size_t shared = BackwardShared(D, warps, chunk).total;
   check_fits(shared, queue);
   Optional partial;
