@@ -14,12 +14,14 @@ export VICREG_KERNELS_ARCHS ?= 80
 help:
 	@echo "make setup | demo | test | lint | bench | gpu | docs | clean"
 
-# torch first and alone: the compiled libraries take their headers from it.
+# torch first and alone: the compiled libraries take their headers from it. timm, for the tests of
+# its EMA, without its own requirements, which would bring another torch along.
 $(VENV)/packages: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)" "setuptools>=70.1" wheel
 	VICREG_KERNELS_BUILD=python $(BIN)/python -m pip install -q --disable-pip-version-check \
 	    --no-build-isolation --config-settings editable_mode=compat -e ".[triton,demo,test,lint]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps timm==1.0.31
 	touch $@
 
 $(VENV)/libraries: $(VENV)/packages $(SOURCES)

@@ -1,56 +1,56 @@
-"""A short run of every fused CUDA backend: what compute-sanitizer and ncu watch.
+"""A short run of every op's fused CUDA backends: what compute-sanitizer and ncu watch.
 
-Shapes on both sides of N = D that no tile divides, groups, strided input, one and two views.
+Each op's own small shapes (`exercise` of bench/<op>.py), or ours at its first case, of real size.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import traceback
+from collections.abc import Callable
+from importlib import import_module
 
 import torch
 
-from vicreg_kernels import dispatch, variance_covariance, vicreg_loss
-
-SMALL = ((13, 67), (67, 13), (130, 33), (33, 130))
-
-
-def exercise(backend: str, device: str, shapes: list[tuple[int, int]]) -> int:
-    """Runs forward and backward; returns the count of results that are not finite."""
-    bad = 0
-    for dtype in (torch.float32, torch.bfloat16):
-        for rows, dim in shapes:
-            x, y = (torch.randn(rows, dim, device=device).to(dtype) for _ in range(2))
-            x.requires_grad_()
-            y.requires_grad_()
-            loss = vicreg_loss(x, y, backend=backend)
-            results = (loss, *torch.autograd.grad(loss, (x, y)))
-            if (rows, dim) == SMALL[0]:
-                z = torch.randn(3, 2 * rows, dim, device=device).to(dtype)[:, ::2].requires_grad_()
-                total = sum(variance_covariance(z, backend=backend))
-                results += (total, *torch.autograd.grad(total, (z,)))
-            bad += sum(not result.isfinite().all().item() for result in results)
-    return bad
+from bench import OPS
+from vicreg_kernels import dispatch
 
 
-def main() -> int:
+def first_case(op: str, backend: str, device: str) -> int:
+    """One step of ours, in the first dtype that is measured."""
+    case = next(iter(import_module(f"bench.{op}").CASES.values()))
+    dtype = getattr(torch, case.dtypes.get(device, ("float32",))[-1])
+    case.build(torch.device(device), dtype, backend).steps["ours"]()
+    return 0
+
+
+def small(op: str, backend: str, device: str) -> int:
+    """The op's own exercise; an op without one has nothing to watch."""
+    run: Callable[[str, str], int] | None = getattr(import_module(f"bench.{op}"), "exercise", None)
+    return run(backend, device) if run else 0
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python3 -m bench.exercise", description=__doc__)
+    parser.add_argument("--op", choices=OPS, action="append", help="default: all")
     parser.add_argument("--backend", choices=("cpu", "triton", "cuda"), action="append")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--shape", help="ROWSxDIM in place of the small ones")
-    options = parser.parse_args()
-    rows_dim = [int(n) for n in options.shape.split("x")] if options.shape else None
-    shapes = [(rows_dim[0], rows_dim[1])] if rows_dim else list(SMALL)
-    bad = 0
-    for backend in options.backend or ("cuda", "triton"):
-        reason = dispatch.missing(backend, options.device, torch.float32)
-        if reason is None:
-            found = exercise(backend, options.device, shapes)
-            print(f"{backend}: {found} results not finite")
-        else:
-            found = 1
-            print(f"{backend}: {reason}")
-        bad += found
+    parser.add_argument("--first-case", action="store_true", help="one step of real size")
+    options = parser.parse_args(argv)
+    run, bad = (first_case if options.first_case else small), 0
+    for op in options.op or OPS:
+        for backend in options.backend or ("cuda", "triton"):
+            reason = dispatch.missing(backend, options.device, torch.float32)
+            try:
+                if reason is not None:
+                    raise RuntimeError(reason)
+                found = run(op, backend, options.device)
+                print(f"{op} {backend}: {found} results not finite", flush=True)
+            except Exception:  # the next op is watched all the same
+                traceback.print_exc()
+                found = 1
+            bad += found
     return 1 if bad else 0
 
 

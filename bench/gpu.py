@@ -2,8 +2,8 @@
 
 For a bare machine: its own python3 with torch, triton and pytest, nvcc, no network, no virtual
 environment, perhaps no git. In order of importance: build (or load what is carried), parity tests,
-benchmarks of the shapes that have targets, compute-sanitizer, the other shapes, ncu. Logs, JSON and
-summary.md go to $OUT, by default bench/results/<device>/, and the summary is printed last.
+each op's benchmark as far as its seconds go, compute-sanitizer, the cases that are left, ncu. Logs,
+JSON and summary.md go to $OUT, by default bench/results/<device>/; the summary is printed last.
 
 Exit status: 0 all well, 1 something failed or did not fit the budget, 2 no GPU.
 """
@@ -21,14 +21,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import report  # noqa: E402
-from bench.cases import CASES, TARGETS  # noqa: E402
+from bench import OPS, report  # noqa: E402
 from bench.stages import Result, Stage, run_stages  # noqa: E402
 
 LIBRARIES = ("_C.abi3.so", "_C_cuda.abi3.so")
-FIRST = [name for name in CASES if name in {*TARGETS["cpu"], "2048x8192"}]
 PYTEST = ("-m", "gpu", "-rfEs", "--tb=short", "--continue-on-collection-errors")
-REST = [name for name in CASES if name not in FIRST]
+# Of each op's benchmark; its cases are in order of importance, and what is left comes later.
+SECONDS = {"attention": 75, "ema": 35, "tokens": 40, "jepa_step": 40, "vicreg": 45}
+# Of these for the imports and the case that is under way when no further one is started.
+LAST_CASE = 20
 
 
 def stale() -> str | None:
@@ -64,9 +65,8 @@ def tool(name: str) -> str | None:
 def make_stages(out: Path, capability: str, build: str) -> list[Stage]:
     """All stages, most important first. build: auto, always or never."""
     python = sys.executable
-    record = str(out / "vicreg.json")
-    bench = [python, "-m", "bench.run", "--device", "cuda", "--append", "--output", record]
-    plain = "ours,eager,gram_plain,gram_best,gram_compiled"
+    bench = [python, "-m", "bench.run", "--device", "cuda", "--lean", "--budget", "1.5"]
+    bench += ["--output", str(out)]
     reason = None
     if build == "never":
         reason = "told not to build"
@@ -75,15 +75,20 @@ def make_stages(out: Path, capability: str, build: str) -> list[Stage]:
     sanitizer, ncu = tool("compute-sanitizer"), tool("ncu")
     exercise = [python, "-m", "bench.exercise"]
     # memcheck watches every kernel; the others this project's own, since vendor kernels are slow
-    # under them and initcheck finds padding that those read and never use.
-    own = [f for name in ["vicreg", *triton_kernels()] for f in ("--kernel-regex", f"kns={name}")]
+    # under them and initcheck finds padding that those read and never use. A CUDA kernel is known
+    # by its op's namespace, as mangled and demangled names hold it.
+    spaces = [f"{op}::" for op in OPS]
+    names = [*(f"{len(op)}{op}" for op in OPS), *spaces, *triton_kernels()]
+    own = [word for name in names for word in ("--kernel-regex", f"kns={name}")]
     check = [sanitizer or "compute-sanitizer", "--error-exitcode", "9", "--tool"]
     sanitized = [[*check, "memcheck", *exercise]]
     sanitized += [
         [*check, name, *own, *exercise] for name in ("racecheck", "initcheck", "synccheck")
     ]
-    profiled = [ncu or "ncu", "--clock-control", "none", "--section", "SpeedOfLight"]
-    profiled += ["--section", "LaunchStats", "--kernel-name", "regex:vicreg", "--launch-count", "6"]
+    profile = [ncu or "ncu", "--clock-control", "none", "--section", "SpeedOfLight"]
+    profile += ["--section", "LaunchStats", "--launch-count", "16"]
+    profile += ["--kernel-name-base", "demangled", "--kernel-name"]
+    profile += [f"regex:{'|'.join([*spaces, *triton_kernels()])}"]
     return [
         Stage(
             "build",
@@ -93,17 +98,16 @@ def make_stages(out: Path, capability: str, build: str) -> list[Stage]:
             missing=reason,
             environment={"VICREG_KERNELS_ARCHS": capability} if capability else {},
         ),
-        Stage("info", [[python, "-m", "vicreg_kernels.cli", "info"]], 40, "build.log"),
-        Stage("tests", [[python, "-m", "pytest", *PYTEST, "tests"]], 170, "tests.log"),
-        Stage(
-            "benchmarks of the target shapes",
-            [
-                [*bench, "--shapes", "256x8192", "--budget", "3"],
-                [*bench, "--shapes", ",".join(FIRST[1:]), "--contenders", plain, "--budget", "2"],
-            ],
-            170,
-            "bench.log",
-            every=True,
+        Stage("info", [[python, "-m", "vicreg_kernels.cli", "info"]], 30, "build.log"),
+        Stage("tests", [[python, "-m", "pytest", *PYTEST, "tests"]], 150, "tests.log"),
+        *(
+            Stage(
+                f"benchmark of {op}",
+                [[*bench, "--op", op, "--seconds", str(SECONDS[op] - LAST_CASE)]],
+                SECONDS[op],
+                "bench.log",
+            )
+            for op in OPS
         ),
         Stage(
             "compute-sanitizer",
@@ -116,17 +120,19 @@ def make_stages(out: Path, capability: str, build: str) -> list[Stage]:
             environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         ),
         Stage(
-            "benchmarks of the other shapes",
-            [[*bench, "--shapes", ",".join(REST), "--contenders", plain, "--budget", "2"]],
-            80,
+            "the other cases",
+            [[*bench, "--op", op, "--missing"] for op in OPS],
+            120,
             "bench.log",
+            every=True,
         ),
         Stage(
             "ncu",
-            [[*profiled, *exercise, "--backend", "cuda", "--shape", "256x8192"]],
-            60,
+            [[*profile, *exercise, "--first-case", "--op", op] for op in OPS],
+            90,
             "ncu.log",
             missing=None if ncu else "ncu is not installed",
+            every=True,
         ),
     ]
 
@@ -152,10 +158,12 @@ def summarise(results: list[Result], stages: list[Stage], device: str, out: Path
         if result.status in ("failed", "timed out"):
             body = tail(result.output, 25)
             lines += ["", f"## {result.stage.name}: {result.status}", "", "```", body, "```"]
-    record = out / "vicreg.json"
-    if record.exists():
-        tables = "\n\n".join(report.table(run) for run in report.load([record]))
-        lines += ["", "## Speed", "", "```", tables, "```"]
+    records = report.load([path for op in OPS if (path := out / f"{op}.json").exists()])
+    if records:
+        lines += ["", "## Speed"]
+    for record in records:
+        tables = "\n\n".join(report.table(record, run) for run in record["runs"])
+        lines += ["", f"### {record['op']}", "", "```", tables, "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -195,7 +203,8 @@ def main(argv: list[str] | None = None) -> int:
             for command in stage.commands:
                 print(f"  {shlex.join(command)}")
         return 0
-    (out / "vicreg.json").unlink(missing_ok=True)  # its runs are appended to
+    for op in OPS:  # runs are appended to what is there
+        (out / f"{op}.json").unlink(missing_ok=True)
 
     def write(results: list[Result]) -> None:
         (out / "summary.md").write_text(summarise(results, stages, device, out))

@@ -26,11 +26,10 @@ Step = Callable[[], Any]
 TURN = 0.05
 MOST_CALLS = 9
 SLOW = 0.8
-LEAST_ROUNDS = 2
 MOST_ROUNDS = 25
-
-
-# ------------------------------------------------------------------------------------------ clocks
+# Rounds that a contender takes part in at least; one of VERY_SLOW seconds a call needs no second.
+LEAST_ROUNDS = 2
+VERY_SLOW = 6.0
 
 
 class WallClock:
@@ -67,12 +66,14 @@ def make_clock(device: torch.device) -> Callable[[Step], float]:
     return DeviceClock(device) if device.type == "cuda" else WallClock()
 
 
-# --------------------------------------------------------------------------------------- the steps
+def gradients(loss: Callable[..., Tensor], *inputs: Tensor) -> Step:
+    """Forward and backward with the gradients of all inputs."""
+    return lambda: torch.autograd.grad(loss(*inputs), inputs)
 
 
-def make_step(loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Step:
-    """Forward and backward with both gradients."""
-    return lambda: torch.autograd.grad(loss(x, y), (x, y))
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile of a baseline, specialised to the shapes it first sees."""
+    return torch.compile(function, dynamic=False)
 
 
 def capture(step: Step) -> Step | None:
@@ -91,9 +92,6 @@ def capture(step: Step) -> Step | None:
         torch.cuda.synchronize()
         return None
     return graph.replay
-
-
-# ------------------------------------------------------------------------------------- interleaving
 
 
 @dataclass(frozen=True)
@@ -122,11 +120,12 @@ def _turn(step: Step, clock: Callable[[Step], float], estimate: float) -> float:
     return statistics.median(clock(step) for _ in range(calls))
 
 
-def rounds_of(estimate: float, share: float, least: int) -> int:
+def rounds_of(estimate: float, share: float) -> int:
     """How many rounds a step of `estimate` seconds a call takes part in, for `share` seconds."""
     calls = 1.0
     if estimate < SLOW:
         calls += max(1.0, min(MOST_CALLS, TURN / max(estimate, 1e-6)))
+    least = LEAST_ROUNDS if estimate < VERY_SLOW else 1
     return max(least, min(MOST_ROUNDS, int(share / (calls * max(estimate, 1e-6)))))
 
 
@@ -135,18 +134,14 @@ def interleave(
     clock: Callable[[Step], float],
     budget: float,
     estimates: dict[str, float],
-    least: dict[str, int] | None = None,
 ) -> dict[str, list[float | None]]:
     """Each step's samples by round, in about `budget` seconds; None where it sat a round out.
 
-    The budget is shared evenly; a slow step takes part in fewer rounds, at least `least` of them
-    (else LEAST_ROUNDS), spread over the run. estimates: seconds a call.
+    The budget is shared evenly; a slow step takes part in fewer rounds, spread over the run.
+    estimates: seconds a call.
     """
     share = budget / max(len(steps), 1)
-    rounds = {
-        name: rounds_of(estimates[name], share, (least or {}).get(name, LEAST_ROUNDS))
-        for name in steps
-    }
+    rounds = {name: rounds_of(estimates[name], share) for name in steps}
     total = max(rounds.values(), default=0)
     samples: dict[str, list[float | None]] = {name: [] for name in steps}
     order = list(steps)
@@ -165,9 +160,6 @@ def ratio(samples: list[float | None], ours: list[float | None]) -> float | None
     """Median over the rounds in which both took part."""
     pairs = [a / b for a, b in zip(samples, ours, strict=True) if a is not None and b is not None]
     return statistics.median(pairs) if pairs else None
-
-
-# ------------------------------------------------------------------------------------------ memory
 
 
 @contextmanager
@@ -223,9 +215,6 @@ def count_launches(step: Step) -> int | None:
     on_device = torch.autograd.DeviceType.CUDA
     count = sum(1 for event in profile.events() if event.device_type == on_device)
     return count or None
-
-
-# ---------------------------------------------------------------------------------------- ceilings
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:

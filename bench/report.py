@@ -8,60 +8,24 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.cases import FLOOR_FACTOR, TARGETS
+from bench import OPS
 
+SCHEMA = "vicreg-kernels/bench/2"
 RESULTS = Path(__file__).resolve().parent / "results"
-# JSON name -> table heading. Baselines are shown as multiples of ours.
-BASELINES = {
-    "eager": "eager",
-    "compiled": "eager-c",
-    "gram_plain": "gram",
-    "gram_compiled": "gram-c",
-    "gram_best": "best",
-    "lightly": "lightly",
-    "metric_learning": "pml",
-}
-WIDTH = 110
+LEGEND = """\
+Of ours: p50, peak memory beyond its inputs, percent of the floor. Of the others: their time as a
+multiple of ours (median of interleaved rounds; * target met, ! missed)."""
 
 
-def _row(cells: list[str]) -> str:
-    shape, dtype, backend, *numbers = cells
-    widths = (10, 9, 8, *(8 for _ in BASELINES))
-    text = f"{shape:<11}{dtype:<6}{backend:<10}"
-    text += "".join(f"{n:>{w}}" for n, w in zip(numbers, widths, strict=True))
-    return text.rstrip()
-
-
-def header(run: dict[str, Any], dtype: str) -> str:
-    """What the rows below were measured on, and their headings."""
-    versions, limits = run["versions"], run["ceilings"][dtype]
-    cuda = f", CUDA {versions['cuda']}" if run["device"]["type"] == "cuda" else ""
-    return "\n".join(
-        (
-            f"{run['device']['name']}, {run['threads']} threads, torch {versions['torch']}{cuda}, "
-            f"{run['date'][:10]}",
-            f"{dtype}: copy {limits['copy_gbps']:.0f} GB/s, matrix product "
-            f"{limits['matmul_tflops']:.3g} TFLOP/s. Forward and backward: p50 of ours, its share",
-            "of the floor, its peak memory, and each baseline as a multiple of ours (median of "
-            "interleaved rounds;",
-            "* target met, ! missed). -c: under torch.compile; best: the best plain-PyTorch Gram "
-            "version.",
-            _row(["shape", "dtype", "ours", "ms", "MiB", "floor%", *BASELINES.values()]),
-        )
-    )
-
-
-def judge(row: dict[str, Any], device: str, key: str = "ratio") -> str:
-    """ "*" where the row's ratio reaches its target, "!" where not, " " where it has none."""
-    target = TARGETS.get(device, {}).get(row["shape"], {}).get(row["contender"])
-    if target is None or row[key] is None:
+def judge(row: dict[str, Any], key: str = "ratio") -> str:
+    """ "*" where a contender's ratio reaches its target, "!" where not, " " where it has none."""
+    if row["target"] is None or row[key] is None:
         return " "
-    if device == "cpu" and row["dtype"] != "float32":
-        return " "
-    return "*" if row[key] >= target else "!"
+    return "*" if row[key] >= row["target"] else "!"
 
 
 def _multiple(value: float) -> str:
@@ -72,98 +36,155 @@ def _size(mib: float) -> str:
     return f"{mib:.1f}" if mib < 1000 else f"{mib:.0f}"
 
 
-def _line(by_name: dict[str, dict[str, Any]], device: str, graph: bool) -> str:
-    """Of one shape and dtype; graph: of the replays of CUDA graphs, without the host's share."""
-    times, ratios = ("graph_ms", "graph_ratio") if graph else ("ms", "ratio")
-    row = next(iter(by_name.values()))
-    cells = [row["shape"], row["dtype"].replace("float", "f")]
-    mine = by_name.get("ours")
-    if mine is None:
-        cells += ["-"] * 4
-    else:
-        p50 = mine[times]["p50"]
-        floor = f"{100 * mine['floor_ms'] / p50:.0f}"
-        backend = mine["backend"]
-        cells += ["  as graph" if graph else backend, f"{p50:.3g}", _size(mine["peak_mib"]), floor]
-    for name in BASELINES:
-        row = by_name.get(name, {})
-        if not row.get(times):
-            cells.append("-")
-        elif row[ratios] is None:
-            cells.append(f"{row[times]['p50']:.3g} ms")
+def _cell(row: dict[str, Any], times: str, ratio: str) -> str:
+    if not row.get(times):
+        return "- "
+    if row[ratio] is None:
+        return f"{row[times]['p50']:.3g} ms"
+    return f"{_multiple(row[ratio])}x{judge(row, ratio)}"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The layout of a table: the widest case name, and the contenders, a column each."""
+
+    width: int
+    contenders: list[str]
+
+    def _row(self, cells: list[str]) -> str:
+        case, dtype, backend, *numbers = cells
+        # A heading stands on two lines, broken at its underscore.
+        widths = [8, 8, 8]
+        widths += [max(8, *(len(part) + 2 for part in n.split("_", 1))) for n in self.contenders]
+        text = f"{case:<{max(self.width, 4)}} {dtype:<6}{backend:<10}"
+        text += "".join(f"{n:>{w}}" for n, w in zip(numbers, widths, strict=True))
+        return text.rstrip()
+
+    def headings(self) -> str:
+        parts = [(*name.split("_", 1), "")[:2] for name in self.contenders]
+        upper = ["case", "dtype", "ours", "ms", "MiB", "floor%", *(f"{a} " for a, _ in parts)]
+        lower = [""] * 6 + [f"{b} " for _, b in parts]
+        return "\n".join(filter(None, (self._row(upper), self._row(lower))))
+
+    def _line(self, by_name: dict[str, dict[str, Any]], graph: bool) -> str:
+        """Of one case and dtype; graph: of the replays of CUDA graphs, without the host's share."""
+        times, ratio = ("graph_ms", "graph_ratio") if graph else ("ms", "ratio")
+        row = next(iter(by_name.values()))
+        cells = [row["case"], row["dtype"].replace("float", "f")]
+        mine = by_name.get("ours")
+        if mine is None:
+            cells += ["-"] * 4
         else:
-            cells.append(f"{_multiple(row[ratios])}x{judge(row, device, ratios)}")
-    return _row(cells)
+            p50 = mine[times]["p50"]
+            floor = f"{100 * mine['floor_ms'] / p50:.0f}"
+            backend = "  as graph" if graph else mine["backend"]
+            cells += [backend, f"{p50:.3g}", _size(mine["peak_mib"]), floor]
+        return self._row(
+            [*cells, *(_cell(by_name.get(n, {}), times, ratio) for n in self.contenders)]
+        )
+
+    def lines_of(self, rows: list[dict[str, Any]]) -> str:
+        """One line a case and dtype, ours first, then the ratios; graphs on a second."""
+        lines = []
+        for key in dict.fromkeys((r["case"], r["dtype"]) for r in rows):
+            by_name = {r["contender"]: r for r in rows if (r["case"], r["dtype"]) == key}
+            lines.append(self._line(by_name, graph=False))
+            if by_name.get("ours", {}).get("graph_ms"):
+                lines.append(self._line(by_name, graph=True))
+        return "".join(f"{line}\n" for line in lines)
 
 
-def lines_of(rows: list[dict[str, Any]], device: str) -> str:
-    """One line a shape and dtype, ours first, then the baselines' ratios; graphs on a second."""
-    lines = []
-    for key in dict.fromkeys((r["shape"], r["dtype"]) for r in rows):
-        by_name = {r["contender"]: r for r in rows if (r["shape"], r["dtype"]) == key}
-        lines.append(_line(by_name, device, graph=False))
-        if by_name.get("ours", {}).get("graph_ms"):
-            lines.append(_line(by_name, device, graph=True))
-    return "\n".join(lines)
+def header(record: dict[str, Any], run: dict[str, Any]) -> str:
+    """What the rows are of, and what they were measured on."""
+    versions = run["versions"]
+    cuda = f", CUDA {versions['cuda']}" if run["device"]["type"] == "cuda" else ""
+    where = f"{run['device']['name']}, {run['threads']} threads, torch {versions['torch']}{cuda}"
+    return f"{record['title']}\n{where}, {run['date'][:10]}\n{LEGEND}"
+
+
+def ceilings_of(run: dict[str, Any], dtype: str) -> str:
+    """What was measured of the device itself."""
+    copy, product = (run["ceilings"][dtype][name] for name in ("copy_gbps", "matmul_tflops"))
+    return f"{dtype}: copy {copy:.0f} GB/s, matrix product {product:.3g} TFLOP/s"
 
 
 def remarks(run: dict[str, Any]) -> list[str]:
     """What was left out and why, and which targets were missed."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for skip in run["skipped"]:
-        reasons.setdefault((skip["contender"], skip["reason"]), []).append(skip["shape"])
+        reasons.setdefault((skip["contender"], skip["reason"]), []).append(skip["case"])
     lines = [
-        f"left out: {name} at {', '.join(dict.fromkeys(shapes))}: {why}"
-        for (name, why), shapes in reasons.items()
+        f"left out: {name} at {', '.join(dict.fromkeys(cases))}: {why}"
+        for (name, why), cases in reasons.items()
     ]
-    device = run["device"]["type"]
     for row in run["rows"]:
-        where = f"{row['shape']} {row['dtype']}"
-        if judge(row, device) == "!":
-            target = TARGETS[device][row["shape"]][row["contender"]]
-            lines.append(
-                f"missed: {where}: {_multiple(row['ratio'])}x {row['contender']}, target {target}x"
-            )
-        if device == "cuda" and row["contender"] == "ours":
-            best = min(t["p50"] for t in (row["ms"], row["graph_ms"]) if t)
-            if best > FLOOR_FACTOR * row["floor_ms"]:
-                factor = best / row["floor_ms"]
-                lines.append(f"missed: {where}: {factor:.1f}x its floor, target {FLOOR_FACTOR}x")
+        where, target = f"missed: {row['case']} {row['dtype']}", row["target"]
+        if target is None:
+            continue
+        if row["contender"] == "ours":  # the better of its two times, against its floor
+            factor = min(t["p50"] for t in (row["ms"], row["graph_ms"]) if t) / row["floor_ms"]
+            if factor > target:
+                lines.append(f"{where}: {factor:.1f}x its floor, target {target:g}x")
+        elif judge(row) == "!":
+            ratio = _multiple(row["ratio"])
+            lines.append(f"{where}: {ratio}x {row['contender']}, target {target:g}x")
     return lines
 
 
-def table(run: dict[str, Any]) -> str:
-    device = run["device"]["type"]
-    blocks = []
+def table(record: dict[str, Any], run: dict[str, Any]) -> str:
+    """One run of a record, dtype by dtype; a column for each contender that it measured."""
+    measured = {row["contender"] for row in run["rows"]}
+    columns = Columns(
+        max((len(row["case"]) for row in run["rows"]), default=0),
+        [name for name in record["contenders"] if name in measured],
+    )
+    lines = [header(record, run)]
     for dtype in run["ceilings"]:
         rows = [row for row in run["rows"] if row["dtype"] == dtype]
-        blocks.append(f"{header(run, dtype)}\n{lines_of(rows, device)}")
-    return "\n\n".join([*blocks, "\n".join(remarks(run))]).rstrip()
+        lines += [
+            "",
+            ceilings_of(run, dtype),
+            columns.headings(),
+            columns.lines_of(rows).rstrip("\n"),
+        ]
+    return "\n".join([*lines, "", *remarks(run)]).rstrip()
 
 
 def load(paths: list[Path]) -> list[dict[str, Any]]:
-    """The runs of the files, and of the folders' *.json."""
+    """The records of the files, and of the folders' *.json."""
     files = [f for p in paths for f in (sorted(p.rglob("*.json")) if p.is_dir() else [p])]
-    return [run for file in files for run in json.loads(file.read_text())["runs"]]
+    records = []
+    for file in files:
+        record = json.loads(file.read_text())
+        if record.get("schema") != SCHEMA:
+            raise ValueError(f"{file}: schema {record.get('schema')!r}, this reads {SCHEMA!r}")
+        records.append(record)
+    order = [record["op"] for record in records]
+    return sorted(records, key=lambda r: ([*OPS, *order].index(r["op"])))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python3 -m bench.report", description=__doc__)
     parser.add_argument("paths", nargs="*", type=Path, help=f"default: {RESULTS}")
-    parser.add_argument("--figure", type=Path, help="write the chart of the first run here (PNG)")
+    parser.add_argument("--figure", type=Path, help="write the chart of one record here (PNG)")
     options = parser.parse_args(argv)
     missing = [str(path) for path in options.paths if not path.exists()]
     if missing:
         parser.error(f"no such file or folder: {', '.join(missing)}")
-    runs = load(options.paths or [RESULTS])
-    if not runs:
+    try:
+        records = load(options.paths or [RESULTS])
+    except ValueError as error:
+        parser.error(str(error))
+    if options.figure and len(records) != 1:
+        parser.error(f"--figure draws one record, here are {len(records)}: name its file")
+    if not records:
         print("no results: run `make bench`", file=sys.stderr)
         return 1
-    print("\n\n".join(table(run) for run in runs))
+    print("\n\n".join(table(record, run) for record in records for run in record["runs"]))
     if options.figure:
         from bench.figure import draw
 
-        draw(runs[0], options.figure)
+        draw(records[0], options.figure)
         print(f"wrote {options.figure}")
     return 0
 

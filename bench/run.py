@@ -1,90 +1,42 @@
-"""The program behind `make bench`: the VICReg op, forward and backward, against its baselines.
+"""The program behind `make bench`: every op against its baselines, interleaved, in one process.
 
-Prints a table and writes bench/results/<device>/vicreg.json (README.md there has the schema). A run
-that measures a selection prints only, unless it is given --output.
+Prints tables and writes bench/results/<device>/<op>.json (README.md there has the schema). A run
+that measures a selection of cases prints only, unless it is given --output.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import shlex
 import sys
 import time
+import traceback
+from collections.abc import Iterable
 from dataclasses import asdict
-from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bench import environment, measure, report
-from bench.baselines import BASELINES, COMPILED, PEERS, Loss
-from bench.cases import CASES, QUICK, Case
-from vicreg_kernels import dispatch, variance_covariance, vicreg_loss
+from bench import OPS, environment, measure, report
+from bench.case import Case, Plan
+from vicreg_kernels import dispatch
 
-SCHEMA = "vicreg-kernels/bench/1"
 LAUNCH_MS = 0.005
-# Contenders that a quick run leaves out: slow to compile or slow to run.
-QUICK_CONTENDERS = ("ours", "eager", "gram_plain", "gram_best")
 # Seconds of budget a case, shared by its contenders.
 BUDGET = {"cpu": 5.0, "cuda": 4.0}
 QUICK_BUDGET = 2.0
+DTYPES = ("float32", "bfloat16", "float16")
 
 
-def ours(x: Tensor, y: Tensor, backend: str | None = None) -> Tensor:
-    """The loss of `baselines.eager`, through the public functions."""
-    if x.dim() == 2:
-        return vicreg_loss(x, y, backend=backend)
-    losses = []
-    for view in (x, y):
-        variance, covariance = variance_covariance(view, backend=backend)
-        losses.append(25 * variance + covariance)
-    return losses[0] + losses[1]
-
-
-def views(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Two correlated views with standard deviations about the margin."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(case.shape, generator=generator) * 0.9
-    y = x + 0.4 * torch.randn(case.shape, generator=generator)
-    return tuple(z.to(device=device, dtype=dtype).requires_grad_() for z in (x, y))  # type: ignore[return-value]
-
-
-def left_out(name: str, case: Case, device: torch.device) -> str | None:
-    """Why a run that names no contenders leaves this one out; None: it does not."""
-    if device.type == "cpu" and name == "gram_compiled":
-        return "on the CPU gram_best is the faster one"
-    if device.type == "cpu" and name in PEERS and case.dim == 8192 and case.rows != 256:
-        return "its D x D products at D = 8192 take over 10 s whatever N is: see 256x8192"
-    return None
-
-
-def build(
-    names: list[str], case: Case, backend: str | None
-) -> tuple[dict[str, Loss], dict[str, str]]:
-    """The contenders of a case, and why others are left out."""
-    losses: dict[str, Loss] = {}
-    skipped: dict[str, str] = {}
-    for name in names:
-        if name == "ours":
-            losses[name] = partial(ours, backend=backend)
-        elif name in PEERS and case.groups:
-            skipped[name] = "has no loss over groups without the invariance"
-        else:
-            try:
-                losses[name] = BASELINES[name]()
-            except ImportError as error:
-                skipped[name] = str(error)
-    return losses, skipped
-
-
-def warm_up(name: str, step: measure.Step, device: torch.device) -> tuple[float, int]:
-    """Seconds a call, and bytes at its peak. A slow step is called once, one that compiles first
-    (torch.compile, Triton) twice.
+def warm_up(step: measure.Step, twice: bool, device: torch.device) -> tuple[float, int]:
+    """Seconds a call, and bytes at its peak. A slow step is called once; twice: one that compiles
+    in its first call (torch.compile, Triton).
     """
-    if name in COMPILED or device.type == "cuda":
+    if twice:
         step()
     start = time.perf_counter()
     peak = measure.peak_memory(step, device)
@@ -95,79 +47,121 @@ def warm_up(name: str, step: measure.Step, device: torch.device) -> tuple[float,
     return seconds, peak
 
 
+def reason_of(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def measure_case(
     case: Case,
+    plan: Plan,
+    wanted: Iterable[str],
     device: torch.device,
-    dtype: torch.dtype,
-    names: list[str],
-    backend: str | None,
+    dtype: str,
     budget: float,
     limits: dict[str, float],
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Its rows, one a contender, and what was skipped. limits: the ceilings for dtype."""
-    x, y = views(case, device, dtype)
-    losses, reasons = build(names, case, backend)
-    steps, estimates, peaks = {}, {}, {}
-    for name, loss in losses.items():
-        step = measure.make_step(loss, x, y)
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Its rows, one a contender, and why others have none. limits: the ceilings for dtype."""
+    cuda = device.type == "cuda"
+    steps, estimates, peaks, reasons = {}, {}, {}, {}
+    for name in wanted:
+        step = plan.steps[name]
         try:
-            estimates[name], peaks[name] = warm_up(name, step, device)
-        except (RuntimeError, NotImplementedError) as error:
-            reasons[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-        else:
+            estimates[name], peaks[name] = warm_up(step, cuda or name in plan.compiled, device)
             steps[name] = step
-    clock = measure.make_clock(device)
-    # A slow peer's ratio to a slow published formula needs no second round.
-    least = {name: 1 for name in PEERS}
-    samples = measure.interleave(steps, clock, budget, estimates, least)
+        except Exception as error:  # one that fails here does not stop the others
+            if name == "ours":
+                traceback.print_exc()
+            reasons[name] = reason_of(error)
+    samples = measure.interleave(steps, measure.make_clock(device), budget, estimates)
     replays = {}
-    if device.type == "cuda":
-        found = {n: measure.capture(s) for n, s in steps.items() if n not in PEERS}
+    if cuda:
+        found = {n: measure.capture(s) for n, s in steps.items() if n not in plan.peers}
         captured = {n: s for n, s in found.items() if s is not None}
-        replays = measure.interleave(captured, clock, budget / 2, estimates)
-    label = {"shape": case.name, "dtype": str(dtype).removeprefix("torch.")}
-    moved, done = case.least_bytes(x.element_size()), case.least_operations()
-    bytes_ms = moved / limits["copy_gbps"] / 1e6
-    operations_ms = done / limits["matmul_tflops"] / 1e9
+        replays = measure.interleave(captured, measure.make_clock(device), budget / 2, estimates)
+    targets: dict[str, float | None] = {"ours": case.floor if cuda else None}
+    targets |= case.targets.get(device.type, {})
+    if dtype not in case.dtypes.get(device.type, ()):
+        targets = {}
+    bytes_ms = plan.least_bytes / limits["copy_gbps"] / 1e6
+    operations_ms = plan.least_operations / limits["matmul_tflops"] / 1e9
     rows = []
     for name, step in steps.items():
-        times = measure.Spread.of([s for s in samples[name] if s is not None])
-        row: dict[str, Any] = {**label, "contender": name, "backend": None}
-        if name == "ours":
-            side = min(case.rows, case.dim)
-            row["backend"] = dispatch.choose("vicreg", backend, device.type, dtype, side)
-        launches = None
-        if name == "ours" and device.type == "cuda":
-            launches = measure.count_launches(step)
+        ours = name == "ours"
+        times = spread(samples[name])
+        launches = measure.count_launches(step) if ours and cuda else None
         floor = max(bytes_ms, operations_ms) + LAUNCH_MS * (launches or 0)
-        row |= {
+        row = {
+            "case": case.name,
+            "dtype": dtype,
+            "contender": name,
+            "backend": plan.backend if ours else None,
+            "target": targets.get(name),
             "rounds": sum(s is not None for s in samples[name]),
             "ms": asdict(times),
-            "ratio": None if name == "ours" else _ratio(samples, name),
-            "graph_ms": None,
-            "graph_ratio": None,
+            "ratio": ratio(samples, name),
+            "graph_ms": asdict(spread(replays[name])) if name in replays else None,
+            "graph_ratio": ratio(replays, name),
             "peak_mib": round(peaks[name] / 2**20, 3),
-            "gbps": moved / times.p50 / 1e6,
-            "tflops": done / times.p50 / 1e9,
+            "gbps": plan.least_bytes / times.p50 / 1e6,
+            "tflops": plan.least_operations / times.p50 / 1e9,
             "bound": "bytes" if bytes_ms >= operations_ms else "operations",
             "percent_of_ceiling": 100 * max(bytes_ms, operations_ms) / times.p50,
             "launches": launches,
             "floor_ms": floor,
             "percent_of_floor": 100 * floor / times.p50,
         }
-        if name in replays:
-            row["graph_ms"] = asdict(measure.Spread.of([s for s in replays[name] if s is not None]))
-            row["graph_ratio"] = None if name == "ours" else _ratio(replays, name)
         rows.append(row)
-    return rows, [{**label, "contender": n, "reason": why} for n, why in reasons.items()]
+    return rows, reasons
 
 
-def _ratio(samples: dict[str, list[float | None]], name: str) -> float | None:
-    return measure.ratio(samples[name], samples["ours"]) if "ours" in samples else None
+def spread(samples: list[float | None]) -> measure.Spread:
+    return measure.Spread.of([s for s in samples if s is not None])
+
+
+def ratio(samples: dict[str, list[float | None]], name: str) -> float | None:
+    """Of a contender's time to ours; None for ours, and where one of the two was not measured."""
+    if name == "ours" or not {name, "ours"} <= samples.keys():
+        return None
+    return measure.ratio(samples[name], samples["ours"])
+
+
+def contenders(plan: Plan, case: Case, device: str, options: argparse.Namespace) -> list[str]:
+    """Those of the plan that this run measures."""
+    if options.contenders:
+        return [name for name in plan.steps if name in options.contenders]
+    costly = set()
+    if options.lean and case.name not in options.first:
+        costly = {*plan.compiled, *plan.peers} - case.targets.get(device, {}).keys()
+    return [name for name in plan.steps if name not in costly]
+
+
+def attempt(
+    case: Case,
+    dtype: str,
+    device: torch.device,
+    options: argparse.Namespace,
+    limits: dict[str, float],
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """measure_case of what the options select; a case that fails is said and stops nothing."""
+    torch.manual_seed(0)
+    try:
+        plan = case.build(device, getattr(torch, dtype), options.backend)
+        unknown = (plan.steps.keys() | plan.skipped.keys()) - options.known.keys()
+        if unknown:
+            raise ValueError(f"{case.name}: {', '.join(sorted(unknown))} not in CONTENDERS")
+        wanted = contenders(plan, case, device.type, options)
+        rows, reasons = measure_case(case, plan, wanted, device, dtype, options.budget, limits)
+    except Exception as error:
+        traceback.print_exc()
+        return [], {"ours": reason_of(error)}
+    if plan.compiled:
+        torch.compiler.reset()
+    named = options.contenders or plan.skipped
+    return rows, reasons | {name: why for name, why in plan.skipped.items() if name in named}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    def listed(known: Any) -> Any:
+    def listed(known: Iterable[str]) -> Any:
         def parsed(text: str) -> list[str]:
             names = text.split(",")
             for name in names:
@@ -177,35 +171,76 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
         return parsed
 
-    dtypes = ("float32", "bfloat16", "float16")
     parser = argparse.ArgumentParser(prog="python3 -m bench.run", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer shapes, contenders and rounds")
+    parser.add_argument("--op", type=listed(OPS), help=f"of {','.join(OPS)}; default: all")
+    parser.add_argument("--cases", help="names of cases, of any of the ops")
+    parser.add_argument("--quick", action="store_true", help="a few cases, lean, fewer rounds")
+    parser.add_argument(
+        "--lean",
+        action="store_true",
+        help="compiled contenders and peers only at the first case and where they have a target",
+    )
+    parser.add_argument("--dtype", type=listed(DTYPES), help="in place of each case's own")
+    parser.add_argument("--contenders", help="names of contenders, of any of the ops")
+    parser.add_argument("--backend", choices=dispatch.BACKENDS, help="of ours")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: cuda where there is one"
     )
-    parser.add_argument("--shapes", type=listed(CASES), help=f"of {','.join(CASES)}")
-    parser.add_argument(
-        "--dtype", type=listed(dtypes), help="default: float32; on cuda bfloat16 too"
-    )
-    parser.add_argument("--contenders", type=listed(("ours", *BASELINES)))
-    parser.add_argument("--backend", choices=dispatch.BACKENDS, help="of ours")
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
-    parser.add_argument("--budget", type=float, help="seconds a shape, besides warm-up")
-    parser.add_argument("--output", type=Path, help="the JSON file")
+    parser.add_argument("--budget", type=float, help="seconds a case, besides warm-up")
+    parser.add_argument("--seconds", type=float, help="start no case after so many, in all")
+    parser.add_argument("--output", type=Path, help="the folder for <op>.json")
     parser.add_argument("--append", action="store_true", help="add this run to the file's runs")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--missing", action="store_true", help="append what the file's runs do not hold"
+    )
+    options = parser.parse_args(argv)
+    options.modules = {op: import_module(f"bench.{op}") for op in options.op or OPS}
+    modules = options.modules.values()
+    options.first = [next(iter(module.CASES)) for module in modules]
+    options.known = {name: None for m in modules for name in ("ours", *m.CONTENDERS)}
+    cases = {name: None for m in modules for name in m.CASES}
+    for option, known in (("cases", cases), ("contenders", options.known)):
+        text = getattr(options, option)
+        try:
+            setattr(options, option, listed(known)(text) if text else None)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument --{option}: {error}")
+    return options
 
 
-def write(path: Path, run: dict[str, Any], earlier: list[dict[str, Any]]) -> None:
+def read(path: Path | None) -> list[dict[str, Any]]:
+    """The runs of a record; none where there is no file."""
+    return json.loads(path.read_text())["runs"] if path is not None and path.exists() else []
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
     """Through a second file, so that a run that is killed leaves the last complete state."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"schema": SCHEMA, "op": "vicreg", "runs": [*earlier, run]}, indent=1)
     partial_file = path.with_suffix(".partial")
-    partial_file.write_text(text + "\n")
+    partial_file.write_text(json.dumps(record, indent=1) + "\n")
     partial_file.replace(path)
 
 
+def select(
+    module: Any, options: argparse.Namespace, device: str, earlier: list[dict[str, Any]]
+) -> list[tuple[Case, str]]:
+    """The cases and dtypes of an op to measure, most important first."""
+    held = {(row["case"], row["dtype"]) for run in earlier for row in run["rows"]}
+    pairs = []
+    for case in module.CASES.values():
+        if options.cases:
+            chosen = case.name in options.cases
+        else:
+            chosen = device in case.dtypes and (case.quick or not options.quick)
+        if chosen:
+            dtypes = options.dtype or case.dtypes.get(device, ("float32",))
+            pairs += [(case, dtype) for dtype in dtypes]
+    return [p for p in pairs if not (options.missing and (p[0].name, p[1]) in held)]
+
+
 def main(argv: list[str] | None = None) -> int:
+    start = time.perf_counter()
     options = parse(argv)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -213,48 +248,60 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if options.threads:
         torch.set_num_threads(options.threads)
-    cases = [CASES[name] for name in options.shapes or (QUICK if options.quick else CASES)]
-    if options.shapes is None:
-        cases = [case for case in cases if device.type == "cuda" or not case.gpu_only]
-    names = options.contenders or (QUICK_CONTENDERS if options.quick else ("ours", *BASELINES))
-    dtypes = options.dtype or (["float32", "bfloat16"] if device.type == "cuda" else ["float32"])
-    budget = options.budget or (QUICK_BUDGET if options.quick else BUDGET[device.type])
-    selected = any((options.quick, options.shapes, options.dtype, options.contenders))
-    output = options.output
-    if output is None and not (selected or options.backend):
-        output = environment.default_folder(device) / "vicreg.json"
-    earlier = []
-    if options.append and output is not None and output.exists():
-        earlier = json.loads(output.read_text())["runs"]
+    options.lean |= options.quick
+    options.budget = options.budget or (QUICK_BUDGET if options.quick else BUDGET[device.type])
+    selected = ("lean", "cases", "dtype", "contenders", "backend", "seconds")
+    if options.output is None and not any(getattr(options, name) for name in selected):
+        options.output = environment.default_folder(device)
     command = shlex.join(["python3", "-m", "bench.run", *(sys.argv[1:] if argv is None else argv)])
-    run: dict[str, Any] = {"command": command, **environment.describe(device)}
-    run |= {"ceilings": {}, "rows": [], "skipped": []}
-    start = time.perf_counter()
-    for dtype_name in dtypes:
-        dtype = getattr(torch, dtype_name)
-        limits = run["ceilings"][dtype_name] = measure.ceilings(device, dtype)
-        print(report.header(run, dtype_name), flush=True)
-        for case in cases:
-            reasons = {n: left_out(n, case, device) for n in names if not options.contenders}
-            absent = {name: why for name, why in reasons.items() if why is not None}
-            wanted = [name for name in names if name not in absent]
-            rows, skipped = measure_case(
-                case, device, dtype, list(wanted), options.backend, budget, limits
-            )
-            skipped += [
-                {"shape": case.name, "dtype": dtype_name, "contender": name, "reason": why}
-                for name, why in absent.items()
-            ]
+    about = {"command": command, **environment.describe(device)}
+    limits: dict[str, dict[str, float]] = {}
+    failed = False
+    for op, module in options.modules.items():
+        path = options.output / f"{op}.json" if options.output else None
+        earlier = read(path) if options.append or options.missing else []
+        pairs = select(module, options, device.type, earlier)
+        if not pairs:
+            print(f"{op}: nothing to measure")
+            continue
+        run: dict[str, Any] = {**about, "ceilings": {}, "rows": [], "skipped": []}
+        record = {"schema": report.SCHEMA, "op": op, "title": module.TITLE}
+        record |= {"contenders": module.CONTENDERS, "runs": [*earlier, run]}
+        named = options.contenders or module.CONTENDERS
+        columns = report.Columns(
+            max(len(case.name) for case, _ in pairs), [n for n in module.CONTENDERS if n in named]
+        )
+        print(report.header(record, run), flush=True)
+        begun, late = time.perf_counter(), []
+        for case, dtype in pairs:
+            if options.seconds and time.perf_counter() - start > options.seconds:
+                late.append(f"{case.name} {dtype}")
+                continue
+            if dtype not in limits:
+                limits[dtype] = measure.ceilings(device, getattr(torch, dtype))
+            if dtype not in run["ceilings"]:
+                run["ceilings"][dtype] = limits[dtype]
+                print(f"\n{report.ceilings_of(run, dtype)}\n{columns.headings()}", flush=True)
+            rows, reasons = attempt(case, dtype, device, options, limits[dtype])
+            failed |= "ours" in reasons
             run["rows"] += rows
-            run["skipped"] += skipped
-            run["seconds"] = round(time.perf_counter() - start, 1)
-            print(report.lines_of(rows, device.type), flush=True)
-            if output is not None:
-                write(output, run, earlier)
-    print("\n".join(report.remarks(run)))
-    if output is not None:
-        print(f"wrote {output}")
-    return 0
+            run["skipped"] += [
+                {"case": case.name, "dtype": dtype, "contender": name, "reason": why}
+                for name, why in reasons.items()
+            ]
+            run["seconds"] = round(time.perf_counter() - begun, 1)
+            print(columns.lines_of(rows), end="", flush=True)
+            if path is not None:
+                write(path, record)
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        print("\n".join(["", *report.remarks(run)]))
+        if late:
+            print(f"no time left for: {', '.join(late)}")
+        if path is not None and path.exists():
+            print(f"wrote {path}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

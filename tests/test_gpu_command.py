@@ -5,15 +5,18 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import environment, exercise, gpu, stages
+import bench
+from bench import environment, exercise, gpu, report, run, stages, vicreg
 from bench.stages import Result, Stage, run_stages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,12 +26,12 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def run(out: Path, plan: list[Stage], budget: float = 60.0) -> list[Result]:
+def go(out: Path, plan: list[Stage], budget: float = 60.0) -> list[Result]:
     return run_stages(plan, out, budget, ROOT, lambda results: None, say=lambda line: None)
 
 
 def test_a_failing_stage_does_not_stop_the_next(tmp_path):
-    results = run(
+    results = go(
         tmp_path,
         [
             Stage("bad", [python("print('before'); raise SystemExit(3)")], 20, "bad.log"),
@@ -59,7 +62,7 @@ def test_a_stage_that_overruns_is_ended_with_its_children(tmp_path):
         "time.sleep(600)"
     )
     start = time.monotonic()
-    slow, after = run(
+    slow, after = go(
         tmp_path,
         [
             Stage("slow", [python(parent), python("print('never')")], 3, "slow.log"),
@@ -80,7 +83,7 @@ def test_a_stage_that_ignores_the_request_to_end_is_ended(tmp_path, monkeypatch)
     monkeypatch.setattr(stages, "GRACE", 0.3)
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     start = time.monotonic()
-    (result,) = run(tmp_path, [Stage("deaf", [python(deaf)], 2, "deaf.log")])
+    (result,) = go(tmp_path, [Stage("deaf", [python(deaf)], 2, "deaf.log")])
     assert result.status == "timed out"
     assert time.monotonic() - start < 20
 
@@ -90,7 +93,7 @@ def test_the_budget_is_kept_and_what_did_not_fit_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "LEAST", 2.0)
     wait = python("import time; time.sleep(600)")
     start = time.monotonic()
-    first, second, third = run(
+    first, second, third = go(
         tmp_path,
         [
             Stage("first", [wait], 300, "first.log"),
@@ -109,7 +112,7 @@ def test_the_budget_is_kept_and_what_did_not_fit_is_said(tmp_path, monkeypatch):
 
 def test_every_command_of_a_stage_runs_when_it_says_so(tmp_path):
     commands = [python("raise SystemExit(9)"), python("print('second')")]
-    both, one = run(
+    both, one = go(
         tmp_path,
         [
             Stage("both", commands, 20, "both.log", every=True),
@@ -125,7 +128,7 @@ def test_logs_are_shared_fresh_and_written_as_they_come(tmp_path):
     (tmp_path / "log").write_text("of an earlier run\n")
     mark = "import os; print(os.environ['MARK'])"
     look = f"print('seen', '\\n7\\n' in open({str(tmp_path / 'log')!r}).read())"
-    first, second = run(
+    first, second = go(
         tmp_path,
         [
             Stage("one", [python(mark)], 20, "log", environment={"MARK": "7"}),
@@ -190,16 +193,27 @@ def test_dry_run_lists_the_stages_in_order(tmp_path):
         "build",
         "info",
         "tests",
-        "benchmarks of the target shapes",
+        *(f"benchmark of {op}" for op in bench.OPS),
         "compute-sanitizer",
-        "benchmarks of the other shapes",
+        "the other cases",
         "ncu",
     ]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_plan_fits_its_rules(tmp_path):
-    plan = gpu.make_stages(tmp_path, "90", "always")
+@pytest.fixture
+def plan(tmp_path, monkeypatch) -> list[Stage]:
+    """The stages of all four ops, whether or not they are here."""
+    monkeypatch.setattr(gpu, "OPS", tuple(gpu.SECONDS))
+    return gpu.make_stages(tmp_path, "90", "always")
+
+
+def test_every_op_has_its_seconds():
+    assert set(bench.OPS) <= gpu.SECONDS.keys()
+    assert min(gpu.SECONDS.values()) > gpu.LAST_CASE
+
+
+def test_the_plan_fits_its_rules(plan):
     assert plan[0].environment == {"VICREG_KERNELS_ARCHS": "90"}
     allowed = {sys.executable, gpu.tool("compute-sanitizer") or "compute-sanitizer"}
     allowed.add(gpu.tool("ncu") or "ncu")
@@ -209,28 +223,53 @@ def test_the_plan_fits_its_rules(tmp_path):
     assert not {"pip", "venv", "ensurepip", "install", "uv", "curl", "wget", "git"} & set(words)
     assert not any("://" in word for word in words)
     # what comes first fits into the budget even if each stage takes all of its time
-    assert sum(stage.seconds for stage in plan[:4]) < 570
-    # logs, the record and the summary: few files, in one folder
-    assert len({stage.log for stage in plan} | {"vicreg.json", "summary.md"}) <= 8
-    shapes = ",".join(
-        command[command.index("--shapes") + 1]
-        for stage in plan
-        for command in stage.commands
-        if "--shapes" in command
-    ).split(",")
-    assert sorted(shapes) == sorted(gpu.CASES)
+    first = plan[: 3 + len(gpu.SECONDS)]
+    assert [stage.name for stage in first[3:]] == [f"benchmark of {op}" for op in gpu.SECONDS]
+    assert sum(stage.seconds for stage in first) < 570
+    # logs, a record an op and the summary: few files, in one folder
+    assert len({stage.log for stage in plan}) <= 6
 
 
-def test_every_module_a_stage_runs_exists(tmp_path):
-    for stage in gpu.make_stages(tmp_path, "", "always"):
-        for command in stage.commands:
-            if (
-                "-m" in command[command.index(sys.executable) :]
-                if sys.executable in command
-                else []
-            ):
-                module = command[command.index(sys.executable) + 2]
-                assert module == "pytest" or (ROOT / (module.replace(".", "/") + ".py")).exists()
+def arguments(plan: list[Stage], module: str) -> list[list[str]]:
+    """What the stages give `python -m module`."""
+    commands = [command for stage in plan for command in stage.commands]
+    return [c[c.index(module) + 1 :] for c in commands if module in c]
+
+
+def test_what_the_stages_run_takes_their_options(plan, tmp_path, monkeypatch):
+    given = arguments(plan, "bench.run")
+    assert len(given) == 2 * len(gpu.SECONDS)
+    monkeypatch.setattr(run, "OPS", tuple(gpu.SECONDS))
+    monkeypatch.setattr(run, "import_module", lambda name: vicreg)
+    for op, words in zip([*gpu.SECONDS] * 2, given, strict=True):
+        options = run.parse(words)
+        assert (list(options.modules), options.device, options.lean) == ([op], "cuda", True)
+        assert options.output == tmp_path
+        assert options.missing == (options.seconds is None), "the second run adds what is left"
+    ran = []
+    monkeypatch.setattr(exercise, "OPS", tuple(gpu.SECONDS))
+    monkeypatch.setattr(exercise, "small", lambda *what: ran.append(what) or 0)
+    monkeypatch.setattr(exercise, "first_case", lambda *what: ran.append(what) or 0)
+    for words in arguments(plan, "bench.exercise"):
+        assert exercise.main([*words, "--device", "cpu", "--backend", "cpu"]) == 0
+    # four checks of all ops, a profile of each
+    assert sorted(ran) == sorted((op, "cpu", "cpu") for op in gpu.SECONDS for _ in range(5))
+    for module in ("vicreg_kernels.cli", "bench.run", "bench.exercise"):
+        assert arguments(plan, module)
+        assert (ROOT / (module.replace(".", "/") + ".py")).exists()
+
+
+def test_the_sanitizers_watch_every_ops_kernels(plan):
+    (stage,) = [stage for stage in plan if stage.name == "compute-sanitizer"]
+    watched = {"9attention", "attention::", "3ema", "6tokens", "6vicreg", *gpu.triton_kernels()}
+    for command in stage.commands:
+        names = {word[4:] for word in command if word.startswith("kns=")}
+        assert watched <= names or "memcheck" in command
+    assert stage.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    (profile,) = {word for c in plan[-1].commands for word in c if word.startswith("regex:")}
+    assert re.search(profile.removeprefix("regex:"), "void ema::update<float>(float*)")
+    assert re.search(profile.removeprefix("regex:"), gpu.triton_kernels()[-1])
+    assert not re.search(profile.removeprefix("regex:"), "at::native::remainder<float>")
 
 
 def test_the_runner_needs_only_the_standard_library():
@@ -270,15 +309,12 @@ def test_triton_kernels_are_found():
 
 def test_main_runs_the_stages_and_reports(tmp_path, monkeypatch, capsys):
     """The whole command with stages that need no GPU."""
-    record = {
-        "command": "x",
-        **environment.describe(torch.device("cpu")),
-        "ceilings": {},
-        "rows": [],
-        "skipped": [],
-    }
-    text = json.dumps({"schema": "s", "op": "vicreg", "runs": [record]})
-    write = f"open({str(tmp_path / 'vicreg.json')!r}, 'w').write({text!r})"
+    about = environment.describe(torch.device("cpu"))
+    record = {"schema": report.SCHEMA, "op": "vicreg", "title": "A loss", "contenders": {}}
+    record["runs"] = [{**about, "ceilings": {}, "rows": [], "skipped": []}]
+    path = tmp_path / "vicreg.json"
+    path.write_text("of an earlier run")
+    write = f"open({str(path)!r}, 'w').write({json.dumps(record)!r})"
     plan = [
         Stage("tests", [python("raise SystemExit(1)")], 20, "tests.log"),
         Stage("bench", [python(write)], 20, "bench.log"),
@@ -291,14 +327,43 @@ def test_main_runs_the_stages_and_reports(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.endswith("\n" + summary + "\n")
     assert "# NVIDIA Test" in summary
     assert "| bench | ok |" in summary
-    assert "## Speed" in summary
+    assert "## Speed\n\n### vicreg\n\n```\nA loss\n" in summary
     monkeypatch.setattr(gpu, "make_stages", lambda *args: plan[1:])
     assert gpu.main([]) == 0
 
 
-def test_exercise_sees_results_that_are_not_finite(monkeypatch):
-    shapes = [exercise.SMALL[0], exercise.SMALL[1]]
-    assert exercise.exercise("reference", "cpu", shapes) == 0
-    real = exercise.vicreg_loss
-    monkeypatch.setattr(exercise, "vicreg_loss", lambda *a, **k: real(*a, **k) * float("nan"))
-    assert exercise.exercise("reference", "cpu", shapes) == 3 * 2 * 2
+def test_exercise_counts_what_is_not_finite(monkeypatch, capsys):
+    assert vicreg.exercise("reference", "cpu") == 0
+    real = vicreg.vicreg_loss
+    monkeypatch.setattr(vicreg, "vicreg_loss", lambda *a, **k: real(*a, **k) * float("nan"))
+    assert vicreg.exercise("reference", "cpu") == 2 * len(vicreg.SMALL) * 3
+
+
+def test_an_exercise_that_fails_does_not_stop_the_next(monkeypatch, capsys):
+    def failing(backend, device):
+        raise RuntimeError("misaligned address")
+
+    ran = []
+    ops = {"one": failing, "two": lambda *what: ran.append(what) or 0, "three": None}
+    modules = {f"bench.{op}": types.SimpleNamespace(exercise=run) for op, run in ops.items()}
+    del modules["bench.three"].exercise
+    monkeypatch.setattr(exercise, "OPS", tuple(ops))
+    monkeypatch.setattr(exercise, "import_module", modules.__getitem__)
+    options = ["--device", "cpu", "--backend", "cpu"]
+    assert exercise.main(options) == 1
+    assert ran == [("cpu", "cpu")]
+    assert "misaligned address" in capsys.readouterr().err
+    assert exercise.main([*options, "--op", "two", "--op", "three"]) == 0
+    assert exercise.main(["--device", "cpu", "--backend", "cuda", "--op", "two"]) == 1
+
+
+def test_the_first_case_is_exercised_at_its_size(monkeypatch):
+    case = vicreg.case(24, 64)
+    calls = []
+    real = vicreg.vicreg_loss
+    monkeypatch.setattr(
+        vicreg, "vicreg_loss", lambda x, y, **k: calls.append((x.shape, k)) or real(x, y, **k)
+    )
+    monkeypatch.setattr(vicreg, "CASES", {case.name: case})
+    assert exercise.first_case("vicreg", "reference", "cpu") == 0
+    assert calls == [((24, 64), {"backend": "reference"})]

@@ -4,10 +4,20 @@ from vicreg_kernels.attention import (
     Blocks,
     FrameCausal,
     KeyPadding,
+    MaskedAttention,
     Ragged,
     Rope3d,
     apply_rope,
     masked_attention,
+)
+from vicreg_kernels.ema import ema_update_
+from vicreg_kernels.tokens import (
+    Assembly,
+    PredictionLoss,
+    assemble_tokens,
+    gather_tokens,
+    prediction_loss,
+    scatter_tokens,
 )
 from vicreg_kernels.version import __version__
 from vicreg_kernels.vicreg import (
@@ -20,9 +30,12 @@ from vicreg_kernels.vicreg import (
 )
 
 __all__ = [
+    "Assembly",
     "Blocks",
     "FrameCausal",
     "KeyPadding",
+    "MaskedAttention",
+    "PredictionLoss",
     "Ragged",
     "Rope3d",
     "VCRegLoss",
@@ -30,7 +43,12 @@ __all__ = [
     "VICRegTerms",
     "__version__",
     "apply_rope",
+    "assemble_tokens",
+    "ema_update_",
+    "gather_tokens",
     "masked_attention",
+    "prediction_loss",
+    "scatter_tokens",
     "variance_covariance",
     "vicreg_loss",
     "vicreg_terms",

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from vicreg_kernels import __version__, dispatch, library
+from vicreg_kernels.attention import backends as attention
 
-OPS = ("vicreg",)
+OPS = ("vicreg", "attention", "rope", "tokens", "ema")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -49,18 +50,24 @@ def _devices() -> list[str]:
 
 
 def _chosen(op: str, device_type: str, dtype: torch.dtype) -> str:
-    """The backend that runs op; from the triangular threshold on it may be another one."""
+    """The backend that runs op, and where sizes decide another one."""
 
-    def choose(side: int | None) -> str:
+    def choose(side: int | None = None, tokens: int | None = None) -> str:
+        unfit = None if tokens is None else attention.unfit(dtype, tokens)
         try:
-            return dispatch.choose(op, None, device_type, dtype, side)
+            return dispatch.choose(op, None, device_type, dtype, side, unfit)
         except RuntimeError as error:  # VICREG_KERNELS_BACKEND names one that cannot run here
             return f"none: {error}"
 
-    small, large = choose(None), choose(dispatch.TRIANGULAR_FROM + 1)
-    if small == large:
-        return small
-    return f"{small}; {large} where min(N, D) > {dispatch.TRIANGULAR_FROM}"
+    small, large, where = choose(), choose(), ""
+    if op == "vicreg":
+        large = choose(side=dispatch.TRIANGULAR_FROM + 1)
+        where = f"min(N, D) > {dispatch.TRIANGULAR_FROM}"
+    if op == "attention":
+        most = attention.LONGEST_IN_SHARED
+        small, large = choose(tokens=most), choose(tokens=most + 1)
+        where = f"a sample has more than {most} tokens"
+    return small if small == large else f"{small}; {large} where {where}"
 
 
 def info() -> dict[str, Any]:
@@ -107,7 +114,7 @@ def _text(found: dict[str, Any]) -> str:
     lines += ["", "backend that runs" + (f" (VICREG_KERNELS_BACKEND={named})" if named else "")]
     for op, devices in found["backends"].items():
         for device, by_dtype in devices.items():
-            lines += [f"  {op:<8}{device:<6}{dtype:<10}{b}" for dtype, b in by_dtype.items()]
+            lines += [f"  {op:<10}{device:<6}{dtype:<10}{b}" for dtype, b in by_dtype.items()]
     return "\n".join(lines)
 
 
@@ -130,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     one = commands.add_parser("info", help="versions, devices, libraries, which backend would run")
     one.add_argument("--json", action="store_true", help="as JSON")
     passed = {
-        "bench": "the quick benchmark; options as of `python3 -m bench.run`, for example --shapes",
+        "bench": "the quick benchmark; options as of `python3 -m bench.run`, for example --op",
         "audit": "compile the Triton kernels ahead of time: registers, shared memory, spills",
         "report": "the tables of bench/results; options as of `python3 -m bench.report`",
     }
@@ -144,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(found, indent=1) if options.json else _text(found))
         return 0
     if options.command == "bench":
-        selected = any(word.startswith(("--shapes", "--quick")) for word in rest)
+        selected = any(word.startswith(("--cases", "--quick")) for word in rest)
         quick = [] if selected else ["--quick"]
         return _in_checkout("bench/run.py", ["-m", "bench.run", *quick, *rest])
     if options.command == "report":

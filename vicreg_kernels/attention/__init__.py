@@ -1,6 +1,7 @@
 """Masked attention, its rules, and rotary position."""
 
 from vicreg_kernels.attention.masks import Blocks, FrameCausal, KeyPadding, Ragged
+from vicreg_kernels.attention.module import MaskedAttention
 from vicreg_kernels.attention.op import apply_rope, masked_attention
 from vicreg_kernels.attention.rope import Rope3d
 
@@ -8,6 +9,7 @@ __all__ = [
     "Blocks",
     "FrameCausal",
     "KeyPadding",
+    "MaskedAttention",
     "Ragged",
     "Rope3d",
     "apply_rope",

@@ -22,8 +22,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from vicreg_kernels.attention.masks import MaskArguments
-
 # Tokens of a sample whose keys and values the CUDA kernels hold in shared memory.
 LONGEST_IN_SHARED = 256
 
@@ -48,11 +46,11 @@ def compiled(namespace: str) -> Kernels:
     return Kernels(ops.attention_forward, ops.attention_backward, ops.attention_rotate)
 
 
-def unfit(dtype: torch.dtype, rules: MaskArguments) -> dict[str, str]:
-    """Backends that do not take a call, and why."""
+def unfit(dtype: torch.dtype, tokens: int) -> dict[str, str]:
+    """Backends that do not take samples of so many tokens, and why."""
     if dtype == torch.float32:
         return {"cuda": "its tensor-core products take bfloat16 or float16, not float32"}
-    if max(rules.max_q, rules.max_k) > LONGEST_IN_SHARED:
+    if tokens > LONGEST_IN_SHARED:
         return {"cuda": f"it takes at most {LONGEST_IN_SHARED} tokens a sample (they fit on chip)"}
     return {}
 

@@ -20,7 +20,6 @@ from vicreg_kernels.attention.masks import MaskArguments, Ragged, Rule, Rules
 from vicreg_kernels.attention.rope import NO_ROPE, Rope3d, RopeArguments
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-HEAD_DIMS = range(16, 129, 8)
 
 _LIBRARY = torch.library.Library("vicreg_kernels", "FRAGMENT")
 _RULES = (
@@ -143,6 +142,10 @@ class _Rotation(torch.autograd.Function):
         return _Rotation.apply(grad, not ctx.adjoint, ctx.arguments), None, None
 
 
+def takes_head_dim(dim: int) -> bool:
+    return dim % 8 == 0 and 16 <= dim <= 128
+
+
 def _check_heads(name: str, x: Tensor, like: Tensor | None = None) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, takes a torch.Tensor")
@@ -154,7 +157,7 @@ def _check_heads(name: str, x: Tensor, like: Tensor | None = None) -> None:
         raise ValueError(
             f"{name}: got shape {tuple(x.shape)}, takes [B, H, T, d] or packed [total, H, d]"
         )
-    if x.shape[-1] not in HEAD_DIMS:
+    if not takes_head_dim(int(x.shape[-1])):  # int: one compiled graph a head dim
         raise ValueError(
             f"{name}: got head dim {x.shape[-1]}, takes a multiple of 8 from 16 to 128"
         )
@@ -273,7 +276,7 @@ def masked_attention(
     _check_three(q, k, v)
     if rope is not None and not isinstance(rope, Rope3d):
         raise TypeError(f"rope: got {type(rope).__name__}, takes a Rope3d or None")
-    factor = _scale(scale, q.shape[-1])
+    factor = _scale(scale, int(q.shape[-1]))
     packed = q.dim() == 3
     if packed != _is_ragged(mask):
         takes = "packed tokens [total, H, d]" if _is_ragged(mask) else "a Ragged rule"
@@ -296,7 +299,7 @@ def _attend(
     scale: float,
     backend: str | None,
 ) -> Tensor:
-    unfit = backends.unfit(q.dtype, rules)
+    unfit = backends.unfit(q.dtype, max(rules.max_q, rules.max_k))
     name = dispatch.choose("attention", backend, q.device.type, q.dtype, unfit=unfit)
     if not torch.compiler.is_compiling():
         dispatch.log_choice("attention", name, backend, q.device, q.shape)

@@ -89,6 +89,9 @@ def attention(
             q = rotate(q, rope, indices[0], rules.q_offsets)
             k = rotate(k, rope, indices[1], rules.k_offsets)
         seen = visible(rules, q.shape[2], k.shape[2], q.device)[:, None]
+        # What no query sees may hold anything: 0 times NaN would be NaN.
+        hidden = ~seen.any(dim=-2).unsqueeze(-1)
+        k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
         scores = (scale * q) @ k.transpose(-1, -2)
         # softmax over what is seen; a row that sees nothing is finite throughout, and zero.
         scores = scores.masked_fill(~seen, float("-inf"))

@@ -25,6 +25,8 @@ from vicreg_kernels import dispatch
 from vicreg_kernels.attention.masks import readable
 
 LAYOUTS = ("vjepa2", "axial")
+# A few kilobytes each; a rope is made anew for every batch's index.
+_TABLES: dict[tuple[object, ...], Tensor] = {}
 
 
 class RopeArguments(NamedTuple):
@@ -80,7 +82,6 @@ class Rope3d:
         self.theta = float(theta)
         self.index = self._checked("index", index)
         self.key_index = self._checked("key_index", key_index)
-        self._tables: dict[tuple[int, torch.device], Tensor] = {}
 
     @property
     def places(self) -> int:
@@ -120,15 +121,15 @@ class Rope3d:
         return position[..., None] * frequency
 
     def table(self, head_dim: int, device: torch.device) -> Tensor:
-        """float32 [frames + height + width, part, 2], kept for the next call."""
-        kept = self._tables.get((head_dim, device))
-        if kept is not None:
-            return kept
+        """float32 [frames + height + width, part, 2], kept for the next rope like this one."""
+        key = (self.grid, self.axes, self.layout, self.theta, head_dim, device)
+        if not torch.compiler.is_compiling() and key in _TABLES:
+            return _TABLES[key]
         rows = torch.cat([torch.arange(n, dtype=torch.float64, device=device) for n in self.grid])
         angles = self.angles(rows, head_dim)
         table = torch.stack((angles.cos(), angles.sin()), dim=-1).float()
         if not torch.compiler.is_compiling():
-            self._tables[head_dim, device] = table
+            _TABLES[key] = table
         return table
 
     def resolve(self, q: Tensor, k: Tensor, longest: tuple[int, int]) -> RopeArguments:

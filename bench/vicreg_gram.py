@@ -20,9 +20,6 @@ from torch import Tensor
 EPS = 1e-4
 
 
-# ---------------------------------------------------------------------------- the straightforward
-
-
 class _CovarianceTerm(torch.autograd.Function):
     """sum_{i != j} (z_i . z_j)^2, summed over groups: z [..., N, D]."""
 
@@ -44,7 +41,7 @@ class _CovarianceTerm(torch.autograd.Function):
 
 
 def gram_plain(x: Tensor, y: Tensor) -> Tensor:
-    """x, y: [N, D] or [G, N, D] -> the loss of `baselines.eager`; half inputs in float32."""
+    """x, y: [N, D] or [G, N, D] -> the loss of `vicreg_baselines.eager`; half inputs in float32."""
     x, y = x.float(), y.float()
     rows, dim = x.shape[-2:]
     groups = x.shape[0] if x.dim() == 3 else 1
@@ -57,8 +54,6 @@ def gram_plain(x: Tensor, y: Tensor) -> Tensor:
         loss = loss + 25 * torch.nn.functional.mse_loss(x, y)
     return loss
 
-
-# --------------------------------------------------------------------------------------- the best
 
 # On the CPU the square product is computed in this many block rows, lower triangle only, once it
 # has this many rows: 5/8 of the operations.
@@ -170,7 +165,7 @@ def _squared_norm(z: Tensor) -> Tensor:
 
 
 def gram_best(x: Tensor, y: Tensor) -> Tensor:
-    """x, y: [N, D] or [G, N, D] -> the loss of `baselines.eager`."""
+    """x, y: [N, D] or [G, N, D] -> the loss of `vicreg_baselines.eager`."""
     if x.dim() == 2:
         return _Loss.apply(x.unsqueeze(0), y.unsqueeze(0), True)
     return _Loss.apply(x, y, False)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gram import gram_best, gram_plain
+from bench.measure import compiled
+from bench.vicreg_gram import gram_best, gram_plain
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -49,12 +50,6 @@ def eager(x: Tensor, y: Tensor) -> Tensor:
     if x.dim() == 2:
         loss = loss + 25 * torch.nn.functional.mse_loss(x, y)
     return loss
-
-
-def compiled(function: Loss) -> Loss:
-    """torch.compile of a baseline, specialised to the shape it first sees."""
-    torch.compiler.reset()
-    return torch.compile(function, dynamic=False)
 
 
 def lightly_loss() -> Loss:

@@ -1,0 +1,67 @@
+// The per-element maths of the prediction loss, written once for the CPU, CUDA and emulator builds.
+//
+// p is a predicted row, t a teacher row, z = (t - mean) rstd its affine-free layer norm (z = t where
+// it is not normalised), n elements each, d = p - z. The loss is a mean over rows and elements, but
+// for the cosine kind, whose mean of 1 - cos(p, z) is over rows.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define TOKENS_INLINE __host__ __device__ __forceinline__
+#else
+#define TOKENS_INLINE [[gnu::always_inline]] inline
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are returned by what is always inlined
+#endif
+
+namespace tokens {
+
+enum Kind : int { kSmoothL1 = 0, kL1 = 1, kMse = 2, kCosine = 3 };
+
+// Norms are kept from 0 by this much, as in torch's cosine_similarity.
+constexpr float kLeastNorm = 1e-8f;
+
+// Floats saved for a row: mean and rstd, and for the cosine kind the factors of z and p.
+TOKENS_INLINE constexpr int64_t saved_floats(int64_t kind) { return kind == kCosine ? 4 : 2; }
+
+// F is float, or a vector of floats in the CPU's clones. A NaN passes every branch.
+template <int kind, typename F>
+TOKENS_INLINE F element_loss(const F& d, float beta, float inverse_beta) {
+  if constexpr (kind == kMse) return d * d;
+  const F size = d < 0.f ? -d : d;
+  if constexpr (kind == kL1) return size;
+  const F square = d * d * (0.5f * inverse_beta), line = size - 0.5f * beta;
+  return size < beta ? square : line;
+}
+
+// d loss / d p; 0 for a NaN of the L1 kind, as torch's l1_loss. inverse_beta is 0 for beta = 0, where
+// the smooth kind is L1.
+template <int kind, typename F>
+TOKENS_INLINE F element_slope(const F& d, float beta, float inverse_beta) {
+  const F one = F{} + 1.f;
+  if constexpr (kind == kMse) return d + d;
+  if constexpr (kind == kL1) {
+    const F up = d > 0.f ? one : F{};
+    return d < 0.f ? F(-one) : up;
+  }
+  const F inner = d * inverse_beta;
+  const F up = d > beta ? one : inner;
+  return d < -beta ? F(-one) : up;
+}
+
+// What the cosine kind saves: d(1 - cos)/dp = toward z + along p.
+struct Cosine {
+  float loss, toward, along;
+};
+
+TOKENS_INLINE Cosine cosine(float pp, float zz, float pz) {
+  const float p_norm = std::sqrt(pp), z_norm = std::sqrt(zz);
+  const float p_safe = p_norm < kLeastNorm ? kLeastNorm : p_norm;
+  const float z_safe = z_norm < kLeastNorm ? kLeastNorm : z_norm;
+  const float cos = pz / p_safe / z_safe;
+  const float along = p_norm < kLeastNorm ? 0.f : cos / p_safe / p_safe;
+  return {1.f - cos, -1.f / p_safe / z_safe, along};
+}
+
+}  // namespace tokens

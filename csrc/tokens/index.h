@@ -1,0 +1,60 @@
+// Which token of which sample a row names: index tensors of either width, and samples that are
+// equally long (row / K) or packed one after the other (offsets). For host and device code.
+#pragma once
+
+#include "tokens/formula.h"
+
+namespace tokens {
+
+struct Indices {
+  const void* data;
+  bool wide;  // int64, else int32
+
+  TOKENS_INLINE int64_t operator[](int64_t i) const {
+    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
+// Rows 0 .. count of a batch. offsets: [batch + 1] where samples are packed, else null and each has
+// `each` rows; then there may be several times `batch` of them, in turns (mask-major order).
+struct Samples {
+  const int64_t* offsets;
+  int64_t batch, each, count;
+
+  // In [0, batch) whatever the offsets hold.
+  TOKENS_INLINE int64_t of(int64_t row) const {
+    if (offsets == nullptr) return row / each % batch;
+    int64_t low = 0, high = batch;  // offsets[low] <= row < offsets[high]
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      if (offsets[middle] <= row) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+  // Rows [begin, end) of a sample, inside [0, count] whatever the offsets hold.
+  TOKENS_INLINE int64_t begin(int64_t sample) const {
+    return clamp(offsets == nullptr ? sample * each : offsets[sample]);
+  }
+  TOKENS_INLINE int64_t end(int64_t sample) const {
+    return clamp(offsets == nullptr ? (sample + 1) * each : offsets[sample + 1]);
+  }
+
+ private:
+  TOKENS_INLINE int64_t clamp(int64_t row) const {
+    return row < 0 ? 0 : row > count ? count : row;
+  }
+};
+
+// Where row r of [P, K, D] or [R, D] begins, in elements.
+struct Place {
+  int64_t each, group, row, column;
+
+  TOKENS_INLINE int64_t operator()(int64_t r) const { return r / each * group + r % each * row; }
+  TOKENS_INLINE int64_t operator()(int64_t g, int64_t r) const { return g * group + r * row; }
+};
+
+}  // namespace tokens

@@ -1,0 +1,5 @@
+"""The teacher as an exponential moving average of the student."""
+
+from vicreg_kernels.ema.op import ema_update_
+
+__all__ = ["ema_update_"]

@@ -1,0 +1,17 @@
+"""The backends of the EMA op behind one function; reference.py's `update` says what it takes."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+
+@cache
+def load(backend: str) -> Callable[..., None]:
+    if backend in ("reference", "triton"):
+        return importlib.import_module(f"vicreg_kernels.ema.{backend}").update
+    namespace = {"cpu": "vicreg_kernels_cpu", "cuda": "vicreg_kernels_cuda"}[backend]
+    return getattr(torch.ops, namespace).ema_update_.default

@@ -1,0 +1,144 @@
+"""Schema, fake, backends and the public function of the EMA op.
+
+One op takes whole lists, so that a backend sees all the work at once. It mutates `targets` and
+`shadows` and returns nothing; there is no gradient. What cannot be seen while a graph is traced (the
+value of a momentum on the CPU, where memory lies) is checked when the op runs, before it writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vicreg_kernels import dispatch
+from vicreg_kernels.ema import backends, checks
+
+_LIBRARY = torch.library.Library("vicreg_kernels", "FRAGMENT")
+_LIBRARY.define(
+    "ema_update_(Tensor(a!)[] targets, Tensor[] onlines, Tensor(b!)[] shadows,"
+    " Tensor? momentum_tensor, float momentum, bool stochastic, int seed, Tensor? step_tensor,"
+    " SymInt step, str backend) -> ()"
+)
+
+
+@torch.library.impl(_LIBRARY, "ema_update_", "CompositeExplicitAutograd")
+def _update(
+    targets: list[Tensor],
+    onlines: list[Tensor],
+    shadows: list[Tensor],
+    momentum_tensor: Tensor | None,
+    momentum: float,
+    stochastic: bool,
+    seed: int,
+    step_tensor: Tensor | None,
+    step: int,
+    backend: str,
+) -> None:
+    if momentum_tensor is not None and momentum_tensor.device.type == "cpu":
+        momentum, momentum_tensor = momentum_tensor.item(), None
+        checks.check_momentum("momentum", momentum)
+    if step_tensor is not None and step_tensor.device.type == "cpu":
+        step, step_tensor = int(step_tensor.item()), None
+        checks.check_step(step)
+    checks.check_overlap(targets, onlines, shadows)
+    backends.load(backend)(
+        targets, onlines, shadows, momentum_tensor, momentum, stochastic, seed, step_tensor, step
+    )
+    torch.autograd.graph.increment_version([*targets, *shadows])
+
+
+@torch.library.register_fake("vicreg_kernels::ema_update_")
+def _update_fake(*args: object) -> None:
+    return None
+
+
+def ema_update_(
+    targets: Sequence[Tensor],
+    onlines: Sequence[Tensor],
+    momentum: float | Tensor,
+    *,
+    shadows: Sequence[Tensor] | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
+    step: int | Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """targets[i] <- momentum targets[i] + (1 - momentum) onlines[i], for all i in one pass.
+
+    The exponential moving average of a teacher's parameters (Tarvainen and Valpola, 2017,
+    arXiv:1703.01780; BYOL, DINO, I-JEPA). Computed in float32 as a linear interpolation from the
+    nearer end, exact at momentum 0 and 1. Runs as under torch.no_grad().
+
+    Args:
+        targets: the tensors to update in place; float32, bfloat16, float16 or float64 in any mix,
+            any shapes and strides whose elements do not overlap; all on one device. Leaves may
+            require a gradient.
+        onlines: as many tensors of the same shapes, of any of these dtypes and any strides.
+        momentum: in [0, 1]; or a 0-d float32 or float64 tensor on the targets' device (a captured
+            CUDA graph reads it at each replay) or on the CPU. On a GPU its value is not checked.
+        shadows: None, or as many tensors of the targets' shapes that receive a copy of the updated
+            target, rounded to nearest to their own dtype: a half teacher for the forward.
+        rounding: "nearest", or "stochastic" for bfloat16 and float16 targets: up or down with the
+            probability that keeps the mean, so that steps below half a unit in the last place are
+            not lost. float32 and float64 targets are the same with both.
+        seed, step: what stochastic rounding draws from: the bits depend on (seed, step, i, the
+            element's place in the target's memory) alone and are the same on every backend. step:
+            an int in [0, 2^48) or a 0-d int64 tensor; must differ from call to call.
+        backend: "reference", "cpu", "triton" or "cuda"; None takes the best for the device.
+
+    Raises:
+        ValueError, TypeError: lists, shapes, dtypes, devices, layouts or settings do not fit, or
+            written memory overlaps another tensor's; the message names the argument and index, and
+            no target has been changed.
+        RuntimeError: the named backend cannot run here; the message says why.
+    """
+    targets = checks.as_list("targets", targets)
+    onlines = checks.as_list("onlines", onlines)
+    copies = None if shadows is None else checks.as_list("shadows", shadows)
+    dispatch.check_backend(backend)
+    checks.check_lists(targets, onlines, copies)
+    checks.check_rounding(rounding, seed)
+    device = targets[0].device if targets else torch.device("cpu")
+
+    momentum_tensor = step_tensor = None
+    if isinstance(momentum, Tensor):
+        checks.check_scalar("momentum", momentum, (torch.float32, torch.float64), device)
+        momentum_tensor, momentum = momentum.detach(), 0.0
+    elif isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
+        raise TypeError(f"momentum: got {type(momentum).__name__}, takes a number or a 0-d tensor")
+    else:
+        checks.check_momentum("momentum", momentum)
+    if isinstance(step, Tensor):
+        checks.check_scalar("step", step, (torch.int64,), device)
+        step_tensor, step = step, 0
+    elif step is None:
+        if rounding == "stochastic":
+            raise ValueError("step: got None, takes the number of the step with rounding='stochastic'")
+        step = 0
+    elif isinstance(step, bool) or not isinstance(step, int):
+        raise TypeError(f"step: got {type(step).__name__}, takes an int or a 0-d int64 tensor")
+    else:
+        checks.check_step(step)
+    if not targets:
+        return
+
+    dtypes = {z.dtype for z in (*targets, *onlines, *(copies or ()))}
+    widest = torch.float64 if torch.float64 in dtypes else targets[0].dtype
+    name = dispatch.choose("ema_update_", backend, device.type, widest)
+    if not torch.compiler.is_compiling():
+        dispatch.log_choice("ema_update_", name, backend, device, (len(targets),))
+    with torch.no_grad():
+        torch.ops.vicreg_kernels.ema_update_(
+            targets,
+            onlines,
+            copies or [],
+            momentum_tensor,
+            float(momentum),
+            rounding == "stochastic",
+            seed,
+            step_tensor,
+            step,
+            name,
+        )

@@ -1,0 +1,1 @@
+"""Adapters for other people's frameworks; each module needs the framework it is named after."""

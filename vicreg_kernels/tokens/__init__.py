@@ -1,0 +1,15 @@
+"""Tokens: gather, scatter, the prediction loss and a predictor's sequence."""
+
+from vicreg_kernels.tokens.assembly_op import Assembly, assemble_tokens
+from vicreg_kernels.tokens.loss_op import prediction_loss
+from vicreg_kernels.tokens.module import PredictionLoss
+from vicreg_kernels.tokens.rows_op import gather_tokens, scatter_tokens
+
+__all__ = [
+    "Assembly",
+    "PredictionLoss",
+    "assemble_tokens",
+    "gather_tokens",
+    "prediction_loss",
+    "scatter_tokens",
+]

@@ -1,0 +1,373 @@
+"""Sequence assembly for predictors: schemas, fakes, autograd and the public function.
+
+The order is found by counting, not by an argsort: a token's place is the number of tokens before it
+in its own list and in the other one. One kernel then moves every row to its place, adding the
+positions on the way. Backward: the context's rows are gathered from their places, the mask token's
+gradient is a column sum over partial rows, the positions' a scatter summed over samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vicreg_kernels import dispatch
+from vicreg_kernels.tokens import backends, checks, reference
+from vicreg_kernels.tokens.checks import Offsets
+from vicreg_kernels.tokens.rows_op import choose, gather_tokens
+
+_LIBRARY = torch.library.Library("vicreg_kernels", "FRAGMENT")
+_LIBRARY.define(
+    "tokens_order(Tensor context_index, Tensor target_index, Tensor? context_offsets,"
+    " Tensor? target_offsets, str backend) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "tokens_assemble(Tensor context, Tensor context_index, Tensor context_rows, Tensor target,"
+    " Tensor target_index, Tensor target_rows, Tensor? positions, str backend) -> Tensor"
+)
+_LIBRARY.define("tokens_column_sum(Tensor sequence, Tensor rows, str backend) -> Tensor")
+
+
+class Assembly(NamedTuple):
+    """What `assemble_tokens` returns.
+
+    tokens: [P, S, D], S = Kc + Kt, in ascending grid order; packed: [total, D].
+    index: the tokens' grid positions, for rotary position: [P, S] or [total].
+    context_rows, target_rows: where each context and target token stands: [P, Kc], [P, Kt], rows of
+        its sequence; packed: rows of the whole.
+    offsets: packed: [B + 1], the sequences' first rows and the total; else None.
+    """
+
+    tokens: Tensor
+    index: Tensor
+    context_rows: Tensor
+    target_rows: Tensor
+    offsets: Tensor | None
+
+    def targets(self, sequence: Tensor, *, backend: str | None = None) -> Tensor:
+        """The target rows of a sequence in this order, such as the predictor's output: [P, Kt, D]
+        or [total targets, D], in the order of target_index.
+        """
+        if self.offsets is None:
+            return gather_tokens(sequence, self.target_rows, backend=backend)
+        return gather_tokens(sequence[None], self.target_rows[None], backend=backend)[0]
+
+
+@torch.library.impl(_LIBRARY, "tokens_order", "CompositeExplicitAutograd")
+def _order(*args: Any) -> tuple[Tensor, ...]:
+    if checks.wanted(args[-1], args[0]):
+        check_order_values(*args[:-1])
+    return backends.load(args[-1]).order(*args[:-1])
+
+
+@torch.library.impl(_LIBRARY, "tokens_assemble", "CompositeExplicitAutograd")
+def _assemble(*args: Any) -> Tensor:
+    _, context_index, _, _, target_index, _, positions, backend = args
+    if positions is not None and checks.wanted(backend, context_index):
+        check_position_values(context_index, target_index, positions)
+    return backends.load(backend).assemble(*args[:-1])
+
+
+@torch.library.impl(_LIBRARY, "tokens_column_sum", "CompositeExplicitAutograd")
+def _column_sum(sequence: Tensor, rows: Tensor, backend: str) -> Tensor:
+    return backends.load(backend).column_sum(sequence, rows)
+
+
+@torch.library.register_fake("vicreg_kernels::tokens_order")
+def _order_fake(
+    context_index: Tensor, target_index: Tensor, context_offsets: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    if context_offsets is not None:
+        total = context_index.shape[0] + target_index.shape[0]
+        shapes = [(total,), tuple(context_index.shape), tuple(target_index.shape)]
+    else:
+        count, kept = target_index.shape[0], context_index.shape[1]
+        shapes = [(count, kept + target_index.shape[1]), (count, kept), tuple(target_index.shape)]
+    return tuple(context_index.new_empty(shape) for shape in shapes)
+
+
+@torch.library.register_fake("vicreg_kernels::tokens_assemble")
+def _assemble_fake(context: Tensor, *rest: Any) -> Tensor:
+    _, context_rows, _, _, target_rows, _, _ = rest
+    length = context_rows.shape[1] + target_rows.shape[1]
+    return context.new_empty((target_rows.shape[0], length, context.shape[2]))
+
+
+@torch.library.register_fake("vicreg_kernels::tokens_column_sum")
+def _column_sum_fake(sequence: Tensor, rows: Tensor, backend: str) -> Tensor:
+    return sequence.new_empty((sequence.shape[2],), dtype=torch.float32)
+
+
+def check_order_values(
+    context_index: Tensor,
+    target_index: Tensor,
+    context_offsets: Tensor | None,
+    target_offsets: Tensor | None,
+) -> None:
+    for name, index, offsets in (
+        ("context", context_index, context_offsets),
+        ("target", target_index, target_offsets),
+    ):
+        if offsets is not None:
+            checks.offset_values(f"{name}_offsets", offsets, index.numel())
+        checks.index_values(f"{name}_index", index, 2**31 - 1)
+
+
+def check_position_values(context_index: Tensor, target_index: Tensor, positions: Tensor) -> None:
+    checks.index_values("context_index", context_index, positions.shape[0])
+    checks.index_values("target_index", target_index, positions.shape[0])
+
+
+class _Assemble(torch.autograd.Function):
+    """context [C, Kc, D], target [D] float32 or [P, Kt, D], positions float32 [T, D] or None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        context: Tensor,
+        target: Tensor,
+        positions: Tensor | None,
+        context_index: Tensor,
+        target_index: Tensor,
+        index: Tensor,
+        context_rows: Tensor,
+        target_rows: Tensor,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(index, context_rows, target_rows)
+        ctx.contexts = context.shape[0]
+        ctx.single = target.dim() == 1
+        ctx.table = 0 if positions is None else positions.shape[0]
+        ctx.backend = backend
+        return torch.ops.vicreg_kernels.tokens_assemble(
+            context,
+            context_index,
+            context_rows,
+            target,
+            target_index,
+            target_rows,
+            positions,
+            backend,
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        settings = (*ctx.needs_input_grad[:3], ctx.contexts, ctx.single, ctx.table, ctx.backend)
+        run = _Gradients.apply if torch.is_grad_enabled() else _gradients
+        found = run(grad, *ctx.saved_tensors, *settings)
+        kept = zip(found, ctx.needs_input_grad[:3], strict=True)
+        return *(grad if need else None for grad, need in kept), *(None,) * 6
+
+
+def _gradients(
+    grad: Tensor,
+    index: Tensor,
+    context_rows: Tensor,
+    target_rows: Tensor,
+    need_context: bool,
+    need_target: bool,
+    need_positions: bool,
+    contexts: int,
+    single: bool,
+    table: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of context, target and positions; empty where not needed."""
+    ops = torch.ops.vicreg_kernels
+    context = target = positions = grad.new_empty(0)
+    if need_context:
+        context = ops.tokens_gather(grad, context_rows, None, backend)
+        if contexts != grad.shape[0]:  # several targets share a context
+            context = context.unflatten(0, (-1, contexts)).sum(0)
+    if need_target and single:
+        target = ops.tokens_column_sum(grad, target_rows, backend)
+    elif need_target:
+        target = ops.tokens_gather(grad, target_rows, None, backend)
+    if need_positions:
+        shape = (grad.shape[0], table, 0.0, True, True, backend)
+        positions = ops.tokens_scatter(grad, index, None, *shape).to(torch.float32)
+    return context, target, positions
+
+
+class _Gradients(torch.autograd.Function):
+    """Under create_graph=True: a second derivative is an error, not a silent 0."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _gradients(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "the fused assembly differentiates once; backend='reference' to any order"
+        )
+
+
+def _check_like(name: str, z: Tensor, context: Tensor) -> None:
+    if z.shape[-1] != context.shape[-1]:
+        raise ValueError(
+            f"{name}: got D = {z.shape[-1]}, takes the context's D = {context.shape[-1]}"
+        )
+    checks.same_device(name, z, context.device)
+    if (z.dtype == torch.float64) != (context.dtype == torch.float64):
+        raise TypeError(
+            f"{name}: got dtype {z.dtype} with a context of {context.dtype}, takes float64 with"
+            " float64, or any two of float32, bfloat16 and float16"
+        )
+
+
+def _check_index(name: str, index: Tensor, tokens: Tensor, packed: bool) -> None:
+    dims, shapes = (1, "[total] with offsets") if packed else (2, "[B, K]")
+    checks.index(name, index, dims, shapes, tokens.device)
+
+
+def _target(mask_token: Tensor, context: Tensor, target_index: Tensor) -> Tensor:
+    """One mask token as [D], or a row a target, in the shape of target_index."""
+    shapes = "[D], [1, 1, D] or a row for each target"
+    checks.tensor("mask_token", mask_token, (1, 2, 3), shapes)
+    _check_like("mask_token", mask_token, context)
+    if mask_token.shape[:-1] == target_index.shape and mask_token.dim() > 1:
+        return mask_token
+    if mask_token.numel() != mask_token.shape[-1]:
+        raise ValueError(
+            f"mask_token: got shape {tuple(mask_token.shape)}, takes {shapes},"
+            f" {(*target_index.shape, context.shape[-1])}"
+        )
+    return mask_token.reshape(-1)
+
+
+def assemble_tokens(
+    context: Tensor,
+    context_index: Tensor,
+    mask_token: Tensor,
+    target_index: Tensor | Sequence[Tensor],
+    *,
+    positions: Tensor | None = None,
+    context_offsets: Offsets | None = None,
+    target_offsets: Offsets | None = None,
+    backend: str | None = None,
+) -> Assembly:
+    """Context tokens and mask tokens as one sequence in grid order, for a predictor.
+
+    The sequence is the stable sort by grid position of [context tokens, mask tokens], with
+    positions[index] added to each where given: what the V-JEPA 2 predictor builds by concatenation,
+    argsort and a gather, and, up to an order that attention does not see, what I-JEPA's builds
+    (Assran et al., 2023, arXiv:2301.08243; Assran et al., 2025, arXiv:2506.09985).
+
+    Args:
+        context: [B, Kc, D], or packed [total, D] with context_offsets; float32, bfloat16, float16
+            or float64, any strides.
+        context_index, target_index: grid positions, int32 or int64, from 0 to 2^31 - 2, sorted or
+            not: [B, Kc] and [B, Kt], or packed [total]. target_index may also be [M B, Kt],
+            mask-major, or a list of M of [B, Kt]: each of M targets with the same context.
+        mask_token: [D] or [1, 1, D], one for all; or a row for each target, [P, Kt, D] or
+            [total, D].
+        positions: a table [T, D] that is added by grid position, such as I-JEPA's sine-cosine
+            table; indices must then be below T.
+        context_offsets, target_offsets: both or neither, as in `gather_tokens`.
+        backend: "reference", "cpu", "triton" or "cuda"; None takes the best for the input.
+
+    Returns:
+        Assembly(tokens, index, context_rows, target_rows, offsets), with a method
+        targets(sequence) that takes the target rows out again. tokens have the context's dtype;
+        sums are made in float32 and rounded once. Differentiable in context, mask_token and
+        positions; fused backends once, "reference" to any order.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device, index or offset that is not one of the above;
+            the message names the argument. On a GPU the values of indices and offsets are checked
+            where VICREG_KERNELS_DEBUG=1; without it a row whose index is outside the table is NaN.
+        RuntimeError: the named backend cannot run here; the message says why.
+    """
+    dispatch.check_backend(backend)
+    packed = context_offsets is not None
+    if packed != (target_offsets is not None):
+        name = "target_offsets" if packed else "context_offsets"
+        raise ValueError(f"{name}: got None, takes offsets where the other index is packed")
+    checks.tensor(
+        "context", context, (2,) if packed else (3,), "[total, D]" if packed else "[B, K, D]"
+    )
+    if context.shape[-1] < 1 or (not packed and context.shape[0] < 1):
+        raise ValueError(f"context: got no elements (shape {tuple(context.shape)})")
+    if isinstance(target_index, (list, tuple)):
+        if packed or len(target_index) == 0:
+            raise ValueError("target_index: got a list, takes one with masks, without offsets")
+        for one in target_index:
+            _check_index("target_index", one, context, packed)
+            if one.shape != target_index[0].shape:
+                raise ValueError(
+                    f"target_index: got masks of {tuple(target_index[0].shape)} and"
+                    f" {tuple(one.shape)}, takes equal ones"
+                )
+        targets = torch.cat(list(target_index))
+    else:
+        targets = target_index
+    _check_index("context_index", context_index, context, packed)
+    _check_index("target_index", targets, context, packed)
+    if context_index.shape != context.shape[:-1]:
+        raise ValueError(
+            f"context_index: got shape {tuple(context_index.shape)}, takes that of the context's"
+            f" rows, {tuple(context.shape[:-1])}"
+        )
+    if not packed and (targets.shape[0] < 1 or targets.shape[0] % context.shape[0] != 0):
+        raise ValueError(
+            f"target_index: got {targets.shape[0]} samples, takes the context's"
+            f" {context.shape[0]} or a multiple"
+        )
+    if context_index.numel() == 0 and targets.numel() == 0:
+        raise ValueError("context_index: got no tokens, takes at least one here or in target_index")
+    target = _target(mask_token, context, targets)
+    if positions is not None:
+        checks.tensor("positions", positions, (2,), "[T, D]")
+        checks.not_empty("positions", positions)
+        _check_like("positions", positions, context)
+    offsets = []
+    if context_offsets is not None and target_offsets is not None:
+        offsets = [
+            checks.offsets("context_offsets", context_offsets, None, context.shape[0], context)
+        ]
+        batch = offsets[0].shape[0] - 1
+        total = targets.shape[0]
+        offsets.append(checks.offsets("target_offsets", target_offsets, batch, total, context))
+    return _assembled(context, context_index, target, targets, positions, offsets, backend)
+
+
+def _assembled(
+    context: Tensor,
+    context_index: Tensor,
+    target: Tensor,
+    target_index: Tensor,
+    positions: Tensor | None,
+    offsets: list[Tensor],
+    backend: str | None,
+) -> Assembly:
+    """The checked arguments, on the chosen backend. offsets: none, or both."""
+    name = choose("tokens", backend, context)
+    whole = offsets[0] + offsets[1] if offsets else None
+    if name == "reference":
+        if checks.wanted(name, context_index):
+            check_order_values(context_index, target_index, *(offsets or (None, None)))
+            if positions is not None:
+                check_position_values(context_index, target_index, positions)
+        args = (context, context_index, target, target_index, positions)
+        made = reference.assemble_ragged(*args, *offsets) if offsets else reference.assemble(*args)
+        return Assembly(*made, whole)
+    context_index = context_index.contiguous()
+    target_index = target_index.to(context_index.dtype).contiguous()
+    index, context_rows, target_rows = torch.ops.vicreg_kernels.tokens_order(
+        context_index, target_index, *(offsets or (None, None)), name
+    )
+    # The table and the one mask token are small; they are read in float32.
+    table = None if positions is None else positions.float().contiguous()
+    target = target.float().contiguous() if target.dim() == 1 else target.to(context.dtype)
+    rows = [target_index, index, context_rows, target_rows]
+    if offsets:  # places are rows of the packed whole: one sequence
+        rows = [z[None] for z in rows]
+        target = target if target.dim() == 1 else target[None]
+        tokens = _Assemble.apply(context[None], target, table, context_index[None], *rows, name)[0]
+    else:
+        tokens = _Assemble.apply(context, target, table, context_index, *rows, name)
+    return Assembly(tokens, index, context_rows, target_rows, whole)

@@ -1,0 +1,119 @@
+"""What is checked of the arguments, and where.
+
+Shapes, dtypes and devices are checked in Python on every call. What needs the values (indices in
+range, offsets that fit, no token twice) is checked on CPU tensors always, by the kernels themselves
+where they are compiled, so also under torch.compile. On a GPU it would wait for the device: there
+it is checked where VICREG_KERNELS_DEBUG=1; without it no kernel reads or writes out of bounds, and
+a row whose index is out of range becomes NaN.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from vicreg_kernels.dispatch import FUSED_DTYPES
+
+DTYPES = (torch.float64, *FUSED_DTYPES)
+INDEX_DTYPES = (torch.int32, torch.int64)
+DEBUG = os.environ.get("VICREG_KERNELS_DEBUG", "0") == "1"
+
+Offsets: TypeAlias = Tensor | Sequence[int]
+
+
+def tensor(name: str, z: Tensor, dims: tuple[int, ...], shapes: str) -> None:
+    """A dense float tensor of one of `dims` dimensions."""
+    if not isinstance(z, Tensor):
+        raise TypeError(f"{name}: got {type(z).__name__}, takes a torch.Tensor")
+    if z.dtype not in DTYPES:
+        raise TypeError(f"{name}: got dtype {z.dtype}, takes float32, bfloat16, float16 or float64")
+    if z.layout != torch.strided:
+        raise TypeError(f"{name}: got layout {z.layout}, takes a dense (strided) tensor")
+    if z.dim() not in dims:
+        raise ValueError(f"{name}: got shape {tuple(z.shape)}, takes {shapes}")
+
+
+def not_empty(name: str, z: Tensor) -> None:
+    if z.numel() == 0:
+        raise ValueError(f"{name}: got no elements (shape {tuple(z.shape)})")
+
+
+def index(name: str, z: Tensor, dims: int, shapes: str, device: torch.device) -> None:
+    if not isinstance(z, Tensor):
+        raise TypeError(f"{name}: got {type(z).__name__}, takes a torch.Tensor")
+    if z.dtype not in INDEX_DTYPES:
+        raise TypeError(f"{name}: got dtype {z.dtype}, takes int32 or int64")
+    if z.dim() != dims:
+        raise ValueError(f"{name}: got shape {tuple(z.shape)}, takes {shapes}")
+    same_device(name, z, device)
+
+
+def same_device(name: str, z: Tensor, device: torch.device) -> None:
+    if z.device != device:
+        raise ValueError(f"{name}: got device {z.device}, takes that of the others, {device}")
+
+
+def offsets(name: str, given: Offsets, batch: int | None, total: int, like: Tensor) -> Tensor:
+    """`given` as an int64 tensor beside `like`; where it comes from the host it is checked here."""
+    on_host = not isinstance(given, Tensor) or given.device.type == "cpu"
+    made = given if isinstance(given, Tensor) else torch.tensor(list(given), dtype=torch.int64)
+    if made.dtype not in INDEX_DTYPES:
+        raise TypeError(f"{name}: got dtype {made.dtype}, takes int32 or int64")
+    if made.dim() != 1 or made.shape[0] < 2:
+        raise ValueError(f"{name}: got shape {tuple(made.shape)}, takes [B + 1], B at least 1")
+    if batch is not None and made.shape[0] != batch + 1:
+        raise ValueError(f"{name}: got {made.shape[0]} numbers, takes B + 1 = {batch + 1}")
+    made = made.to(torch.int64).contiguous()
+    if on_host and not torch.compiler.is_compiling():
+        offset_values(name, made, total)
+    return made if made.device == like.device else made.to(like.device, non_blocking=True)
+
+
+def offset_values(name: str, z: Tensor, total: int) -> None:
+    values = z.tolist()
+    if values[0] != 0:
+        raise ValueError(f"{name}: got {values[0]} first, takes 0")
+    for before, after in pairwise(values):
+        if after < before:
+            raise ValueError(f"{name}: got {after} after {before}, takes numbers that never fall")
+    if values[-1] != total:
+        raise ValueError(f"{name}: got {values[-1]} last, takes the number of packed rows, {total}")
+
+
+def wanted(backend: str, z: Tensor) -> bool:
+    """Whether values are checked here: the compiled CPU kernels do it themselves."""
+    if torch.compiler.is_compiling():
+        return False
+    return backend != "cpu" and (DEBUG or z.device.type == "cpu")
+
+
+def index_values(name: str, z: Tensor, length: int) -> None:
+    if z.numel() == 0:
+        return
+    low, high = z.min().item(), z.max().item()
+    if low < 0 or high >= length:
+        bad = low if low < 0 else high
+        raise ValueError(
+            f"{name}: got {bad}, takes 0 to {length - 1} (the sample has {length} tokens)"
+        )
+
+
+def unique(name: str, z: Tensor, ids: Tensor | None) -> None:
+    """No token twice in one sample of [P, K], or of packed [R] with the samples' ids."""
+    if ids is None:
+        ordered = z.sort(dim=1).values
+        twice = ordered[:, 1:] == ordered[:, :-1]
+        values = ordered[:, 1:]
+    else:
+        keys = ids * (z.max() + 1 if z.numel() else 1) + z
+        place = keys.argsort()
+        twice, values = keys[place][1:] == keys[place][:-1], z[place][1:]
+    if twice.any():
+        raise ValueError(
+            f"{name}: got {values[twice][0].item()} twice in one sample, takes each token once"
+        )

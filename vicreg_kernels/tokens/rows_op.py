@@ -1,0 +1,217 @@
+"""Gather and scatter of token rows: schemas, fakes, autograd and the public functions.
+
+Both are linear and each is the other's gradient, so they differentiate to any order. No index of
+[B, K, D] exists anywhere; `backends.py` says what the kernels take.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vicreg_kernels import dispatch
+from vicreg_kernels.tokens import backends, checks, reference
+from vicreg_kernels.tokens.checks import Offsets
+
+_LIBRARY = torch.library.Library("vicreg_kernels", "FRAGMENT")
+_LIBRARY.define("tokens_gather(Tensor x, Tensor index, Tensor? offsets, str backend) -> Tensor")
+_LIBRARY.define(
+    "tokens_scatter(Tensor rows, Tensor index, Tensor? offsets, SymInt batch, SymInt length,"
+    " float fill, bool accumulate, bool reduce, str backend) -> Tensor"
+)
+
+
+@torch.library.impl(_LIBRARY, "tokens_gather", "CompositeExplicitAutograd")
+def _gather(x: Tensor, index: Tensor, offsets: Tensor | None, backend: str) -> Tensor:
+    if checks.wanted(backend, index):
+        check_values(index, offsets, x.shape[1])
+    return backends.load(backend).gather(x, index, offsets)
+
+
+@torch.library.impl(_LIBRARY, "tokens_scatter", "CompositeExplicitAutograd")
+def _scatter(
+    rows: Tensor,
+    index: Tensor,
+    offsets: Tensor | None,
+    batch: int,
+    length: int,
+    fill: float,
+    accumulate: bool,
+    reduce: bool,
+    backend: str,
+) -> Tensor:
+    if checks.wanted(backend, index):
+        check_values(index, offsets, length, unique=not accumulate)
+    return backends.load(backend).scatter(
+        rows, index, offsets, batch, length, fill, accumulate, reduce
+    )
+
+
+@torch.library.register_fake("vicreg_kernels::tokens_gather")
+def _gather_fake(x: Tensor, index: Tensor, offsets: Tensor | None, backend: str) -> Tensor:
+    return x.new_empty((*index.shape, x.shape[-1]))
+
+
+@torch.library.register_fake("vicreg_kernels::tokens_scatter")
+def _scatter_fake(rows: Tensor, index: Tensor, offsets: Tensor | None, *rest: Any) -> Tensor:
+    batch, length, _, _, reduce, _ = rest
+    return rows.new_empty((length, rows.shape[-1]) if reduce else (batch, length, rows.shape[-1]))
+
+
+def check_values(index: Tensor, offsets: Tensor | None, length: int, unique: bool = False) -> None:
+    """Raise a ValueError for offsets that do not fit and indices out of range."""
+    if offsets is not None:
+        checks.offset_values("offsets", offsets, index.numel())
+    checks.index_values("index", index, length)
+    if unique:
+        ids = None if offsets is None else reference._samples(offsets, index.numel())
+        checks.unique("index", index, ids)
+
+
+class Gather(torch.autograd.Function):
+    """x [B, T, D], index, offsets, backend -> rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, offsets: Tensor | None, backend: str) -> Tensor:
+        ctx.save_for_backward(index, offsets)
+        ctx.extent = x.shape[:2]
+        ctx.backend = backend
+        return torch.ops.vicreg_kernels.tokens_gather(x, index, offsets, backend)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        index, offsets = ctx.saved_tensors
+        run = Scatter.apply if torch.is_grad_enabled() else torch.ops.vicreg_kernels.tokens_scatter
+        made = run(grad, index, offsets, *ctx.extent, 0.0, True, False, ctx.backend)
+        return made, None, None, None
+
+
+class Scatter(torch.autograd.Function):
+    """rows, index, offsets, batch, length, fill, accumulate, reduce, backend -> [B, length, D]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, index: Tensor, offsets: Tensor | None, *settings: Any
+    ) -> Tensor:
+        ctx.save_for_backward(index, offsets)
+        ctx.backend = settings[-1]
+        return torch.ops.vicreg_kernels.tokens_scatter(rows, index, offsets, *settings)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        index, offsets = ctx.saved_tensors
+        run = Gather.apply if torch.is_grad_enabled() else torch.ops.vicreg_kernels.tokens_gather
+        return run(grad, index, offsets, ctx.backend), *(None,) * 8
+
+
+def choose(op: str, backend: str | None, like: Tensor, unfit: dict[str, str] | None = None) -> str:
+    name = dispatch.choose(op, backend, like.device.type, like.dtype, unfit=unfit)
+    if not torch.compiler.is_compiling():
+        dispatch.log_choice(op, name, backend, like.device, like.shape)
+    return name
+
+
+def gather_tokens(
+    x: Tensor, index: Tensor, *, offsets: Offsets | None = None, backend: str | None = None
+) -> Tensor:
+    """The rows of each sample that `index` names: x[b, index[b, k]].
+
+    Args:
+        x: [B, T, D], float32, bfloat16, float16 or float64, any strides.
+        index: int32 or int64, [B, K], or packed [total] with `offsets`. Repeats are allowed; K = 0
+            gives an empty tensor.
+        offsets: the first packed row of each sample and the total, [B + 1], on the host or beside
+            x; sample b's rows are offsets[b] to offsets[b + 1] - 1. None: [B, K].
+        backend: "reference", "cpu", "triton" or "cuda"; None takes the best for the input.
+
+    Returns:
+        [B, K, D] or [total, D], x's dtype. The gradient of x adds up the gradients of a token's
+        rows in ascending order, in float32, without atomics: two runs are bitwise equal whether
+        indices repeat or not. Differentiable to any order.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device, index or offset that is not one of the above;
+            the message names the argument. On a GPU the values of index and offsets are checked
+            where VICREG_KERNELS_DEBUG=1; without it an index out of range gives a row of NaN.
+        RuntimeError: the named backend cannot run here; the message says why.
+    """
+    dispatch.check_backend(backend)
+    checks.tensor("x", x, (3,), "[B, T, D]")
+    checks.not_empty("x", x)
+    at = rows_index(x.shape[0], index, offsets, x)
+    name = choose("tokens", backend, x)
+    if name == "reference":
+        if checks.wanted(name, index):
+            check_values(index, at, x.shape[1])
+        return reference.gather(x, index, at)
+    return Gather.apply(x, index.contiguous(), at, name)
+
+
+def rows_index(batch: int, index: Tensor, offsets: Offsets | None, like: Tensor) -> Tensor | None:
+    """Check index and offsets for a batch; the offsets as a tensor beside `like`."""
+    if offsets is None:
+        checks.index("index", index, 2, "[B, K], or [total] with offsets", like.device)
+        if index.shape[0] != batch:
+            raise ValueError(
+                f"index: got {index.shape[0]} samples, takes the batch's {batch}, one row each"
+            )
+        return None
+    checks.index("index", index, 1, "[total] with offsets", like.device)
+    return checks.offsets("offsets", offsets, batch, index.shape[0], like)
+
+
+def scatter_tokens(
+    tokens: Tensor,
+    index: Tensor,
+    length: int,
+    *,
+    offsets: Offsets | None = None,
+    fill: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """The inverse of `gather_tokens`: row k of sample b goes to out[b, index[b, k]].
+
+    Args:
+        tokens: [B, K, D], or packed [total, D] with `offsets`; dtypes and strides as x there.
+        index: int32 or int64, [B, K] or [total]; each token at most once in a sample.
+        length: T, the tokens of each sample of the result.
+        offsets, backend: as in `gather_tokens`.
+        fill: what tokens that no row goes to are filled with.
+
+    Returns:
+        [B, length, D], tokens' dtype. The gradient is a gather. Differentiable to any order.
+
+    Raises: as `gather_tokens`; a token named twice in a sample is a ValueError on the CPU and in
+        debug mode, elsewhere the last of its rows is taken.
+    """
+    dispatch.check_backend(backend)
+    packed = offsets is not None
+    checks.tensor(
+        "tokens", tokens, (2,) if packed else (3,), "[total, D]" if packed else "[B, K, D]"
+    )
+    if length < 1:
+        raise ValueError(f"length: got {length}, takes at least 1")
+    if tokens.shape[-1] < 1 or (not packed and tokens.shape[0] < 1):
+        raise ValueError(f"tokens: got no elements (shape {tuple(tokens.shape)})")
+    at = None
+    if offsets is None:
+        checks.index("index", index, 2, "[B, K], or [total] with offsets", tokens.device)
+    else:
+        checks.index("index", index, 1, "[total] with offsets", tokens.device)
+        at = checks.offsets("offsets", offsets, None, index.shape[0], tokens)
+    if index.shape != tokens.shape[:-1]:
+        raise ValueError(
+            f"index: got shape {tuple(index.shape)}, takes that of the tokens,"
+            f" {tuple(tokens.shape[:-1])}"
+        )
+    batch = tokens.shape[0] if at is None else at.shape[0] - 1
+    name = choose("tokens", backend, tokens)
+    if name == "reference":
+        if checks.wanted(name, index):
+            check_values(index, at, length, unique=True)
+        return reference.scatter(tokens, index, at, batch, length, fill)
+    return Scatter.apply(
+        tokens, index.contiguous(), at, batch, length, float(fill), False, False, name
+    )
