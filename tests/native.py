@@ -72,7 +72,8 @@ def cached(
 
 def selftest(sanitize: bool = False) -> Path:
     flags = [*FLAGS, *(SANITIZE if sanitize else [])]
-    command = [compiler(), *flags, "-Icsrc/emulator", "csrc/emulator/selftest.cpp", "-o", "OUT"]
+    command = [compiler(), *flags, "-Icsrc/emulator", "-Icsrc", "csrc/emulator/selftest.cpp"]
+    command += ["-o", "OUT"]
     return cached("emulator", "sanitized" if sanitize else "plain", "", [command])
 
 

@@ -147,3 +147,25 @@ def test_half_conversions(program):
         assert same.all()
     assert torch.equal(narrow[:, 0], floats.half().view(torch.int16))
     assert torch.equal(narrow[:, 1], floats.bfloat16().view(torch.int16))
+
+
+@pytest.mark.parametrize("build", ["program", "sanitized"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tensor_core_products(request, build, dtype):
+    """mma.cuh's layouts, operands as they are and transposed, and a result as the next operand."""
+    a, b = (torch.randint(-3, 4, (16, 16)).float() for _ in range(2))  # exact in both types
+    case = f"products_{str(dtype).removeprefix('torch.')}"
+    done = run(request.getfixturevalue(build), case, stdin=torch.stack((a, b)).numpy().tobytes())
+    assert done.returncode == 0, done.stderr.decode()
+    found = torch.tensor([float(word) for word in done.stdout.split()]).view(4, 2, 16, 16)
+    for (once, twice), (left, right) in zip(
+        found, ((a, b), (a.mT, b), (a, b.mT), (a.mT, b.mT)), strict=True
+    ):
+        assert torch.equal(once, left @ right)
+        assert torch.equal(twice, once.to(dtype).float() @ right)
+
+
+def test_asynchronous_copies(program):
+    early, late, zero = numbers(program, "copies")
+    assert early != early, "the target holds NaN until its thread waits"
+    assert (late, zero) == (2.0, 0.0)

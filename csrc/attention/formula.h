@@ -72,13 +72,15 @@ struct Rows {
 ATTENTION_BOTH Rows table_rows(const int64_t* grid, int axes, int64_t place) {
   const int64_t places = grid[0] * grid[1] * grid[2];
   if (place < 0 || place >= places) place = places - 1;
-  const int64_t column = place % grid[2], row = place / grid[2] % grid[1];
-  const int64_t frame = place / (grid[2] * grid[1]);
-  const int rows[3] = {static_cast<int>(frame), static_cast<int>(grid[0] + row),
-                       static_cast<int>(grid[0] + grid[1] + column)};
-  Rows result = {{0, 0, 0}};
-  for (int axis = 0; axis < axes; ++axis) result.row[axis] = rows[3 - axes + axis];
-  return result;
+  // A place is an int32: divisions of 32 bits, a fifth of the instructions of 64 on a GPU.
+  const auto at = static_cast<uint32_t>(place), width = static_cast<uint32_t>(grid[2]);
+  const uint32_t line = at / width, frame = line / static_cast<uint32_t>(grid[1]);
+  const int column = static_cast<int>(grid[0] + grid[1] + (at - line * width));
+  const int row = static_cast<int>(grid[0] + (line - frame * static_cast<uint32_t>(grid[1])));
+  // Named, not indexed: an array indexed by `axes` would lie in a GPU's local memory.
+  if (axes == 3) return {{static_cast<int>(frame), row, column}};
+  if (axes == 2) return {{row, column, 0}};
+  return {{column, 0, 0}};
 }
 
 // The pair (even, odd) turned, each element by its own angle; `adjoint`: what the gradient takes.

@@ -40,10 +40,22 @@ class Queue {
 
   int multiprocessors() const { return multiprocessors_; }
 
+  // Bytes of dynamic shared memory that a block can have.
+  size_t shared_limit() const {
+    int bytes, device;
+    check(cudaGetDevice(&device));
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return static_cast<size_t>(bytes);
+  }
+
   template <typename... Parameters, typename... Arguments>
   void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic,
               const Arguments&... arguments) const {
 #ifdef __CUDACC__
+    if (dynamic > kSharedWithoutAsking) {
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(dynamic)));
+    }
     kernel<<<grid, block, dynamic, stream_>>>(arguments...);
     check(cudaGetLastError());
 #else
@@ -52,6 +64,7 @@ class Queue {
   }
 
  private:
+  static constexpr size_t kSharedWithoutAsking = 48 * 1024;
 #ifdef __CUDACC__
   torch::stable::accelerator::DeviceGuard guard_;
 #endif

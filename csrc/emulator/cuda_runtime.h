@@ -9,6 +9,7 @@
 //
 // EMULATOR_SEED             order of blocks and threads
 // EMULATOR_MULTIPROCESSORS  what the device says it has (4)
+// EMULATOR_SHARED           bytes of shared memory that it gives a block (227 KiB)
 #pragma once
 
 #include <cmath>
@@ -175,7 +176,10 @@ void __stwb(T* address, T value) {
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
 enum cudaMemcpyKind { cudaMemcpyDeviceToDevice = 3, cudaMemcpyDefault = 4 };
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -185,8 +189,13 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  if (attribute != cudaDevAttrMultiProcessorCount) return cudaErrorInvalidValue;
-  *value = static_cast<int>(emulator::setting("EMULATOR_MULTIPROCESSORS", 4));
+  if (attribute == cudaDevAttrMultiProcessorCount) {
+    *value = static_cast<int>(emulator::setting("EMULATOR_MULTIPROCESSORS", 4));
+  } else if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin) {
+    *value = static_cast<int>(emulator::setting("EMULATOR_SHARED", emulator::kMaximalShared));
+  } else {
+    return cudaErrorInvalidValue;
+  }
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t) {

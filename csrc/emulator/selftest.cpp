@@ -9,6 +9,9 @@
 #include <string>
 #include <vector>
 
+#include "common/async.cuh"
+#include "common/mma.cuh"
+
 namespace {
 
 constexpr unsigned kAll = 0xffffffffu;
@@ -178,6 +181,73 @@ void run_halves() {
   }
 }
 
+// c [16, 16] = a b with a [16, 16] and b [16, 16] given as they are or transposed; then c times b
+// once more with c as it lies in registers.
+template <typename T, bool TransposedA, bool TransposedB>
+__global__ void products(const float* a, const float* b, float* out) {
+  constexpr int stride = 24;
+  SHARED_ARRAY(T, tiles, 2 * 16 * stride);
+  T* const left = tiles;
+  T* const right = tiles + 16 * stride;
+  const unsigned lane = threadIdx.x, g = lane / 4, t = lane % 4;
+  for (unsigned i = lane; i < 128; i += 32) {
+    const unsigned row = i / 8, column = i % 8 * 2;
+    for (const auto& [tile, from] : {std::pair{left, a}, std::pair{right, b}}) {
+      const uint32_t bits = common::pack<T>(from[16 * row + column], from[16 * row + column + 1]);
+      std::memcpy(tile + row * stride + column, &bits, sizeof bits);
+    }
+  }
+  __syncwarp();
+  uint32_t x[4], y[4];
+  TransposedA ? common::load_a_transposed(x, left, stride) : common::load_a(x, left, stride);
+  TransposedB ? common::load_b(y, right, stride) : common::load_b_transposed(y, right, stride);
+  for (int again = 0; again < 2; ++again) {
+    float c[2][4] = {};
+    common::mma<T>(c[0], x, y[0], y[1]);
+    common::mma<T>(c[1], x, y[2], y[3]);
+    for (unsigned n = 0; n < 2; ++n) {
+      for (unsigned e = 0; e < 4; ++e) {
+        out[256 * again + (g + e / 2 * 8) * 16 + n * 8 + 2 * t + e % 2] = c[n][e];
+      }
+    }
+    common::as_a<T>(x, c[0], c[1]);
+  }
+}
+
+// Two matrices [16, 16] from stdin, row by row.
+template <typename T>
+void run_products() {
+  std::vector<float> in(512), out(512);
+  if (std::fread(in.data(), sizeof(float), 512, stdin) != 512) return;
+  const float *a = in.data(), *b = a + 256;
+  emulator::launch(1, 32, 0, [&] { products<T, false, false>(a, b, out.data()); });
+  print(out);
+  emulator::launch(1, 32, 0, [&] { products<T, true, false>(a, b, out.data()); });
+  print(out);
+  emulator::launch(1, 32, 0, [&] { products<T, false, true>(a, b, out.data()); });
+  print(out);
+  emulator::launch(1, 32, 0, [&] { products<T, true, true>(a, b, out.data()); });
+  print(out);
+}
+
+// What a copy brings before and after its thread waits, and what one that is not valid brings.
+__global__ void copies(const float* from, float* out) {
+  SHARED_ARRAY(float4, tile, 2);
+  common::copy_async(tile, from, true);
+  common::copy_async(tile + 1, nullptr, false);
+  out[0] = tile[0].y;
+  common::wait_for_copies();
+  out[1] = tile[0].y;
+  out[2] = tile[1].y;
+}
+
+void run_copies() {
+  alignas(16) const float from[4] = {1.f, 2.f, 3.f, 4.f};
+  std::vector<float> out(3);
+  emulator::launch(1, 1, 0, [&] { copies(from, out.data()); });
+  print(out);
+}
+
 // An error must leave the emulator usable.
 void run_after_error() {
   try {
@@ -198,6 +268,9 @@ int main(int, char** arguments) {
       {"arrivals", run_arrivals},
       {"unwritten", run_unwritten},
       {"halves", run_halves},
+      {"products_bfloat16", run_products<__nv_bfloat16>},
+      {"products_float16", run_products<__half>},
+      {"copies", run_copies},
       {"after_error", run_after_error},
       {"barrier_of_half", [] { emulator::launch(1, 32, 0, barrier_of_half); }},
       {"barriers_on_two_lines", [] { emulator::launch(1, 32, 0, barriers_on_two_lines); }},
