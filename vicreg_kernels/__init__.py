@@ -10,7 +10,7 @@ from vicreg_kernels.attention import (
     apply_rope,
     masked_attention,
 )
-from vicreg_kernels.ema import ema_update_
+from vicreg_kernels.ema import EMA, ema_update_
 from vicreg_kernels.tokens import (
     Assembly,
     PredictionLoss,
@@ -30,6 +30,7 @@ from vicreg_kernels.vicreg import (
 )
 
 __all__ = [
+    "EMA",
     "Assembly",
     "Blocks",
     "FrameCausal",
