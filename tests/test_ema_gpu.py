@@ -1,4 +1,4 @@
-"""Tier 7: the EMA on an NVIDIA GPU: the reference's bits, CUDA graphs, streams, far offsets, memory.
+"""Tier 7: the EMA on an NVIDIA GPU: the reference's bits, CUDA graphs, streams, far offsets.
 
 The tests of the other tiers that take the `fused` fixture run there too.
 """
