@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from operator import add
 
 import torch
 from torch import Tensor
@@ -135,20 +136,19 @@ def check_overlap(
     targets: Sequence[Tensor], onlines: Sequence[Tensor], shadows: Sequence[Tensor]
 ) -> None:
     """Written memory may be no other tensor's: the result would depend on the order of the work."""
+    count = len(targets)
+    everything = [*targets, *onlines, *shadows]
+    simple = all([z.is_contiguous() for z in everything])
     for name, tensors in (("targets", targets), ("shadows", shadows)):
-        for i, z in enumerate(tensors):
-            if z.numel() and not z.is_contiguous() and _overlaps_itself(z):
+        for i, z in enumerate(() if simple else tensors):
+            if z.numel() and _overlaps_itself(z):
                 raise ValueError(
                     f"{name}[{i}]: got strides {z.stride()} for shape {tuple(z.shape)},"
                     " takes a tensor whose elements do not share memory (not an expanded one)"
                 )
-    count = len(targets)
-    everything = [*targets, *onlines, *shadows]
     begins = [z.data_ptr() for z in everything]
-    ends = [
-        begin + (z.nbytes if z.is_contiguous() else _span(z))
-        for begin, z in zip(begins, everything, strict=True)
-    ]
+    sizes = [z.nbytes for z in everything] if simple else [_span(z) for z in everything]
+    ends = list(map(add, begins, sizes))
     spans = sorted(zip(begins, ends, strict=True))
     if all([end <= begin for (_, end), (begin, _) in pairwise(spans)]):
         return

@@ -36,13 +36,18 @@ def translate(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: An
     ours = all(f"module.{key}" in given for key in own.values())
     shadow: nn.Module | None = module.shadow
     dtypes = {} if shadow is None else {k: z.dtype for k, z in shadow.state_dict().items()}
+    rounded: dict[Any, torch.Tensor] = {}
     for key, value in given.items():
         if shadow is not None and key.startswith("shadow."):
             continue
         name = key.removeprefix("module.") if ours else _find(key, own)
         state_dict[f"{prefix}module.{name}" if name is not None else prefix + key] = value
         if name in dtypes:
-            state_dict[f"{prefix}shadow.{name}"] = value.detach().to(dtypes[name], copy=True)
+            # one for each memory, so that assign=True keeps ties
+            place = value.data_ptr() if value.numel() else name, value.shape, dtypes[name]
+            if place not in rounded:
+                rounded[place] = value.detach().to(dtypes[name], copy=True)
+            state_dict[f"{prefix}shadow.{name}"] = rounded[place]
 
 
 def _find(key: str, own: dict[str, str]) -> str | None:
