@@ -297,7 +297,7 @@ class TestInterpreter:
         hold("triton", cases.Call(q, k, v, mask).wanting(*ALL))
 
     def test_queries_without_keys_beside_others(self, small_tiles):
-        """The first frame's keys are all hidden, so its queries see nothing, beside some that do."""
+        """The first frame's keys are all hidden, so its queries see nothing, unlike the others."""
         keep = torch.arange(40)[None] >= 8
         mask = KeyPadding(keep) & FrameCausal(8)
         q, k, v = (heads(1, 1, 40, 16) for _ in range(3))
