@@ -289,10 +289,21 @@ class TestInterpreter:
         assert torch.equal(q.grad, torch.zeros_like(q))
 
     def test_blocks_longer_than_a_sample(self, small_tiles):
-        """One Blocks for all samples, the shortest of which ends inside a block."""
-        mask = Ragged([0, 15, 55]) & Blocks(6, [13, 15])
-        q, k, v = (heads(1, 2, 55, 16).squeeze(0).transpose(0, 1) for _ in range(3))
+        """One Blocks for all samples, the first of which ends inside a block, in a tile past the
+        context: what follows are the next sample's queries.
+        """
+        mask = Ragged([0, 40, 90]) & Blocks(6, [20, 24])
+        q, k, v = (heads(1, 1, 90, 16).squeeze(0).transpose(0, 1) for _ in range(3))
         hold("triton", cases.Call(q, k, v, mask).wanting(*ALL))
+
+    def test_queries_without_keys_beside_others(self, small_tiles):
+        """The first frame's keys are all hidden, so its queries see nothing, unlike the others."""
+        keep = torch.arange(40)[None] >= 8
+        mask = KeyPadding(keep) & FrameCausal(8)
+        q, k, v = (heads(1, 1, 40, 16) for _ in range(3))
+        out, grads = hold("triton", cases.Call(q, k, v, mask).wanting(*ALL))
+        assert not out[:, :, :8].any()
+        assert not grads[0][:, :, :8].any()
 
     @pytest.mark.parametrize("mask", [FrameCausal(2**30, 2**30), FrameCausal(1, 2**30)], ids=str)
     def test_rules_as_large_as_integers(self, small_tiles, mask):

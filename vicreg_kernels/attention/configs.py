@@ -50,8 +50,11 @@ def _rows(device: str, capability: int) -> tuple[tuple[str, tuple[int, int], Con
 
 
 def _config(row: dict[str, Any]) -> Config:
-    fields = ("forward", "key_gradient", "query_gradient")
-    return Config(*(tuple(row[field]) for field in fields))
+    return Config(
+        forward=tuple(row["forward"]),
+        key_gradient=tuple(row["key_gradient"]),
+        query_gradient=tuple(row["query_gradient"]),
+    )
 
 
 @cache

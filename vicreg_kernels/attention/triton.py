@@ -93,8 +93,10 @@ class _Problem:
     def tensors(self) -> tuple[Tensor, ...]:
         rules, rope = self.rules, self.rope
         keep = None if rules.keep is None else rules.keep.view(torch.int8)
-        given = (rules.q_offsets, rules.k_offsets, rules.lengths, keep, rules.bounds)
-        given = (*given, rope.table, rope.q_index, rope.k_index)
+        given = (
+            rules.q_offsets, rules.k_offsets, rules.lengths, keep, rules.bounds,
+            rope.table, rope.q_index, rope.k_index,
+        )  # fmt: skip
         return tuple(self.placeholder if t is None else t for t in given)
 
     def sizes(self, tiles: int) -> tuple[int, ...]:

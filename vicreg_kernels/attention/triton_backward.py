@@ -102,10 +102,7 @@ def from_queries(
             dv2 = tl.dot(lower, g2, dv2, input_precision=PRECISION)
     if NEED_K:
         dp = product(v1, v2, g1, g2, D2 > 0, PRECISION)
-        if MASKED:
-            drop = tl.load(delta + row, mask=live, other=0.0)
-        else:
-            drop = tl.load(delta + row)
+        drop = tl.load(delta + row, mask=live, other=0.0) if MASKED else tl.load(delta + row)
         ds = p * (dp - drop[None, :])
         if MASKED and (FRAMES or BLOCKS):  # a hidden value may be NaN
             ds = tl.where(mask, ds, 0.0)

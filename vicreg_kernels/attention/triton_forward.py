@@ -32,7 +32,7 @@ from vicreg_kernels.attention.triton_tiles import load_rows, product, rounded, s
 
 @triton.jit
 def seen(key, live, begin, end, RULED: tl.constexpr):
-    """bool [Q or 1, K]: whether a row's interval has a key; live [K]: keys that are there at all."""
+    """bool [Q or 1, K]: whether a row's interval has a key; live [K]: keys that are there."""
     mask = live[None, :]
     if RULED:
         mask = mask & (key[None, :] >= begin[:, None]) & (key[None, :] < end[:, None])
