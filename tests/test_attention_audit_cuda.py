@@ -62,7 +62,7 @@ def test_products_run_on_the_tensor_cores():
 
 
 def test_global_memory_moves_in_16_bytes():
-    """Vector reads are asynchronous copies, writes are vectors; scalar reads serve other strides."""
+    """Reads are asynchronous copies, or scalar for other strides; writes are vectors."""
     for name, code in kernels().items():
         vectors = len(re.findall(r"st\.global\.wb\.v4\.", code))
         assert vectors > 0, name

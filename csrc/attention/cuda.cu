@@ -41,7 +41,9 @@ using common::ScalarType;
 using namespace kernels;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int to_tiles(int64_t tokens) { return static_cast<int>(std::max<int64_t>(ceil_div(tokens, kTile), 1)); }
+int to_tiles(int64_t tokens) {
+  return static_cast<int>(std::max<int64_t>(ceil_div(tokens, kTile), 1));
+}
 
 const int* integers(const Optional& tensor) {
   return tensor ? static_cast<const int*>(tensor->const_data_ptr()) : nullptr;
