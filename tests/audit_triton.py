@@ -54,7 +54,8 @@ def specialise(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> 
         torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16",
         torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32",
     }  # fmt: skip
-    options = {k: keywords.pop(k) for k in ("num_warps", "num_stages") if k in keywords}
+    names = ("num_warps", "num_stages", "enable_fp_fusion")
+    options = {k: keywords.pop(k) for k in names if k in keywords}
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **keywords}
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -88,6 +89,8 @@ def compile_case(launched: Launched, case: Any) -> dict[str, Any]:
         file.flush()
         command = [str(tool), "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command[1] = "--dump-sass"
+        sass = subprocess.run(command, capture_output=True, text=True).stdout
     registers, stack, local = (
         int(re.search(rf"\b{field}:(\d+)", usage).group(1)) for field in ("REG", "STACK", "LOCAL")
     )
@@ -99,6 +102,9 @@ def compile_case(launched: Launched, case: Any) -> dict[str, Any]:
         "spilled": stack + local,
         "matrix": sorted(name for name in MATRIX.values() if name in ptx),
         "wide_loads": len(re.findall(wide, ptx)),
+        "wide_stores": len(re.findall(r"st\.global[\w.:]*\.v4\.b32", ptx)),
+        # fused multiply-adds; None where the disassembler is missing
+        "fused": len(re.findall(r"\bFFMA\b", sass)) if sass else None,
     }
 
 

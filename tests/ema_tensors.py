@@ -1,4 +1,4 @@
-"""Lists of tensors that the EMA's tests draw from, and the comparison of two backends, bit by bit."""
+"""Lists of tensors that the EMA's tests draw from, and the comparison of backends, bit by bit."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def cast(z: Tensor, dtype: torch.dtype) -> Tensor:
 def every_dtype(
     shapes: Sequence[tuple[int, ...]], shadows: bool = True, layouts: Sequence[str] = tuple(LAYOUTS)
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Each mix of dtypes in turn over the shapes, with layouts that come round in another rhythm."""
+    """Each mix of dtypes in turn over the shapes; layouts come round in another rhythm."""
     targets, onlines, copies = [], [], []
     turn = itertools.cycle(itertools.product(layouts, repeat=2))
     for shape, dtypes in itertools.product(shapes, itertools.product(FUSED, repeat=3)):
@@ -100,7 +100,8 @@ def assert_matches_reference(
     **settings: object,
 ) -> None:
     """The backend on `device` gives the reference's bits, on the CPU, in targets and shadows."""
-    mine, copies, before = again(targets, device), again(shadows, device), [*map(torch.clone, onlines)]
+    mine, copies = again(targets, device), again(shadows, device)
+    before = [z.clone() for z in onlines]
     others = list(onlines) if device == "cpu" else again(onlines, device)
     expected, expected_copies = again(targets), again(shadows)
     on_device = momentum.to(device) if isinstance(momentum, Tensor) else momentum

@@ -44,7 +44,7 @@ def test_error_against_float64(dtype, online, momentum, scale):
     assert_close_to_truth(t, truth, plain, dtype, FEWEST_ROUNDINGS, "target")
 
 
-@pytest.mark.parametrize("dtype", (*FUSED, torch.float64))
+@pytest.mark.parametrize("dtype", [*FUSED, torch.float64])
 def test_the_ends_are_exact(dtype):
     """Where t + (1 - m)(o - t) would miss: the target a million times larger."""
     before, o = torch.randn(500).mul(1e4).to(dtype), torch.randn(500).mul(1e-2).to(dtype)
@@ -166,12 +166,10 @@ def test_stochastic_rounding_keeps_what_the_dtype_holds(dtype):
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     every = every[~every.isnan()]
     for random in (0, 1, 0x7FFF, 0xFFFF):
-        kept = reference.stochastic_round(
-            every.float(), torch.full(every.shape, random), dtype
-        )
+        kept = reference.stochastic_round(every.float(), torch.full(every.shape, random), dtype)
         assert torch.equal(kept.view(torch.int16), every.view(torch.int16))
-    nan = reference.stochastic_round(torch.full((3,), float("nan")), torch.tensor([0, 9, 65535]), dtype)
-    assert nan.isnan().all()
+    nan = torch.full((3,), float("nan"))
+    assert reference.stochastic_round(nan, torch.tensor([0, 9, 65535]), dtype).isnan().all()
 
 
 def test_elements_are_numbered_in_memory_order():

@@ -88,8 +88,8 @@ def same(actual: Tensor, expected: Tensor, name: str) -> None:
 def weights(like: Tensor) -> Tensor:
     """An incoming gradient, the same for every backend."""
     count = like.numel()
-    values = torch.arange(count, dtype=torch.float64).mul(7).remainder(11).sub(5).div(4)
-    return values.reshape(like.shape).to(like.device, like.dtype)
+    values = torch.arange(count, dtype=torch.float64, device=like.device)
+    return values.mul(7).remainder(11).sub(5).div(4).reshape(like.shape).to(like.dtype)
 
 
 def run(function, *leaves: Tensor) -> tuple[Tensor, ...]:

@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   const cpu::Gradients to = {dq ? &*dq : nullptr, dk ? &*dk : nullptr, dv ? &*dv : nullptr};
   std::vector<cpu::Sums> partial(p.tasks.size());
   p.run([&] { return cpu::Backward(p, in, to, partial); });
-  cpu::finish_parts(p, in, to, partial);
+  cpu::finish_parts(p, to, partial);
   const auto tensor = [](const std::optional<Result>& found, const Tensor& like) {
     return found ? found->tensor() : common::empty(like, {0}, like.scalar_type());
   };

@@ -10,6 +10,7 @@
 #include "attention/cpu_problem.h"
 
 namespace attention {
+namespace {  // included by cpu.cpp alone
 namespace cpu {
 
 struct Inputs {
@@ -47,12 +48,16 @@ class Backward {
         key_panels_(p.most_keys() * p.dim),
         key_rows_(to.q != nullptr ? p.most_keys() * p.padded : 0),
         value_panels_(scores_needed_ ? p.most_keys() * p.dim : 0),
-        queries_(kTileRows * kTileRow),
-        grads_(kTileRows * kTileRow),
+        queries_(p.most_queries() * p.padded),
+        grads_(p.most_queries() * p.padded),
+        query_sums_(to.q != nullptr ? p.most_queries() * p.padded : 0),
+        tile_queries_(kTileRows * kTileRow),
+        tile_grads_(kTileRows * kTileRow),
         weights_(kTileRows * kScoreRow),
         slopes_(kTileRows * kScoreRow),
-        query_sums_(kTileRows * kTileRow),
-        own_(make_sums(p.most_keys())) {}
+        own_(make_sums(p.most_keys())),
+        shift_(p.most_queries()),
+        delta_(p.most_queries()) {}
 
   void operator()(int64_t number) {
     const Task& task = p_.tasks[number];
@@ -74,19 +79,19 @@ class Backward {
                     Rotary(), {value_panels_.get(), nullptr}) &&
                finite;
     }
-    for (int t = task.first_tile; t < task.last_tile; ++t) {
-      const Tile& tile = p_.tiles[task.sample][t];
-      const bool all = load(task, sample, tile) && finite;
-      if (all || tile.uniform) {
-        run(task, sample, tile, *sums);
-      } else {
-        cut(sample, tile.begin, tile.end, true, [&](const Tile& part) {
-          load(task, sample, part);
-          run(task, sample, part, *sums);
-        });
+    load(task, sample, finite);
+    // Chunk by chunk, so that what belongs to its keys stays in cache while the queries pass by.
+    const int chunk = chunk_of(count);
+    for (int begin = 0; begin < count; begin += chunk) {
+      for (const Tile& tile : tiles_) {
+        const Intervals own = shifted(tile.keys, keys.begin);
+        const Interval part = {begin, std::min<int>(begin + chunk, count)};
+        chunks({clip(own.first, part), clip(own.second, part)}, p_.kernel.panel, chunk,
+               [&](int first, int last) { run(sample, keys.begin, tile, first, last, *sums); });
       }
     }
-    if (task.parts == 1) finish(p_, in_, to_, sample, task.head, {{keys, sums}});
+    if (to_.q != nullptr) finish_queries(task, sample);
+    if (task.parts == 1) finish(p_, to_, sample, task.head, {{keys, sums}});
   }
 
   struct Part {
@@ -95,8 +100,8 @@ class Backward {
   };
 
   // Writes the gradients of a sample's keys and values: the sum of its parts, in their order.
-  static void finish(const Problem& p, const Inputs& in, const Gradients& to, const Sample& sample,
-                     int64_t head, const std::vector<Part>& parts) {
+  static void finish(const Problem& p, const Gradients& to, const Sample& sample, int64_t head,
+                     const std::vector<Part>& parts) {
     alignas(64) float row[128];
     int kept = 0;
     for (int place = 0; place < sample.keys; ++place) {
@@ -133,79 +138,112 @@ class Backward {
             Floats(to_.v != nullptr ? keys * p_.padded : 0)};
   }
 
-  // A tile's queries, gradients, and for each query its shift and delta; whether all are finite.
-  bool load(const Task& task, const Sample& sample, const Tile& tile) {
-    constexpr float kInfinity = std::numeric_limits<float>::infinity();
-    bool finite = load_tile(p_, in_.q, sample, task.head, tile, &p_.q_rotary,
-                            in_.scale * static_cast<float>(kLog2E), queries_.get());
-    finite = load_tile(p_, in_.grad, sample, task.head, tile, nullptr, 1.f, grads_.get()) && finite;
-    alignas(64) float scratch[128];
-    for (int i = 0; i < tile.end - tile.begin; ++i) {
-      const int64_t token = sample.query_token + tile.begin + i;
-      const float* out = in_.out.read(sample.batch, task.head, token, scratch);
-      const float lse = in_.lse[(sample.batch * p_.heads + task.head) * p_.q_tokens + token];
-      delta_[i] = row_product(grads_.get() + i * kTileRow, out, p_.dim);
-      // where no key is seen the scores are all -inf, and so 2^(-inf - inf) = 0
-      shift_[i] = lse == -kInfinity ? kInfinity : lse * static_cast<float>(kLog2E);
-      finite = finite && std::isfinite(delta_[i]) && (std::isfinite(lse) || lse == -kInfinity);
-    }
-    return finite;
+  // Keys at a time: their packed rows, panels and sums take about half of a core's cache.
+  int chunk_of(int64_t count) const {
+    constexpr int64_t kCached = 24576;
+    const int panel = p_.kernel.panel;
+    const int64_t most = std::min<int64_t>(kCached / p_.padded / panel * panel, kChunk);
+    const int64_t chunks = std::max<int64_t>(1, (count + most - 1) / most);
+    return static_cast<int>(((count + chunks - 1) / chunks + panel - 1) / panel * panel);
   }
 
-  void run(const Task& task, const Sample& sample, const Tile& tile, Sums& sums) {
+  // The task's queries, gradients, and for each query its shift and delta; tiles_, cut finer where
+  // numbers are not finite: a weight of 0 does not hide them.
+  void load(const Task& task, const Sample& sample, bool finite_keys) {
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    alignas(64) float scratch[128];
+    tiles_.clear();
+    first_query_ = p_.queries(task).begin;
+    for (int t = task.first_tile; t < task.last_tile; ++t) {
+      const Tile& tile = p_.tiles[task.sample][t];
+      const int64_t at = tile.begin - first_query_;
+      float* grads = grads_.get() + at * p_.padded;
+      bool finite = load_tile(p_, in_.q, sample, task.head, tile, &p_.q_rotary,
+                              in_.scale * static_cast<float>(kLog2E),
+                              queries_.get() + at * p_.padded, p_.padded);
+      finite = load_tile(p_, in_.grad, sample, task.head, tile, nullptr, 1.f, grads, p_.padded) &&
+               finite && finite_keys;
+      for (int i = tile.begin; i < tile.end; ++i, grads += p_.padded) {
+        const int64_t token = sample.query_token + i;
+        const float* out = in_.out.read(sample.batch, task.head, token, scratch);
+        const float lse = in_.lse[(sample.batch * p_.heads + task.head) * p_.q_tokens + token];
+        const float delta = row_product(grads, out, p_.dim);
+        delta_[i - first_query_] = delta;
+        // where no key is seen the scores are all -inf, and so 2^(-inf - inf) = 0
+        shift_[i - first_query_] =
+            lse == -kInfinity ? kInfinity : lse * static_cast<float>(kLog2E);
+        finite = finite && std::isfinite(delta) && (std::isfinite(lse) || lse == -kInfinity);
+      }
+      if (finite || tile.uniform) {
+        tiles_.push_back(tile);
+      } else {
+        cut(sample, tile.begin, tile.end, true, [&](const Tile& part) { tiles_.push_back(part); });
+      }
+    }
+    const Interval queries = p_.queries(task);
+    if (to_.q != nullptr) std::fill_n(query_sums_.get(), size(queries) * p_.padded, 0.f);
+  }
+
+  // A tile's queries against keys [begin, end) of the packed ones, which begin at kept key `origin`.
+  void run(const Sample& sample, int origin, const Tile& tile, int begin, int end, Sums& sums) {
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
     const Kernels& kernel = p_.kernel;
-    const int rows = tile.end - tile.begin, origin = task.keys.begin;
-    bool first = true;
-    chunks(shifted(tile.keys, origin), kernel.panel, [&](int begin, int end) {
-      const int start = begin / kernel.panel * kernel.panel, count = end - begin;
-      const int panels = (end - start + kernel.panel - 1) / kernel.panel;
-      const int columns = panels * kernel.panel;
-      const int64_t at = static_cast<int64_t>(start) * p_.dim;
-      kernel.scores(queries_.get(), rows, key_panels_.get() + at, panels, p_.dim, weights_.get());
-      if (scores_needed_) {
-        kernel.scores(grads_.get(), rows, value_panels_.get() + at, panels, p_.dim, slopes_.get());
-      }
-      for (int i = 0; i < rows; ++i) {
-        float* row = weights_.get() + i * kScoreRow;
-        const Intervals seen = tile.uniform ? tile.keys : sample.seen(tile.begin + i);
-        const Intervals own = shifted(seen, origin);
-        fill_unseen({clip(own.first, {begin, end}), clip(own.second, {begin, end})}, start, columns,
-                    -kInfinity, row);
-        if (scores_needed_) {
-          kernel.differentiate(row, slopes_.get() + i * kScoreRow, columns, shift_[i], delta_[i]);
-        } else {
-          kernel.exponentiate(row, columns, shift_[i]);
-        }
-      }
-      const int64_t key = static_cast<int64_t>(begin) * p_.padded;
-      const float* weights = weights_.get() + (begin - start);
-      const float* slopes = slopes_.get() + (begin - start);
-      if (to_.v != nullptr) {
-        kernel.collect(weights, rows, count, grads_.get(), p_.vectors(), sums.values.get() + key,
-                       p_.padded);
-      }
-      if (to_.k != nullptr) {
-        kernel.collect(slopes, rows, count, queries_.get(), p_.vectors(), sums.keys.get() + key,
-                       p_.padded);
-      }
-      if (to_.q != nullptr) {
-        kernel.weigh(slopes, rows, key_rows_.get() + key, p_.padded, count, p_.vectors(), !first,
-                     query_sums_.get());
-      }
-      first = false;
-    });
-    if (to_.q == nullptr) return;
+    const int rows = tile.end - tile.begin, padded = p_.padded;
+    const int64_t query = tile.begin - first_query_;
+    const int start = begin / kernel.panel * kernel.panel, count = end - begin;
+    const int panels = (end - start + kernel.panel - 1) / kernel.panel;
+    const int columns = panels * kernel.panel;
+    const int64_t at = static_cast<int64_t>(start) * p_.dim;
+    const float* queries = spaced(queries_, query, rows, tile_queries_);
+    const float* grads = spaced(grads_, query, rows, tile_grads_);
+    kernel.scores(queries, rows, key_panels_.get() + at, panels, p_.dim, weights_.get());
+    if (scores_needed_) {
+      kernel.scores(grads, rows, value_panels_.get() + at, panels, p_.dim, slopes_.get());
+    }
     for (int i = 0; i < rows; ++i) {
-      float* row = query_sums_.get() + i * kTileRow;
-      const int place = tile.begin + i;
-      const int64_t token = sample.query_token + place;
-      if (first) {
-        std::fill_n(row, p_.dim, 0.f);
+      float* row = weights_.get() + i * kScoreRow;
+      const Intervals own =
+          shifted(tile.uniform ? tile.keys : sample.seen(tile.begin + i), origin);
+      fill_unseen({clip(own.first, {begin, end}), clip(own.second, {begin, end})}, start, columns,
+                  -kInfinity, row);
+      if (scores_needed_) {
+        kernel.differentiate(row, slopes_.get() + i * kScoreRow, columns, shift_[query + i],
+                             delta_[query + i]);
       } else {
-        scale_row(row, p_.dim, in_.scale, row);
-        if (p_.q_rotary.any()) p_.q_rotary.apply(row, sample.batch, token, place, true);
+        kernel.exponentiate(row, columns, shift_[query + i]);
       }
+    }
+    const int64_t key = static_cast<int64_t>(begin) * padded;
+    const float* weights = weights_.get() + (begin - start);
+    const float* slopes = slopes_.get() + (begin - start);
+    if (to_.v != nullptr) {
+      kernel.collect(weights, rows, count, grads, p_.vectors(), sums.values.get() + key, padded);
+    }
+    if (to_.k != nullptr) {
+      kernel.collect(slopes, rows, count, queries, p_.vectors(), sums.keys.get() + key, padded);
+    }
+    if (to_.q != nullptr) {
+      kernel.weigh(slopes, rows, key_rows_.get() + key, padded, count, p_.vectors(), true,
+                   query_sums_.get() + query * padded, padded);
+    }
+  }
+
+  // A tile's rows at the stride that the products take.
+  const float* spaced(const Floats& all, int64_t query, int rows, const Floats& to) const {
+    const float* from = all.get() + query * p_.padded;
+    for (int i = 0; i < rows; ++i) {
+      std::memcpy(to.get() + i * kTileRow, from + i * p_.padded, p_.padded * sizeof(float));
+    }
+    return to.get();
+  }
+
+  void finish_queries(const Task& task, const Sample& sample) {
+    const Interval queries = p_.queries(task);
+    for (int place = queries.begin; place < queries.end; ++place) {
+      float* row = query_sums_.get() + static_cast<int64_t>(place - first_query_) * p_.padded;
+      const int64_t token = sample.query_token + place;
+      scale_row(row, p_.dim, in_.scale, row);
+      if (p_.q_rotary.any()) p_.q_rotary.apply(row, sample.batch, token, place, true);
       to_.q->write(sample.batch, task.head, token, row);
     }
   }
@@ -215,16 +253,19 @@ class Backward {
   const Gradients& to_;
   std::vector<Sums>& partial_;
   const bool scores_needed_;
-  // Packed keys as panels and as rows, values as panels; a tile's queries, gradients, weights,
-  // gradients of scores, and sums for the queries' gradient.
+  // Packed keys as panels and as rows, values as panels.
   Floats key_panels_, key_rows_, value_panels_;
-  Floats queries_, grads_, weights_, slopes_, query_sums_;
+  // The task's queries, gradients and sums for the queries' gradient, [queries, padded]; a tile's
+  // queries and gradients, its weights and the gradients of its scores.
+  Floats queries_, grads_, query_sums_, tile_queries_, tile_grads_, weights_, slopes_;
   Sums own_;
-  float shift_[kTileRows], delta_[kTileRows];
+  std::vector<float> shift_, delta_;  // [queries]
+  std::vector<Tile> tiles_;
+  int first_query_ = 0;
 };
 
 // The gradients of keys and values where several tasks share a sample and head.
-inline void finish_parts(const Problem& p, const Inputs& in, const Gradients& to,
+inline void finish_parts(const Problem& p, const Gradients& to,
                          const std::vector<Sums>& partial) {
   std::vector<std::vector<Backward::Part>> parts(p.samples.size() * p.heads);
   std::vector<int64_t> pending;
@@ -240,10 +281,11 @@ inline void finish_parts(const Problem& p, const Inputs& in, const Gradients& to
                               [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t unit = pending[i];
-      Backward::finish(p, in, to, p.samples[unit / p.heads], unit % p.heads, parts[unit]);
+      Backward::finish(p, to, p.samples[unit / p.heads], unit % p.heads, parts[unit]);
     }
   });
 }
 
 }  // namespace cpu
+}  // namespace
 }  // namespace attention

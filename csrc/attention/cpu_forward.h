@@ -7,6 +7,7 @@
 #include "attention/cpu_problem.h"
 
 namespace attention {
+namespace {  // included by cpu.cpp alone
 namespace cpu {
 
 class Forward {
@@ -46,12 +47,12 @@ class Forward {
     const Kernels& kernel = p_.kernel;
     const int rows = tile.end - tile.begin, origin = task.keys.begin;
     load_tile(p_, q_, sample, task.head, tile, &p_.q_rotary, scale_ * static_cast<float>(kLog2E),
-              queries_.get());
+              queries_.get(), kTileRow);
     float most[kTileRows], total[kTileRows];
     std::fill_n(most, rows, -kInfinity);
     std::fill_n(total, rows, 0.f);
     bool first = true;
-    chunks(shifted(tile.keys, origin), kernel.panel, [&](int begin, int end) {
+    chunks(shifted(tile.keys, origin), kernel.panel, kChunk, [&](int begin, int end) {
       const int start = begin / kernel.panel * kernel.panel;
       const int panels = (end - start + kernel.panel - 1) / kernel.panel;
       kernel.scores(queries_.get(), rows, keys_.get() + static_cast<int64_t>(start) * p_.dim, panels,
@@ -73,7 +74,7 @@ class Forward {
       }
       kernel.weigh(scores_.get() + (begin - start), rows,
                    values_.get() + static_cast<int64_t>(begin) * p_.padded, p_.padded, end - begin,
-                   p_.vectors(), !first, sums_.get());
+                   p_.vectors(), !first, sums_.get(), kTileRow);
       first = false;
     });
     for (int i = 0; i < rows; ++i) {
@@ -109,4 +110,5 @@ class Forward {
 };
 
 }  // namespace cpu
+}  // namespace
 }  // namespace attention

@@ -104,11 +104,11 @@ static void scores(const float* x, int rows, const float* y, int panels, int dim
 
 // c [rows, vectors] (+)= s y; s: [rows, keys] of stride kScoreRow; y: [keys, vectors].
 static void weigh(const float* s, int rows, const float* y, long y_row, int keys, int vectors,
-                  bool add, float* c) {
+                  bool add, float* c, long c_row) {
   if (add) {
-    product<kScoreRow, 1, true>(s, rows, y, y_row, keys, vectors, c, kTileRow);
+    product<kScoreRow, 1, true>(s, rows, y, y_row, keys, vectors, c, c_row);
   } else {
-    product<kScoreRow, 1, false>(s, rows, y, y_row, keys, vectors, c, kTileRow);
+    product<kScoreRow, 1, false>(s, rows, y, y_row, keys, vectors, c, c_row);
   }
 }
 

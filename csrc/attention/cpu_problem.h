@@ -9,6 +9,7 @@
 #include "attention/cpu_tokens.h"
 
 namespace attention {
+namespace {  // included by cpu.cpp alone
 namespace cpu {
 
 constexpr double kLog2E = 1.4426950408889634;
@@ -98,10 +99,20 @@ struct Problem {
 
   const Rotary& key_rotary() const { return same_rotary ? q_rotary : k_rotary; }
   int vectors() const { return padded / kernel.lanes; }
+  int64_t most_queries() const {
+    int most = 0;
+    for (const Task& task : tasks) most = std::max(most, size(queries(task)));
+    return most;
+  }
+  Interval queries(const Task& task) const {
+    if (task.first_tile == task.last_tile) return {0, 0};
+    const auto& own = tiles[task.sample];
+    return {own[task.first_tile].begin, own[task.last_tile - 1].end};
+  }
   // Packed keys of the largest task, whole panels.
   int64_t most_keys() const {
     int most = 0;
-    for (const Task& task : tasks) most = std::max(most, task.keys.end - task.keys.begin);
+    for (const Task& task : tasks) most = std::max(most, size(task.keys));
     return (most + kernel.panel - 1) / kernel.panel * kernel.panel;
   }
 
@@ -231,12 +242,13 @@ VICREG_VECTOR inline void scale_row(const float* in, int64_t count, float factor
   for (int64_t j = 0; j < count; ++j) out[j] = in[j] * factor;
 }
 
-// The rows of a tile of queries or of their gradients, [rows, dim] of stride kTileRow, zero up to
+// The rows of a tile of queries or of their gradients, [rows, dim] of a given stride, zero up to
 // `padded`; `rotary` null: not turned. Returns whether all are finite.
 inline bool load_tile(const Problem& p, const Tokens& x, const Sample& sample, int64_t head,
-                      const Tile& tile, const Rotary* rotary, float factor, float* to) {
+                      const Tile& tile, const Rotary* rotary, float factor, float* to,
+                      int64_t stride) {
   bool finite = true;
-  for (int row = tile.begin; row < tile.end; ++row, to += kTileRow) {
+  for (int row = tile.begin; row < tile.end; ++row, to += stride) {
     const int64_t token = sample.query_token + row;
     x.copy(sample.batch, head, token, to);
     if (rotary != nullptr && rotary->any()) rotary->apply(to, sample.batch, token, row, false);
@@ -259,4 +271,5 @@ void split_unless_finite(const Sample& sample, const Tile& tile, bool finite, co
 }
 
 }  // namespace cpu
+}  // namespace
 }  // namespace attention

@@ -9,6 +9,7 @@
 #include "common/vector.h"
 
 namespace attention {
+namespace {  // included by cpu.cpp alone
 namespace cpu {
 
 // x [rotated] turned; cosine, sine: [rotated].
@@ -76,4 +77,5 @@ class Rotary {
 };
 
 }  // namespace cpu
+}  // namespace
 }  // namespace attention

@@ -9,6 +9,7 @@
 #include "attention/formula.h"
 
 namespace attention {
+namespace {  // included by cpu.cpp alone
 namespace cpu {
 
 // One sample's rules. Keys are counted among those that are kept, `kept` of them.
@@ -40,6 +41,8 @@ inline bool same(const Intervals& a, const Intervals& b) {
          a.second.begin == b.second.begin && a.second.end == b.second.end;
 }
 
+inline int size(Interval a) { return a.empty() ? 0 : a.end - a.begin; }
+
 // Queries [begin, end), and the keys that any of them sees: those of `keys`. uniform: they all see
 // the same.
 struct Tile {
@@ -48,8 +51,7 @@ struct Tile {
   bool uniform;
 
   int64_t work() const {
-    const int64_t first = keys.first.end - keys.first.begin;
-    return (end - begin) * (first + keys.second.end - keys.second.begin);
+    return static_cast<int64_t>(end - begin) * (size(keys.first) + size(keys.second));
   }
 };
 
@@ -88,13 +90,13 @@ void cut(const Sample& sample, int begin, int end, bool exact, const Use& use) {
   }
 }
 
-// Calls use(first key, end) for the keys of a tile, at most kChunk columns of whole panels a time.
-// Panels begin at multiples of `panel` from key 0.
+// Calls use(first key, end) for the keys of a tile, at most `most` (a multiple of `panel`) columns of
+// whole panels a time. Panels begin at multiples of `panel` from key 0.
 template <typename Use>
-void chunks(const Intervals& keys, int panel, const Use& use) {
+void chunks(const Intervals& keys, int panel, int most, const Use& use) {
   for (const Interval& part : {keys.first, keys.second}) {
     for (int begin = part.begin; begin < part.end;) {
-      const int end = std::min(part.end, begin / panel * panel + kChunk);
+      const int end = std::min(part.end, begin / panel * panel + most);
       use(begin, end);
       begin = end;
     }
@@ -116,4 +118,5 @@ inline void fill_unseen(const Intervals& seen, int origin, int count, float valu
 }
 
 }  // namespace cpu
+}  // namespace
 }  // namespace attention

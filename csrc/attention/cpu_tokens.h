@@ -10,6 +10,7 @@
 #include "common/rows.h"
 
 namespace attention {
+namespace {  // included by cpu.cpp alone
 namespace cpu {
 
 using common::ScalarType;
@@ -191,4 +192,5 @@ inline bool pack(const Tokens& x, const Sample& sample, int64_t head, int begin,
 }
 
 }  // namespace cpu
+}  // namespace
 }  // namespace attention

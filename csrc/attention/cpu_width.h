@@ -5,6 +5,7 @@
 #include <cstring>
 
 namespace attention {
+namespace {  // included by cpu.cpp alone
 namespace cpu {
 
 // A tile: at most kTileRows queries, by at most kChunk keys at a time. Rows of scores and of
@@ -21,7 +22,7 @@ struct Kernels {
   int lanes, panel;
   void (*scores)(const float* x, int rows, const float* y, int panels, int dim, float* s);
   void (*weigh)(const float* s, int rows, const float* y, long y_row, int keys, int vectors,
-                bool add, float* c);
+                bool add, float* c, long c_row);
   void (*collect)(const float* s, int rows, int keys, const float* x, int vectors, float* c,
                   long c_row);
   float (*largest)(const float* s, int count);
@@ -76,4 +77,5 @@ inline const Kernels& kernels() {
 }
 
 }  // namespace cpu
+}  // namespace
 }  // namespace attention

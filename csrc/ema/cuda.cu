@@ -260,7 +260,8 @@ __device__ __forceinline__ int find(int count, uint32_t block, const FirstBlock&
   return low;
 }
 
-__global__ void __launch_bounds__(kThreads) update_kernel(const Table table, const Scalars given) {
+__global__ void __launch_bounds__(kThreads, 3)
+    update_kernel(const Table table, const Scalars given) {
   const int i = find(table.count, blockIdx.x, [&](int k) { return table.first_block[k]; });
   const Settings s = read_settings(given);
   const Kinds kinds = table.kinds[i];

@@ -59,7 +59,7 @@ struct Sequences {
   Samples context, target;  // of context_index (batch: contexts) and target_index
   Indices context_index, target_index;
   Indices order, context_rows, target_rows;
-  int64_t blocks;  // for each sequence
+  Divider blocks;  // for each sequence
 };
 
 // Place = entries before it in its own list + entries before it in the other one, context tokens
@@ -67,9 +67,10 @@ struct Sequences {
 // others are counted through, 2 S comparisons a token.
 __global__ void __launch_bounds__(kThreads) order_tokens(Sequences q) {
   SHARED_ARRAY(int, sorted, 2);
-  const int64_t s = blockIdx.x / q.blocks, block = blockIdx.x % q.blocks;
+  int64_t block;
+  const int64_t s = q.blocks.divide(blockIdx.x, block);
   const bool packed = q.context.offsets != nullptr;
-  const int64_t own = packed ? s : s % q.context.batch;
+  const int64_t own = packed ? s : q.context.batch.rest(s);
   const int64_t c_begin = q.context.begin(own), t_begin = q.target.begin(s);
   const int64_t c_end = q.context.end(own), t_end = q.target.end(s);
   const List context = {q.context_index, c_begin, c_end > c_begin ? c_end - c_begin : 0};
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) order_tokens(Sequences q) {
 
   const int64_t base = packed ? c_begin + t_begin : 0;
   const int64_t begin = packed ? base : s * all;
-  for (int64_t k = block * kThreads + threadIdx.x; k < all; k += q.blocks * kThreads) {
+  for (int64_t k = block * kThreads + threadIdx.x; k < all; k += q.blocks.by * kThreads) {
     const bool first = k < context.count;
     const int64_t i = first ? k : k - context.count;
     const int64_t position = first ? context[i] : target[i];
@@ -109,7 +110,8 @@ __global__ void __launch_bounds__(kThreads) order_tokens(Sequences q) {
 
 template <typename T>
 struct Assembled {
-  int64_t sequences, contexts, kept, wanted, dim, table_length;
+  int64_t sequences, kept, wanted, dim, table_length;
+  Divider contexts, all;  // all = kept + wanted
   const T* context;
   Place context_place;
   const float* token;  // [D], or null where every target has a row
@@ -123,22 +125,30 @@ struct Assembled {
 // A warp a token: its row, plus its position's, to its place. NaN where the position is not in the
 // table; a place out of range is not written.
 template <typename T, bool Vectors>
-__global__ void __launch_bounds__(kThreads) assemble_rows(Assembled<T> q) {
+__global__ void __launch_bounds__(kThreads, 4) assemble_rows(Assembled<T> q) {
   constexpr int W = kWidth<T, Vectors>;
-  const int64_t all = q.kept + q.wanted;
+  const int64_t all = q.all.by;
   for (int64_t i = first_row(); i < q.sequences * all; i += row_step()) {
-    const int64_t s = i / all, k = i % all;
+    int64_t k;
+    const int64_t s = q.all.divide(i, k), own_context = q.contexts.rest(s);
     const bool context = k < q.kept;
-    const int64_t row = context ? s * q.kept + k : s * q.wanted + k - q.kept;
-    const int64_t place = context ? q.context_rows[row] : q.target_rows[row];
-    const int64_t position = context ? q.context_index[s % q.contexts * q.kept + k]
-                                     : q.target_index[row];
+    int64_t place, position, stride;
+    const T* from;
+    if (context) {
+      place = q.context_rows[s * q.kept + k];
+      position = q.context_index[own_context * q.kept + k];
+      from = q.context + q.context_place(own_context, k);
+      stride = q.context_place.column;
+    } else {
+      const int64_t row = s * q.wanted + k - q.kept;
+      place = q.target_rows[row];
+      position = q.target_index[row];
+      from = q.targets + q.target_place(s, k - q.kept);
+      stride = q.target_place.column;
+    }
     const bool outside = q.table != nullptr && (position < 0 || position >= q.table_length);
     if (place < 0 || place >= all) continue;
     T* to = q.out + (s * all + place) * q.dim;
-    const T* from = context ? q.context + q.context_place(s % q.contexts, k)
-                            : q.targets + q.target_place(s, k - q.kept);
-    const int64_t stride = context ? q.context_place.column : q.target_place.column;
     for (int64_t c = int64_t{lane()} * W; c < q.dim; c += kLanes * W) {
       float own[W];
       if (!context && q.token != nullptr) {
@@ -161,11 +171,12 @@ __global__ void __launch_bounds__(kThreads) assemble_rows(Assembled<T> q) {
 template <typename T, bool Vectors>
 __global__ void __launch_bounds__(kThreads)
     column_partials(const T* sequence, Place place, int64_t length, int64_t dim, int64_t count,
-                    int64_t each, Indices rows, int64_t tiles, int64_t block_rows,
+                    Divider each, Indices rows, Divider tiles, int64_t block_rows,
                     float* partials) {
   constexpr int W = kWidth<T, Vectors>;
   SHARED_ARRAY(float, sums, kThreads * W);
-  const int64_t tile = blockIdx.x % tiles, block = blockIdx.x / tiles;
+  int64_t tile;
+  const int64_t block = tiles.divide(blockIdx.x, tile);
   const int64_t c = (tile * kLanes + lane()) * W;
   const int64_t end = count < (block + 1) * block_rows ? count : (block + 1) * block_rows;
   const int warp = threadIdx.x / kLanes;
@@ -174,7 +185,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t row = rows[r];
     if (c >= dim || row < 0 || row >= length) continue;
     float own[W];
-    load<W>(sequence + place(r / each, row) + c * place.column, own);
+    load<W>(sequence + place(each.quotient(r), row) + c * place.column, own);
 #pragma unroll
     for (int w = 0; w < W; ++w) sum[w] += own[w];
   }

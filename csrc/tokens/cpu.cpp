@@ -21,7 +21,7 @@ const int64_t* offsets_of(const std::optional<Tensor>& offsets) {
 }
 
 void check_rows(const Samples& rows, const Indices& index, int64_t length) {
-  check_offsets("offsets", rows.offsets, rows.batch, rows.count);
+  check_offsets("offsets", rows.offsets, rows.batch.by, rows.count);
   check_index("index", index, rows.count, length);
 }
 
@@ -32,7 +32,7 @@ struct Chains {
 
 Chains chains(const Samples& rows, const Indices& index, int64_t length, bool whole, bool unique) {
   Chains made;
-  made.head.assign((whole ? 1 : rows.batch) * length, -1);
+  made.head.assign((whole ? 1 : rows.batch.by) * length, -1);
   made.next.resize(rows.count);
   for (int64_t r = rows.count - 1; r >= 0; --r) {
     int64_t& head = made.head[(whole ? 0 : rows.of(r)) * length + index[r]];

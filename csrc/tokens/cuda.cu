@@ -141,14 +141,19 @@ Aligned<T> vectors_of(const Tensor& z) {
 // run(pred, teacher, out) with the accesses that both allow; out may be pred itself.
 template <typename F>
 void by_access(const Tensor& pred, const Tensor& teacher, const Tensor& out, F&& run) {
-  if (!aligned(pred, 8) || !aligned(teacher, 8)) {
+  const auto half = [](const Tensor& z) { return z.scalar_type() != ScalarType::Float; };
+  const bool two_halves = half(pred) && half(teacher) && pred.scalar_type() != teacher.scalar_type();
+  if (!aligned(pred, 8) || !aligned(teacher, 8) || two_halves) {  // float16 with bfloat16 is rare
     run(strided(pred), strided(teacher), strided(out));
     return;
   }
   by_dtype(pred.scalar_type(), [&](auto p) {
     by_dtype(teacher.scalar_type(), [&](auto t) {
       using P = decltype(p);
-      run(vectors_of<P>(pred), vectors_of<decltype(t)>(teacher), vectors_of<P>(out));
+      using T = decltype(t);
+      if constexpr (std::is_same_v<P, T> || std::is_same_v<P, float> || std::is_same_v<T, float>) {
+        run(vectors_of<P>(pred), vectors_of<T>(teacher), vectors_of<P>(out));
+      }
     });
   });
 }
@@ -160,6 +165,7 @@ LossSettings settings(const Tensor& teacher, const Tensor& index,
           indices(index),
           teacher.size(1),
           teacher.size(2),
+          1.0 / static_cast<double>(teacher.size(2)),
           static_cast<int>(kind),
           normalize,
           static_cast<float>(beta),
@@ -214,7 +220,7 @@ Tensor scatter(Tensor rows, Tensor index, std::optional<Tensor> offsets, int64_t
   by_kind(dtype, aligned(rows, pack(dtype)), [&](auto element, auto vectors) {
     using T = decltype(element);
     queue.launch(&scatter_sums<T, vectors>, blocks, kThreads, 0, reading<T>(rows), place(rows),
-                 slots, length, reduce ? batch : int64_t{1}, dim, indices(index), map,
+                 slots, divider(length), reduce ? batch : int64_t{1}, dim, indices(index), map,
                  data<T>(out));
   });
   return out;
@@ -245,8 +251,13 @@ Tensor loss_backward(Tensor grad, Tensor pred, Tensor teacher, Tensor index,
   const Tensor out = empty_rows(index, pred, pred.scalar_type());
   const Queue queue(pred);
   by_access(pred, teacher, out, [&](auto p, auto t, auto to) {
-    queue.launch(&gradient_rows<decltype(p), decltype(t)>, blocks_of(q.rows.count, queue), kThreads,
-                 0, q, p, t, reading<float>(saved), reading<float>(grad), loss_scale(q), to);
+    using P = decltype(p);
+    using T = decltype(t);
+    constexpr decltype(&gradient_rows<kSmoothL1, P, T>) kernels[] = {
+        &gradient_rows<kSmoothL1, P, T>, &gradient_rows<kL1, P, T>, &gradient_rows<kMse, P, T>,
+        &gradient_rows<kCosine, P, T>};
+    queue.launch(kernels[kind], blocks_of(q.rows.count, queue), kThreads, 0, q, p, t,
+                 reading<float>(saved), reading<float>(grad), loss_scale(q), to);
   });
   return out;
 }
@@ -274,13 +285,13 @@ std::tuple<Tensor, Tensor, Tensor> order(Tensor context_index, Tensor target_ind
                  indices(out),
                  indices(context_rows),
                  indices(target_rows),
-                 ceil_div(total, batch * 4 * kThreads)};
+                 divider(ceil_div(total, batch * 4 * kThreads))};
   if (!packed) {  // each = 0 is a sequence without such tokens
-    q.context.each = kept;
-    q.target.each = target_index.size(1);
+    q.context.each = divider(kept);
+    q.target.each = divider(target_index.size(1));
   }
   const Queue queue(context_index);
-  queue.launch(&order_tokens, static_cast<unsigned>(batch * q.blocks), kThreads, 0, q);
+  queue.launch(&order_tokens, static_cast<unsigned>(batch * q.blocks.by), kThreads, 0, q);
   return {out, context_rows, target_rows};
 }
 
@@ -297,19 +308,23 @@ Tensor assemble(Tensor context, Tensor context_index, Tensor context_rows, Tenso
   const bool vectors = aligned(context, pack(dtype)) &&
                        (single ? at(target) % 16 == 0 : aligned(target, pack(dtype))) &&
                        (!positions || at(*positions) % 16 == 0);
+  // Outside the braces below, in which they crash the device compiler of CUDA 13.0.
+  const Place target_place = place(single ? context : target);
+  const Divider contexts = divider(context.size(0)), all = divider(kept + wanted);
   by_kind(dtype, vectors, [&](auto element, auto wide) {
     using T = decltype(element);
     const Assembled<T> q = {sequences,
-                            context.size(0),
                             kept,
                             wanted,
                             dim,
                             positions ? positions->size(0) : 0,
+                            contexts,
+                            all,
                             reading<T>(context),
                             place(context),
                             single ? reading<float>(target) : nullptr,
                             single ? nullptr : reading<T>(target),
-                            single ? Place{1, 0, 0, 1} : place(target),
+                            target_place,
                             positions ? reading<float>(*positions) : nullptr,
                             indices(context_index),
                             indices(context_rows),
@@ -338,7 +353,7 @@ Tensor column_sum(Tensor sequence, Tensor rows) {
     if (blocks > 0) {
       queue.launch(&column_partials<T, vectors>, static_cast<unsigned>(tiles * blocks), kThreads, 0,
                    reading<T>(sequence), place(sequence), sequence.size(1), dim, count,
-                   rows.size(1), indices(rows), tiles, block_rows, data<float>(partials));
+                   divider(rows.size(1)), indices(rows), divider(tiles), block_rows, data<float>(partials));
     }
     queue.launch(&column_finish, static_cast<unsigned>(ceil_div(dim, kThreads)), kThreads, 0,
                  reading<float>(partials), blocks, dim, data<float>(out));

@@ -19,13 +19,13 @@ inline Indices indices(const Tensor& index) {
 // index: [P, K], or [R] with offsets [B + 1]; contiguous.
 inline Samples samples(const Tensor& index, const std::optional<Tensor>& offsets, int64_t batch) {
   const int64_t each = index.dim() == 1 ? index.size(0) : index.size(1);
-  return {offsets ? static_cast<const int64_t*>(offsets->const_data_ptr()) : nullptr, batch,
-          each > 0 ? each : 1, index.numel()};
+  return {offsets ? static_cast<const int64_t*>(offsets->const_data_ptr()) : nullptr,
+          divider(batch), divider(each > 0 ? each : 1), index.numel()};
 }
 
 inline Place place(const Tensor& z) {
-  if (z.dim() == 2) return {z.size(0) > 0 ? z.size(0) : 1, 0, z.stride(0), z.stride(1)};
-  return {z.size(1) > 0 ? z.size(1) : 1, z.stride(0), z.stride(1), z.stride(2)};
+  if (z.dim() == 2) return {divider(z.size(0) > 0 ? z.size(0) : 1), 0, z.stride(0), z.stride(1)};
+  return {divider(z.size(1) > 0 ? z.size(1) : 1), z.stride(0), z.stride(1), z.stride(2)};
 }
 
 // A contiguous tensor with the shape of `index` and the columns of `z`, and z's dtype.

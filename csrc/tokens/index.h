@@ -6,6 +6,38 @@
 
 namespace tokens {
 
+// Division by a number known to the host, exact up to 2^52: what a GPU does instead is a function call.
+struct Divider {
+  int64_t by;
+  double inverse;
+
+  TOKENS_INLINE int64_t divide(int64_t value, int64_t& rest) const {
+    int64_t quotient = static_cast<int64_t>(static_cast<double>(value) * inverse);
+    rest = value - quotient * by;
+    if (rest < 0) {
+      --quotient;
+      rest += by;
+    } else if (rest >= by) {
+      ++quotient;
+      rest -= by;
+    }
+    return quotient;
+  }
+  TOKENS_INLINE int64_t quotient(int64_t value) const {
+    int64_t rest;
+    return divide(value, rest);
+  }
+  TOKENS_INLINE int64_t rest(int64_t value) const {
+    int64_t rest;
+    divide(value, rest);
+    return rest;
+  }
+};
+
+inline Divider divider(int64_t number) {
+  return {number, number > 0 ? 1.0 / static_cast<double>(number) : 0.0};
+}
+
 struct Indices {
   const void* data;
   bool wide;  // int64, else int32
@@ -19,12 +51,13 @@ struct Indices {
 // `each` rows; then there may be several times `batch` of them, in turns (mask-major order).
 struct Samples {
   const int64_t* offsets;
-  int64_t batch, each, count;
+  Divider batch, each;
+  int64_t count;
 
   // In [0, batch) whatever the offsets hold.
   TOKENS_INLINE int64_t of(int64_t row) const {
-    if (offsets == nullptr) return row / each % batch;
-    int64_t low = 0, high = batch;  // offsets[low] <= row < offsets[high]
+    if (offsets == nullptr) return batch.rest(each.quotient(row));
+    int64_t low = 0, high = batch.by;  // offsets[low] <= row < offsets[high]
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
       if (offsets[middle] <= row) {
@@ -37,10 +70,10 @@ struct Samples {
   }
   // Rows [begin, end) of a sample, inside [0, count] whatever the offsets hold.
   TOKENS_INLINE int64_t begin(int64_t sample) const {
-    return clamp(offsets == nullptr ? sample * each : offsets[sample]);
+    return clamp(offsets == nullptr ? sample * each.by : offsets[sample]);
   }
   TOKENS_INLINE int64_t end(int64_t sample) const {
-    return clamp(offsets == nullptr ? (sample + 1) * each : offsets[sample + 1]);
+    return clamp(offsets == nullptr ? (sample + 1) * each.by : offsets[sample + 1]);
   }
 
  private:
@@ -51,9 +84,14 @@ struct Samples {
 
 // Where row r of [P, K, D] or [R, D] begins, in elements.
 struct Place {
-  int64_t each, group, row, column;
+  Divider each;
+  int64_t group, row, column;
 
-  TOKENS_INLINE int64_t operator()(int64_t r) const { return r / each * group + r % each * row; }
+  TOKENS_INLINE int64_t operator()(int64_t r) const {
+    int64_t rest;
+    const int64_t quotient = each.divide(r, rest);
+    return quotient * group + rest * row;
+  }
   TOKENS_INLINE int64_t operator()(int64_t g, int64_t r) const { return g * group + r * row; }
 };
 

@@ -62,6 +62,7 @@ struct LossSettings {
   Samples rows;
   Indices index;
   int64_t length, dim;
+  double inverse_dim;
   int kind;
   bool normalize;
   float beta, inverse_beta, eps;
@@ -134,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (int w = 0; w < W; ++w) part += t[w];
       });
       sum = warp_sum(part);
-      mean = static_cast<float>(sum / static_cast<double>(q.dim));
+      mean = static_cast<float>(sum * q.inverse_dim);
       part = 0.f;
       over_pieces<W>(q.dim, [&](int i, int64_t) { deviation(kept[i]); });
       over_rest<W>(q.dim, [&](int64_t c) {
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         deviation(t);
       });
       scatter = warp_sum(part);
-      rstd = 1.f / sqrtf(static_cast<float>(scatter / static_cast<double>(q.dim)) + q.eps);
+      rstd = 1.f / sqrtf(static_cast<float>(scatter * q.inverse_dim) + q.eps);
     }
     const auto reduce = [&](const auto& term) {
       return row_sum(pred, p_at, teacher, t_at, kept, q.dim, mean, rstd, term);
@@ -188,12 +189,13 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) *loss = static_cast<float>(total * scale);
 }
 
-// One row's gradient; two pieces are under way at once.
+// One row's gradient; two pieces are under way at once, no more: ptxas would spill.
 template <typename Pred, typename Teacher, typename Slope>
 __device__ __forceinline__ void gradient_row(const Pred& pred, int64_t p_at, const Teacher& teacher,
                                              int64_t t_at, int64_t dim, float mean, float rstd,
                                              const Pred& out, int64_t out_at, const Slope& slope) {
   constexpr int W = Pred::W;
+#pragma unroll 1
   for (int64_t c = int64_t{lane()} * W; c < dim; c += 2 * kLanes * W) {
     float p[2][W], t[2][W];
 #pragma unroll
@@ -214,8 +216,9 @@ __device__ __forceinline__ void gradient_row(const Pred& pred, int64_t p_at, con
   }
 }
 
-// grad: the gradient of the loss; scale: 1 over the number of terms. `out` is contiguous.
-template <typename Pred, typename Teacher>
+// grad: the gradient of the loss; scale: 1 over the number of terms. `out` is contiguous. A kernel
+// for each kind: with all of them in one, ptxas spills for sm_100.
+template <int kind, typename Pred, typename Teacher>
 __global__ void __launch_bounds__(kThreads, 2)
     gradient_rows(LossSettings q, Pred pred, Teacher teacher, const float* saved, const float* grad,
                   double scale, Pred out) {
@@ -224,24 +227,18 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t token = q.index[r];
     const bool valid = token >= 0 && token < q.length;
     const int64_t p_at = pred.place(r), t_at = teacher.place(q.rows.of(r), valid ? token : 0);
-    const float* own = saved + r * saved_floats(q.kind);
-    const float mean = own[0], rstd = own[1];
-    const auto run = [&](const auto& slope) {
-      gradient_row(pred, p_at, teacher, t_at, q.dim, mean, rstd, out, r * q.dim, slope);
-    };
-    if (!valid) {
-      run([](float, float) { return not_a_number(); });
-    } else if (q.kind == kCosine) {
-      const float toward = own[2] * factor, along = own[3] * factor;
-      run([&](float p, float z) { return toward * z + along * p; });
-    } else if (q.kind == kSmoothL1) {
-      run([&](float p, float z) {
-        return element_slope<kSmoothL1>(p - z, q.beta, q.inverse_beta) * factor;
-      });
-    } else if (q.kind == kL1) {
-      run([&](float p, float z) { return element_slope<kL1>(p - z, 0.f, 0.f) * factor; });
+    const float* own = saved + r * saved_floats(kind);
+    const float mean = own[0], rstd = own[1], weight = valid ? factor : not_a_number();
+    if constexpr (kind == kCosine) {
+      const float toward = own[2] * weight, along = own[3] * weight;
+      gradient_row(pred, p_at, teacher, t_at, q.dim, mean, rstd, out, r * q.dim,
+                   [=](float p, float z) { return toward * z + along * p; });
     } else {
-      run([&](float p, float z) { return element_slope<kMse>(p - z, 0.f, 0.f) * factor; });
+      const float beta = q.beta, inverse_beta = q.inverse_beta;
+      gradient_row(pred, p_at, teacher, t_at, q.dim, mean, rstd, out, r * q.dim,
+                   [=](float p, float z) {
+                     return element_slope<kind>(p - z, beta, inverse_beta) * weight;
+                   });
     }
   }
 }

@@ -71,16 +71,16 @@ __global__ void __launch_bounds__(kThreads)
 // out[slot] = the sum of the rows that name it; over `samples` samples where slots are tokens of all
 // of them. Rows between the first and the last are asked only where a token repeats.
 template <typename T, bool Vectors>
-__global__ void __launch_bounds__(kThreads)
-    scatter_sums(const T* rows, Place place, int64_t slots, int64_t length, int64_t samples,
+__global__ void __launch_bounds__(kThreads, 4)  // without the 4, ptxas spills to keep 32 registers
+    scatter_sums(const T* rows, Place place, int64_t slots, Divider length, int64_t samples,
                  int64_t columns, Indices index, TokenMap map, T* out) {
   constexpr int W = kWidth<T, Vectors>;
   for (int64_t slot = first_row(); slot < slots; slot += row_step()) {
-    const int64_t token = slot % length;
+    const int64_t token = length.rest(slot);
     for (int64_t c = int64_t{lane()} * W; c < columns; c += kLanes * W) {
       float sum[W] = {};
       for (int64_t s = 0; s < samples; ++s) {
-        const int first = map.first[s * length + slot], last = map.last[s * length + slot];
+        const int first = map.first[s * length.by + slot], last = map.last[s * length.by + slot];
         for (int64_t r = first; r <= last; ++r) {
           if (r != first && r != last && index[r] != token) continue;
           float own[W];

@@ -53,15 +53,13 @@ def as_list(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
     try:
         return list(tensors)
     except TypeError:
-        raise TypeError(
-            f"{name}: got {type(tensors).__name__}, takes a list of tensors"
-        ) from None
+        raise TypeError(f"{name}: got {type(tensors).__name__}, takes a list of tensors") from None
 
 
 def check_lists(targets: list[Tensor], onlines: list[Tensor], shadows: list[Tensor] | None) -> None:
     for name, tensors in (("onlines", onlines), ("shadows", shadows)):
         if tensors is not None and len(tensors) != len(targets):
-            raise ValueError(f"{name}: got {len(tensors)} tensors, takes {len(targets)}, as targets")
+            raise ValueError(f"{name}: got {len(tensors)} tensors, takes {len(targets)} as targets")
     if torch.compiler.is_compiling() or not _all_well(targets, onlines, shadows or []):
         _name_the_fault(targets, onlines, shadows)
 

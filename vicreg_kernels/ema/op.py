@@ -1,13 +1,15 @@
 """Schema, fake, backends and the public function of the EMA op.
 
 One op takes whole lists, so that a backend sees all the work at once. It mutates `targets` and
-`shadows` and returns nothing; there is no gradient. What cannot be seen while a graph is traced (the
-value of a momentum on the CPU, where memory lies) is checked when the op runs, before it writes.
+`shadows` and returns nothing; there is no gradient. What cannot be seen while a graph is traced,
+the value of a momentum on the CPU and where memory lies, is checked when the op runs, before it
+writes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -115,7 +117,7 @@ def ema_update_(
         step_tensor, step = step, 0
     elif step is None:
         if rounding == "stochastic":
-            raise ValueError("step: got None, takes the number of the step with rounding='stochastic'")
+            raise ValueError("step: got None, takes an int or a tensor with rounding='stochastic'")
         step = 0
     elif isinstance(step, bool) or not isinstance(step, int):
         raise TypeError(f"step: got {type(step).__name__}, takes an int or a 0-d int64 tensor")
@@ -124,12 +126,14 @@ def ema_update_(
     if not targets:
         return
 
-    dtypes = {z.dtype for z in (*targets, *onlines, *(copies or ()))}
+    everything = (*targets, *onlines, *(copies or ()))
+    dtypes = {z.dtype for z in everything}
     widest = torch.float64 if torch.float64 in dtypes else targets[0].dtype
     name = dispatch.choose("ema_update_", backend, device.type, widest)
     if not torch.compiler.is_compiling():
         dispatch.log_choice("ema_update_", name, backend, device, (len(targets),))
-    with torch.no_grad():
+    # Only where it is needed: a compiled graph that fails inside leaves gradients switched off.
+    with torch.no_grad() if any(z.requires_grad for z in everything) else nullcontext():
         torch.ops.vicreg_kernels.ema_update_(
             targets,
             onlines,

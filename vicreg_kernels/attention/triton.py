@@ -1,0 +1,240 @@
+"""Launchers of the attention op's Triton kernels.
+
+Launches: forward 1, backward 3; with rotary position forward one more on samples of more than two
+tiles (keys turned to scratch), backward two more (queries and keys). Nothing waits for the device,
+and allocation depends on shapes alone, so both can be captured in a CUDA graph: a ragged grid is as
+large as it can need to be (triton_rules.find_sample), not as the lengths say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from vicreg_kernels.attention import configs
+from vicreg_kernels.attention.backends import empty_like_heads
+from vicreg_kernels.attention.masks import MaskArguments
+from vicreg_kernels.attention.rope import RopeArguments
+from vicreg_kernels.attention.triton_backward import (
+    delta_kernel,
+    key_gradient_kernel,
+    query_gradient_kernel,
+)
+from vicreg_kernels.attention.triton_forward import forward_kernel
+from vicreg_kernels.attention.triton_rope import rotate_kernel
+from vicreg_kernels.attention.triton_tiles import parts
+from vicreg_kernels.vicreg.triton import operand_format
+
+LOG2_E = 1.4426950408889634
+# Tokens and heads of a program of the rotation, and its warps: angles are looked up once for them.
+ROTATION = (32, 4, 4)
+# Rows of a program of delta_kernel.
+DELTA_ROWS = 64
+
+
+@cache
+def _device(index: int | None) -> tuple[str, int]:
+    """(name, compute capability's major number)."""
+    if index is None:
+        return "default", 9
+    return torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)[0]
+
+
+def _format(x: Tensor) -> tuple[str, str]:
+    """(operand format, precision of the products)."""
+    _, capability = _device(x.device.index if x.is_cuda else None)
+    operands, precision, _ = operand_format(x.dtype, capability)
+    if operands == "bf16" and x.device.type == "cpu":
+        operands = "bf16 in fp32"  # see triton_tiles.py
+    return operands, precision
+
+
+def _on_device(x: Tensor) -> AbstractContextManager[Any]:
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+class _Problem:
+    """What the launches of one call need to know of its rules, positions and sizes."""
+
+    def __init__(self, q: Tensor, k: Tensor, arguments: Sequence[Any]) -> None:
+        self.rules, self.rope = MaskArguments(*arguments[:9]), RopeArguments(*arguments[9:])
+        rules, rope = self.rules, self.rope
+        self.batch, self.heads, self.tokens, self.head_dim = q.shape
+        self.keys = k.shape[2]
+        self.samples = self.batch if rules.q_offsets is None else rules.q_offsets.shape[0] - 1
+        self.format, self.precision = _format(q)
+        self.longest = (min(rules.max_q, self.tokens), min(rules.max_k, self.keys))
+        device = _device(q.device.index if q.is_cuda else None)
+        self.config = configs.nearest(*device, self.format, self.head_dim, max(self.longest))
+        longest = max(self.tokens, self.keys, 1)
+        # Values that make no difference are kept inside int32, whatever was asked for.
+        frame = min(rules.tokens_per_frame, longest)
+        self.windowed = 0 < rules.window < triton.cdiv(longest, max(frame, 1))
+        self.frame = (frame, rules.window if self.windowed else 0)
+        self.placeholder = q  # for a tensor that is not there
+        self.axes = rope.grid[3]
+        self.part = 1 if rope.table is None else rope.table.shape[1]
+        self.grid = rope_grid(rope.grid)
+
+    def tiles(self, side: str, size: int) -> int:
+        """Programs a head of a batch row; "q" or "k"."""
+        tokens = self.tokens if side == "q" else self.keys
+        if self.rules.q_offsets is None:
+            return triton.cdiv(tokens, size)
+        return tokens // size + self.samples
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        rules, rope = self.rules, self.rope
+        keep = None if rules.keep is None else rules.keep.view(torch.int8)
+        given = (rules.q_offsets, rules.k_offsets, rules.lengths, keep, rules.bounds)
+        given = (*given, rope.table, rope.q_index, rope.k_index)
+        return tuple(self.placeholder if t is None else t for t in given)
+
+    def sizes(self, tiles: int) -> tuple[int, ...]:
+        bounds = self.rules.bounds
+        each = 0 if bounds is None or bounds.shape[0] == 1 else bounds.shape[1]
+        blocks = 0 if bounds is None else bounds.shape[1] - 1
+        return (
+            self.samples, self.heads, self.tokens, self.keys, tiles, each, blocks, *self.frame,
+            index_stride(self.rope.q_index), index_stride(self.rope.k_index), *self.grid,
+        )  # fmt: skip
+
+    def flags(self) -> dict[str, Any]:
+        rules, rope = self.rules, self.rope
+        first, second = parts(self.head_dim)
+        return {
+            "RAGGED": rules.q_offsets is not None, "LENGTHS": rules.lengths is not None,
+            "KEEP": rules.keep is not None, "FRAMES": rules.tokens_per_frame > 0,
+            "WINDOW": self.windowed, "BLOCKS": rules.bounds is not None,
+            "Q_INDEX": rope.q_index is not None, "K_INDEX": rope.k_index is not None,
+            "AXES": self.axes, "PART": self.part,
+            "HEAD": self.head_dim, "D1": first, "D2": second,
+            "FORMAT": self.format, "PRECISION": self.precision,
+        }  # fmt: skip
+
+    def turned(self, x: Tensor, side: str) -> Tensor:
+        """x by rotary position, to scratch."""
+        rules, rope = self.rules, self.rope
+        assert rope.table is not None
+        index = rope.q_index if side == "q" else rope.k_index
+        offsets = rules.q_offsets if side == "q" else rules.k_offsets
+        return rotate(x, rope.table, index, offsets, rope.grid, False)
+
+
+def index_stride(index: Tensor | None) -> int:
+    """Elements between the batch rows of an index [B or 1, T]."""
+    return 0 if index is None or index.shape[0] == 1 else index.shape[1]
+
+
+def rope_grid(grid: Sequence[int]) -> tuple[int, int, int, int]:
+    """The three sizes and the last place, as far as an int32 place reaches."""
+    frames, height, width, _ = grid
+    return frames, height, width, min(frames * height * width, 2**31) - 1
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """out, lse; see backends.py."""
+    *rest, scale = arguments
+    p = _Problem(q, k, rest)
+    out = empty_like_heads(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    queries, keys, warps, stages = p.config.forward
+    tiles = p.tiles("q", queries)
+    if out.numel() == 0:
+        return out, lse
+    turn_keys = p.axes > 0 and triton.cdiv(p.longest[0], queries) <= p.config.turned
+    if p.axes and not turn_keys:
+        k = p.turned(k, "k")
+    with _on_device(q):
+        forward_kernel[(tiles * p.heads * p.batch,)](
+            q, k, v, out, lse, *p.tensors(), *p.sizes(tiles),
+            *q.stride(), *k.stride(), *v.stride(), abs(scale) * LOG2_E,
+            **p.flags(), TURN_KEYS=turn_keys, NEGATE=math.copysign(1.0, scale) < 0,
+            QUERIES=queries, KEYS=keys, num_warps=warps,
+            num_stages=1 if turn_keys else stages,  # else the table's rows are pipelined too
+        )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, empty where not needed; see backends.py."""
+    *rest, need_q, need_k, need_v, scale = arguments
+    p = _Problem(q, k, rest)
+    dq, dk, dv = (
+        empty_like_heads(x) if need else x.new_empty((0,))
+        for x, need in ((q, need_q), (k, need_k), (v, need_v))
+    )
+    if not (need_q or need_k or need_v):
+        return dq, dk, dv
+    if q.numel() == 0 or k.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    delta, peak = (torch.empty_like(lse) for _ in range(2))
+    turned_q, turned_k = (p.turned(q, "q"), p.turned(k, "k")) if p.axes else (q, k)
+    strides = (*grad.stride(), *turned_q.stride(), *turned_k.stride(), *v.stride())
+    operands = (grad, turned_q, turned_k, v, peak, delta)
+    rows = p.batch * p.tokens * p.heads
+    with _on_device(q):
+        delta_kernel[(triton.cdiv(rows, DELTA_ROWS),)](
+            grad, out, lse, delta, peak, p.heads, p.tokens, rows, *grad.stride(),
+            HEAD=p.head_dim, WIDTH=triton.next_power_of_2(p.head_dim), ROWS=DELTA_ROWS,
+            num_warps=4,
+        )  # fmt: skip
+        # float32's split operands fill the registers: dv and dk one after the other
+        single = p.format in ("fp32", "tf32")
+        for k_now, v_now in ((False, need_v), (need_k, False)) if single else ((need_k, need_v),):
+            if not (k_now or v_now):
+                continue
+            queries, keys, warps, stages = p.config.key_gradient
+            tiles = p.tiles("k", keys)
+            key_gradient_kernel[(tiles * p.heads * p.batch,)](
+                *operands, dk, dv, *p.tensors(), *p.sizes(tiles), *strides, scale * LOG2_E,
+                **p.flags(), NEED_K=k_now, NEED_V=v_now,
+                QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+        if need_q:
+            queries, keys, warps, stages = p.config.query_gradient
+            tiles = p.tiles("q", queries)
+            query_gradient_kernel[(tiles * p.heads * p.batch,)](
+                *operands, dq, *p.tensors(), *p.sizes(tiles), *strides, scale * LOG2_E,
+                **p.flags(), QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+    return dq, dk, dv
+
+
+def rotate(
+    x: Tensor,
+    table: Tensor,
+    index: Tensor | None,
+    offsets: Tensor | None,
+    grid: Sequence[int],
+    adjoint: bool,
+) -> Tensor:
+    """x turned by each token's place, or by the adjoint; see backends.py."""
+    out = empty_like_heads(x)
+    if out.numel() == 0:
+        return out
+    batch, heads, tokens, head_dim = x.shape
+    operands, _ = _format(x)
+    rows, each, warps = ROTATION
+    ragged = index is None and offsets is not None
+    samples = offsets.shape[0] - 1 if ragged and offsets is not None else batch
+    tiles = tokens // rows + samples if ragged else triton.cdiv(tokens, rows)
+    first, second = parts(head_dim)
+    with _on_device(x):
+        rotate_kernel[(triton.cdiv(heads, each) * tiles * batch,)](
+            x, out, table, x if index is None else index, offsets if ragged else x,
+            samples, heads, tokens, tiles, index_stride(index), *rope_grid(grid), *x.stride(),
+            RAGGED=ragged, INDEX=index is not None, ADJOINT=adjoint,
+            AXES=grid[3], PART=table.shape[1], FORMAT=operands,
+            HEAD=head_dim, D1=first, D2=second, TOKENS=rows, HEADS=each, num_warps=warps,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,159 @@
+"""The launcher of the EMA op's Triton kernel: one launch for all tensors of one mix of dtypes.
+
+A launch cannot take hundreds of pointers, so they lie in a small table on the device, which is
+built at the first call with these tensors (a copy of some KB from the host) and kept for the next
+ones. A captured CUDA graph reads the table at each replay, so one that a capture has used is never
+freed; a capture that finds none is an error, because its copy could not be replayed. GPU times: not
+measured yet.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vicreg_kernels.ema.reference import memory_order
+from vicreg_kernels.ema.triton_kernel import update_kernel
+
+BLOCK = 4096  # elements a program: 16 a thread, 64 bytes and more in flight
+STRIDED_BLOCK = 1024
+WARPS = 8
+_KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+VECTOR = 8  # elements that two or one 16-byte accesses take, whatever the dtype
+_MOST_TABLES = 16
+
+
+def _dims(target: Tensor, online: Tensor, shadow: Tensor | None) -> list[tuple[int, ...]]:
+    """(size, strides of the three), the innermost first, merged; [] for one run of memory."""
+    third = target if shadow is None else shadow
+    dims: list[tuple[int, ...]] = []
+    for d in reversed(memory_order(target)):
+        size = target.shape[d]
+        if size == 1:
+            continue
+        strides = (target.stride(d), online.stride(d), third.stride(d))
+        if dims and all(a == dims[-1][0] * b for a, b in zip(strides, dims[-1][1:], strict=True)):
+            dims[-1] = (dims[-1][0] * size, *dims[-1][1:])
+        else:
+            dims.append((size, *strides))
+    return [] if dims in ([], [(target.numel(), 1, 1, 1)]) else dims
+
+
+class _Tables:
+    """The tables of the last calls, and for good those that a CUDA graph has captured."""
+
+    def __init__(self) -> None:
+        self.recent: OrderedDict[Any, tuple[Tensor, Tensor]] = OrderedDict()
+        self.captured: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def find(
+        self, rows: tuple[tuple[int, ...], ...], block: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        key = (device, block, rows)
+        on_gpu = device.type == "cuda"
+        capturing = on_gpu and torch.cuda.is_current_stream_capturing()
+        made = self.captured.get(key) or self.recent.get(key)
+        if made is None:
+            if capturing:
+                raise RuntimeError(
+                    "ema_update_ with backend='triton' inside a CUDA graph capture: call it with"
+                    " these tensors once before the capture, which cannot copy their addresses"
+                )
+            made = _make_tables(rows, block, device)
+            self.recent[key] = made
+            if len(self.recent) > _MOST_TABLES:
+                self.recent.popitem(last=False)
+        elif capturing:
+            self.captured[key] = made
+        else:
+            if key in self.recent:
+                self.recent.move_to_end(key)
+            if on_gpu:
+                for part in made:
+                    part.record_stream(torch.cuda.current_stream(device))
+        return made
+
+
+def _make_tables(
+    rows: tuple[tuple[int, ...], ...], block: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The rows, int64, and for each program its row << 32 | its block of elements."""
+    table = torch.tensor(rows, dtype=torch.int64)
+    counts = (table[:, 3] + block - 1) // block
+    row = torch.arange(len(rows)).repeat_interleave(counts)
+    place = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+    return table.to(device), (row << 32 | place).to(device)
+
+
+_tables = _Tables()
+
+
+def update(
+    targets: Sequence[Tensor],
+    onlines: Sequence[Tensor],
+    shadows: Sequence[Tensor],
+    momentum_tensor: Tensor | None,
+    momentum: float,
+    stochastic: bool,
+    seed: int,
+    step_tensor: Tensor | None,
+    step: int,
+) -> None:
+    """As reference.update."""
+    work = []
+    for index, (target, online) in enumerate(zip(targets, onlines, strict=True)):
+        if target.numel() == 0:
+            continue
+        shadow = shadows[index] if shadows else None
+        three = (target, online, target if shadow is None else shadow)
+        dims: list[tuple[int, ...]] = []
+        if not all(z.is_contiguous() for z in three):
+            dims = _dims(target, online, shadow)
+        addresses = [z.data_ptr() for z in three]
+        kinds = tuple(_KINDS[z.dtype] for z in three[:2])
+        kinds += ("none" if shadow is None else _KINDS[shadow.dtype],)
+        whole = 0  # elements that vectors take
+        if not dims and all(address % 16 == 0 for address in addresses):
+            whole = target.numel() // VECTOR * VECTOR
+        if whole:
+            work.append(((kinds, True, 0), (*addresses, whole, index, 0)))
+        if whole < target.numel():
+            rest = [a + whole * z.element_size() for a, z in zip(addresses, three, strict=True)]
+            flat = tuple(number for dim in dims for number in dim)
+            row = (*rest, target.numel() - whole, index, whole, *flat)
+            work.append(((kinds, False, len(dims)), row))
+    if not work:
+        return
+    work.sort(key=lambda item: item[0])
+    device = targets[0].device
+    near = 1.0 - momentum < 0.5
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        for (kinds, aligned, dims_count), group in groupby(work, key=lambda item: item[0]):
+            block = STRIDED_BLOCK if dims_count else BLOCK
+            table, blocks = _tables.find(tuple(row for _, row in group), block, device)
+            update_kernel[(blocks.numel(),)](
+                table,
+                blocks,
+                table if momentum_tensor is None else momentum_tensor,
+                1.0 - momentum if near else -momentum,
+                int(near),
+                seed,
+                step if step_tensor is None else step_tensor,
+                TARGET=kinds[0],
+                ONLINE=kinds[1],
+                SHADOW=kinds[2],
+                STOCHASTIC=stochastic and kinds[0] != "fp32",
+                DEVICE_MOMENTUM=momentum_tensor is not None,
+                DEVICE_STEP=step_tensor is not None,
+                ALIGNED=aligned,
+                DIMS=dims_count,
+                BLOCK=block,
+                num_warps=WARPS,
+                enable_fp_fusion=False,
+            )

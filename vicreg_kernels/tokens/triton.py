@@ -1,0 +1,266 @@
+"""Launchers of the tokens ops' Triton kernels; `backends.py` says what each takes and returns.
+
+Launches: gather, assembly and its order 1 each, scatter 3 (the map's fill, the map, the rows), the
+loss 2 forward and 1 backward, a column sum 2. Nothing waits for the device, and allocation depends
+on shapes alone, so all can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from vicreg_kernels.tokens import backends
+from vicreg_kernels.tokens.triton_assembly import (
+    assemble_kernel,
+    column_finish_kernel,
+    column_kernel,
+    order_kernel,
+)
+from vicreg_kernels.tokens.triton_loss import finish_kernel, gradient_kernel, loss_kernel
+from vicreg_kernels.tokens.triton_rows import (
+    gather_kernel,
+    map_kernel,
+    scatter_kernel,
+    sum_kernel,
+)
+
+# What the interpreter, which has no multiprocessors, is launched for.
+_INTERPRETED_PROCESSORS = 2
+# The loss keeps a row in registers: 64 elements a thread of 16 warps.
+LONGEST_ROW = 32768
+
+
+@cache
+def _processors(index: int | None) -> int:
+    if index is None:
+        return _INTERPRETED_PROCESSORS
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _on_device(z: Tensor) -> AbstractContextManager[Any]:
+    return torch.cuda.device(z.device) if z.is_cuda else nullcontext()
+
+
+def _columns(dim: int, most: int = 2048) -> dict[str, int]:
+    """A block of columns, and warps for 8 elements a thread where there are enough."""
+    block = min(triton.next_power_of_2(dim), most)
+    return {"BLOCK": block, "num_warps": max(1, min(16, block // 256))}
+
+
+def _round(z: Tensor) -> bool:
+    """Whether bfloat16 is rounded by hand: in the interpreter."""
+    return z.dtype == torch.bfloat16 and z.device.type == "cpu"
+
+
+def _samples(index: Tensor, offsets: Tensor | None, batch: int) -> tuple[Any, int, dict[str, Any]]:
+    """(offsets or a stand-in, rows a sample, the constants of sample_of)."""
+    each = max(1, index.shape[-1])
+    packed = offsets is not None
+    steps = max(1, batch - 1).bit_length() if packed else 0
+    return offsets if packed else index, each, {"PACKED": packed, "STEPS": steps}
+
+
+def _place(z: Tensor) -> tuple[int, int, int, int]:
+    """(rows a group, strides of group, row and column) of [P, K, D] or [R, D]."""
+    if z.dim() == 2:
+        return max(1, z.shape[0]), 0, *z.stride()
+    return max(1, z.shape[1]), *z.stride()
+
+
+def gather(x: Tensor, index: Tensor, offsets: Tensor | None) -> Tensor:
+    dim = x.shape[2]
+    out = x.new_empty((*index.shape, dim))
+    if index.numel() == 0:
+        return out
+    at, each, constants = _samples(index, offsets, x.shape[0])
+    with _on_device(x):
+        gather_kernel[(index.numel(),)](
+            x, index, at, out, x.shape[1], dim, x.shape[0], each, *x.stride(),
+            **constants, **_columns(dim),
+        )  # fmt: skip
+    return out
+
+
+def scatter(
+    rows: Tensor,
+    index: Tensor,
+    offsets: Tensor | None,
+    batch: int,
+    length: int,
+    fill: float,
+    accumulate: bool,
+    reduce: bool,
+) -> Tensor:
+    dim, count, slots = rows.shape[-1], index.numel(), batch * length
+    out = rows.new_empty((length, dim) if reduce else (batch, length, dim))
+    at, each, constants = _samples(index, offsets, batch)
+    row_each, *strides = _place(rows)
+    with _on_device(rows):
+        maps = torch.full((2, slots), -1, dtype=torch.int32, device=rows.device)
+        if count > 0:
+            map_kernel[(triton.cdiv(count, 256),)](
+                index, at, maps, count, length, batch, each, slots,
+                **constants, BLOCK=256, num_warps=4,
+            )  # fmt: skip
+        if accumulate:
+            sum_kernel[(length if reduce else slots,)](
+                rows, index, maps, out, count, length, dim, row_each, slots,
+                batch if reduce else 1, *strides, ROUND=_round(rows), **_columns(dim),
+            )  # fmt: skip
+        else:
+            scatter_kernel[(slots,)](
+                rows, maps, out, dim, row_each, fill, *strides, **_columns(dim)
+            )
+    return out
+
+
+def _loss_arguments(
+    pred: Tensor, teacher: Tensor, index: Tensor, offsets: Tensor | None
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """(offsets, batch and strides, constants) of the loss kernels."""
+    dim = teacher.shape[2]
+    if dim > LONGEST_ROW:
+        raise RuntimeError(f"backend='triton': got D = {dim}, takes at most {LONGEST_ROW}")
+    at, each, constants = _samples(index, offsets, teacher.shape[0])
+    pred_each, *strides = _place(pred)
+    where = (teacher.shape[1], dim, teacher.shape[0], each, pred_each, *strides, *teacher.stride())
+    return at, where, {**constants, **_columns(dim, LONGEST_ROW)}
+
+
+def _terms(index: Tensor, teacher: Tensor, kind: int) -> int:
+    return index.numel() * (1 if backends.KINDS[kind] == "cosine" else teacher.shape[2])
+
+
+def loss_forward(
+    pred: Tensor,
+    teacher: Tensor,
+    index: Tensor,
+    offsets: Tensor | None,
+    kind: int,
+    normalize: bool,
+    beta: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    rows = index.numel()
+    at, where, constants = _loss_arguments(pred, teacher, index, offsets)
+    saved = pred.new_empty((rows, backends.saved_floats(kind)), dtype=torch.float32)
+    loss = pred.new_empty((), dtype=torch.float32)
+    programs = min(rows, 8 * _processors(pred.device.index if pred.is_cuda else None))
+    partials = pred.new_empty(programs, dtype=torch.float64)
+    with _on_device(pred):
+        loss_kernel[(programs,)](
+            pred, teacher, index, at, saved, partials, rows, *where,
+            beta, 1.0 / beta if beta > 0 else 0.0, eps,
+            KIND=kind, NORMALIZE=normalize, **constants,
+        )  # fmt: skip
+        finish_kernel[(1,)](
+            partials, loss, programs, 1.0 / _terms(index, teacher, kind), BLOCK=1024, num_warps=4
+        )
+    return loss, saved
+
+
+def loss_backward(
+    grad: Tensor,
+    pred: Tensor,
+    teacher: Tensor,
+    index: Tensor,
+    offsets: Tensor | None,
+    saved: Tensor,
+    kind: int,
+    normalize: bool,
+    beta: float,
+) -> Tensor:
+    at, where, constants = _loss_arguments(pred, teacher, index, offsets)
+    out = pred.new_empty(pred.shape)
+    with _on_device(pred):
+        gradient_kernel[(index.numel(),)](
+            grad, pred, teacher, index, at, saved, out, *where,
+            beta, 1.0 / beta if beta > 0 else 0.0, 1.0 / _terms(index, teacher, kind),
+            KIND=kind, ROUND=_round(pred), **constants,
+        )  # fmt: skip
+    return out
+
+
+def order(
+    context_index: Tensor,
+    target_index: Tensor,
+    context_offsets: Tensor | None,
+    target_offsets: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    packed = context_offsets is not None
+    if context_offsets is not None:
+        sequences = contexts = context_offsets.shape[0] - 1
+        kept = wanted = 0
+        total = context_index.numel() + target_index.numel()
+        index, context_rows = context_index.new_empty(total), torch.empty_like(context_index)
+    else:
+        (contexts, kept), (sequences, wanted) = context_index.shape, target_index.shape
+        total = sequences * (kept + wanted)
+        index = context_index.new_empty((sequences, kept + wanted))
+        context_rows = context_index.new_empty((sequences, kept))
+    target_rows = torch.empty_like(target_index)
+    block = 64
+    blocks = triton.cdiv(total, sequences * block)
+    if total > 0:
+        with _on_device(index):
+            order_kernel[(sequences * blocks,)](
+                context_index, target_index,
+                context_offsets if packed else context_index,
+                target_offsets if packed else target_index,
+                index, context_rows, target_rows, kept, wanted, contexts, blocks,
+                PACKED=packed, BLOCK=block, CHUNK=64, num_warps=4,
+            )  # fmt: skip
+    return index, context_rows, target_rows
+
+
+def assemble(
+    context: Tensor,
+    context_index: Tensor,
+    context_rows: Tensor,
+    target: Tensor,
+    target_index: Tensor,
+    target_rows: Tensor,
+    positions: Tensor | None,
+) -> Tensor:
+    contexts, kept, dim = context.shape
+    sequences, wanted = target_index.shape
+    out = context.new_empty((sequences, kept + wanted, dim))
+    strides = (0, 0, 1) if target.dim() == 1 else target.stride()
+    if out.numel() == 0:
+        return out
+    with _on_device(context):
+        assemble_kernel[(sequences * (kept + wanted),)](
+            context, context_index, context_rows, target, target_index, target_rows,
+            target if positions is None else positions, out, kept, wanted, contexts, dim,
+            0 if positions is None else positions.shape[0], *context.stride(), *strides,
+            TABLE=positions is not None, ROUND=_round(context), **_columns(dim),
+        )  # fmt: skip
+    return out
+
+
+def column_sum(sequence: Tensor, rows: Tensor) -> Tensor:
+    dim, count = sequence.shape[2], rows.numel()
+    columns = min(256, triton.next_power_of_2(dim))
+    tiles = triton.cdiv(dim, columns)
+    processors = _processors(sequence.device.index if sequence.is_cuda else None)
+    wanted = max(1, min(2 * processors // tiles, count // 64))
+    block_rows = max(1, triton.cdiv(count, wanted))
+    blocks = triton.cdiv(count, block_rows)
+    out = sequence.new_empty(dim, dtype=torch.float32)
+    partials = sequence.new_empty((max(1, blocks), dim), dtype=torch.float32)
+    with _on_device(sequence):
+        if blocks > 0:
+            column_kernel[(tiles * blocks,)](
+                sequence, rows, partials, sequence.shape[1], dim, count, rows.shape[1], tiles,
+                block_rows, *sequence.stride(), ROWS=8, COLUMNS=columns, num_warps=8,
+            )  # fmt: skip
+        column_finish_kernel[(triton.cdiv(dim, 128),)](
+            partials, out, blocks, dim, COLUMNS=128, num_warps=4
+        )
+    return out
