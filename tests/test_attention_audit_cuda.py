@@ -56,11 +56,13 @@ def test_products_run_on_the_tensor_cores():
     assert len(counts) == 32
     assert all(count > 0 for count in counts.values())
     # 80 is padded to no power of two
-    assert counts["attention_forward<__half, 80>"] * 8 == counts["attention_forward<__half, 128>"] * 5
+    assert (
+        counts["attention_forward<__half, 80>"] * 8 == counts["attention_forward<__half, 128>"] * 5
+    )
 
 
 def test_global_memory_moves_in_16_bytes():
-    """Vector reads are asynchronous copies, writes are vectors; scalar reads serve other strides."""
+    """Reads are asynchronous copies, or scalar for other strides; writes are vectors."""
     for name, code in kernels().items():
         vectors = len(re.findall(r"st\.global\.wb\.v4\.", code))
         assert vectors > 0, name

@@ -1,5 +1,6 @@
-"""Tier 3: the bodies of the attention op's CUDA kernels, and what launches them, against the float64
-reference. The emulator runs them on CPU tensors behind the public functions, as backend "cuda".
+"""Tier 3: the bodies of the attention op's CUDA kernels, and what launches them, against the
+float64 reference. The emulator runs them on CPU tensors behind the public functions, as backend
+"cuda".
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ def emulated(kernels, monkeypatch):
 
 
 def check(rules=(), **settings):
-    """Hold the emulated kernels to the one rule of tolerances.py; a call drawn by attention_cases."""
+    """Hold the emulated kernels to the one rule of tolerances.py, for a drawn call."""
     settings.setdefault("dtype", torch.bfloat16)
     return hold("cuda", draw(rules, **settings).wanting(True, True, True))
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("dim", (*HEAD_DIMS, 24, 112, 120))
+@pytest.mark.parametrize("dim", [*HEAD_DIMS, 24, 112, 120])
 def test_head_dims(dim, dtype):
     check(dim=dim, tokens=21, keys=37, dtype=dtype)
     check(["window"], dim=dim, tokens=21, keys=37, dtype=dtype, axes=3)
@@ -157,7 +158,7 @@ def test_devices_with_less_shared_memory(shared, monkeypatch):
 
 def test_too_little_shared_memory_is_an_error(monkeypatch):
     monkeypatch.setenv("EMULATOR_SHARED", "10000")
-    with pytest.raises(RuntimeError, match="needs [0-9]+ bytes of shared memory"):
+    with pytest.raises(RuntimeError, match=r"needs \d+ bytes of shared memory"):
         check(tokens=100, dim=128)
 
 

@@ -53,8 +53,8 @@ struct BackwardShared {
   }
 };
 
-// The sum over the row of token lane % 16 of the product of two tiles, whose vectors the lane itself
-// brought.
+// The sum over the row of token lane % 16 of the product of two tiles, of vectors that the lane
+// itself brought.
 template <typename T, int D>
 __device__ __forceinline__ float row_products(const T* x, const T* y) {
   using Shape = Tile<D>;
@@ -137,8 +137,8 @@ struct KeyGradients {
 // sees. Adds to the sums and leaves dS^T [16, 16] in `scores`. Returns whether any pair is seen.
 template <typename T, int D>
 __device__ __forceinline__ bool add_queries(const BackwardArguments<T>& a, const T* keys,
-                                            const T* queries, const Query* notes, int key, unsigned bits, T* scores,
-                                            KeyGradients<D>& sums) {
+                                            const T* queries, const Query* notes, int key,
+                                            unsigned bits, T* scores, KeyGradients<D>& sums) {
   constexpr int kStride = Tile<D>::kStride;
   const T *const values = keys + Tile<D>::kElements, *const grads = queries + Tile<D>::kElements;
   const int lane = static_cast<int>(threadIdx.x) % kLanes, g = lane / 4, t = lane % 4;

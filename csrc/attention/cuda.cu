@@ -17,11 +17,15 @@
 // A padded T x T or a mask would be read beside that; rules cost integers a token. Rounding d = 80
 // to 128, as a power of two, would cost 1.6 times the operations and shared memory.
 //
-// Shared memory, n = 110, d = 80: forward 59 KB, 7 warps; backward 81 KB. Two blocks a
-// multiprocessor of an H100 by either; the backward's registers allow as many. What does not fit a
-// device's shared memory is taken in pieces: chunks of keys forward, of queries backward.
+// Shared memory, n = 110, d = 80: forward 59 KB, backward 81 KB, 7 warps each; registers 128 and
+// 168 a thread. So a multiprocessor of an H100 holds 2 blocks forward, but 1 backward (2 of up to 6
+// warps, 96 tokens): 80 sums, two tiles of scores and addresses do not fit 128 registers without
+// spilling; d = 64 and below do. What does not fit a device's shared memory is taken in pieces:
+// chunks of keys forward, of queries backward. Samples may be of any length, but beyond 128 keys
+// the backward brings the queries in anew for each 128, which is why the public function stops at
+// 256 tokens and leaves longer ones (V-JEPA's 303) to Triton until both are measured.
 //
-// Left out: asynchronous copies (with several blocks a multiprocessor one loads while another
+// Left out: a double buffer (with two blocks a multiprocessor one loads while the other
 // multiplies), wgmma (sm_90 alone, and its 64-row tiles waste half of 69 tokens).
 #include <algorithm>
 #include <cmath>
@@ -41,7 +45,9 @@ using common::ScalarType;
 using namespace kernels;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int to_tiles(int64_t tokens) { return static_cast<int>(std::max<int64_t>(ceil_div(tokens, kTile), 1)); }
+int to_tiles(int64_t tokens) {
+  return static_cast<int>(std::max<int64_t>(ceil_div(tokens, kTile), 1));
+}
 
 const int* integers(const Optional& tensor) {
   return tensor ? static_cast<const int*>(tensor->const_data_ptr()) : nullptr;

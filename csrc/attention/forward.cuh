@@ -102,8 +102,8 @@ __device__ __forceinline__ void stage_keys(const ForwardArguments<T>& a, const S
 // The groups of keys from `keys` on, which is key `key` of the sample. live, full: those that some
 // query sees, and that all of them see whole; rows: what each query sees.
 template <typename T, int D>
-__device__ __forceinline__ void attend(uint32_t (&q)[D / 16][4], const T* own,
-                                       const T* keys, const T* values, const unsigned* seen, int key,
+__device__ __forceinline__ void attend(uint32_t (&q)[D / 16][4], const T* own, const T* keys,
+                                       const T* values, const unsigned* seen, int key,
                                        unsigned live, unsigned full, const Intervals* rows,
                                        float scale, Running<D>& state) {
   constexpr int kStride = Tile<D>::kStride, kElements = Tile<D>::kElements;
@@ -257,8 +257,8 @@ __global__ void __launch_bounds__(D <= 96 ? kMostWarps * kLanes : kThreads168, D
           full |= static_cast<unsigned>(__all_sync(common::kAllLanes, all)) << group;
         }
         if (live == 0u) continue;
-        attend<T, D>(q, own, keys + at * kStride, values + at * kStride, seen + at / kTile, begin + at,
-                     live, full, rows, a.scale, state);
+        attend<T, D>(q, own, keys + at * kStride, values + at * kStride, seen + at / kTile,
+                     begin + at, live, full, rows, a.scale, state);
       }
     }
 

@@ -86,8 +86,8 @@ struct alignas(16) Sample {
     if (keep != nullptr && !keep[key]) return false;
     if (rules.bounds != nullptr && key >= rules.bounds[rules.block_count]) return false;
     if (rules.frame > 0) {
-      const Interval last = key_intervals({rules.keys, rules.frame, 0, 0, nullptr}, queries - 1).first;
-      if (key >= last.end) return false;
+      const Rules frames = {rules.keys, rules.frame, 0, 0, nullptr};
+      if (key >= key_intervals(frames, queries - 1).first.end) return false;
     }
     return true;
   }

@@ -112,7 +112,7 @@ inline const uint64_t* exchange(uint32_t low, uint32_t high, int line) {
 template <typename T>
 void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const unsigned lane = emulator::Scheduler::instance().lane(), g = lane / 4, t = lane % 4;
-  float2 rows[2][8], columns[2][8];  // pairs along the sum: A's rows g, g + 8, B's columns 2t, 2t + 1
+  float2 rows[2][8], columns[2][8];  // pairs along the sum, of A's rows and B's columns
   for (int half = 0; half < 2; ++half) {
     const uint64_t* all = emulated::exchange(a[2 * half], a[2 * half + 1], __LINE__);
     for (unsigned pair = 0; pair < 4; ++pair) {
