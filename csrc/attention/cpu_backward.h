@@ -184,7 +184,7 @@ class Backward {
     if (to_.q != nullptr) std::fill_n(query_sums_.get(), size(queries) * p_.padded, 0.f);
   }
 
-  // A tile's queries against keys [begin, end) of the packed ones, which begin at kept key `origin`.
+  // A tile's queries against packed keys [begin, end); the first one packed is kept key `origin`.
   void run(const Sample& sample, int origin, const Tile& tile, int begin, int end, Sums& sums) {
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
     const Kernels& kernel = p_.kernel;

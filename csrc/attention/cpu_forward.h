@@ -55,8 +55,8 @@ class Forward {
     chunks(shifted(tile.keys, origin), kernel.panel, kChunk, [&](int begin, int end) {
       const int start = begin / kernel.panel * kernel.panel;
       const int panels = (end - start + kernel.panel - 1) / kernel.panel;
-      kernel.scores(queries_.get(), rows, keys_.get() + static_cast<int64_t>(start) * p_.dim, panels,
-                    p_.dim, scores_.get());
+      const float* keys = keys_.get() + static_cast<int64_t>(start) * p_.dim;
+      kernel.scores(queries_.get(), rows, keys, panels, p_.dim, scores_.get());
       const int columns = panels * kernel.panel;
       for (int i = 0; i < rows; ++i) {
         float* row = scores_.get() + i * kScoreRow;

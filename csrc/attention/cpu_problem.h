@@ -152,8 +152,8 @@ struct Problem {
         const int end = bound[row * blocks + m];
         STD_TORCH_CHECK(end >= before, m == 0 ? "context" : "sizes", ": got ", end - before,
                         ", takes integers >= 0");
-        STD_TORCH_CHECK(end <= longest_q_, "sizes: got blocks up to token ", end, ", takes at most ",
-                        longest_q_);
+        STD_TORCH_CHECK(end <= longest_q_, "sizes: got blocks up to token ", end,
+                        ", takes at most ", longest_q_);
       }
     }
     const bool* kept = keep ? static_cast<const bool*>(keep->const_data_ptr()) : nullptr;
@@ -194,7 +194,8 @@ struct Problem {
     same_rotary = integers(q_index) == integers(k_index) && (own != nullptr || keys == nullptr);
     check_places("index", own, grid, longest_q_);
     check_places(same_rotary ? "index" : "key_index", keys, grid, longest_k_);
-    q_rotary = Rotary(table, own, grid, same_rotary ? std::max(longest_q_, longest_k_) : longest_q_);
+    const int longest = same_rotary ? std::max(longest_q_, longest_k_) : longest_q_;
+    q_rotary = Rotary(table, own, grid, longest);
     if (!same_rotary) k_rotary = Rotary(table, keys, grid, longest_k_);
   }
 
