@@ -90,8 +90,8 @@ void cut(const Sample& sample, int begin, int end, bool exact, const Use& use) {
   }
 }
 
-// Calls use(first key, end) for the keys of a tile, at most `most` columns of whole panels a time; a
-// multiple of `panel`. Panels begin at its multiples from key 0.
+// Calls use(first key, end) for the keys of a tile, at most `most` (whole panels) columns a time.
+// Panels begin at multiples of `panel` from key 0.
 template <typename Use>
 void chunks(const Intervals& keys, int panel, int most, const Use& use) {
   for (const Interval& part : {keys.first, keys.second}) {
