@@ -11,6 +11,14 @@ from bench.case import Case, Plan, Step
 from vicreg_kernels import dispatch
 from vicreg_kernels.ema import ema_update_
 
+TITLE = "EMA update of a vision transformer's parameters"
+CONTENDERS = {
+    "published": "mul_ and add_, tensor by tensor",
+    "foreach_mul_add": "_foreach_mul_ and _foreach_add_",
+    "foreach_lerp": "_foreach_lerp_",
+    "separate": "convert, lerp and copy, tensor by tensor",
+    "foreach_separate": "convert, lerp and copy, multi-tensor",
+}
 MOMENTUM = 0.996
 # width, depth, MLP width, patch size; V-JEPA's giant is the one of 40 blocks.
 MODELS = {
@@ -101,18 +109,18 @@ def build(
 
 
 def _case(model: str, mixed: bool, targets: dict[str, dict[str, float]], cpu: bool) -> Case:
-    name = f"{model}, half student and shadow" if mixed else model
+    name = f"{model}-half-student" if mixed else model
     dtypes = {"cuda": ("bfloat16",) if mixed else ("float32",)}
     if cpu:
         dtypes["cpu"] = dtypes["cuda"]
-    return Case(name, partial(build, model, mixed), targets, dtypes)
+    return Case(name, partial(build, model, mixed), targets, dtypes, quick=cpu)
 
 
 _PLAIN = {
     "cpu": {"published": 1.25, "foreach_lerp": 1.0},
-    "cuda": {"published": 2.0, "foreach_lerp": 1.0},
+    "cuda": {"foreach_lerp": 1.0},
 }
-_MIXED = {"cpu": {"separate": 2.0}, "cuda": {"separate": 2.0}}
+_MIXED = {"cpu": {"separate": 2.0}, "cuda": {}}
 CASES = {
     case.name: case
     for case in (
@@ -123,3 +131,25 @@ CASES = {
         _case("vit_l", True, _MIXED, cpu=False),
     )
 }
+
+
+def exercise(backend: str, device: str) -> int:
+    """Every mix of dtypes, with and without a shadow, both roundings, flat and strided tensors."""
+    bad = 0
+    halves = (torch.bfloat16, torch.float16)
+    pairs = [(t, o) for t in (torch.float32, *halves) for o in (torch.float32, *halves)]
+    for target, online in pairs:
+        for rounding in ("nearest", "stochastic"):
+            shapes = [(1,), (7, 5), (1031,), (64, 40)]
+            targets = draw(shapes, torch.device(device), target)
+            onlines = draw(shapes, torch.device(device), online)
+            targets.append(targets[-1].clone()[::2, ::3])
+            onlines.append(onlines[-1].t().contiguous().t()[::2, ::3])
+            shadows = [t.bfloat16() for t in targets] if target == torch.float32 else None
+            step = 1 if rounding == "stochastic" else None
+            ema_update_(
+                targets, onlines, MOMENTUM, shadows=shadows, rounding=rounding, step=step,
+                backend=backend,
+            )  # fmt: skip
+            bad += sum(not t.isfinite().all().item() for t in [*targets, *(shadows or [])])
+    return bad
