@@ -241,10 +241,14 @@ def hold(
 
 
 def cancellation(call: Call, cotangent: Tensor) -> float:
-    """Absolute rounding of an element of a gradient whose terms cancel."""
+    """Absolute rounding of an element of a gradient whose terms cancel. A key's gradient sums one
+    rounding a query, each weighed by about 1 / keys.
+    """
     if call.q.numel() == 0 or call.k.numel() == 0:
         return 0.0
     scale = call.q.shape[-1] ** -0.5 if call.scale is None else abs(call.scale)
     products = cotangent.double().norm(dim=-1).max() * call.v.detach().double().norm(dim=-1).max()
     other = max(x.detach().double().abs().max().item() for x in (call.q, call.k))
-    return torch.finfo(call.q.dtype).eps * scale * products.item() * other
+    side = -2 if call.q.dim() == 4 else 0
+    terms = max(1.0, call.q.shape[side] ** 0.5 / call.k.shape[side])
+    return torch.finfo(call.q.dtype).eps * scale * products.item() * other * terms
