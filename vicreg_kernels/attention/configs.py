@@ -1,8 +1,8 @@
 """Launch configurations of the attention op's Triton kernels: a table, nearest shape wins.
 
-`configs.json` maps a GPU's name, "sm_80" (tensor cores fed from registers: all but Hopper and data
-centre Blackwell) or "default" to rows of operand format ("single" or "half"), head dim, tokens of
-the longest sample, and settings. It is edited by hand; only the two general tables exist, chosen by
+`configs.json` maps a GPU's name, "default" (Hopper), "sm_100" (data centre Blackwell) or "sm_80"
+(tensor cores fed from registers: all others) to rows of operand format ("single" or "half"), head dim, tokens of
+the longest sample, and settings. It is edited by hand; only the three general tables exist, chosen by
 counting and by the registers that compilation ahead of time reports, and no GPU has measured them
 yet. Nothing is tuned while a model runs.
 
@@ -42,7 +42,7 @@ class Config:
 @cache
 def _rows(device: str, capability: int) -> tuple[tuple[str, tuple[int, int], Config], ...]:
     table = json.loads(TABLE.read_text())
-    general = "default" if capability in (9, 10) else "sm_80"
+    general = {9: "default", 10: "sm_100"}.get(capability, "sm_80")
     return tuple(
         (row["format"], (row["head_dim"], row["tokens"]), _config(row))
         for row in table.get(device, table[general])
@@ -75,5 +75,5 @@ def nearest(device: str, capability: int, format: str, head_dim: int, tokens: in
 
 def shipped() -> list[tuple[str, str, tuple[int, int], Config]]:
     """Every row of the table: (device, format, (head dim, tokens), configuration)."""
-    devices = {"default": 9, "sm_80": 8}
+    devices = {"default": 9, "sm_100": 10, "sm_80": 8}
     return [(name, *row) for name, major in devices.items() for row in _rows(name, major)]

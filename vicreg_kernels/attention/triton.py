@@ -110,7 +110,7 @@ class _Problem:
 
     def flags(self) -> dict[str, Any]:
         rules, rope = self.rules, self.rope
-        first, second = parts(self.head_dim)
+        first, second = parts(self.head_dim, self.format)
         return {
             "RAGGED": rules.q_offsets is not None, "LENGTHS": rules.lengths is not None,
             "KEEP": rules.keep is not None, "FRAMES": rules.tokens_per_frame > 0,

@@ -19,10 +19,14 @@ import triton.language as tl
 from vicreg_kernels.vicreg.triton_operands import narrow, round_to
 
 
-def parts(head_dim: int) -> tuple[int, int]:
-    """Columns of the two tiles of a head, the second 0 where one does."""
+def parts(head_dim: int, operands: str = "bf16") -> tuple[int, int]:
+    """Columns of the two tiles of a head, the second 0 where one does.
+
+    float32 operands are split into two tf32 that stay in registers: two tiles of them spill, so
+    they take one.
+    """
     whole = triton.next_power_of_2(head_dim)
-    if whole == head_dim:
+    if whole == head_dim or operands in ("fp32", "tf32"):
         return whole, 0
     first = whole // 2
     second = max(16, triton.next_power_of_2(head_dim - first))
