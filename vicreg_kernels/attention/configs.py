@@ -1,10 +1,10 @@
 """Launch configurations of the attention op's Triton kernels: a table, nearest shape wins.
 
 `configs.json` maps a GPU's name, "default" (Hopper), "sm_100" (data centre Blackwell) or "sm_80"
-(tensor cores fed from registers: all others) to rows of operand format ("single" or "half"), head dim, tokens of
-the longest sample, and settings. It is edited by hand; only the three general tables exist, chosen by
-counting and by the registers that compilation ahead of time reports, and no GPU has measured them
-yet. Nothing is tuned while a model runs.
+(tensor cores fed from registers: all others) to rows of operand format ("single" or "half"), head
+dim, tokens of the longest sample, and settings. It is edited by hand; only the three general tables
+exist, chosen by counting and by the registers that compilation ahead of time reports, and no GPU
+has measured them yet. Nothing is tuned while a model runs.
 
 What was counted, for an H100 (228 KB of shared memory and 64 K registers a multiprocessor; a
 launch must also fit the 99 KiB of smaller GPUs): a warp group multiplies 64 rows at once, so tiles
