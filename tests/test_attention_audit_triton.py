@@ -138,5 +138,18 @@ def test_every_shipped_shape_can_be_launched() -> None:
     assert configs.nearest("", 12, "bf16", 64, 0) == configs.nearest("", 8, "fp16", 16, 64)
 
 
+def test_parts_of_a_head() -> None:
+    triton = pytest.importorskip("triton")
+    from vicreg_kernels.attention.triton_tiles import parts
+
+    for dim in range(16, 129, 8):
+        first, second = parts(dim)
+        assert dim <= first + second <= triton.next_power_of_2(dim)
+        assert parts(dim, "fp32") == (triton.next_power_of_2(dim), 0)
+    assert [parts(d) for d in (40, 56, 64, 80, 88, 104)] == [
+        (32, 16), (64, 0), (64, 0), (64, 16), (64, 32), (128, 0),
+    ]  # fmt: skip
+
+
 if __name__ == "__main__":
     audit_triton.record("attention", launched, CASES)

@@ -66,7 +66,6 @@ else:
 
     from vicreg_kernels.attention import configs, triton_rules
     from vicreg_kernels.attention import triton as launchers
-    from vicreg_kernels.attention.triton_tiles import parts
 
     @triton.jit
     def visits_kernel(
@@ -445,11 +444,3 @@ class TestInterpreter:
         found = gradients(cases.Call(first[0], k, v, FrameCausal(16)).wanting(*ALL), first[1])
         for got in found[2:]:  # later keys are not seen by the first frame
             assert got[:, :, 16:].isfinite().all()
-
-    def test_parts_of_a_head(self):
-        for dim in cases.HEAD_DIMS:
-            first, second = parts(dim)
-            assert dim <= first + second <= triton.next_power_of_2(dim)
-        assert [parts(d) for d in (40, 56, 64, 80, 88, 104)] == [
-            (32, 16), (64, 0), (64, 0), (64, 16), (64, 32), (128, 0),
-        ]  # fmt: skip
