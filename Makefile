@@ -24,8 +24,11 @@ $(VENV)/packages: pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps timm==1.0.31
 	touch $@
 
+# Without CUDA in torch _C_cuda could not be loaded; its sources are compiled by their audits.
 $(VENV)/libraries: $(VENV)/packages $(SOURCES)
-	$(BIN)/python setup.py -q build_ext --inplace
+	VICREG_KERNELS_BUILD=$${VICREG_KERNELS_BUILD:-$$($(BIN)/python -c \
+	    "import torch; print('auto' if torch.version.cuda else 'cpu')")} \
+	    $(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 
 setup: $(VENV)/libraries

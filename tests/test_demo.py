@@ -345,3 +345,12 @@ def test_bad_options_are_named(options, message, capsys, tmp_path, monkeypatch):
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_memory_too_small_to_be_seen_gives_no_ratio():
+    for reference, fused in ((0.0, 8.0), (8.0, 0.0)):
+        ratio = table._ratio({"reference": reference, "fused": fused})
+        assert table._times(ratio, "less", "more") == ""
+    assert (
+        table._times(table._ratio({"reference": 1.0, "fused": 4.0}), "less", "more") == "4.0x more"
+    )

@@ -112,7 +112,7 @@ def _ratio(values: dict[str, float]) -> float:
 
 def _times(ratio: float, better: str, worse: str) -> str:
     """How many times better the fused loss is: of a gain its inverse reads as a loss."""
-    if ratio == math.inf:
+    if ratio in (0.0, math.inf):  # one of the two was too small to be seen
         return ""
     return f"{ratio:.1f}x {better}" if ratio >= 1 else f"{1 / ratio:.1f}x {worse}"
 
