@@ -32,8 +32,12 @@ QUICK_BUDGET = 2.0
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+VERY_SLOW = 5.0  # seconds a call
+
+
 def warm_up(step: measure.Step, twice: bool, device: torch.device) -> tuple[float, int]:
-    """Seconds a call, and bytes at its peak. A slow step is called once; twice: one that compiles
+    """Seconds a call, and bytes at its peak. A very slow step is called once, others again: the
+    first call of a process also starts the profiler and loads libraries. twice: one that compiles
     in its first call (torch.compile, Triton).
     """
     if twice:
@@ -41,7 +45,7 @@ def warm_up(step: measure.Step, twice: bool, device: torch.device) -> tuple[floa
     start = time.perf_counter()
     peak = measure.peak_memory(step, device)
     seconds = time.perf_counter() - start
-    if seconds < measure.SLOW:
+    if seconds < VERY_SLOW:
         seconds = measure.make_clock(device)(step) / 1e3
         peak = measure.peak_memory(step, device)
     return seconds, peak
