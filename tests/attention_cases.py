@@ -20,6 +20,7 @@ from vicreg_kernels.attention import (
     backends,
     masked_attention,
     masks,
+    reference,
 )
 
 # What draw() knows. "ragged_keys": packed, keys with offsets of their own.
@@ -242,13 +243,17 @@ def hold(
 
 def cancellation(call: Call, cotangent: Tensor) -> float:
     """Absolute rounding of an element of a gradient whose terms cancel. A key's gradient sums one
-    rounding a query, each weighed by about 1 / keys.
+    rounding a query, each weighed by about 1 / the keys that the query sees.
     """
-    if call.q.numel() == 0 or call.k.numel() == 0:
+    q, k = call.q, call.k
+    if q.numel() == 0 or k.numel() == 0:
         return 0.0
-    scale = call.q.shape[-1] ** -0.5 if call.scale is None else abs(call.scale)
+    scale = q.shape[-1] ** -0.5 if call.scale is None else abs(call.scale)
     products = cotangent.double().norm(dim=-1).max() * call.v.detach().double().norm(dim=-1).max()
-    other = max(x.detach().double().abs().max().item() for x in (call.q, call.k))
-    side = -2 if call.q.dim() == 4 else 0
-    terms = max(1.0, call.q.shape[side] ** 0.5 / call.k.shape[side])
-    return torch.finfo(call.q.dtype).eps * scale * products.item() * other * terms
+    other = max(x.detach().double().abs().max().item() for x in (q, k))
+    if q.dim() == 3:
+        q, k = (x.transpose(0, 1).unsqueeze(0) for x in (q, k))
+    rules = masks.resolve(call.mask, q, k)
+    seen = reference.visible(rules, q.shape[2], k.shape[2], q.device).sum(dim=-1).double()
+    weights = torch.where(seen > 0, 1.0 / seen, 0.0).square().sum(dim=-1).max().sqrt().item()
+    return torch.finfo(q.dtype).eps * scale * products.item() * other * max(1.0, weights)
