@@ -1,4 +1,4 @@
-"""The tokens ops against what is published and against the best plain PyTorch.
+"""The tokens ops against what is published and against the advanced indexing.
 
 Every case is one whole step, forward and backward, on the same masks: sorted, without repeats, as
 the mask collators draw them. Contenders:
@@ -34,7 +34,7 @@ TITLE = "Token ops, forward and backward, by teacher and kept tokens"
 CONTENDERS = {
     "published": "published code, eager",
     "compiled": "published code, torch.compile",
-    "plain": "best plain PyTorch",
+    "plain": "advanced indexing",
     "index_select": "index_select of flat rows",
 }
 
