@@ -229,3 +229,12 @@ def test_the_cuda_backend_says_what_it_does_not_take(monkeypatch):
     long = heads(1, 1, 257, 16, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="at most 256 tokens a sample"):
         masked_attention(long, long, long, backend="cuda")
+
+
+def test_offsets_on_a_device_are_read_in_debug_mode_alone(monkeypatch):
+    """A meta tensor stands for the device: it cannot be read."""
+    offsets = torch.tensor([0, 4], device="meta")
+    assert Ragged(offsets, max_length=4).total is None
+    monkeypatch.setattr(dispatch, "DEBUG", True)
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        Ragged(offsets, max_length=4)

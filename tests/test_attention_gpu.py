@@ -13,7 +13,7 @@ from attention_cases import LAYOUTS, RULES, Call, draw, hold
 from torch import Tensor
 
 from vicreg_kernels import dispatch
-from vicreg_kernels.attention import Rope3d, apply_rope, masked_attention
+from vicreg_kernels.attention import Ragged, Rope3d, apply_rope, masked_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -266,3 +266,11 @@ def test_compiled_full_graph(backend, rules):
     found = (out.detach(), *torch.autograd.grad(out, call.inputs, cotangent))
     for a, b in zip(found, results(backend, call, cotangent), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3)
+
+
+def test_debug_mode_refuses_offsets_and_places_on_the_device(monkeypatch):
+    monkeypatch.setattr(dispatch, "DEBUG", True)
+    with pytest.raises(ValueError, match="offsets: got offsets that decrease"):
+        Ragged(torch.tensor([0, 5, 3], device=DEVICE), max_length=9)
+    with pytest.raises(ValueError, match="index: got places 0 to 6"):
+        Rope3d((2, 3), torch.tensor([0, 6], device=DEVICE))

@@ -23,7 +23,6 @@ from vicreg_kernels import (
     Ragged,
     Rope3d,
     apply_rope,
-    dispatch,
     masked_attention,
 )
 
@@ -323,9 +322,3 @@ def test_the_log_says_what_ran(caplog):
     said = [record.getMessage() for record in caplog.records]
     assert "attention (1, 1, 4, 16)" in said[0]
     assert "rope (1, 1, 4, 16)" in said[1]
-
-
-def test_debug_mode_is_read_from_the_environment(monkeypatch):
-    assert not dispatch.debugging()
-    monkeypatch.setenv("VICREG_KERNELS_DEBUG", "1")
-    assert dispatch.debugging()

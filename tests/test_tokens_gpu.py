@@ -22,7 +22,7 @@ from token_cases import (
 )
 
 from vicreg_kernels import dispatch
-from vicreg_kernels.tokens import assemble_tokens, checks, gather_tokens, prediction_loss
+from vicreg_kernels.tokens import assemble_tokens, gather_tokens, prediction_loss
 
 pytestmark = pytest.mark.gpu
 
@@ -176,14 +176,14 @@ def test_runs_on_the_current_stream(backend):
 
 def test_indices_out_of_range(backend, monkeypatch):
     """NaN without a check, an error in debug mode."""
-    monkeypatch.setattr(checks, "DEBUG", False)
+    monkeypatch.setattr(dispatch, "DEBUG", False)
     x, index = draw(2, 5, 16, **CUDA), mask(2, 5, 3, **CUDA).index
     index[1, 1] = 1 << 30
     rows = gather_tokens(x, index, backend=backend)
     assert rows.isnan().all(-1).tolist() == [[False] * 3, [False, True, False]]
     pred = draw(2, 3, 16, **CUDA)
     assert prediction_loss(pred, x.detach(), index, backend=backend).isnan()
-    monkeypatch.setattr(checks, "DEBUG", True)
+    monkeypatch.setattr(dispatch, "DEBUG", True)
     with pytest.raises(ValueError, match=r"^index: got"):
         gather_tokens(x, index, backend=backend)
     with pytest.raises(ValueError, match=r"^index: got"):

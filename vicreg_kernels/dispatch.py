@@ -2,7 +2,8 @@
 
 `backend=None` takes the best one for the device and shape. A backend named in the call that cannot
 run there is an error. The environment variable VICREG_KERNELS_BACKEND, read at import, takes the
-place of None. What ran, and why, goes to the debug log of the logger "vicreg_kernels".
+place of None; VICREG_KERNELS_DEBUG is read then too. What ran, and why, goes to the debug log of
+the logger "vicreg_kernels".
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from vicreg_kernels import library
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Whether checks that wait for the device are wanted.
+DEBUG: bool = os.environ.get("VICREG_KERNELS_DEBUG", "0") == "1"
 ENVIRONMENT_BACKEND: str | None = os.environ.get("VICREG_KERNELS_BACKEND") or None
 
 # Below this min(N, D) a vendor product beats a hand-written triangular one (published H100 figures:
@@ -32,11 +35,6 @@ def interpreting() -> bool:
 
 
 _INTERPRETING = interpreting()
-
-
-def debugging() -> bool:
-    """Whether checks that wait for the device are wanted (VICREG_KERNELS_DEBUG=1)."""
-    return os.environ.get("VICREG_KERNELS_DEBUG", "0") == "1"
 
 
 def missing(backend: str, device_type: str, dtype: torch.dtype) -> str | None:

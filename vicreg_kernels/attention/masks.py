@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from vicreg_kernels import dispatch
+
 Integers: TypeAlias = Tensor | Sequence[int]
 
 
@@ -122,7 +124,8 @@ class Ragged(Rule):
         key_offsets: those of the keys, where they differ from the queries'.
         max_length, max_key_length: the longest sample, or a bound on it. Needed only with offsets
             on a device, to spare the call that reads them: they are then trusted, as are the
-            offsets. Without it, offsets on a device are read (and checked) once, here.
+            offsets. Without it, or with VICREG_KERNELS_DEBUG=1, offsets on a device are read and
+            checked once, here.
     """
 
     kind = "Ragged"
@@ -159,7 +162,8 @@ def _offsets(name: str, values: Integers, longest: int | None) -> tuple[Tensor, 
     offsets = _integers(name, values, (1,))
     if offsets.shape[0] < 2:
         raise ValueError(f"{name}: got {offsets.shape[0]} offsets, takes at least 2 (one sample)")
-    if torch.compiler.is_compiling() or (offsets.device.type != "cpu" and longest is not None):
+    trusted = offsets.device.type != "cpu" and longest is not None and not dispatch.DEBUG
+    if torch.compiler.is_compiling() or trusted:
         if longest is None:
             raise ValueError(f"{name}: inside torch.compile max_length must be given")
         return offsets, longest, None

@@ -98,7 +98,7 @@ class Rope3d:
         if index.dim() not in (1, 2):
             raise ValueError(f"{name}: got shape {tuple(index.shape)}, takes [T] or [B, T]")
         index = index.detach()
-        look = readable(index) or (dispatch.debugging() and not torch.compiler.is_compiling())
+        look = readable(index) or (dispatch.DEBUG and not torch.compiler.is_compiling())
         if look and index.numel():
             least, most = int(index.min()), int(index.max())
             if least < 0 or most >= self.places:

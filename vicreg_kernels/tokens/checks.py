@@ -9,7 +9,6 @@ a row whose index is out of range becomes NaN.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TypeAlias
@@ -17,11 +16,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from vicreg_kernels.dispatch import FUSED_DTYPES
+from vicreg_kernels import dispatch
 
-DTYPES = (torch.float64, *FUSED_DTYPES)
+DTYPES = (torch.float64, *dispatch.FUSED_DTYPES)
 INDEX_DTYPES = (torch.int32, torch.int64)
-DEBUG = os.environ.get("VICREG_KERNELS_DEBUG", "0") == "1"
 
 Offsets: TypeAlias = Tensor | Sequence[int]
 
@@ -89,7 +87,7 @@ def wanted(backend: str, z: Tensor) -> bool:
     """Whether values are checked here: the compiled CPU kernels do it themselves."""
     if torch.compiler.is_compiling():
         return False
-    return backend != "cpu" and (DEBUG or z.device.type == "cpu")
+    return backend != "cpu" and (dispatch.DEBUG or z.device.type == "cpu")
 
 
 def index_values(name: str, z: Tensor, length: int) -> None:
