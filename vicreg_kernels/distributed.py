@@ -26,7 +26,7 @@ LONGEST_VALUE = 160
 LONGEST_ERROR = 480
 
 # torch 2.13 renames it.
-_all_gather = getattr(dist, "all_gather_single", None) or getattr(
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
     dist, "all_gather_into_tensor", None
 )
 
