@@ -20,7 +20,7 @@ def loss(
 ) -> Tensor:
     """sum_i (C_ii - 1)^2 + lambd sum_{i != j} C_ij^2 over the rows of all ranks; 0-d.
 
-    Called by `op.barlow_twins_loss` where `process_group` resolves to `group`, after this rank's own
+    Called by `op.barlow_twins_loss` where `process_group` resolves to `group`, after its own
     checks (`op.check_views`): x, y: its rows, [N, D] of one dtype and device, N >= 1, D >= 1. That
     the ranks agree (`distributed.agree`) and hold two rows together is checked here. eps, std_eps,
     unbiased, lambd: the convention's numbers, as the library-level ops take them; `convention` is
