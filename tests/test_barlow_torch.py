@@ -16,8 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 from vicreg_kernels.barlow import BarlowTwinsLoss, barlow_twins_loss
 
-SIDES = [(6, 9), (9, 4)]
-
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
@@ -43,9 +41,15 @@ def assert_same_outcome(actual, expected):
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [*SIDES, (3, 3)])
-@pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "needed"),
+    [
+        ((6, 9), torch.float32, (True, True)),
+        ((9, 4), torch.float32, (False, True)),
+        ((3, 3), torch.bfloat16, (True, False)),
+        ((4, 9), torch.float16, (True, True)),
+    ],
+)
 def test_opcheck(fused, shape, dtype, needed):
     pair = two_views(shape, fused, dtype)
     for view, wants in zip(pair, needed, strict=True):
@@ -58,8 +62,9 @@ def test_opcheck(fused, shape, dtype, needed):
         torch.library.opcheck(getattr(torch.ops.vicreg_kernels, name).default, args)
 
 
-@pytest.mark.parametrize("shape", SIDES)
-@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize(
+    ("backend", "shape"), [(None, (6, 9)), (None, (9, 4)), ("reference", (6, 9))]
+)
 def test_fullgraph_equals_eager(fused, backend, shape):
     module = BarlowTwinsLoss(0.1, convention="monai", backend=backend or fused.name)
     pair = two_views(shape, fused)
@@ -68,18 +73,16 @@ def test_fullgraph_equals_eager(fused, backend, shape):
 
 
 def test_inductor(fused):
-    """The default compiler, with arithmetic around the op that it generates code for."""
+    """The default compiler calls the ops as they are."""
 
     def function(x, y):
-        return barlow_twins_loss(2.0 * x, y - 1.0, backend=fused.name)
+        return barlow_twins_loss(x, y, backend=fused.name)
 
     pair = two_views((12, 20), fused)
     # its cache on disk knows the graph, not the shapes this version's fake op gives
     with torch._inductor.config.patch(force_disable_caches=True):
         actual = differentiate(torch.compile(function, fullgraph=True), *pair)
-    expected = differentiate(function, *pair)
-    torch.testing.assert_close(actual.values, expected.values)
-    torch.testing.assert_close(actual.gradients, expected.gradients)
+    assert_same_outcome(actual, differentiate(function, *pair))
 
 
 def test_dynamic_shapes_compile_once_a_side(fused):
@@ -87,7 +90,7 @@ def test_dynamic_shapes_compile_once_a_side(fused):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss(fused), fullgraph=True, dynamic=True, backend=counter)
     compilations = []
-    for shape in [(16, 40), (40, 16), (8, 30), (30, 8), (12, 12), (17, 129), (129, 17)]:
+    for shape in [(16, 40), (40, 16), (8, 30), (12, 12), (129, 17)]:
         pair = two_views(shape, fused)
         assert_same_outcome(differentiate(compiled, *pair), differentiate(loss(fused), *pair))
         compilations.append(counter.frame_count)
@@ -102,12 +105,13 @@ def test_settings_are_not_baked_into_the_graph_wrongly(fused):
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     pair = two_views((6, 9), fused)
-    for lambd in (0.01, 2.0, 0.5):
+    for lambd in (0.01, 2.0):
         assert torch.equal(compiled(*pair, lambd), function(*pair, lambd))
 
 
-@pytest.mark.parametrize("shape", [(33, 70), (70, 33)])
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("shape", "half"), [((33, 70), torch.bfloat16), ((70, 33), torch.bfloat16)]
+)
 def test_autocast_does_not_lower(fused, shape, half):
     """Same bits with and without, forward and backward inside the region, compiled or not; and so
     the reference.
