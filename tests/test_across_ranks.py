@@ -46,8 +46,14 @@ class Case:
 
 
 def encoder(dim: int) -> Callable[[], nn.Module]:
-    """A small encoder of [N, FEATURES] to [N, dim]."""
-    return lambda: nn.Sequential(nn.Linear(FEATURES, 16), nn.Tanh(), nn.Linear(16, dim))
+    """A small encoder of [N, FEATURES] to [N, dim]; a bias of its last layer would have no gradient
+    where embeddings are centred.
+    """
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(FEATURES, 16), nn.Tanh(), nn.Linear(16, dim, bias=False))
+
+    return build
 
 
 def views(count: int = 2, *shape: int) -> Callable[[], tuple[Tensor, ...]]:
