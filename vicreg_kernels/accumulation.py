@@ -67,8 +67,6 @@ def accumulate(
             for batch in micro_batches:
                 random.append(_random_states(_devices(batch)))
                 found.append(_encode(encoder, batch))
-        # Weights that autocast has cast without a graph must not serve the second pass.
-        torch.clear_autocast_cache()
         _check_embeddings(found)
         shapes = [[z.shape for z in parts] for parts in found]
         whole = [torch.cat(parts).requires_grad_() for parts in zip(*found, strict=True)]
@@ -81,15 +79,13 @@ def accumulate(
     rows = [[shape[0] for shape in parts] for parts in zip(*shapes, strict=True)]
     pieces = zip(*(grad.split(r) for grad, r in zip(grads, rows, strict=True)), strict=True)
 
-    after = [buffer.clone() for buffer in buffers]
-    _put(buffers, before)  # what they do to the embeddings must repeat too
+    _put(buffers, before)  # the second pass repeats the first, also in what it does to them
     last = len(micro_batches) - 1
     with _random_states_kept(random), torch.enable_grad():
         for i, (batch, piece) in enumerate(zip(micro_batches, pieces, strict=True)):
             _set_random_states(random[i])
             with _no_sync(modules) if i < last else contextlib.nullcontext():
                 _backward(encoder, batch, piece, shapes[i], i)
-    _put(buffers, after)
     return value
 
 
