@@ -271,7 +271,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor y, d
   return {loss, moments, diagonal, products, standardised};
 }
 
-std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor y, Tensor moments,
+std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor /* y */, Tensor moments,
                                     Tensor diagonal, Tensor products, Tensor standardised,
                                     bool need_x, bool need_y, double eps, double std_eps,
                                     bool unbiased, double lambd) {

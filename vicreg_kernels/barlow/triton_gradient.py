@@ -209,14 +209,16 @@ def finish_kernel(
     column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
     live = column < dim
     g = tl.load(grad)
-    xp, xo, xs = view_coefficients(
-        g, lambd, diagonal, sums, moments, column, live, rows, dim, parts,
-        degrees, eps, std_eps, ROWS, COLUMNS,
-    )  # fmt: skip
-    yp, yo, ys = view_coefficients(
-        g, lambd, diagonal, sums + tl.cast(parts, tl.int64) * dim, moments + 3 * dim, column, live,
-        rows, dim, parts, degrees, eps, std_eps, ROWS, COLUMNS,
-    )  # fmt: skip
+    if NEED_X:
+        xp, xo, xs = view_coefficients(
+            g, lambd, diagonal, sums, moments, column, live, rows, dim, parts,
+            degrees, eps, std_eps, ROWS, COLUMNS,
+        )  # fmt: skip
+    if NEED_Y:
+        yp, yo, ys = view_coefficients(
+            g, lambd, diagonal, sums + tl.cast(parts, tl.int64) * dim, moments + 3 * dim,
+            column, live, rows, dim, parts, degrees, eps, std_eps, ROWS, COLUMNS,
+        )  # fmt: skip
     first = (tl.program_id(0) // across) * block_rows
     last = tl.minimum(first + block_rows, rows)
     for n in range(first, last, ROWS):

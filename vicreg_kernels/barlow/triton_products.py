@@ -131,9 +131,7 @@ def cross_kernel(
     b_column = (t % across) * TILE + tl.arange(0, TILE)
     a_live = a_column < dim
     b_live = b_column < dim
-    a_origin, a_offset, a_scale = load_scale(
-        moments, dim, a_column, a_live, degrees, eps, std_eps
-    )
+    a_origin, a_offset, a_scale = load_scale(moments, dim, a_column, a_live, degrees, eps, std_eps)
     b_origin, b_offset, b_scale = load_scale(
         moments + 3 * dim, dim, b_column, b_live, degrees, eps, std_eps
     )
