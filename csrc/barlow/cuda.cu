@@ -86,6 +86,11 @@ View<T> view(const Tensor& z) {  // [N, D]
 }
 
 template <typename T>
+bool vectors(const Problem& p, const Tensor& x, const Tensor& y) {
+  return aligned(p.dim, view<T>(x)) && aligned(p.dim, view<T>(y));
+}
+
+template <typename T>
 T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
@@ -168,11 +173,13 @@ double rounding_power(const Problem& p) {
 }
 
 template <typename T, bool Vectors>
-void backward_kernels(const Problem& p, const Tensor& grad, const Tensor& moments,
-                      const Tensor& diagonal, const Tensor& products, const Tensor& standardised,
-                      double lambd, std::array<Tensor, 2> out, std::array<bool, 2> wanted) {
+void backward_kernels(const Problem& p, const Tensor& grad, const Tensor& x, const Tensor& y,
+                      const Tensor& moments, const Tensor& diagonal, const Tensor& products,
+                      const Tensor& standardised, double lambd, std::array<Tensor, 2> out,
+                      std::array<bool, 2> wanted) {
   constexpr bool direct = std::is_same_v<T, float>;  // the product lands in the gradient itself
-  const Queue queue(standardised);
+  const Queue queue(x);
+  const Views<T> both = {view<T>(x), view<T>(y)};
   const double power = rounding_power<T>(p);
 
   Gradient<T> g = {};
@@ -184,7 +191,6 @@ void backward_kernels(const Problem& p, const Tensor& grad, const Tensor& moment
   g.dim = p.dim;
   g.moments = data<float>(moments);
   g.diagonal = data<float>(diagonal);
-  g.standardised = data<T>(standardised);
 
   // The square operand, and where N >= D the sums of its squares.
   const int64_t area = p.side * p.side;
@@ -200,8 +206,8 @@ void backward_kernels(const Problem& p, const Tensor& grad, const Tensor& moment
     g.parts[0] = {by_row, c.tiles, p.dim};
     g.parts[1] = {by_column, c.row_blocks, p.dim};
   } else if (!direct) {
-    queue.launch(&round_grams<T>, blocks_of_warps(2 * area / common::kLanes + 1, queue), kThreads,
-                 0, 2 * area, data<float>(products), static_cast<float>(power), data<T>(square));
+    queue.launch(&round_grams<T>, blocks_of_warps(2 * p.rows, queue), kThreads, 0, p.rows,
+                 data<float>(products), static_cast<float>(power), data<T>(square));
   }
 
   // Pieces are columns (N < D) or rows.
@@ -236,18 +242,21 @@ void backward_kernels(const Problem& p, const Tensor& grad, const Tensor& moment
                             {area, v == 0 ? 1 : p.side, v == 0 ? p.side : 1}, 0),
             target);
       }
-      g.product[v] = {data<float>(target), columns};
+      const bool apart = p.gram && !direct;  // the diagonal, from the Gram matrix
+      g.product[v] = {data<float>(target), columns,
+                      apart ? data<float>(products) + (1 - v) * area : nullptr};
     }
     if (p.gram) {
       const Cut s = cut(1, row, rows, column, columns, kGradientColumns,
                         2 * queue.multiprocessors());
       sums = common::empty(products, {s.row_blocks, 2, columns}, ScalarType::Float);
-      queue.launch(&product_sums<T, Vectors>, blocks_of(s), kThreads, 0, s, g, data<float>(sums));
+      queue.launch(&product_sums<T, Vectors>, blocks_of(s), kThreads, 0, both, s, g,
+                   data<float>(sums));
       for (int v = 0; v < 2; ++v) {
         g.parts[v] = {data<float>(sums) + v * columns, s.row_blocks, 2 * columns};
       }
     }
-    queue.launch(&gradient_rows<T, Vectors>, blocks_of(c), kThreads, 0, c, g);
+    queue.launch(&gradient_rows<T, Vectors>, blocks_of(c), kThreads, 0, both, c, g);
   }
 }
 
@@ -264,14 +273,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor y, d
   const Tensor standardised = common::empty(x, {2, p.rows, p.dim}, p.dtype);
   by_dtype(p, [&](auto element) {
     using T = decltype(element);
-    const bool vectors = aligned(p.dim, view<T>(x)) && aligned(p.dim, view<T>(y));
-    const auto run = vectors ? &forward_kernels<T, true> : &forward_kernels<T, false>;
+    const auto run = vectors<T>(p, x, y) ? &forward_kernels<T, true> : &forward_kernels<T, false>;
     run(p, x, y, lambd, loss, moments, diagonal, products, standardised);
   });
   return {loss, moments, diagonal, products, standardised};
 }
 
-std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor /* y */, Tensor moments,
+std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor y, Tensor moments,
                                     Tensor diagonal, Tensor products, Tensor standardised,
                                     bool need_x, bool need_y, double eps, double std_eps,
                                     bool unbiased, double lambd) {
@@ -285,9 +293,9 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor /* y */, Tenso
   if (need_x || need_y) {
     by_dtype(p, [&](auto element) {
       using T = decltype(element);
-      const auto run = p.dim % kGradientColumns == 0 ? &backward_kernels<T, true>
-                                                     : &backward_kernels<T, false>;
-      run(p, grad, moments, diagonal, products, standardised, lambd, out, wanted);
+      const auto run = vectors<T>(p, x, y) ? &backward_kernels<T, true>
+                                           : &backward_kernels<T, false>;
+      run(p, grad, x, y, moments, diagonal, products, standardised, lambd, out, wanted);
     });
   }
   return {out[0], out[1]};

@@ -116,14 +116,19 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// For the gradient of half inputs where N < D: rounded = grams times `power`, `count` elements.
+// For the gradient of half inputs where N < D: rounded [2, N, N] = grams times `power`, the diagonal
+// zero; a warp takes a row.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    round_grams(int64_t count, const float* grams, float power, T* rounded) {
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+    round_grams(int64_t rows, const float* grams, float power, T* rounded) {
+  const int lane = threadIdx.x % kLanes;
+  const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
+  for (int64_t at = warp; at < 2 * rows; at += static_cast<int64_t>(gridDim.x) * kWarps) {
+    const int64_t n = at % rows;
 #pragma unroll 4
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += step) {
-    rounded[i] = narrow<T>(grams[i] * power);
+    for (int64_t m = lane; m < rows; m += kLanes) {
+      rounded[at * rows + m] = narrow<T>(m == n ? 0.f : grams[at * rows + m] * power);
+    }
   }
 }
 

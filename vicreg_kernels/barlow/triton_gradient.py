@@ -83,6 +83,9 @@ def gradient_kernel(
     and its column sums of product times z into sums [2, down, D], for `finish_kernel`. Else the
     other view's Z times C^T or C, and with the sums [2, D] of C's squares the gradient itself.
 
+    The Gram matrix's diagonal, N^0.5 or more times the rest, multiplies z unrounded: most of that is
+    in z's own direction, where the standardisation's gradient takes it out again.
+
     2 N D m operations a view, m = min(N, D); reads N D elements (else 3 N D) and writes N D, while
     the square matrix stays in L2.
     """
@@ -122,6 +125,7 @@ def gradient_kernel(
             inside = r < rows
             square_at = square + tall[:, None] * rows + r[None, :]
             a = tl.load(square_at, mask=some_rows & inside[None, :], other=0.0)
+            a = tl.where(row[:, None] == r[None, :], 0.0, a)
             z_at = own + r.to(tl.int64)[:, None] * own_n + column.to(tl.int64)[None, :] * own_d
             b = tl.load(z_at, mask=inside[:, None] & live[None, :], other=0.0).to(tl.float32)
             b = ((b - origin[None, :]) - offset[None, :]) * scale[None, :]
@@ -152,6 +156,7 @@ def gradient_kernel(
     )
     target = tl.where(is_x, out_x, out_y) + tall[:, None] * dim + column[None, :]
     if GRAM:
+        acc += tl.load(square + tall * (rows + 1), mask=row < rows, other=0.0)[:, None] * own_z
         dot = tl.sum(tl.where(keep, acc * own_z, 0.0), axis=0)
         tl.store(sums + (view * down + i).to(tl.int64) * dim + column, dot, mask=live)
         tl.store(target, acc, mask=keep)
