@@ -14,7 +14,7 @@ class Config:
     statistics: (rows, columns, warps) of a tile; rows read in one block before they are split up.
     product: (tile, depth, warps, stages); programs a multiprocessor wanted from the split, and the
         fewest steps of `depth` that are worth a split.
-    combine: (tile, splits read at once, warps).
+    combine: (tile, splits read at once, warps). inner: the same where there are no splits.
     squares: (strip, width, warps).
     gradient: (rows, columns, depth, warps, stages).
     finish: (rows, columns, warps); programs a multiprocessor wanted.
@@ -26,6 +26,7 @@ class Config:
     occupancy: int = 1
     least_steps: int = 4
     combine: tuple[int, int, int] = (16, 8, 4)
+    inner: tuple[int, int, int] = (64, 1, 8)
     squares: tuple[int, int, int] = (16, 64, 4)
     gradient: tuple[int, int, int, int, int] = (64, 64, 32, 4, 3)
     finish: tuple[int, int, int] = (8, 128, 4)
@@ -48,4 +49,4 @@ def choose(format: str, rows: int, dim: int) -> Config:
             product=(128, 32 if half else 16, 8, 3),
             gradient=(128, 64, 32, 8, 3),
         )
-    return Config(block_rows=block_rows, product=(64, 64 if half else 32, 4, 3))
+    return Config(block_rows=block_rows)

@@ -1,7 +1,7 @@
 """Launchers of the Barlow Twins op's Triton kernels.
 
-Launches: forward 3 to 5 (statistics, merged where rows are many enough to split them; product,
-combined where its tiles are few enough to split them; loss), backward 2 (N < D: product, finish;
+Launches: forward 4 (statistics, product, combine, loss; one less where the D x D product needs no
+split) or 5 where rows are many enough to split the statistics; backward 2 (N < D: product, finish;
 else the squares of C, product). Nothing waits for the device, and allocation depends on shapes
 alone, so both can be captured in a CUDA graph. No standardised copy is stored: with N < D a view's
 rows are read twice forward and twice backward from memory, where tiles share them through L2.
@@ -98,11 +98,12 @@ def forward(
     tile, depth, product_warps, stages = p.config.product
     across = triton.cdiv(p.side, tile)
     tiles = across * (across + 1) // 2 if p.gram else across * across
-    splits, chunk = _splits(p, tiles)
-    small, each, combine_warps = p.config.combine
-    narrow = triton.cdiv(p.side, small)
-    pieces = narrow * (narrow + 1) // 2 if p.gram else narrow * narrow
-    count = tiles if splits == 1 else pieces
+    splits, chunk = _splits(p, 2 * tiles if p.gram else tiles)
+    whole_cross = not p.gram and splits == 1
+    small, each, combine_warps = p.config.combine if splits > 1 else p.config.inner
+    edge = triton.cdiv(p.side, small)
+    pieces = 0 if whole_cross else edge * (edge + 1) // 2 if p.gram else edge * edge
+    count = pieces or tiles
 
     partials = p.empty(0 if row_blocks == 1 else row_blocks, 5, p.dim)
     invariances, taken, sums = p.empty(2 * blocks + count, dtype=torch.float64).split(
@@ -124,16 +125,23 @@ def forward(
                 p.rows, p.dim, row_blocks, block_rows, x.stride(1), y.stride(1), *p.scale,
                 GRAM=p.gram, ROWS=height, COLUMNS=width, num_warps=warps,
             )  # fmt: skip
-        product_kernel = gram_kernel if p.gram else cross_kernel
-        product_kernel[(splits * tiles,)](
-            x, y, moments, parts, sums, p.rows, p.dim, chunk, *p.strides, *p.scale,
-            WHOLE=splits == 1, FORMAT=p.format, PRECISION=p.forward_precision,
-            TILE=tile, DEPTH=depth, num_warps=product_warps, num_stages=stages,
-        )  # fmt: skip
-        if splits > 1:
+        if p.gram:
+            gram_kernel[(2 * splits * tiles,)](
+                x, y, moments, parts, p.rows, p.dim, splits, chunk, *p.strides, *p.scale,
+                WHOLE=splits == 1, FORMAT=p.format, PRECISION=p.forward_precision,
+                TILE=tile, DEPTH=depth, num_warps=product_warps, num_stages=stages,
+            )  # fmt: skip
+        else:
+            cross_kernel[(splits * tiles,)](
+                x, y, moments, parts, sums, p.rows, p.dim, splits, chunk, *p.strides, *p.scale,
+                WHOLE=splits == 1, FORMAT=p.format, PRECISION=p.forward_precision,
+                TILE=tile, DEPTH=depth, num_warps=product_warps, num_stages=stages,
+            )  # fmt: skip
+        if pieces > 0:
             combine_kernel[(pieces,)](
                 parts, products, sums, p.side, splits, p.rows,
-                GRAM=p.gram, TILE=small, EACH=each, num_warps=combine_warps,
+                GRAM=p.gram, WHOLE=splits == 1, TILE=small,
+                EACH=min(each, triton.next_power_of_2(splits)), num_warps=combine_warps,
             )  # fmt: skip
         loss_kernel[(1,)](
             loss, invariances, taken, sums, blocks, count, factor,

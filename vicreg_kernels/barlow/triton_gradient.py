@@ -83,8 +83,8 @@ def gradient_kernel(
     and its column sums of product times z into sums [2, down, D], for `finish_kernel`. Else the
     other view's Z times C^T or C, and with the sums [2, D] of C's squares the gradient itself.
 
-    The Gram matrix's diagonal, N^0.5 or more times the rest, multiplies z unrounded: most of that is
-    in z's own direction, where the standardisation's gradient takes it out again.
+    The Gram matrix's diagonal, N^0.5 or more times the rest, multiplies z unrounded: most of that
+    is in z's own direction, where the standardisation's gradient takes it out again.
 
     2 N D m operations a view, m = min(N, D); reads N D elements (else 3 N D) and writes N D, while
     the square matrix stays in L2.

@@ -16,61 +16,31 @@ from vicreg_kernels.vicreg.triton_products import total, triangle
 
 
 @triton.jit
-def gram_tile(
-    z, s_n, s_d, moments, a_row, b_row, rows, dim, first, last, degrees, eps, std_eps,
-    FORMAT: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """Z Z^T of one view, [TILE, TILE], over the columns [first, last)."""
-    # Past the edge zeros are read, and standardised: what comes of them is never stored.
-    a_live = (a_row < rows)[:, None]
-    b_live = (b_row < rows)[:, None]
-    a_ptr = z + a_row.to(tl.int64)[:, None] * s_n
-    b_ptr = z + b_row.to(tl.int64)[:, None] * s_n
-    acc = tl.zeros((TILE, TILE), tl.float32)
-    for start in range(first, last, DEPTH):
-        r = start + tl.arange(0, DEPTH)
-        inside = r < last
-        along = r.to(tl.int64)[None, :] * s_d
-        some = inside[None, :]
-        a = tl.load(a_ptr + along, mask=a_live & some, other=0.0).to(tl.float32)
-        b = tl.load(b_ptr + along, mask=b_live & some, other=0.0).to(tl.float32)
-        origin, offset, scale = load_scale(moments, dim, r, inside, degrees, eps, std_eps)
-        a = tl.where(some, ((a - origin[None, :]) - offset[None, :]) * scale[None, :], 0.0)
-        b = tl.where(some, ((b - origin[None, :]) - offset[None, :]) * scale[None, :], 0.0)
-        a = operand(a, FORMAT)
-        b = operand(b, FORMAT)
-        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
-    if FORMAT == "fp16":
-        acc *= 4.0
-    return acc
-
-
-@triton.jit
-def store_symmetric(base, tile, a_row, b_row, rows, i, j):
+def store_symmetric(base, tile, a_row, b_row, rows, mirrored):
     valid = (a_row < rows)[:, None] & (b_row < rows)[None, :]
     at = base + a_row.to(tl.int64)[:, None] * rows + b_row[None, :]
     tl.store(at, tile, mask=valid)
-    if i != j:
+    if mirrored:
         mirror = base + b_row.to(tl.int64)[:, None] * rows + a_row[None, :]
         tl.store(mirror, tl.trans(tile), mask=tl.trans(valid))
 
 
 @triton.jit
 def gram_kernel(
-    x, y, moments, out, sums,
-    rows, dim, chunk,
+    x, y, moments, out,
+    rows, dim, splits, chunk,
     sx_n, sx_d, sy_n, sy_d,
     degrees, eps, std_eps,
     WHOLE: tl.constexpr, FORMAT: tl.constexpr, PRECISION: tl.constexpr,
     TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """N < D: one tile (i <= j) of both views' Gram matrices over one chunk of the columns.
+    """N < D: one tile (i <= j) of one view's Gram matrix over one chunk of the columns, into out
+    [2, splits, N, N]; WHOLE (one chunk): its mirror image too.
 
-    WHOLE (one chunk): the tile and its mirror image into out [2, N, N], and its part of the inner
-    product of the two. Else the tile alone into out [splits, 2, N, N], for `combine_kernel`.
-
-    2 N^2 D operations over both views, half of the full products'; a tile reads 4 TILE chunk
-    elements and writes at most 16 TILE^2 bytes. Splits fill the GPU where tiles are few.
+    2 N^2 D operations over both views, half of the full products'; a tile reads 2 TILE chunk
+    elements and writes at most 8 TILE^2 bytes. Splits fill the GPU where tiles are few. A program
+    with the tiles of both views, whose inner product would be its own, spills at 128 x 128; reading
+    them again costs `combine_kernel` 4 N^2 bytes of L2.
     """
     degrees = tl.cast(degrees, tl.float32)
     eps = tl.cast(eps, tl.float32)
@@ -78,38 +48,47 @@ def gram_kernel(
     across = tl.cdiv(rows, TILE)
     tiles = across * (across + 1) // 2
     t = tl.program_id(0) % tiles
-    split = tl.program_id(0) // tiles
+    split = (tl.program_id(0) // tiles) % splits
+    view = tl.program_id(0) // (tiles * splits)
     i, j = triangle(t)
+    z = tl.where(view == 0, x, y)
+    s_n = tl.where(view == 0, sx_n, sy_n).to(tl.int64)
+    s_d = tl.where(view == 0, sx_d, sy_d).to(tl.int64)
+    mean_ptr = moments + view * 3 * dim
+
+    # Past the edge zeros are read, and standardised: what comes of them is never stored.
     a_row = i * TILE + tl.arange(0, TILE)
     b_row = j * TILE + tl.arange(0, TILE)
+    a_live = (a_row < rows)[:, None]
+    b_live = (b_row < rows)[:, None]
+    a_ptr = z + a_row.to(tl.int64)[:, None] * s_n
+    b_ptr = z + b_row.to(tl.int64)[:, None] * s_n
+    acc = tl.zeros((TILE, TILE), tl.float32)
     first = split * chunk
     last = tl.minimum(first + chunk, dim)
-    kx = gram_tile(
-        x, sx_n, sx_d, moments, a_row, b_row, rows, dim, first, last, degrees, eps, std_eps,
-        FORMAT, PRECISION, TILE, DEPTH,
-    )  # fmt: skip
-    ky = gram_tile(
-        y, sy_n, sy_d, moments + 3 * dim, a_row, b_row, rows, dim, first, last, degrees, eps,
-        std_eps, FORMAT, PRECISION, TILE, DEPTH,
-    )  # fmt: skip
-    area = tl.cast(rows, tl.int64) * rows
-    if WHOLE:
-        valid = (a_row < rows)[:, None] & (b_row < rows)[None, :]
-        both = tl.where(valid, kx * ky, 0.0)
-        twice = tl.where(i == j, 1.0, 2.0)
-        tl.store(sums + t, (twice * tl.sum(both)).to(tl.float64))
-        store_symmetric(out, kx, a_row, b_row, rows, i, j)
-        store_symmetric(out + area, ky, a_row, b_row, rows, i, j)
-    else:
-        base = out + 2 * split * area
-        store_symmetric(base, kx, a_row, b_row, rows, i, i)
-        store_symmetric(base + area, ky, a_row, b_row, rows, i, i)
+    for start in range(first, last, DEPTH):
+        r = start + tl.arange(0, DEPTH)
+        inside = r < last
+        along = r.to(tl.int64)[None, :] * s_d
+        some = inside[None, :]
+        a = tl.load(a_ptr + along, mask=a_live & some, other=0.0).to(tl.float32)
+        b = tl.load(b_ptr + along, mask=b_live & some, other=0.0).to(tl.float32)
+        origin, offset, scale = load_scale(mean_ptr, dim, r, inside, degrees, eps, std_eps)
+        a = tl.where(some, ((a - origin[None, :]) - offset[None, :]) * scale[None, :], 0.0)
+        b = tl.where(some, ((b - origin[None, :]) - offset[None, :]) * scale[None, :], 0.0)
+        a = operand(a, FORMAT)
+        b = operand(b, FORMAT)
+        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+    if FORMAT == "fp16":
+        acc *= 4.0
+    base = out + (view * splits + split) * tl.cast(rows, tl.int64) * rows
+    store_symmetric(base, acc, a_row, b_row, rows, (i != j) & WHOLE)
 
 
 @triton.jit
 def cross_kernel(
     x, y, moments, out, sums,
-    rows, dim, chunk,
+    rows, dim, splits, chunk,
     sx_n, sx_d, sy_n, sy_d,
     degrees, eps, std_eps,
     WHOLE: tl.constexpr, FORMAT: tl.constexpr, PRECISION: tl.constexpr,
@@ -166,11 +145,11 @@ def cross_kernel(
 
 
 @triton.jit
-def add_splits(parts, stride, splits, at, valid, TILE: tl.constexpr, EACH: tl.constexpr):
+def add_splits(parts, area, splits, at, valid, TILE: tl.constexpr, EACH: tl.constexpr):
     acc = tl.zeros((TILE, TILE), tl.float32)
     for first in range(0, splits, EACH):
         s = first + tl.arange(0, EACH)
-        here = parts + (s.to(tl.int64) * stride)[:, None, None] + at[None, :, :]
+        here = parts + (s.to(tl.int64) * area)[:, None, None] + at[None, :, :]
         some = (s < splits)[:, None, None] & valid[None, :, :]
         acc += tl.sum(tl.load(here, mask=some, other=0.0), axis=0)
     return acc
@@ -180,13 +159,14 @@ def add_splits(parts, stride, splits, at, valid, TILE: tl.constexpr, EACH: tl.co
 def combine_kernel(
     parts, products, sums,
     side, splits, rows,
-    GRAM: tl.constexpr, TILE: tl.constexpr, EACH: tl.constexpr,
+    GRAM: tl.constexpr, WHOLE: tl.constexpr, TILE: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the square matrices from the splits' parts: what WHOLE does in the products.
+    """One tile of the square matrices: adds the splits, stores, sums.
 
-    GRAM: a tile (i <= j) and its mirror image, of both views; the tiles of `gram_kernel`, which
-    these divide, hold the upper triangle. Reads 4 splits bytes an element, and writes 4, from and
-    to L2 at the sizes that are split.
+    GRAM: a tile (i <= j) of both views, its mirror images and its part of the inner product; the
+    tiles of `gram_kernel`, which these divide, hold the upper triangle. WHOLE (one split): parts
+    are the products themselves, and nothing is stored. Else a tile of C, as WHOLE in
+    `cross_kernel`. Reads 4 splits bytes an element, and writes 4, from and to L2 at most sizes.
     """
     across = tl.cdiv(side, TILE)
     t = tl.program_id(0)
@@ -201,12 +181,13 @@ def combine_kernel(
     valid = (a < side)[:, None] & (b < side)[None, :]
     at = a.to(tl.int64)[:, None] * side + b[None, :]
     if GRAM:
-        kx = add_splits(parts, 2 * area, splits, at, valid, TILE, EACH)
-        ky = add_splits(parts + area, 2 * area, splits, at, valid, TILE, EACH)
+        kx = add_splits(parts, area, splits, at, valid, TILE, EACH)
+        ky = add_splits(parts + splits * area, area, splits, at, valid, TILE, EACH)
         twice = tl.where(i == j, 1.0, 2.0)
         tl.store(sums + t, (twice * tl.sum(kx * ky)).to(tl.float64))
-        store_symmetric(products, kx, a, b, side, i, j)
-        store_symmetric(products + area, ky, a, b, side, i, j)
+        if not WHOLE:
+            store_symmetric(products, kx, a, b, side, i != j)
+            store_symmetric(products + area, ky, a, b, side, i != j)
     else:
         c = add_splits(parts, area, splits, at, valid, TILE, EACH)
         c = tl.where(a[:, None] == b[None, :], 0.0, c / rows)
