@@ -25,8 +25,8 @@
 // peak and the 1.1 GB to 0.3 ms, which is why each pass reads both views at once.
 //
 // The products run on `standardised`, written once in the input's dtype, so that half inputs use the
-// tensor cores with float32 results, and the backward reads nothing else of the views: contiguous
-// rows whatever strides came in. What comes off the Gram matrices' inner product, the squared
+// tensor cores with float32 results, and on contiguous rows whatever strides came in; the epilogues
+// standardise the views' own values, which that dtype rounds no further. What comes off the Gram matrices' inner product, the squared
 // diagonal of C, is computed from the values that are multiplied, rounding included; the C_jj of the
 // loss's first term and of the gradient come from the comoment in float32.
 //
