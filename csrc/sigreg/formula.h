@@ -118,15 +118,18 @@ SIGREG_INLINE Unit<T> horner(const Unit<T>& held, const Unit<T>& e, T a, T b) {
 
 // ---- The statistic.
 
+SIGREG_INLINE double phi_of(double knot) { return std::exp(-0.5 * knot * knot); }
+
 struct KnotTerm {
-  double loss;   // this knot's term of the statistic
-  double a, b;   // times `scale`: its derivative by p is a cos(t p) + b sin(t p)
+  double loss;  // this knot's term of the statistic
+  double a, b;  // `scale` times its derivative by p is a cos(t p) + b sin(t p)
 };
 
-// scale: what multiplies the gradient. In float64, because C / count - phi cancels.
-SIGREG_INLINE KnotTerm knot_term(double cosines, double sines, double knot, double weight,
-                                 double count, double scale) {
-  const double real = cosines / count - std::exp(-0.5 * knot * knot);
+// In float64, because C / count - phi cancels.
+// phi: phi_of(knot).
+SIGREG_INLINE KnotTerm knot_term(double cosines, double sines, double knot, double phi,
+                                 double weight, double count, double scale) {
+  const double real = cosines / count - phi;
   const double imaginary = sines / count;
   const double slope = scale * 2.0 * weight * knot / count;
   return {weight * (real * real + imaginary * imaginary), slope * imaginary, -slope * real};
