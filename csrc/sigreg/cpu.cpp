@@ -36,6 +36,9 @@ constexpr int64_t kFewColumns = 64;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Items of `size` elements, a few nanoseconds each, that are worth a thread's waking.
+int64_t worth(int64_t size) { return std::max<int64_t>(1, (int64_t{1} << 17) / size); }
+
 int64_t threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
 
 // [begin, end) cut into pieces of `size`: the i-th.
@@ -86,7 +89,7 @@ Tensor directions(Tensor step, int64_t seed, int64_t dim, int64_t slices) {
   Tensor out = common::empty(step, {dim, slices}, ScalarType::Float);
   const uint64_t at = static_cast<uint64_t>(*static_cast<const int64_t*>(step.const_data_ptr()));
   float* target = static_cast<float*>(out.mutable_data_ptr());
-  const int64_t grain = std::max<int64_t>(1, 4096 / dim);
+  const int64_t grain = worth(dim * kLanes);
   torch::stable::parallel_for(0, divide_up(slices, kLanes), grain, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) {
       const Piece columns(i, kLanes, slices);
@@ -169,7 +172,7 @@ std::tuple<Tensor, Tensor> statistic(Tensor sums, std::vector<double> knots,
   float* const target = static_cast<float*>(out.mutable_data_ptr());
   const double share = factor / static_cast<double>(groups * slices);
   std::vector<double> partial(groups * knot_count);
-  torch::stable::parallel_for(0, groups * knot_count, 4, [&](int64_t from, int64_t to) {
+  torch::stable::parallel_for(0, groups * knot_count, worth(slices), [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) {
       const int64_t k = i % knot_count;
       const int64_t at = (i / knot_count * 2 * knot_count + k) * slices;
