@@ -36,7 +36,7 @@ def lejepa(model, batch, group, **settings):
 
 
 def world_model(model, batch, group):
-    """LeWM: the next embedding's prediction, here the embedding itself, and SIGReg per time step."""
+    """LeWM: the next embedding's prediction, here half of its own, and SIGReg per time step."""
     z = model(batch[0])
     loss = LeJEPALoss(0.09, weighting="sum", slices=SLICES, variant="lewm", process_group=group)
     return loss(z.transpose(0, 1), predicted=0.5 * z[:, :-1], target=z[:, 1:])

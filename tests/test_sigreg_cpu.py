@@ -134,7 +134,7 @@ def test_accuracy_of_the_angles(fused, knots):
     float32's own rounding of t p allows, 2^-24 |t p|, and a rounding for each knot, the last of
     which is a multiple of the first; 16 more for the chain of products.
 
-    The gradient's cosines and sines, told apart by coefficients that pick one, are held to the same.
+    The gradient's, told apart by coefficients that pick one, are held to twice that.
     """
     kernels = backends.load(fused.name)
     p = torch.linspace(-50.0, 50.0, 4099).to(fused.device)

@@ -7,8 +7,8 @@ With z [G, N, D], directions A [D, M], p = z A and K knots t_k, the forward op g
     projections   float32 [G, N, M]      p
 
 with dp the derivative of the loss by p times the number of ranks, and the backward op turns them
-into the gradient dp A^T; z itself is not kept. Across ranks the forward adds up the 2 G K M sums of
-cosines and sines, and the backward exchanges nothing. docs/sigreg.md has the formulas.
+into the gradient dp A^T. Across ranks the forward adds up the 2 G K M sums of cosines and sines, and
+the backward exchanges nothing. docs/sigreg.md has the formulas.
 """
 
 from __future__ import annotations
@@ -158,25 +158,27 @@ def _agree(
 
 
 class _SIGReg(torch.autograd.Function):
-    """Forward saves what the gradient needs; backward is one op call. Once differentiable."""
+    """Forward saves what the gradient needs, and z, by which a second derivative is noticed;
+    backward is one op call. Once differentiable.
+    """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, directions: Tensor, settings: tuple[Any, ...]) -> Tensor:
         loss, coefficients, projections = torch.ops.vicreg_kernels.sigreg_forward(
             z, directions, *settings
         )
-        ctx.save_for_backward(coefficients, projections, directions)
+        ctx.save_for_backward(z, coefficients, projections, directions)
         ctx.settings = (settings[0], settings[-1])
         return loss.reshape(())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        args = (grads[0].reshape(1), *ctx.saved_tensors, *ctx.settings)
+        z, *saved = ctx.saved_tensors
         run = _Gradient.apply if torch.is_grad_enabled() else _gradient
-        return run(*args), None, None
+        return run(z, grads[0].reshape(1), *saved, *ctx.settings), None, None
 
 
-def _gradient(*args: Any) -> Tensor:
+def _gradient(z: Tensor, *args: Any) -> Tensor:
     return torch.ops.vicreg_kernels.sigreg_backward(*args)
 
 
@@ -386,6 +388,8 @@ def sigreg_directions(
         raise TypeError(f"dim: got {type(dim).__name__}, takes an int")
     if dim < 1:
         raise ValueError(f"dim: got {dim}, takes at least 1")
+    if slices is None:
+        raise TypeError("slices: got None, takes an int")
     check_settings(slices=slices, seed=seed, backend=backend)
     if device is None:
         where = step.device if isinstance(step, Tensor) else torch.get_default_device()
