@@ -66,7 +66,7 @@ def test_strided_input_earns_no_copy(cpu, shape):
 
 def test_nothing_of_all_knots_is_made(cpu):
     """No allocation grows with N M K; the reference's do."""
-    groups, rows, dim, slices = SHAPES[0]
+    _, rows, dim, slices = SHAPES[0]
     z = torch.randn(rows, dim).requires_grad_()
     for name, few in ((cpu.name, True), ("reference", False)):
         sizes = traced(lambda z, name=name: sigreg_loss(z, slices=slices, backend=name), z)
