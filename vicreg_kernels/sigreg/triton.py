@@ -39,7 +39,7 @@ MOST_PAIRS = 8
 # Tiles are (rows, columns, depth, warps, stages). The column sums read 32 lanes' worth of a row.
 SUMS = ((128, 64, 32, 8, 3), (64, 64, 32, 4, 3))
 PRODUCT = ((128, 64, 32, 4, 3), (64, 64, 32, 4, 3))
-WAVES = (32, 64, 4)  # rows, columns, warps
+WAVES = (32, 64, 8)  # rows, columns, warps
 STATISTIC = (1024, 8)  # columns, warps
 DIRECTIONS = (32, 8, 8)  # groups of four rows, columns, warps
 FINISH = (256, 4)  # elements, warps

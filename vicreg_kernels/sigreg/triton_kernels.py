@@ -98,7 +98,7 @@ def paired_sums(
     projections, row, last, column, slices,
     ROWS: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr,
     PAIRS: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr,
-    STEP: tl.constexpr, CENTRE: tl.constexpr,
+    STEP: tl.constexpr, CENTRES: tl.constexpr,
 ):  # fmt: skip
     """sum cos mu cos d, sin mu sin d, sin mu cos d, cos mu sin d over rows row to row + ROWS - 1,
     as 4 PAIRS tensors [COLUMNS]: the pairs of knots CHUNK 2 PAIRS to (CHUNK + 1) 2 PAIRS - 1.
@@ -117,7 +117,7 @@ def paired_sums(
             c, s = rotate(c, s, step_c, step_s)
             cosines, sines = cosines + (c,), sines + (s,)
         if CHUNK > 0:
-            mu_c, mu_s = circle(p, CENTRE[0], CENTRE[1])
+            mu_c, mu_s = circle(p, CENTRES[CHUNK][0], CENTRES[CHUNK][1])
         elif HALF:  # mu = 2 PAIRS half spacings, one more than the last d
             mu_c, mu_s = rotate(c, s, first_c, first_s)
         else:
@@ -223,13 +223,14 @@ def sums_kernel(
         for chunk in tl.static_range(CHUNKS):
             sums = paired_sums(
                 own, i * ROWS, rows, column, slices, ROWS, WIDE, COLUMNS,
-                PAIRS, chunk, HALF, STEP, CENTRES[chunk],
+                PAIRS, chunk, HALF, STEP, CENTRES,
             )  # fmt: skip
             for k in tl.static_range(PAIRS):
-                cc = tl.sum(sums[4 * k], axis=0)
-                ss = tl.sum(sums[4 * k + 1], axis=0)
-                sc = tl.sum(sums[4 * k + 2], axis=0)
-                cs = tl.sum(sums[4 * k + 3], axis=0)
+                both = tl.join(sums[4 * k], sums[4 * k + 1])
+                both = tl.join(both, tl.join(sums[4 * k + 2], sums[4 * k + 3]))
+                cosines, sines = tl.split(tl.sum(both, axis=0))  # four sums meet at a barrier once
+                cc, ss = tl.split(cosines)
+                sc, cs = tl.split(sines)
                 middle = (2 * chunk + 1) * PAIRS
                 if middle - 1 - k < COUNT:
                     store_sums(out, middle - 1 - k, cc + ss, sc - cs, column, slices, COUNT)
@@ -318,12 +319,10 @@ def waves_kernel(
         first_c, first_s = c, s
         if HALF:
             c, s = rotate(c, s, c, s)
-        top = own + (COUNT - 1) * tl.cast(slices, tl.int64)
-        a = tl.load(top, mask=inside, other=0.0)[None, :]
-        b = tl.load(top + behind, mask=inside, other=0.0)[None, :]
-        real = tl.broadcast_to(a, (ROWS, COLUMNS))
-        imaginary = tl.broadcast_to(-b, (ROWS, COLUMNS))
-        for below in tl.static_range(1, COUNT):
+        real = tl.zeros((ROWS, COLUMNS), tl.float32)
+        imaginary = tl.zeros((ROWS, COLUMNS), tl.float32)
+        # A loop: unrolled whole, all 2 K coefficients are loaded first, into all registers there are.
+        for below in tl.range(0, COUNT, loop_unroll_factor=4):
             here = own + (COUNT - 1 - below) * tl.cast(slices, tl.int64)
             a = tl.load(here, mask=inside, other=0.0)[None, :]
             b = tl.load(here + behind, mask=inside, other=0.0)[None, :]
