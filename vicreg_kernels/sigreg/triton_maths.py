@@ -19,8 +19,8 @@ def circle(p, high, low):
     good as p itself. From 2^22 quarter turns on an angle in float32 says nothing, and the answer is
     some point of the circle; NaN and infinity give NaN.
     """
-    turns = tl.floor(p * high + 0.5)
-    rest = tl.fma(p, low, tl.fma(p, high, -turns))
+    shifted = tl.fma(p, high, 12582912.0)  # 1.5 2^23: leaves the nearest integer in the low bits
+    rest = tl.fma(p, low, tl.fma(p, high, 12582912.0 - shifted))
     rest = tl.clamp(rest, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
     x = rest * 1.5707963267948966
     y = x * x
@@ -30,7 +30,7 @@ def circle(p, high, low):
     cosine = tl.fma(y, 2.443315711809948e-5, -1.388731625493765e-3)
     cosine = tl.fma(y, cosine, 4.166664568298827e-2)
     cosine = tl.fma(y * y, cosine, tl.fma(y, -0.5, 1.0))
-    quarter = turns.to(tl.int32)
+    quarter = shifted.to(tl.int32, bitcast=True)
     swap = (quarter & 1) == 1
     c = tl.where(swap, sine, cosine)
     s = tl.where(swap, cosine, sine)
