@@ -30,15 +30,19 @@ constexpr int kMostKnots = 64;
 constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
 constexpr uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
 
-SIGREG_INLINE void wide_product(uint32_t a, uint32_t b, uint32_t* high, uint32_t* low) {
-  const uint64_t product = static_cast<uint64_t>(a) * b;
-  *high = static_cast<uint32_t>(product >> 32);
-  *low = static_cast<uint32_t>(product);
-}
+// High and low halves of a product.
+struct WideProduct {
+  SIGREG_INLINE void operator()(uint32_t a, uint32_t b, uint32_t* high, uint32_t* low) const {
+    const uint64_t product = static_cast<uint64_t>(a) * b;
+    *high = static_cast<uint32_t>(product >> 32);
+    *low = static_cast<uint32_t>(product);
+  }
+};
 
-// counter becomes four words of noise. Word: uint32_t, or a vector of them with its wide_product.
-template <typename Word>
-SIGREG_INLINE void philox(Word (&counter)[4], uint32_t key0, uint32_t key1) {
+// counter becomes four words of noise. Word: uint32_t, or a vector of them with its own Product.
+template <typename Word, typename Product = WideProduct>
+SIGREG_INLINE void philox(Word (&counter)[4], uint32_t key0, uint32_t key1,
+                          Product wide_product = {}) {
   for (int round = 0; round < 10; ++round) {
     Word high0, low0, high1, low1;
     wide_product(counter[0], kMultiplier0, &high0, &low0);
