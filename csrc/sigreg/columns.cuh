@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 1; j < P; ++j) d[j] = rotate(d[j - 1], step);
       Unit<float> mu;
       if (chunk == 0) {  // 2 P half spacings, or one more
-        mu = rotate(d[P - 1], centres.half ? d[0] : step);
+        mu = centres.half ? rotate(d[P - 1], d[0]) : rotate(d[P - 1], step);
       } else {
         mu = circle(p, centre);
       }
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 struct Rule {
-  double knots[kMostKnots], weights[kMostKnots];
+  double knots[kMostKnots], targets[kMostKnots], weights[kMostKnots];  // targets: phi
   double count, scale;  // scale: of the gradient, ranks factor / (G M)
 };
 
@@ -172,8 +172,8 @@ __global__ void __launch_bounds__(kThreads)
   double loss = 0.0;
   if (m < slices) {
     const int64_t cosines = (2 * g * knots + k) * slices + m, sines = cosines + knots * slices;
-    const KnotTerm term = knot_term(sums[cosines], sums[sines], rule.knots[k], rule.weights[k],
-                                    rule.count, rule.scale);
+    const KnotTerm term = knot_term(sums[cosines], sums[sines], rule.knots[k], rule.targets[k],
+                                    rule.weights[k], rule.count, rule.scale);
     loss = term.loss;
     coefficients[cosines] = static_cast<float>(term.a);
     coefficients[sines] = static_cast<float>(term.b);

@@ -9,7 +9,7 @@
 //   paired_sums                 4 E + 8 G K M x row blocks           (35 + 4 K) E
 //   finish_sums                 8 G K M x (row blocks + 1)           small
 //   statistic
-//   knot_terms, total_loss      16 G K M                             about 100 G K M in float64
+//   knot_terms, total_loss      16 G K M                             about 30 G K M in float64
 //   gradient
 //   waves                       (4 + e) E                            (35 + 4 K) E
 //   bmm (torch)                 e (E + D M + G N D)                  E D multiply-adds
@@ -202,8 +202,9 @@ std::tuple<Tensor, Tensor> statistic(Tensor sums, std::vector<double> knots,
   const Tensor loss = common::empty(sums, {1}, ScalarType::Float);
   const Tensor coefficients = common::empty(sums, {groups, 2, number, slices}, ScalarType::Float);
   const double scale = factor / (static_cast<double>(groups) * slices);
-  Rule rule = {{}, {}, count, ranks * scale};
+  Rule rule = {{}, {}, {}, count, ranks * scale};
   std::copy(knots.begin(), knots.end(), rule.knots);
+  std::transform(knots.begin(), knots.end(), rule.targets, phi_of);
   std::copy(weights.begin(), weights.end(), rule.weights);
   const unsigned blocks = grid(groups * number * common::ceil_div(slices, kThreads));
   const Tensor losses = common::empty(sums, {int64_t{blocks}}, ScalarType::Double);

@@ -46,7 +46,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vicreg_kernels.sigreg.triton_maths import circle, normals, rotate
+from vicreg_kernels.sigreg.triton_maths import circle, normals, rotate, twice
 from vicreg_kernels.vicreg.triton_operands import narrow, round_to
 
 
@@ -110,7 +110,7 @@ def paired_sums(
         at = projections + n.to(tl.int64)[:, None] * slices + column[None, :]
         p = tl.load(at, mask=live, other=0.0)
         c, s = circle(p, STEP[0], STEP[1])
-        step_c, step_s = rotate(c, s, c, s)
+        step_c, step_s = twice(c, s)
         first_c, first_s = c, s
         cosines, sines = (c,), (s,)
         for _ in tl.static_range(1, PAIRS):
@@ -318,7 +318,7 @@ def waves_kernel(
         c, s = circle(p, STEP[0], STEP[1])
         first_c, first_s = c, s
         if HALF:
-            c, s = rotate(c, s, c, s)
+            c, s = twice(c, s)
         real = tl.zeros((ROWS, COLUMNS), tl.float32)
         imaginary = tl.zeros((ROWS, COLUMNS), tl.float32)
         # A loop: unrolled whole, all 2 K coefficients are loaded first, into all registers there are.

@@ -46,6 +46,13 @@ def rotate(c, s, by_c, by_s):
 
 
 @triton.jit
+def twice(c, s):
+    """Of twice the angle. 1 - 2 s^2 keeps the digits of a small angle, which c has lost."""
+    s2 = s + s
+    return tl.fma(-s2, s, 1.0), s2 * c
+
+
+@triton.jit
 def uniform(word):
     """formula.h's uniform: (word + 0.5) 2^-32 in float32, never 0, never 1."""
     u = word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
