@@ -76,14 +76,17 @@ template <int P>
 __global__ void __launch_bounds__(kThreads)
     paired_sums(Sums s, Cut cut, Centres centres) {
   SHARED_ARRAY(float, shared, 4 * P * kThreads);
-  const int64_t chunk = blockIdx.x % s.chunks;
+  const int chunk = static_cast<int>(blockIdx.x % s.chunks), warp = threadIdx.x / kLanes;
   const Place at = place(cut, blockIdx.x / s.chunks);
-  const int warp = threadIdx.x / kLanes;
   const int64_t column = at.tile * kLanes + threadIdx.x % kLanes;
+  Turns centre = centres.centre[0];  // a variable index would put them into local memory
+#pragma unroll
+  for (int c = 1; c < kMostChunks; ++c) {
+    if (chunk == c) centre = centres.centre[c];
+  }
   float sums[4 * P] = {};
   if (column < cut.columns) {
     const float* in = s.projections + at.batch * cut.rows * cut.columns + column;
-    const Turns centre = centres.centre[chunk];
     for (int64_t n = at.row_begin + warp; n < at.row_end; n += kWarps) {
       const float p = in[n * cut.columns];
       Unit<float> d[P];
@@ -110,7 +113,7 @@ __global__ void __launch_bounds__(kThreads)
   if (warp >= P || column >= cut.columns) return;
   const float cc = shared_sum(shared, 4 * warp), ss = shared_sum(shared, 4 * warp + 1);
   const float sc = shared_sum(shared, 4 * warp + 2), cs = shared_sum(shared, 4 * warp + 3);
-  const int64_t middle = (2 * chunk + 1) * P;
+  const int middle = (2 * chunk + 1) * P;
   store_sums(s, cut, at, middle + warp, column, cc - ss, sc + cs);
   store_sums(s, cut, at, middle - 1 - warp, column, cc + ss, sc - cs);
 }
