@@ -40,13 +40,16 @@ __global__ void __launch_bounds__(kThreads)
   if (!inside) return;
 
   const float scale = w.powers == nullptr ? w.grad[0] : w.powers[at.batch];
-  const int64_t base = at.batch * cut.rows * cut.columns + column;
-  for (int64_t n = at.row_begin + warp; n < at.row_end; n += kStepRows) {
+  const int64_t first_row = at.batch * cut.rows + at.row_begin + warp;
+  const float* in = w.projections + first_row * cut.columns + column;
+  T* to = out + first_row * cut.columns + column;
+  const int64_t step_down = kWarps * cut.columns;
+  int left = static_cast<int>(at.row_end - at.row_begin) - warp;  // rows from this one on
+  for (; left > 0; left -= kStepRows) {
     float p[kRowsAtOnce], wave[kRowsAtOnce] = {};
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i) {
-      const int64_t row = n + i * kWarps;
-      p[i] = row < at.row_end ? w.projections[base + row * cut.columns] : 0.f;
+      p[i] = i * kWarps < left ? in[i * step_down] : 0.f;
     }
     if constexpr (Equal) {
       Unit<float> first[kRowsAtOnce], step[kRowsAtOnce], held[kRowsAtOnce] = {};
@@ -55,7 +58,7 @@ __global__ void __launch_bounds__(kThreads)
         first[i] = circle(p[i], start);
         step[i] = half ? twice(first[i]) : first[i];
       }
-#pragma unroll 2
+#pragma unroll 4
       for (int k = w.knots - 1; k >= 0; --k) {
         const float2 own = coefficients[k * kLanes + lane];
 #pragma unroll
@@ -75,9 +78,10 @@ __global__ void __launch_bounds__(kThreads)
     }
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i) {
-      const int64_t row = n + i * kWarps;
-      if (row < at.row_end) out[base + row * cut.columns] = narrow<T>(scale * wave[i]);
+      if (i * kWarps < left) to[i * step_down] = narrow<T>(scale * wave[i]);
     }
+    in += kRowsAtOnce * step_down;
+    to += kRowsAtOnce * step_down;
   }
 }
 
