@@ -19,10 +19,11 @@ struct Table {
   Turns turns[kMostKnots];
 };
 
-// Equally spaced knots in chunks of 2 P, each about its centre.
+// Equally spaced knots in chunks of 2 P, each about its centre: between two knots where t_0 = step / 2
+// (`half`), else on the knot P of the chunk, counted from 1.
 struct Centres {
-  Turns half_step;
-  bool half;  // t_0 = step / 2, else t_0 = step
+  Turns start;  // t_0: step, or half of it
+  bool half;
   Turns centre[kMostChunks];
 };
 
@@ -64,41 +65,42 @@ __device__ __forceinline__ float shared_sum(const float* shared, int i) {
   return total;
 }
 
-// Knots in pairs mu +- d_j about the chunk's centre, d_j the odd multiples of half the spacing:
+// Knots in pairs mu +- d_j about the chunk's centre mu, d_j = (j + 1) step, or with `half` (j + 1/2) step:
 //
 //     sum cos(mu +- d_j) = sum cos mu cos d_j -+ sum sin mu sin d_j
 //     sum sin(mu +- d_j) = sum sin mu cos d_j +- sum cos mu sin d_j
 //
 // Four multiply-adds a pair to add up and four to rotate d_j on, where knots one by one take eight
-// and four. One sincos a projection and chunk, of half the spacing, and one more for the centres of
-// the chunks after the first.
+// and four. One sincos a projection and chunk, of t_0, and one more for the centres of the chunks
+// after the first.
 template <int P>
 __global__ void __launch_bounds__(kThreads)
     paired_sums(Sums s, Cut cut, Centres centres) {
-  SHARED_ARRAY(float, shared, 4 * P * kThreads);
+  SHARED_ARRAY(float, shared, (4 * P + 2) * kThreads);
   const int chunk = static_cast<int>(blockIdx.x % s.chunks), warp = threadIdx.x / kLanes;
   const Place at = place(cut, blockIdx.x / s.chunks);
   const int64_t column = at.tile * kLanes + threadIdx.x % kLanes;
+  const bool half = centres.half;
   Turns centre = centres.centre[0];  // a variable index would put them into local memory
 #pragma unroll
   for (int c = 1; c < kMostChunks; ++c) {
     if (chunk == c) centre = centres.centre[c];
   }
-  float sums[4 * P] = {};
+  float sums[4 * P + 2] = {};
   if (column < cut.columns) {
     const float* in = s.projections + at.batch * cut.rows * cut.columns + column;
     for (int64_t n = at.row_begin + warp; n < at.row_end; n += kWarps) {
       const float p = in[n * cut.columns];
       Unit<float> d[P];
-      d[0] = circle(p, centres.half_step);
-      const Unit<float> step = twice(d[0]);
+      d[0] = circle(p, centres.start);
+      const Unit<float> step = half ? twice(d[0]) : d[0];
 #pragma unroll
       for (int j = 1; j < P; ++j) d[j] = rotate(d[j - 1], step);
-      Unit<float> mu;
-      if (chunk == 0) {  // 2 P half spacings, or one more
-        mu = centres.half ? rotate(d[P - 1], d[0]) : rotate(d[P - 1], step);
-      } else {
+      Unit<float> mu = d[P - 1];
+      if (chunk > 0) {
         mu = circle(p, centre);
+      } else if (half) {
+        mu = rotate(mu, d[0]);
       }
 #pragma unroll
       for (int j = 0; j < P; ++j) {
@@ -107,6 +109,8 @@ __global__ void __launch_bounds__(kThreads)
         sums[4 * j + 2] += mu.s * d[j].c;
         sums[4 * j + 3] += mu.c * d[j].s;
       }
+      sums[4 * P] += mu.c;
+      sums[4 * P + 1] += mu.s;
     }
   }
   share(sums, shared);
@@ -115,7 +119,12 @@ __global__ void __launch_bounds__(kThreads)
   const float sc = shared_sum(shared, 4 * warp + 2), cs = shared_sum(shared, 4 * warp + 3);
   const int middle = (2 * chunk + 1) * P;
   store_sums(s, cut, at, middle + warp, column, cc - ss, sc + cs);
-  store_sums(s, cut, at, middle - 1 - warp, column, cc + ss, sc - cs);
+  if (half || warp < P - 1) {
+    store_sums(s, cut, at, middle - (half ? 1 : 2) - warp, column, cc + ss, sc - cs);
+  } else {  // mu - d_j is the last knot of the chunk before, or 0
+    store_sums(s, cut, at, middle - 1, column, shared_sum(shared, 4 * P),
+               shared_sum(shared, 4 * P + 1));
+  }
 }
 
 // Knots of any spacing, a sincos each.

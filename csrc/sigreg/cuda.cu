@@ -122,9 +122,10 @@ void column_sums(const Queue& queue, const Tensor& projections, const std::vecto
   if (spacing.equal) {
     const int64_t pairs = common::ceil_div(count, 2 * chunks);
     const double step = spacing.half ? 2.0 * spacing.start : spacing.start;
-    Centres centres = {turns_of(0.5 * step), spacing.half, {}};
+    const double from_first = static_cast<double>(pairs) - (spacing.half ? 0.5 : 1.0);
+    Centres centres = {turns_of(spacing.start), spacing.half, {}};
     for (int64_t c = 0; c < chunks; ++c) {
-      centres.centre[c] = turns_of(spacing.start + ((2.0 * c + 1.0) * pairs - 0.5) * step);
+      centres.centre[c] = turns_of(spacing.start + (2.0 * c * pairs + from_first) * step);
     }
     queue.launch(paired(pairs), blocks, kThreads, 0, sums, cut, centres);
   } else {
@@ -204,7 +205,7 @@ std::tuple<Tensor, Tensor> statistic(Tensor sums, std::vector<double> knots,
   const double scale = factor / (static_cast<double>(groups) * slices);
   Rule rule = {{}, {}, {}, count, ranks * scale};
   std::copy(knots.begin(), knots.end(), rule.knots);
-  std::transform(knots.begin(), knots.end(), rule.targets, phi_of);
+  for (int64_t k = 0; k < number; ++k) rule.targets[k] = phi_of(knots[k]);
   std::copy(weights.begin(), weights.end(), rule.weights);
   const unsigned blocks = grid(groups * number * common::ceil_div(slices, kThreads));
   const Tensor losses = common::empty(sums, {int64_t{blocks}}, ScalarType::Double);

@@ -85,8 +85,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The largest power of two, within reason, that keeps any sum of a row's M waves times directions
-// below 2^15: a block a group, from the largest sum of a column's coefficients. 1 for NaN, 0 and Inf.
+// The power of two that keeps any sum of a row's M waves times directions below 2^15 and loses none
+// of the digits above 2^-14: a block a group, from the largest sum of a column's coefficients. 1 for
+// 0 and infinity.
 __global__ void __launch_bounds__(kThreads)
     wave_powers(const float* coefficients, int64_t knots, int64_t slices, float* powers) {
   SHARED_ARRAY(float, largest, kThreads);
@@ -102,8 +103,9 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x != 0) return;
   for (int i = 1; i < kThreads; ++i) most = largest[i] > most ? largest[i] : most;
   const float bound = most * static_cast<float>(slices);
-  const bool usual = bound > 0x1p-100f && bound < 0x1p100f;
-  powers[blockIdx.x] = usual ? std::ldexp(1.f, 14 - std::ilogb(bound)) : 1.f;
+  const bool usual = bound > 0.f && bound <= 0x1.fffffep127f;
+  const int exponent = usual ? 14 - std::ilogb(bound) : 0;
+  powers[blockIdx.x] = std::ldexp(1.f, exponent < 120 ? exponent : 120);
 }
 
 // out [G, N, D] holds the product of the scaled waves; times grad, and without the scale. `share`
@@ -112,11 +114,11 @@ __global__ void __launch_bounds__(kThreads)
     unscale(const float* grad, const float* powers, int64_t share, int64_t group_size,
             __half* out) {
   const int64_t g = blockIdx.x / share;
-  const float factor = grad[0], inverse = 1.f / powers[g];
+  const float factor = grad[0] * (1.f / powers[g]);
   for (int64_t i = blockIdx.x % share * kThreads + threadIdx.x; i < group_size;
        i += share * kThreads) {
     __half* own = out + g * group_size + i;
-    *own = narrow<__half>(widen(*own) * factor * inverse);
+    *own = narrow<__half>(widen(*own) * factor);
   }
 }
 

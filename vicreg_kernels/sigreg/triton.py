@@ -98,14 +98,14 @@ class Knots:
     """What the kernels are compiled for.
 
     singles: every knot, where they are not t_k = start + k spacing with start = spacing or
-    spacing / 2, else empty. half: start = spacing / 2. centres: the middle of each chunk of 2 pairs
-    knots. All but half and pairs as `_quarter_turns`; half_step is half the spacing.
+    spacing / 2, else empty. half: start = spacing / 2. centres: of each chunk of 2 pairs knots, between
+    two of them with half, else the knot of number `pairs`. All but half and pairs as
+    `_quarter_turns`.
     """
 
     singles: tuple[tuple[float, float], ...]
     half: bool = False
     start: tuple[float, float] = (0.0, 0.0)
-    half_step: tuple[float, float] = (0.0, 0.0)
     pairs: int = 0
     centres: tuple[tuple[float, float], ...] = ()
 
@@ -122,14 +122,14 @@ def _knots(knots: tuple[float, ...]) -> Knots:
         return Knots(tuple(_quarter_turns(t) for t in knots))
     chunks = triton.cdiv(count, 2 * MOST_PAIRS)
     pairs = triton.cdiv(count, 2 * chunks)
-    middles = [first + ((2 * c + 1) * pairs - 0.5) * step for c in range(chunks)]
+    on = pairs - (0.5 if half else 1.0)
+    centres = [first + (2 * c * pairs + on) * step for c in range(chunks)]
     return Knots(
         singles=(),
         half=half,
         start=_quarter_turns(first),
-        half_step=_quarter_turns(0.5 * step),
         pairs=pairs,
-        centres=tuple(_quarter_turns(t) for t in middles),
+        centres=tuple(_quarter_turns(t) for t in centres),
     )
 
 
@@ -172,7 +172,7 @@ def sums(z: Tensor, directions: Tensor, knots: Sequence[float]) -> tuple[Tensor,
             z, directions, projections, parts,
             groups, rows, dim, slices, row_blocks, *z.stride(), *directions.stride(),
             COUNT=count, KNOTS=k.singles, PAIRS=k.pairs, CHUNKS=len(k.centres), HALF=k.half,
-            STEP=k.half_step, CENTRES=k.centres, FORMAT=format, PRECISION=precision,
+            START=k.start, CENTRES=k.centres, FORMAT=format, PRECISION=precision,
             ROWS=height, COLUMNS=width, DEPTH=depth, WIDE=32 * warps // width,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
@@ -242,7 +242,7 @@ def gradient(
         row_blocks = triton.cdiv(rows, height)
         waves_kernel[(groups * row_blocks * triton.cdiv(slices, width),)](
             grad, coefficients, projections, waves, rows, slices, row_blocks,
-            COUNT=count, KNOTS=k.singles, UNIFORM=not k.singles, HALF=k.half, STEP=k.start,
+            COUNT=count, KNOTS=k.singles, UNIFORM=not k.singles, HALF=k.half, START=k.start,
             FORMAT=format, ROWS=height, COLUMNS=width, num_warps=warps,
         )  # fmt: skip
         row_blocks = triton.cdiv(rows, tile_rows)

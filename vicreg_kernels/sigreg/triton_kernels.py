@@ -19,7 +19,7 @@ from its L2. So the waves bound both halves, and their count is what the kernels
 measured yet.
 
 A projection costs one sincos for up to 16 equally spaced knots. Forward, knots are taken in pairs
-mu +- d_j about the middle of their range, d_j the odd multiples of half the spacing:
+mu +- d_j about the middle of their range:
 
     sum cos(mu +- d_j) = sum cos mu cos d_j -+ sum sin mu sin d_j
     sum sin(mu +- d_j) = sum sin mu cos d_j +- sum cos mu sin d_j
@@ -98,32 +98,32 @@ def paired_sums(
     projections, row, last, column, slices,
     ROWS: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr,
     PAIRS: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr,
-    STEP: tl.constexpr, CENTRES: tl.constexpr,
+    START: tl.constexpr, CENTRES: tl.constexpr,
 ):  # fmt: skip
-    """sum cos mu cos d, sin mu sin d, sin mu cos d, cos mu sin d over rows row to row + ROWS - 1,
-    as 4 PAIRS tensors [COLUMNS]: the pairs of knots CHUNK 2 PAIRS to (CHUNK + 1) 2 PAIRS - 1.
+    """sum cos mu cos d, sin mu sin d, sin mu cos d, cos mu sin d over rows row to row + ROWS - 1 for
+    each of PAIRS d, then sum cos mu, sin mu: 4 PAIRS + 2 tensors [WIDE, COLUMNS].
     """
-    sums = (tl.zeros((WIDE, COLUMNS), tl.float32),) * (4 * PAIRS)
+    sums = (tl.zeros((WIDE, COLUMNS), tl.float32),) * (4 * PAIRS + 2)
     for start in range(0, ROWS, WIDE):
         n = row + start + tl.arange(0, WIDE)
         live = (n < last)[:, None] & (column < slices)[None, :]
         at = projections + n.to(tl.int64)[:, None] * slices + column[None, :]
         p = tl.load(at, mask=live, other=0.0)
-        c, s = circle(p, STEP[0], STEP[1])
-        step_c, step_s = twice(c, s)
-        first_c, first_s = c, s
+        first_c, first_s = circle(p, START[0], START[1])
+        step_c, step_s = first_c, first_s
+        if HALF:
+            step_c, step_s = twice(first_c, first_s)
+        c, s = first_c, first_s
         cosines, sines = (c,), (s,)
         for _ in tl.static_range(1, PAIRS):
             c, s = rotate(c, s, step_c, step_s)
             cosines, sines = cosines + (c,), sines + (s,)
         if CHUNK > 0:
-            mu_c, mu_s = circle(p, CENTRES[CHUNK][0], CENTRES[CHUNK][1])
-        elif HALF:  # mu = 2 PAIRS half spacings, one more than the last d
-            mu_c, mu_s = rotate(c, s, first_c, first_s)
-        else:
-            mu_c, mu_s = rotate(c, s, step_c, step_s)
-        mu_c = tl.where(live, mu_c, 0.0)
-        mu_s = tl.where(live, mu_s, 0.0)
+            c, s = circle(p, CENTRES[CHUNK][0], CENTRES[CHUNK][1])
+        elif HALF:
+            c, s = rotate(c, s, first_c, first_s)
+        mu_c = tl.where(live, c, 0.0)
+        mu_s = tl.where(live, s, 0.0)
         new = ()
         for j in tl.static_range(PAIRS):
             new = new + (
@@ -132,7 +132,7 @@ def paired_sums(
                 tl.fma(mu_s, cosines[j], sums[4 * j + 2]),
                 tl.fma(mu_c, sines[j], sums[4 * j + 3]),
             )
-        sums = new
+        sums = new + (sums[4 * PAIRS] + mu_c, sums[4 * PAIRS + 1] + mu_s)
     return sums
 
 
@@ -175,13 +175,13 @@ def sums_kernel(
     groups, rows, dim, slices, row_blocks,
     s_g, s_n, s_d, a_d, a_m,
     COUNT: tl.constexpr, KNOTS: tl.constexpr, PAIRS: tl.constexpr, CHUNKS: tl.constexpr,
-    HALF: tl.constexpr, STEP: tl.constexpr, CENTRES: tl.constexpr,
+    HALF: tl.constexpr, START: tl.constexpr, CENTRES: tl.constexpr,
     FORMAT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One tile of the projections of one group, and its column sums into out
-    [row blocks, G, 2, K, M]. PAIRS = 0: knots of any spacing, in KNOTS; else STEP is half the
-    spacing and CENTRES the middle of each chunk of 2 PAIRS knots.
+    [row blocks, G, 2, K, M]. PAIRS = 0: knots of any spacing, in KNOTS; else START is the first, the
+    spacing or with HALF half of it, and CENTRES has the centre of each chunk of 2 PAIRS knots.
     """
     across = tl.cdiv(slices, COLUMNS)
     j = tl.program_id(0) % across
@@ -223,7 +223,7 @@ def sums_kernel(
         for chunk in tl.static_range(CHUNKS):
             sums = paired_sums(
                 own, i * ROWS, rows, column, slices, ROWS, WIDE, COLUMNS,
-                PAIRS, chunk, HALF, STEP, CENTRES,
+                PAIRS, chunk, HALF, START, CENTRES,
             )  # fmt: skip
             for k in tl.static_range(PAIRS):
                 both = tl.join(sums[4 * k], sums[4 * k + 1])
@@ -232,10 +232,18 @@ def sums_kernel(
                 cc, ss = tl.split(cosines)
                 sc, cs = tl.split(sines)
                 middle = (2 * chunk + 1) * PAIRS
-                if middle - 1 - k < COUNT:
-                    store_sums(out, middle - 1 - k, cc + ss, sc - cs, column, slices, COUNT)
                 if middle + k < COUNT:
                     store_sums(out, middle + k, cc - ss, sc + cs, column, slices, COUNT)
+                if HALF:
+                    if middle - 1 - k < COUNT:
+                        store_sums(out, middle - 1 - k, cc + ss, sc - cs, column, slices, COUNT)
+                elif k < PAIRS - 1:
+                    if middle - 2 - k < COUNT:
+                        store_sums(out, middle - 2 - k, cc + ss, sc - cs, column, slices, COUNT)
+                elif middle - 1 < COUNT:  # mu - d is the last knot of the chunk before, or 0
+                    cosine = tl.sum(sums[4 * PAIRS], axis=0)
+                    sine = tl.sum(sums[4 * PAIRS + 1], axis=0)
+                    store_sums(out, middle - 1, cosine, sine, column, slices, COUNT)
 
 
 @triton.jit
@@ -299,7 +307,7 @@ def waves_kernel(
     grad, coefficients, projections, out,
     rows, slices, row_blocks,
     COUNT: tl.constexpr, KNOTS: tl.constexpr, UNIFORM: tl.constexpr, HALF: tl.constexpr,
-    STEP: tl.constexpr, FORMAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    START: tl.constexpr, FORMAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A tile of out [G, N, M] = grad (sum_k a cos(t_k p) + b sin(t_k p)), a and b by column."""
     across = tl.cdiv(slices, COLUMNS)
@@ -315,7 +323,7 @@ def waves_kernel(
     own = coefficients + g * 2 * COUNT * slices + column
     behind = tl.cast(COUNT, tl.int64) * slices
     if UNIFORM:  # Re sum_k (a_k - i b_k) e^{i t_k p}, by Horner in e^{i spacing p}
-        c, s = circle(p, STEP[0], STEP[1])
+        c, s = circle(p, START[0], START[1])
         first_c, first_s = c, s
         if HALF:
             c, s = twice(c, s)
