@@ -1,6 +1,6 @@
-"""Tier 5: the SIGReg op's Triton kernels compiled ahead of time for sm_80 and sm_90: no spills,
-registers and shared memory within the recorded budget, tensor-core instructions and 16-byte loads
-where meant, no slow path of sin or cos.
+"""Tier 5: the SIGReg op's Triton kernels compiled ahead of time: no spills and no slow path of sin
+or cos, registers and shared memory within the recorded budget, tensor-core instructions and 16-byte
+loads where meant.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import audit_triton
 import pytest
-from audit_triton import MATRIX, Recorder
+from audit_triton import ARCHITECTURES, MATRIX, Recorder
 
 KERNELS = (
     "directions_kernel",
@@ -48,17 +48,15 @@ class Case(NamedTuple):
 
 
 def _cases() -> Iterator[Case]:
-    for kernel in KERNELS:
-        yield Case(90, "float32", kernel)
-    for kernel in PRODUCTS:
-        yield Case(80, "float32", kernel)
-        yield Case(90, "float16", kernel)
-    for kernel in (*PRODUCTS, "waves_kernel"):
-        yield Case(90, "bfloat16", kernel)
-    for knots in ("10", "41", "free"):
-        yield Case(90, "bfloat16", "sums_kernel", knots, SMALL)
-        yield Case(90, "float32", "waves_kernel", knots, SMALL)
-    yield Case(90, "float32", "product_kernel", "17", SMALL)
+    for arch in ARCHITECTURES:
+        for kernel in KERNELS:
+            yield Case(arch, "float32", kernel)
+        for kernel in (*PRODUCTS, "waves_kernel"):
+            yield Case(arch, "bfloat16", kernel)
+        yield Case(arch, "float16", "product_kernel")
+        for knots in ("10", "41", "free"):
+            yield Case(arch, "bfloat16", "sums_kernel", knots, SMALL)
+        yield Case(arch, "float32", "waves_kernel", "free", SMALL)
 
 
 CASES = list(_cases())
