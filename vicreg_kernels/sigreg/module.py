@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -145,9 +144,9 @@ class LeJEPALoss(nn.Module):
         predicted, target: of one shape; their squared distance then takes the invariance's place,
         and z is what SIGReg sees: [N, D], or time steps [T, B, D]. Neither is detached.
         """
-        group = distributed.resolve(self.sigreg.process_group)
-        with distributed.announcing(OP, group) if group is not None else nullcontext():
-            difference = _difference(z, global_views, predicted, target)
+        process_group = self.sigreg.process_group
+        group = None if process_group is None else distributed.group_name(process_group)
+        difference = distributed.checked(OP, group, _difference, z, global_views, predicted, target)
         regularizer = self.sigreg(z, step)
         with torch.autocast(z.device.type, enabled=False):
             wide = difference.to(torch.promote_types(difference.dtype, torch.float32))

@@ -7,8 +7,8 @@ With z [G, N, D], directions A [D, M], p = z A and K knots t_k, the forward op g
     projections   float32 [G, N, M]      p
 
 with dp the derivative of the loss by p times the number of ranks, and the backward op turns them
-into the gradient dp A^T; z itself is not kept. Across ranks the forward adds up the 2 G K M sums of
-cosines and sines, and the backward exchanges nothing. docs/sigreg.md has the formulas.
+into the gradient dp A^T. Across ranks the forward adds up the 2 G K M sums of cosines and sines, and
+the backward exchanges nothing. docs/sigreg.md has the formulas.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _LIBRARY.define(
 # drawn: seed and step of the directions, where they are known; only compared among ranks.
 _LIBRARY.define(
     "sigreg_forward(Tensor z, Tensor directions, float[] knots, float[] weights, bool times_rows,"
-    " SymInt[] drawn, str group, str backend) -> (Tensor, Tensor, Tensor)"
+    " SymInt[] drawn, str? group, str backend) -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     "sigreg_backward(Tensor grad, Tensor coefficients, Tensor projections, Tensor directions,"
@@ -58,12 +58,12 @@ def _forward(
     weights: Sequence[float],
     times_rows: bool,
     drawn: Sequence[int],
-    group: str,
+    group: str | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels = backends.load(backend)
     rows, ranks, among = z.shape[1], 1, None
-    if group:
+    if group is not None:
         among = distributed.by_name(group)
         each = _agree(among, z, directions, knots, weights, times_rows, drawn)
         rows, ranks = sum(each), len(each)
@@ -127,13 +127,14 @@ def _sum_ranks_fake(value: Tensor, group: str) -> Tensor:
     return torch.empty_like(value)
 
 
-def mean_over_ranks(values: Tensor, group: Any) -> Tensor:
+def mean_over_ranks(values: Tensor, group: str) -> Tensor:
     """The mean over the values of all ranks; its gradient is times the number of ranks."""
-    total, count = values.sum(), values.numel()
-    mine = torch.stack((total.detach().double(), torch.full_like(total, count).double()))
-    everyone = torch.ops.vicreg_kernels.sigreg_sum_ranks(mine, group.group_name)
-    own = (group.size() / everyone[1]).to(total.dtype) * total
-    return own + ((everyone[0] / everyone[1]).to(total.dtype) - own.detach())
+    total = values.sum()
+    wide = total.detach().double()
+    mine = torch.stack((wide, torch.full_like(wide, values.numel()), torch.ones_like(wide)))
+    summed, count, ranks = torch.ops.vicreg_kernels.sigreg_sum_ranks(mine, group).unbind()
+    own = (ranks / count).to(total.dtype) * total
+    return own + ((summed / count).to(total.dtype) - own.detach())
 
 
 def _agree(
@@ -157,25 +158,27 @@ def _agree(
 
 
 class _SIGReg(torch.autograd.Function):
-    """Forward saves what the gradient needs; backward is one op call. Once differentiable."""
+    """Forward saves what the gradient needs, and z, by which a second derivative is noticed;
+    backward is one op call. Once differentiable.
+    """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, directions: Tensor, settings: tuple[Any, ...]) -> Tensor:
         loss, coefficients, projections = torch.ops.vicreg_kernels.sigreg_forward(
             z, directions, *settings
         )
-        ctx.save_for_backward(coefficients, projections, directions)
+        ctx.save_for_backward(z, coefficients, projections, directions)
         ctx.settings = (settings[0], settings[-1])
         return loss.reshape(())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        args = (grads[0].reshape(1), *ctx.saved_tensors, *ctx.settings)
+        z, *saved = ctx.saved_tensors
         run = _Gradient.apply if torch.is_grad_enabled() else _gradient
-        return run(*args), None, None
+        return run(z, grads[0].reshape(1), *saved, *ctx.settings), None, None
 
 
-def _gradient(*args: Any) -> Tensor:
+def _gradient(z: Tensor, *args: Any) -> Tensor:
     return torch.ops.vicreg_kernels.sigreg_backward(*args)
 
 
@@ -329,6 +332,29 @@ def _check_step(step: int | Tensor | None, device: torch.device) -> None:
         raise ValueError(f"step: got {step}, takes 0 <= step < 2^63")
 
 
+def _check(
+    z: Tensor,
+    slices: int | None,
+    knots: int | Sequence[float] | None,
+    t_max: float | None,
+    variant: str,
+    directions: Tensor | None,
+    step: int | Tensor | None,
+    seed: int,
+    group: str | None,
+    backend: str | None,
+) -> tuple[_Settings, str]:
+    """The settings, and the backend that runs."""
+    settings = check_settings(
+        slices=slices, knots=knots, t_max=t_max, variant=variant, seed=seed, backend=backend
+    )
+    check_z(z, least_rows=2 if group is None else 1)
+    if directions is not None:
+        _check_directions(directions, z, slices)
+    _check_step(step, z.device)
+    return settings, dispatch.choose("sigreg", backend, z.device.type, z.dtype)
+
+
 def _step_tensor(step: int | Tensor | None, device: torch.device) -> Tensor:
     if isinstance(step, Tensor):
         return step
@@ -362,6 +388,8 @@ def sigreg_directions(
         raise TypeError(f"dim: got {type(dim).__name__}, takes an int")
     if dim < 1:
         raise ValueError(f"dim: got {dim}, takes at least 1")
+    if slices is None:
+        raise TypeError("slices: got None, takes an int")
     check_settings(slices=slices, seed=seed, backend=backend)
     if device is None:
         where = step.device if isinstance(step, Tensor) else torch.get_default_device()
@@ -432,23 +460,10 @@ def sigreg_loss(
             message names the argument.
         RuntimeError: the named backend cannot run here, or ranks disagree; the message says why.
     """
-    group = distributed.resolve(process_group)
-
-    def check() -> tuple[_Settings, str]:
-        settings = check_settings(
-            slices=slices, knots=knots, t_max=t_max, variant=variant, seed=seed, backend=backend
-        )
-        check_z(z, least_rows=2 if group is None else 1)
-        if directions is not None:
-            _check_directions(directions, z, slices)
-        _check_step(step, z.device)
-        return settings, dispatch.choose("sigreg", backend, z.device.type, z.dtype)
-
-    if group is None:
-        settings, name = check()
-    else:
-        with distributed.announcing(OP, group):
-            settings, name = check()
+    group = None if process_group is None else distributed.group_name(process_group)
+    settings, name = distributed.checked(
+        OP, group, _check, z, slices, knots, t_max, variant, directions, step, seed, group, backend
+    )
     if not torch.compiler.is_compiling():
         dispatch.log_choice("sigreg", name, backend, z.device, z.shape)
 
@@ -465,24 +480,24 @@ def sigreg_loss(
     rule = settings.variant
     if name == "reference":
         return _reference(grouped, directions, settings, drawn, group)
-    arguments = (settings.knots, settings.weights, rule.times_rows, drawn)
-    where = "" if group is None else group.group_name
-    return _SIGReg.apply(grouped, directions, (*arguments, where, name))
+    arguments = (settings.knots, settings.weights, rule.times_rows, drawn, group, name)
+    return _SIGReg.apply(grouped, directions, arguments)
 
 
 def _reference(
-    z: Tensor, directions: Tensor, settings: _Settings, drawn: list[int], group: Any
+    z: Tensor, directions: Tensor, settings: _Settings, drawn: list[int], group: str | None
 ) -> Tensor:
     rule, _, knots, weights = settings
     rows = z.shape[1]
     reduce: Callable[[Tensor], Tensor] | None = None
     if group is not None:
-        each = _agree(group, z, directions, knots, weights, rule.times_rows, drawn)
+        among = distributed.by_name(group)
+        each = _agree(among, z, directions, knots, weights, rule.times_rows, drawn)
         rows = sum(each)
 
         def reduce(sums: Tensor) -> Tensor:
             """The ranks' sum in value, this rank's times the number of ranks in gradient."""
-            whole = distributed.sum_ranks_(OP, group, sums.detach().clone())
+            whole = distributed.sum_ranks_(OP, among, sums.detach().clone())
             own = len(each) * sums
             return own + (whole - own.detach())
 
