@@ -16,8 +16,7 @@ from tolerances import (
 )
 from torch import Tensor
 
-from vicreg_kernels.sigreg import sigreg_loss
-from vicreg_kernels.sigreg import backends, reference
+from vicreg_kernels.sigreg import backends, reference, sigreg_loss
 
 # The positive knots of the variants and of longer rules, from spacing or half of it, and any.
 KNOTS = {
@@ -68,7 +67,9 @@ def column_sums(projections: Tensor, knots: Sequence[float]) -> Tensor:
     return sums.transpose(2, 3).contiguous()
 
 
-def check_sums(kernels: backends.Kernels, z: Tensor, directions: Tensor, knots: list[float]) -> None:
+def check_sums(
+    kernels: backends.Kernels, z: Tensor, directions: Tensor, knots: list[float]
+) -> None:
     """Projections and column sums, the sums at the projections that the kernels found."""
     sums, projections = kernels.sums(z, directions, knots)
     truth = z.double() @ directions.double()

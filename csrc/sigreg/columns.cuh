@@ -70,8 +70,8 @@ __device__ __forceinline__ float shared_sum(const float* shared, int i) {
 //     sum cos(mu +- d_j) = sum cos mu cos d_j -+ sum sin mu sin d_j
 //     sum sin(mu +- d_j) = sum sin mu cos d_j +- sum cos mu sin d_j
 //
-// Four multiply-adds a pair to add up and four to rotate d_j on, where knots one by one take eight
-// and four. One sincos a projection and chunk, of t_0, and one more for the centres of the chunks
+// Four multiply-adds a pair to add up and four to rotate d_j on, where knots one by one take four
+// and eight. One sincos a projection and chunk, of t_0, and one more for the centres of the chunks
 // after the first.
 template <int P>
 __global__ void __launch_bounds__(kThreads)

@@ -36,9 +36,11 @@ _INTERPRETED_PROCESSORS = 4
 MOST_PAIRS = 8
 
 # Launch configurations, chosen by counting: the first whose programs fill the GPU, else the last.
-# Tiles are (rows, columns, depth, warps, stages). The column sums read 32 lanes' worth of a row.
-SUMS = ((128, 64, 32, 8, 3), (64, 64, 32, 4, 3))
-PRODUCT = ((128, 64, 32, 4, 3), (64, 64, 32, 4, 3))
+# Tiles are (rows, columns, depth, warps, stages), of eight warps: four spill on sm_100. In float32
+# the larger tile of the sums takes 161 registers, which leaves a multiprocessor one program, too
+# few warps to hide the column sums' loads: there the smaller one, with 117, is the only one.
+SUMS = ((128, 64, 32, 8, 3), (64, 64, 32, 8, 3))
+PRODUCT = ((128, 64, 32, 8, 3), (64, 64, 32, 8, 3))
 WAVES = (32, 64, 8)  # rows, columns, warps
 STATISTIC = (1024, 8)  # columns, warps
 DIRECTIONS = (32, 8, 8)  # groups of four rows, columns, warps
@@ -98,8 +100,8 @@ class Knots:
     """What the kernels are compiled for.
 
     singles: every knot, where they are not t_k = start + k spacing with start = spacing or
-    spacing / 2, else empty. half: start = spacing / 2. centres: of each chunk of 2 pairs knots, between
-    two of them with half, else the knot of number `pairs`. All but half and pairs as
+    spacing / 2, else empty. half: start = spacing / 2. centres: of each chunk of 2 pairs knots,
+    between two of them with half, else the knot of number `pairs`. All but half and pairs as
     `_quarter_turns`.
     """
 
@@ -162,7 +164,8 @@ def sums(z: Tensor, directions: Tensor, knots: Sequence[float]) -> tuple[Tensor,
     slices, count = directions.shape[1], len(knots)
     k = _knots(tuple(knots))
     format, precision, _ = _format(z)
-    height, width, depth, warps, stages = _tile(SUMS, z, groups, rows, slices)
+    choices = SUMS[-1:] if z.dtype == torch.float32 else SUMS
+    height, width, depth, warps, stages = _tile(choices, z, groups, rows, slices)
     row_blocks = triton.cdiv(rows, height)
     projections = torch.empty(groups, rows, slices, device=z.device)
     out = torch.empty(groups, 2, count, slices, device=z.device)
@@ -199,9 +202,7 @@ def statistic(
     width, warps = STATISTIC
     width = min(width, triton.next_power_of_2(slices))
     programs = groups * triton.cdiv(slices, width)
-    partials = torch.empty(
-        programs if programs > 1 else 0, dtype=torch.float64, device=sums.device
-    )
+    partials = torch.empty(programs if programs > 1 else 0, dtype=torch.float64, device=sums.device)
     scale = factor / (groups * slices)
     with _on_device(sums):
         statistic_kernel[(programs,)](

@@ -5,7 +5,7 @@ instruction of one lane, multiply-add included; products are counted in multiply
 
                         reads and writes (bytes)           operations
     directions_kernel   4 D M                              about 120 D M, twice: nothing is kept
-    sums_kernel         e (G N D + D M) + 8 E + partials   E D multiply-adds; (45 + 4 K) E
+    sums_kernel         e (G N D + D M) + 8 E + partials   E D multiply-adds; (35 + 4 K) E
     finish_kernel       8 G K M (row blocks + 1)           small
     statistic_kernel    16 G K M                           20 G K M
     waves_kernel        4 E + e' E                         (35 + 4 K) E
@@ -13,10 +13,10 @@ instruction of one lane, multiply-add included; products are counted in multiply
 
 where partials are 8 K / ROWS bytes for each projection and e' is 4, or 2 for bfloat16. At
 2048 x 512 x 1024 x 17 (16 knots without 0) in bfloat16 that is 1.1 G multiply-adds in each product,
-2 us on an H100's tensor cores, 2.1 M projections with 109 and 99 operations: 8 and 7 us of its 29 T
-lane operations a second, and 20 MB forward and 17 MB backward, 11 us together from memory and less
-from its L2. So the waves bound both halves, and their count is what the kernels save on. Times: not
-measured yet.
+2 us on an H100's tensor cores, 2.1 M projections with about 99 operations each way, 7 us of its
+29 T lane operations a second, and 24 MB forward and 20 MB backward, 13 us together from memory and
+less from its L2. So the waves bound both halves, and their count is what the kernels save on.
+Times: not measured yet.
 
 A projection costs one sincos for up to 16 equally spaced knots. Forward, knots are taken in pairs
 mu +- d_j about the middle of their range:
@@ -24,7 +24,7 @@ mu +- d_j about the middle of their range:
     sum cos(mu +- d_j) = sum cos mu cos d_j -+ sum sin mu sin d_j
     sum sin(mu +- d_j) = sum sin mu cos d_j +- sum cos mu sin d_j
 
-four multiply-adds a pair to add up and four to rotate d_j on, instead of eight and four. Backward,
+four multiply-adds a pair to add up and four to rotate d_j on, instead of four and eight. Backward,
 the waves are a polynomial in e^{i spacing p}: complex Horner, four multiply-adds a knot.
 
 The column sums are not taken in the product's own registers. A matrix instruction spreads a column
@@ -40,7 +40,8 @@ saved there is the way of the waves through memory, at most a quarter of the tim
 product kernel. So there is one way: waves to a scratch, then the product.
 """
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,assignment"
+# ruff: noqa: RUF005  (Triton's compiler adds tuples up, and does not unpack them)
 from __future__ import annotations
 
 import triton
@@ -100,8 +101,8 @@ def paired_sums(
     PAIRS: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr,
     START: tl.constexpr, CENTRES: tl.constexpr,
 ):  # fmt: skip
-    """sum cos mu cos d, sin mu sin d, sin mu cos d, cos mu sin d over rows row to row + ROWS - 1 for
-    each of PAIRS d, then sum cos mu, sin mu: 4 PAIRS + 2 tensors [WIDE, COLUMNS].
+    """sum cos mu cos d, sin mu sin d, sin mu cos d, cos mu sin d over rows row to row + ROWS - 1
+    for each of PAIRS d, then sum cos mu, sin mu: 4 PAIRS + 2 tensors [WIDE, COLUMNS].
     """
     sums = (tl.zeros((WIDE, COLUMNS), tl.float32),) * (4 * PAIRS + 2)
     for start in range(0, ROWS, WIDE):
@@ -180,8 +181,8 @@ def sums_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One tile of the projections of one group, and its column sums into out
-    [row blocks, G, 2, K, M]. PAIRS = 0: knots of any spacing, in KNOTS; else START is the first, the
-    spacing or with HALF half of it, and CENTRES has the centre of each chunk of 2 PAIRS knots.
+    [row blocks, G, 2, K, M]. PAIRS = 0: knots of any spacing, in KNOTS; else START is the first,
+    the spacing or with HALF half of it, and CENTRES has the centre of each chunk of 2 PAIRS knots.
     """
     across = tl.cdiv(slices, COLUMNS)
     j = tl.program_id(0) % across
@@ -329,7 +330,7 @@ def waves_kernel(
             c, s = twice(c, s)
         real = tl.zeros((ROWS, COLUMNS), tl.float32)
         imaginary = tl.zeros((ROWS, COLUMNS), tl.float32)
-        # A loop: unrolled whole, all 2 K coefficients are loaded first, into all registers there are.
+        # A loop: unrolled whole, all 2 K coefficients are loaded first, into every register.
         for below in tl.range(0, COUNT, loop_unroll_factor=4):
             here = own + (COUNT - 1 - below) * tl.cast(slices, tl.int64)
             a = tl.load(here, mask=inside, other=0.0)[None, :]
