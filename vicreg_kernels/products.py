@@ -15,11 +15,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.float(), b.float())
 
 
-def add_product(out: Tensor, square: Tensor, z: Tensor) -> None:
-    """out += square @ z, [G, ., .] each; float32 but for z, whose dtype the product has."""
+def square_product(square: Tensor, z: Tensor) -> Tensor:
+    """square @ z in float32, [G, ., .] each; square float32, z float32 or half."""
     if z.dtype == torch.float32:
-        out.baddbmm_(square, z)
-        return
+        return torch.bmm(square, z)
     # Rounded to half, each row scaled by a power of two: float16 neither over- nor underflows.
     power = torch.frexp(square.abs().amax(dim=-1, keepdim=True)).exponent
-    out.add_(torch.ldexp(product(torch.ldexp(square, -power).to(z.dtype), z), power))
+    return torch.ldexp(product(torch.ldexp(square, -power).to(z.dtype), z), power)
