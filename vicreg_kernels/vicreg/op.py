@@ -221,7 +221,7 @@ def _terms(
 
 def _choose(x: Tensor, backend: str | None, group: str | None) -> str:
     if group is not None:
-        return ranks.choose(backend, x.dtype)
+        return distributed.choose_backend(backend, x.dtype)
     return dispatch.choose("vicreg", backend, x.device.type, x.dtype, min(x.shape[-2:]))
 
 

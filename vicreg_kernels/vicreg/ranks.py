@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from vicreg_kernels import dispatch, distributed
+from vicreg_kernels.shares import statistics, two_floats
 from vicreg_kernels.vicreg import ranks_squares, reference
 from vicreg_kernels.vicreg.conventions import covariance_scale
 from vicreg_kernels.vicreg.ranks_squares import OP
@@ -143,23 +144,6 @@ class _Gradient(torch.autograd.Function):
         raise RuntimeError("the fused VICReg differentiates once; backend='reference' to any order")
 
 
-def choose(backend: str | None, dtype: torch.dtype) -> str:
-    """ "ranks" or "reference": what runs for `backend` with a process group.
-
-    Raises ValueError for another named backend.
-    """
-    dispatch.check_backend(backend)
-    named = backend if backend is not None else dispatch.ENVIRONMENT_BACKEND
-    if named not in (None, "reference"):
-        source = "backend" if backend is not None else "VICREG_KERNELS_BACKEND"
-        raise ValueError(
-            f"{source}: got {named!r}, takes None or 'reference' with a process_group: a rank's "
-            "share is a rectangular product of its rows with all rows, which torch's own matmul "
-            "does on every device; the fused backends know the square ones of one process"
-        )
-    return "reference" if named or dtype == torch.float64 else "ranks"
-
-
 def terms(
     x: Tensor,
     y: Tensor | None,
@@ -232,10 +216,10 @@ def forward(
     ranks = distributed.by_name(group)
     total, (groups, _, dim) = sum(rows), x.shape
     degrees = total - int(unbiased)
-    own, mean, scatter, difference = _statistics(x, y, rows, ranks)
+    own, mean, scatter, difference = statistics(OP, x, y, rows, ranks)
     side = ranks_squares.gram if total < dim else ranks_squares.covariance
     square, scatter, gradients = side(own, scatter, x.dtype, (need_x, need_y), rows, ranks)
-    high, low = _two_floats(mean)
+    high, low = two_floats(mean)
     moments = torch.stack((high, low, scatter.float()), dim=2)
     if y is None:
         gradients.append(own.new_empty(0))
@@ -248,44 +232,6 @@ def forward(
     loss = weights[0] * invariance + weights[1] * variance + weights[2] * covariance
     found = torch.stack((loss, invariance, variance, covariance)).float()
     return found, moments, mean.new_full((1,), total), *gradients
-
-
-def _two_floats(mean: Tensor) -> tuple[Tensor, Tensor]:
-    """float64 as the sum of two float32, as in op.py."""
-    high = mean.float()
-    return high, (mean - high).float()
-
-
-def _statistics(
-    x: Tensor, y: Tensor | None, rows: list[int], group: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """own [V, n, G, D] float32, the own rows less the whole batch's mean; mean, scatter
-    [V, G, D] float64 of the whole batch; its sum of (x - y)^2, float64.
-
-    One sum over ranks, of N mean and scatter + N mean^2: in float64 the second loses
-    2^-53 (mean / std)^2, less than float32 rows with such a mean have lost already.
-    """
-    views = (x,) if y is None else (x, y)
-    groups, count, dim = x.shape
-    own = x.new_empty((len(views), count, groups, dim), dtype=torch.float32)
-    packed = x.new_zeros(2 * own[:, 0].numel() + 1, dtype=torch.float64)
-    sums, squares = packed[:-1].view(2, len(views), groups, dim)
-    origin = own.new_empty((len(views), groups, dim))
-    for v, z in enumerate(views):
-        # About the rounded mean of the own rows, so that float32 sums are of small numbers.
-        torch.mean(z, dim=-2, dtype=torch.float32, out=origin[v])
-        shifted = torch.sub(z, origin[v].unsqueeze(1), out=own[v].transpose(0, 1))
-        wide, first = origin[v].double(), shifted.sum(dim=-2).double()
-        sums[v] = wide * count + first
-        squares[v] = wide.square() * count + 2.0 * wide * first
-        squares[v] += shifted.square().sum(dim=-2)
-    if y is not None:
-        packed[-1] = (x.float() - y.float()).square_().sum(dim=-1).sum(dtype=torch.float64)
-    distributed.sum_ranks_(OP, group, packed)
-    mean = sums / sum(rows)
-    scatter = (squares - sums * mean).clamp(min=0.0)
-    own.sub_((mean - origin).float().unsqueeze(1))
-    return own, mean, scatter, packed[-1]
 
 
 def backward(

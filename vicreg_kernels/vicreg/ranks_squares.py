@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vicreg_kernels import distributed
 from vicreg_kernels.distributed import Pending
-from vicreg_kernels.products import product, square_product
+from vicreg_kernels.shares import product, square_product
 from vicreg_kernels.vicreg.backends import DEFLATED_COLUMNS
 
 OP = "vicreg"
