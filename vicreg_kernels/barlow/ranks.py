@@ -54,7 +54,7 @@ _LIBRARY.define(
     " -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
-    "barlow_ranks_backward(Tensor grad, Tensor gradient_x, Tensor gradient_y, Tensor like,"
+    "barlow_ranks_backward(Tensor grad, Tensor x, Tensor y, Tensor gradient_x, Tensor gradient_y,"
     " bool need_x, bool need_y, str group) -> (Tensor, Tensor)"
 )
 
@@ -82,24 +82,14 @@ def _forward_fake(
 
 
 @torch.library.register_fake("vicreg_kernels::barlow_ranks_backward")
-def _backward_fake(
-    grad: Tensor,
-    gradient_x: Tensor,
-    gradient_y: Tensor,
-    like: Tensor,
-    need_x: bool,
-    need_y: bool,
-    group: str,
-) -> tuple[Tensor, Tensor]:
-    return (
-        like.new_empty(gradient_x.shape if need_x else (0,)),
-        like.new_empty(gradient_y.shape if need_y else (0,)),
-    )
+def _backward_fake(grad: Tensor, x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    need_x, need_y = rest[2], rest[3]
+    return x.new_empty(x.shape if need_x else (0,)), y.new_empty(y.shape if need_y else (0,))
 
 
 class _Ranks(torch.autograd.Function):
     """Forward saves the gradient for a cotangent of 1; backward is one op call. Once
-    differentiable.
+    differentiable; the views are saved so that a second derivative finds its way to the error.
     """
 
     @staticmethod
@@ -109,24 +99,21 @@ class _Ranks(torch.autograd.Function):
         loss, *gradients = torch.ops.vicreg_kernels.barlow_ranks_forward(
             x, y, need_x, need_y, *settings
         )
-        ctx.save_for_backward(*gradients, x.new_empty(0))
+        ctx.save_for_backward(x, y, *gradients)
         ctx.group = settings[-1]
         return loss[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         need_x, need_y = ctx.needs_input_grad[:2]
-        args = (grad.reshape(1), ctx.saved_tensors, need_x, need_y, ctx.group)
+        args = (grad.reshape(1), *ctx.saved_tensors, need_x, need_y, ctx.group)
         run = _Gradient.apply if torch.is_grad_enabled() else _gradient
         grad_x, grad_y = run(*args)
         return grad_x if need_x else None, grad_y if need_y else None, None, None, None
 
 
-def _gradient(
-    grad: Tensor, saved: tuple[Tensor, ...], need_x: bool, need_y: bool, group: str
-) -> tuple[Tensor, Tensor]:
-    op = torch.ops.vicreg_kernels.barlow_ranks_backward
-    return op(grad, *saved, need_x, need_y, group)
+def _gradient(*args: Any) -> tuple[Tensor, Tensor]:
+    return torch.ops.vicreg_kernels.barlow_ranks_backward(*args)
 
 
 class _Gradient(torch.autograd.Function):
@@ -309,22 +296,23 @@ def _correlation(
 
 def backward(
     grad: Tensor,
+    x: Tensor,
+    y: Tensor,
     gradient_x: Tensor,
     gradient_y: Tensor,
-    like: Tensor,
     need_x: bool,
     need_y: bool,
     group: str,
 ) -> tuple[Tensor, Tensor]:
-    """`ranks` times the whole batch's gradient at x and y, in the dtype of `like`, empty where not
-    needed. grad: float32 [1], the same on every rank.
+    """`ranks` times the whole batch's gradient at x and y, in their dtype, empty where not needed.
+    grad: float32 [1], the same on every rank.
     """
     process_group = distributed.by_name(group)
     if dispatch.DEBUG:
         distributed.check_same(OP, process_group, "the loss's incoming gradient", grad)
     factor = grad * torch.distributed.get_world_size(process_group)
     grad_x, grad_y = (
-        (gradient * factor).to(like.dtype) if needed else like.new_empty(0)
-        for gradient, needed in ((gradient_x, need_x), (gradient_y, need_y))
+        (gradient * factor).to(z.dtype) if needed else z.new_empty(0)
+        for z, gradient, needed in ((x, gradient_x, need_x), (y, gradient_y, need_y))
     )
     return grad_x, grad_y
