@@ -34,6 +34,7 @@ FEATURES = 10
 class Case:
     """loss(model, batch, process_group) -> 0-d loss; batch: each tensor's rows of this rank, the
     batch dimension first; model() -> the parameters it trains, built under a fixed seed.
+    differentiated: the loss has already put its gradient into the parameters.
 
     relative: bound on |mine - whole| / |whole|, for the loss and for each parameter's gradient.
     """
@@ -42,12 +43,19 @@ class Case:
     batch: Callable[[], tuple[Tensor, ...]]
     model: Callable[[], nn.Module]
     relative: float = 1e-6
+    differentiated: bool = False
     splits: dict[int, tuple[tuple[int, ...], ...]] = field(default_factory=lambda: SPLITS)
 
 
 def encoder(dim: int) -> Callable[[], nn.Module]:
-    """A small encoder of [N, FEATURES] to [N, dim]."""
-    return lambda: nn.Sequential(nn.Linear(FEATURES, 16), nn.Tanh(), nn.Linear(16, dim))
+    """A small encoder of [N, FEATURES] to [N, dim]; a bias of its last layer would have no gradient
+    where embeddings are centred.
+    """
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(FEATURES, 16), nn.Tanh(), nn.Linear(16, dim, bias=False))
+
+    return build
 
 
 def views(count: int = 2, *shape: int) -> Callable[[], tuple[Tensor, ...]]:
@@ -76,7 +84,8 @@ def build(case: Case) -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 def outcome(case: Case, model: nn.Module, batch: tuple[Tensor, ...], group: Any) -> dict[str, Any]:
     loss = case.loss(model, batch, group)
-    loss.backward()
+    if not case.differentiated:
+        loss.backward()
     grads = {n.removeprefix("module."): p.grad for n, p in model.named_parameters()}
     return {"loss": loss.detach(), **grads}
 
