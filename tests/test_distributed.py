@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from vicreg_kernels import VICRegLoss, dispatch, distributed, variance_covariance, vicreg_loss
+from vicreg_kernels.barlow import barlow_twins_loss
+from vicreg_kernels.barlow import ranks as barlow_ranks
 from vicreg_kernels.vicreg import ranks as vicreg_ranks
 
 pytestmark = pytest.mark.skipif(
@@ -76,12 +78,22 @@ def vicreg_counts(group, rows, dim, needed):
     )
 
 
+def barlow_counts(group, rows, dim, needed):
+    x, y = (torch.randn(rows, dim) for _ in "xy")
+    settings = (1e-5, 0.0, False, 5e-3, "barlow_twins", group)
+    return count(
+        lambda: barlow_ranks.forward(x, y, needed, needed, *settings)[1:],
+        lambda *saved: barlow_ranks.backward(torch.ones(1), x, y, *saved, needed, needed, group),
+    )
+
+
 def counts(ranks):
     group = distributed.group_name(True)
-    vicreg_ranks.ranks_squares.CHUNK_ROWS = CHUNK
-    vicreg_ranks.ranks_squares.CHUNK_ELEMENTS = 1
+    for chunked in (vicreg_ranks.ranks_squares, barlow_ranks):
+        chunked.CHUNK_ROWS, chunked.CHUNK_ELEMENTS = CHUNK, 1
     return {
-        (dim, needed): vicreg_counts(group, ROWS // ranks, dim, needed)
+        (op.__name__, dim, needed): op(group, ROWS // ranks, dim, needed)
+        for op in (vicreg_counts, barlow_counts)
         for dim in (WIDE, NARROW)
         for needed in (True, False)
     }
@@ -119,6 +131,9 @@ def failures(rank):
         "other weight": loss(covariance_weight=2.0) if trouble else loss(),
         "other backend": loss(backend="reference") if trouble else loss(),
         "one view": (lambda: variance_covariance(x, process_group=True)) if trouble else loss(),
+        "another loss": (lambda: barlow_twins_loss(x, y, process_group=True))
+        if trouble
+        else loss(),
         "fused backend": loss(backend="cpu"),
         "wrong group": loss(group="gloo"),
         "none of it": loss(),
@@ -155,17 +170,18 @@ def on_four(tmp_path_factory):
     return gloo.run(4, tmp_path_factory.mktemp("four"), four)
 
 
-# name: (error and a word of rank 1's, error and words of the others')
+# What the other ranks' messages say.
 TROUBLE = {
-    "bad input": (("TypeError", "x: got dtype torch.int64"), ["rank 1 failed", "torch.int64"]),
-    "no rows": (("ValueError", "at least 1"), ["rank 1 failed", "0 rows"]),
-    "other D": (("RuntimeError", "D: got 5 on rank 1"), ["D: got 5 on rank 1 and 6 on rank 0"]),
-    "other dtype": (("RuntimeError", "dtype"), ["dtype", "bfloat16", "rank 1", "float32"]),
-    "other margin": (("RuntimeError", "margin"), ["margin: got 2.0 on rank 1 and 1.0 on rank 0"]),
-    "other weight": (("RuntimeError", "weights"), ["weights", "2.0", "on rank 1"]),
-    "other backend": (("RuntimeError", "backend"), ["backend", "reference", "rank 1", "ranks"]),
-    "one view": (("RuntimeError", "views"), ["views: got 1 on rank 1 and 2 on rank 0"]),
-    "other cotangent": (("RuntimeError", "gradient"), ["gradient", "[2.0] on rank 1"]),
+    "bad input": ["rank 1 failed", "torch.int64"],
+    "no rows": ["rank 1 failed", "0 rows"],
+    "other D": ["D: got 5 on rank 1 and 6 on rank 0"],
+    "other dtype": ["dtype", "bfloat16", "rank 1", "float32"],
+    "other margin": ["margin: got 2.0 on rank 1 and 1.0 on rank 0"],
+    "other weight": ["weights", "2.0", "on rank 1"],
+    "other backend": ["backend", "reference", "rank 1", "ranks"],
+    "one view": ["views: got 1 on rank 1 and 2 on rank 0"],
+    "another loss": ["op: got barlow_twins_loss on rank 1 and vicreg on"],
+    "other cotangent": ["gradient", "[2.0] on rank 1"],
 }
 
 
@@ -177,7 +193,7 @@ def surviving(found):
 
 @pytest.mark.parametrize("name", TROUBLE)
 def test_a_rank_in_trouble_stops_all(name, on_four):
-    _, words = TROUBLE[name]
+    words = TROUBLE[name]
     for each in surviving(on_four):
         kind, message, seconds = each[name]
         assert kind == "RuntimeError", message
@@ -223,7 +239,7 @@ def test_vicreg_gram(ranks, needed, on_two, on_four):
     """Statistics, both views' rows and one number; products fall as 1 / ranks."""
     n = ROWS // ranks
     for each in on_two if ranks == 2 else [f[0] for f in on_four if f]:
-        (exchanged, flops), backward = each[WIDE, needed]
+        (exchanged, flops), backward = each["vicreg_counts", WIDE, needed]
         statistics = 8 * (2 * 2 * WIDE + 1)
         assert exchanged == [
             message(),
@@ -246,12 +262,36 @@ def test_vicreg_covariance(ranks, needed, on_two, on_four):
     areas = [end * (end - begin) for begin, end in zip((0, *ends), ends, strict=False)]
     assert len(areas) == 3
     for each in on_two if ranks == 2 else [f[0] for f in on_four if f]:
-        (exchanged, flops), backward = each[NARROW, needed]
+        (exchanged, flops), backward = each["vicreg_counts", NARROW, needed]
         statistics = 8 * (2 * 2 * NARROW + 1)
         chunks = [("sum", 4 * area) for area in areas]
         assert exchanged == [message(), ("sum", statistics), *chunks, *chunks]
         gradient = 2 * n * NARROW**2 if needed else 0
         assert flops == 2 * (2 * n * sum(areas) + gradient)
+        assert backward == ([], 0)
+
+
+@pytest.mark.parametrize("needed", [True, False])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_barlow(ranks, needed, on_two, on_four):
+    """Statistics, then both views' rows and column sums, or the correlation; products fall as
+    1 / ranks.
+    """
+    n = ROWS // ranks
+    for each in on_two if ranks == 2 else [f[0] for f in on_four if f]:
+        (exchanged, flops), backward = each["barlow_counts", WIDE, needed]
+        rows, sums = ("gather", 4 * n * WIDE), 1 + (3 if needed else 1) * WIDE
+        statistics = 8 * (2 * 2 * WIDE + 1)
+        assert exchanged == [message(), ("sum", statistics), rows, rows, ("sum", 8 * sums)]
+        assert flops == (4 if needed else 2) * 2 * n * ROWS * WIDE
+        assert backward == ([], 0)
+
+        (exchanged, flops), backward = each["barlow_counts", NARROW, needed]
+        heights = [min(CHUNK, NARROW - begin) for begin in range(0, NARROW, CHUNK)]
+        statistics = 8 * (2 * 2 * NARROW + 1)
+        chunks = [("sum", 4 * height * NARROW) for height in heights]
+        assert exchanged == [message(), ("sum", statistics), *chunks]
+        assert flops == (3 if needed else 1) * 2 * n * NARROW**2
         assert backward == ([], 0)
 
 
