@@ -5,6 +5,6 @@ from pathlib import Path
 # In the order in which a GPU's time is spent; a new op adds its name and bench/<op>.py.
 OPS = tuple(
     op
-    for op in ("attention", "ema", "tokens", "jepa_step", "vicreg")
+    for op in ("attention", "ema", "tokens", "jepa_step", "vicreg", "ranks")
     if Path(__file__).with_name(f"{op}.py").exists()
 )
