@@ -1,0 +1,165 @@
+"""What ranks exchange.
+
+A loss with a `process_group` is the loss of the batch that all its ranks hold together, the same
+number on every rank. Its gradient is that batch's gradient times the number of ranks, each rank
+holding its own rows': DistributedDataParallel averages over ranks, and the mean is then exactly the
+gradient of one process with the whole batch (docs/distributed.md).
+
+Every such call begins with a small message from each rank to all: what it is about to compute, on
+how many rows, or why it cannot. Where one differs or has failed, all of them raise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Bytes of a rank's message, and the most characters of a value in it; longer ones are cut.
+MESSAGE_BYTES = 2048
+LONGEST_VALUE = 160
+LONGEST_ERROR = 480
+
+# torch 2.13 renames it.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
+    dist, "all_gather_into_tensor", None
+)
+
+
+def resolve(process_group: Any) -> Any:
+    """The group to communicate in, None for none: None and False, and a group of one rank.
+
+    process_group: None, False, True (the default group) or a torch.distributed.ProcessGroup that
+    this rank belongs to.
+
+    Raises TypeError, ValueError or RuntimeError naming process_group.
+    """
+    if process_group is None or process_group is False:
+        return None
+    if not dist.is_available():
+        raise RuntimeError("process_group: this torch is built without torch.distributed")
+    if process_group is True:
+        if not dist.is_initialized():
+            raise RuntimeError(
+                "process_group: got True, but there is no default group: call "
+                "torch.distributed.init_process_group first"
+            )
+        process_group = dist.group.WORLD
+    if process_group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("process_group: got a group that this rank does not belong to")
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(
+            f"process_group: got {type(process_group).__name__}, takes None, True or a "
+            "torch.distributed.ProcessGroup"
+        )
+    return process_group if dist.get_world_size(process_group) > 1 else None
+
+
+def by_name(name: str) -> Any:
+    """The group whose `group_name` an op was given."""
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
+@contextlib.contextmanager
+def announcing(op: str, group: Any) -> Iterator[None]:
+    """Around the checks that precede `agree`: what they raise is told to the other ranks, which
+    raise too instead of waiting. With group None it does nothing.
+    """
+    try:
+        yield
+    except Exception as error:
+        if group is not None:
+            with contextlib.suppress(RuntimeError):  # the error itself matters more
+                _exchange(group, op, {"error": _short(error, LONGEST_ERROR)})
+        raise
+
+
+def agree(group: Any, op: str, rows: int, facts: Mapping[str, Any]) -> list[int]:
+    """The rows of each rank, once all have shown that they call `op` with the same `facts`.
+
+    facts: name of an argument -> what must be the same on every rank; compared as text.
+
+    Raises RuntimeError on every rank where a rank has failed, has not come within the group's
+    timeout, or is about to compute something else.
+    """
+    mine = {"op": op, **{name: _short(value, LONGEST_VALUE) for name, value in facts.items()}}
+    found = _exchange(group, op, {"rows": rows, "facts": mine})
+    for rank, message in enumerate(found):
+        if "error" in message:
+            raise RuntimeError(f"{op}: rank {rank} failed: {message['error']}")
+    first = found[0]["facts"]
+    for rank, message in enumerate(found):
+        for name in {**first, **message["facts"]}:
+            here, there = message["facts"].get(name), first.get(name)
+            if here != there:
+                raise RuntimeError(
+                    f"{op}: {name}: got {here} on rank {rank} and {there} on rank 0, takes the "
+                    "same on every rank"
+                )
+    return [int(message["rows"]) for message in found]
+
+
+def _short(value: Any, longest: int) -> str:
+    text = str(value).encode("ascii", "replace").decode()
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def _exchange(group: Any, op: str, message: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every rank's message, in the order of ranks; one all-gather of fixed size."""
+    text = json.dumps(message).encode().ljust(MESSAGE_BYTES, b" ")
+    assert len(text) == MESSAGE_BYTES, message
+    own = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    ranks = dist.get_world_size(group)
+    device = _message_device(group)
+    everyone = torch.empty(ranks * MESSAGE_BYTES, dtype=torch.uint8, device=device)
+    with collective(op, group):
+        _all_gather(everyone, own.to(device), group=group)
+    return [json.loads(row.tobytes()) for row in everyone.cpu().view(ranks, -1).numpy()]
+
+
+def _message_device(group: Any) -> torch.device:
+    """The CPU where the group serves it (gloo, or "cpu:gloo,cuda:nccl", torch's default): messages
+    then wait for the other hosts but not for the device.
+    """
+    served = str(dist.get_backend_config(group))
+    return torch.device("cpu" if "cpu:" in served else "cuda")
+
+
+@contextlib.contextmanager
+def collective(op: str, group: Any) -> Iterator[None]:
+    """Around a collective: its failure names the op and the rank that waited."""
+    try:
+        yield
+    except RuntimeError as error:
+        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        raise RuntimeError(
+            f"{op}: rank {rank} of {ranks} waited for the others, and at least one did not come: "
+            f"it failed, ended, or did not call {op} within the group's timeout ({error})"
+        ) from error
+
+
+def sum_ranks_(op: str, group: Any, value: Tensor) -> Tensor:
+    """value, contiguous, summed over the ranks in place."""
+    with collective(op, group):
+        dist.all_reduce(value, group=group)
+    return value
+
+
+def gather_rows(op: str, group: Any, own: Tensor, rows: list[int]) -> Tensor:
+    """[ranks * max(rows), ...]: every rank's rows (own: [rows of this rank, ...]) in the order of
+    ranks, each rank's followed by zero rows up to the longest.
+    """
+    longest = max(rows)
+    if own.shape[0] < longest:
+        padded = own.new_zeros((longest, *own.shape[1:]))
+        padded[: own.shape[0]] = own
+        own = padded
+    everyone = own.new_empty((len(rows) * longest, *own.shape[1:]))
+    with collective(op, group):
+        _all_gather(everyone, own.contiguous(), group=group)
+    return everyone
