@@ -80,9 +80,7 @@ def published(
                     hx, cx = per_place(x, margin, eps)
                     hy, cy = per_place(y, margin, eps)
                     difference = torch.nn.functional.mse_loss(x, y)
-                    way_terms.append(
-                        torch.stack([difference, (hx + hy) / 2, (cx + cy) / 2]) / 2
-                    )
+                    way_terms.append(torch.stack([difference, (hx + hy) / 2, (cx + cy) / 2]) / 2)
             collected.append(torch.stack(way_terms).sum(0))
         local = list(torch.stack(collected).mean(0))
         if fast_vc_reg:
