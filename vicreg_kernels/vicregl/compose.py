@@ -70,9 +70,9 @@ def _across(embeddings: Sequence[Tensor], run: Run) -> Tensor:
         return run.zero(embeddings[0])
     # As maps of one position there is nothing to search, and both directions are the same.
     a, b = torch.stack(list(embeddings[:LARGE]))[:, :, None], torch.stack(list(small))[:, :, None]
-    one = torch.zeros((LARGE, len(small), run.rows, 1), dtype=torch.int32, device=a.device)
+    zeros = torch.zeros((4, LARGE, len(small), run.rows, 1), dtype=torch.int32, device=a.device)
     once, none = Kept([1], [1.0 / _ordered_pairs(embeddings)]), Kept([], [])
-    return op.pairs(a, b, Matches(one, one, one, one), once, none, run.name)
+    return op.pairs(a, b, Matches(*zeros.unbind()), once, none, run.name)
 
 
 def _ordered_pairs(views: Sequence[Tensor]) -> int:
