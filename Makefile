@@ -9,10 +9,10 @@ export PYTHONPATH := $(CURDIR)/python
 # Quick to build, and its PTX runs on every later card; a wheel takes setup.py's whole list.
 export VICREG_KERNELS_ARCHS ?= 80
 
-.PHONY: setup demo test lint bench gpu docs clean help
+.PHONY: setup demo test audit lint bench gpu docs clean help
 
 help:
-	@echo "make setup | demo | test | lint | bench | gpu | docs | clean"
+	@echo "make setup | demo | test | audit | lint | bench | gpu | docs | clean"
 
 # torch first and alone: the compiled libraries take their headers from it. timm, for the tests of
 # its EMA, without its own requirements, which would bring another torch along.
@@ -38,6 +38,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
+
+# The GPU kernels compiled for every architecture; `make test` compiles them for one.
+audit: setup
+	VICREG_KERNELS_AUDIT=all $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_*_audit_*.py
 
 lint: setup
 	$(BIN)/ruff check .

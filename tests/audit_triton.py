@@ -1,10 +1,12 @@
-"""What the audits of the ops' Triton kernels share: ahead-of-time compilation, without a GPU.
+"""What the audits of the ops' Triton kernels share: ahead-of-time compilation without a GPU, for
+sm_90 under `make test` and for sm_80, sm_90 and sm_100 under `make audit`.
 
 What is compiled is what the launchers would launch: they run on meta tensors while their kernels
 are replaced by recorders, and arguments are specialised as Triton specialises them. A test file
 lists its cases, NamedTuples with an `arch`, and gives `launched(case)`, which returns
-(kernel, args, options) of the launch to compile. `python tests/test_<op>_audit_triton.py --record`
-rewrites audit_budgets/<op>_triton.json, which holds for the Triton it names; tests never write it.
+(kernel, args, options) of the launch to compile. `VICREG_KERNELS_AUDIT=all python
+tests/test_<op>_audit_triton.py --record` rewrites audit_budgets/<op>_triton.json, which holds for
+the Triton it names; tests never write it.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ BUDGETS = Path(__file__).with_name("audit_budgets")
 SHARED_LIMIT = 99 * 1024
 # The matrix instruction of each architecture.
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+ARCHITECTURES = tuple(MATRIX) if os.environ.get("VICREG_KERNELS_AUDIT") == "all" else (90,)
 
 Launched = Callable[[Any], tuple[Any, tuple[Any, ...], dict[str, Any]]]
 
@@ -146,7 +149,9 @@ def record(op: str, launched: Launched, cases: Sequence[Any]) -> None:
     import triton
 
     if sys.argv[1:] != ["--record"]:
-        sys.exit(f"usage: python {sys.argv[0]} --record")
+        sys.exit(f"usage: VICREG_KERNELS_AUDIT=all python {sys.argv[0]} --record")
+    if len(ARCHITECTURES) < len(MATRIX):
+        sys.exit("the budget is of every architecture: set VICREG_KERNELS_AUDIT=all")
     found = compile_all(launched, cases)
     for name, result in found.items():
         assert "error" not in result, (name, result)

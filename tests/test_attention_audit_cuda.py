@@ -1,4 +1,4 @@
-"""Tier 5: the attention op's cuda.cu compiled by nvcc for sm_80, sm_90 and sm_100, and linked.
+"""Tier 5: the attention op's cuda.cu compiled by nvcc and linked.
 
 The budget's static shared memory is 0: the kernels' is dynamic, counted in the launchers.
 """

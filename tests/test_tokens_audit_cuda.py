@@ -1,4 +1,4 @@
-"""Tier 5: the tokens ops' cuda.cu compiled by nvcc for sm_80, sm_90 and sm_100, and linked.
+"""Tier 5: the tokens ops' cuda.cu compiled by nvcc and linked.
 
 `python tests/audit_cuda.py tokens` records the budget.
 """

@@ -1,4 +1,4 @@
-"""Tier 5: the VICReg op's cuda.cu compiled by nvcc for sm_80, sm_90 and sm_100, and linked."""
+"""Tier 5: the VICReg op's cuda.cu compiled by nvcc and linked."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Fused losses and ops for VICReg and the joint-embedding predictive architectures."""
 
+from vicreg_kernels.accumulation import accumulate
 from vicreg_kernels.attention import (
     Blocks,
     FrameCausal,
@@ -43,6 +44,7 @@ __all__ = [
     "VICRegLoss",
     "VICRegTerms",
     "__version__",
+    "accumulate",
     "apply_rope",
     "assemble_tokens",
     "ema_update_",

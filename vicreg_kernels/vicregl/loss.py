@@ -126,7 +126,7 @@ def _local(maps: Sequence[Tensor], grids: Sequence[Tensor], run: _Run) -> Three:
     share = 0.5 / (2 * (len(maps) - 1))  # one direction of one of the ordered pairs
     features = (None, None) if setting.l2_all_matches else setting.num_matches
     invariance = maps[0].new_zeros((), dtype=torch.float32)
-    sets = _Sets(run, [0.0] * len(maps))
+    sets = _Sets(maps, run)
     for block in _blocks(maps):
         a, b = (_stack([maps[i] for i in side]) for side in block[:2])
         at_a, at_b = (_stack([grids[i] for i in side]) for side in block[:2])
@@ -138,11 +138,10 @@ def _local(maps: Sequence[Tensor], grids: Sequence[Tensor], run: _Run) -> Three:
             kept = _kept(rules[0], a), _kept(rules[1], b)
             invariance = invariance + op.pairs(a, b, found, *kept, run.name)
             if not setting.fast_vc_reg:
-                sets.add(maps, block, found, rules)
+                sets.add(block, found, rules)
     if setting.fast_vc_reg:
         return invariance, *_maps_statistics(maps, run)
-    variance, covariance = sets.total(maps)
-    return invariance, variance, covariance
+    return invariance, *sets.total()
 
 
 def _maps_statistics(maps: Sequence[Tensor], run: _Run) -> tuple[Tensor, Tensor]:
@@ -156,48 +155,58 @@ def _maps_statistics(maps: Sequence[Tensor], run: _Run) -> tuple[Tensor, Tensor]
 
 
 class _Sets:
-    """Weighed sum of the statistics of the matched sets [B, K, C]."""
+    """Weighed sum of the statistics of the matched sets [B, K, C].
 
-    def __init__(self, run: _Run, whole: list[float]) -> None:
+    All rows that sets take from a map are gathered at once, so that its gradient is scattered once;
+    sets of one size and weight are neighbours there and share one call.
+    """
+
+    def __init__(self, maps: Sequence[Tensor], run: _Run) -> None:
+        self.maps = maps
         self.run = run
-        self.whole = whole  # the weight of each view's own map as a set
-        self.found: list[tuple[float, Tensor, Tensor]] = []
+        self.whole = [0.0] * len(maps)  # the weight of each map as a set
+        self.taken: list[dict[tuple[int, float], list[Tensor]]] = [{} for _ in maps]
 
-    def add(self, maps: Sequence[Tensor], block: _Block, found: Matches, rules: Any) -> None:
+    def add(self, block: _Block, found: Matches, rules: Any) -> None:
         for u, i in enumerate(block.a):
             for v, j in enumerate(block.b):
-                self._one(maps, i, j, found.nearest_a[u, v], found.rank_a[u, v], rules[0])
-                self._one(maps, j, i, found.nearest_b[u, v], found.rank_b[u, v], rules[1])
+                self._one(i, j, found.nearest_a[u, v], found.rank_a[u, v], rules[0])
+                self._one(j, i, found.nearest_b[u, v], found.rank_b[u, v], rules[1])
 
-    def _one(
-        self, maps: Sequence[Tensor], i: int, j: int, nearest: Tensor, rank: Tensor, rules: Any
-    ) -> None:
+    def _one(self, i: int, j: int, nearest: Tensor, rank: Tensor, rules: Any) -> None:
+        """The matches of view i in view j: a set of either."""
+        by_position = self.run.setting.match_order == "position"
         by_distance: Tensor | None = None
         for count, weight in rules:
-            if count is None and self.run.setting.match_order == "position":
+            if count is None and by_position:
                 self.whole[i] += weight / 2
-                self._gathered(maps[j], nearest, weight)
+                self._take(j, nearest, weight / 2)
                 continue
             if by_distance is None:
                 by_distance = rank.argsort(dim=-1)
             places = by_distance[:, :count]
-            if self.run.setting.match_order == "position":
+            if by_position:
                 places = places.sort(dim=-1).values
-            self._gathered(maps[i], places, weight)
-            self._gathered(maps[j], nearest.gather(-1, places), weight)
+            self._take(i, places.int(), weight / 2)
+            self._take(j, nearest.gather(-1, places), weight / 2)
 
-    def _gathered(self, z: Tensor, index: Tensor, weight: float) -> None:
-        self._set(gather_tokens(z, index, backend=self.run.asked), weight / 2)
+    def _take(self, view: int, index: Tensor, weight: float) -> None:
+        self.taken[view].setdefault((index.shape[1], weight), []).append(index)
 
-    def _set(self, z: Tensor, weight: float) -> None:
-        self.found.append((weight, *self.run.statistics(z.transpose(0, 1))))
-
-    def total(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        for z, weight in zip(maps, self.whole, strict=True):
-            if weight:
-                self._set(z, weight)
-        variance = sum(weight * hinge for weight, hinge, _ in self.found)
-        covariance = sum(weight * squares for weight, _, squares in self.found)
+    def total(self) -> tuple[Tensor, Tensor]:
+        """(variance, covariance)."""
+        sets = [(w, z) for w, z in zip(self.whole, self.maps, strict=True) if w]
+        for z, taken in zip(self.maps, self.taken, strict=True):
+            if not taken:
+                continue
+            index = torch.cat([index for indices in taken.values() for index in indices], dim=1)
+            rows = gather_tokens(z, index, backend=self.run.asked)
+            sizes = [size * len(indices) for (size, _), indices in taken.items()]
+            weights = [weight * len(indices) for (_, weight), indices in taken.items()]
+            sets += zip(weights, rows.split(sizes, dim=1), strict=True)
+        found = [(weight, *self.run.statistics(z.transpose(0, 1))) for weight, z in sets]
+        variance = torch.stack([weight * hinge for weight, hinge, _ in found]).sum()
+        covariance = torch.stack([weight * squares for weight, _, squares in found]).sum()
         return variance, covariance
 
 
