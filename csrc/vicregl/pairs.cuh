@@ -93,8 +93,10 @@ struct Side {
   T* out;  // [own views, B, own rows, C], null where not wanted
 };
 
-// Elements that a lane keeps of a row.
-constexpr int kKept = 16;
+// Elements that a lane keeps of a row: 512 channels a warp, and half as many where single elements
+// would need as many addresses.
+template <typename T, bool Vectors>
+constexpr int kKept = Vectors ? 16 : 8;
 
 // The gradient of a warp's position, for the channels from `channel` on.
 template <typename T, bool Vectors>
@@ -102,7 +104,7 @@ __device__ __forceinline__ void position_gradient(const Side<T>& side, int64_t b
                                                   int64_t channels, int64_t channel, float grad,
                                                   int64_t view, int64_t n, int64_t position,
                                                   T* out) {
-  constexpr int W = kWidth<T, Vectors>, P = kKept / W;
+  constexpr int W = kWidth<T, Vectors>, P = kKept<T, Vectors> / W;
   float own[P][W], sum[P][W] = {};
   bool read = false;
   const auto over = [&](const auto& use) {
@@ -129,45 +131,60 @@ __device__ __forceinline__ void position_gradient(const Side<T>& side, int64_t b
     });
   };
 
+  // Own match first, as if 32 positions before the first one held it, so that there is one
+  // copy of `add`.
   for (int64_t y = 0; y < side.other_views; ++y) {
     const int64_t s = (view * side.own_step + y * side.other_step) * batch + n;
-    const int64_t at = s * side.own_rows + position, rank = side.from_own.rank[at];
-    if (rank < side.from_own.most) {
-      add(y, side.from_own.nearest[at], side.from_own.kept.factor(rank));
-    }
-    const int64_t others = s * side.other_rows;
-    for (int64_t first = 0; first < side.other_rows; first += kLanes) {
-      const int64_t j = first + lane();
-      bool named = j < side.other_rows && side.from_other.nearest[others + j] == position;
-      int64_t rank_of_j = 0;
-      if (named) rank_of_j = side.from_other.rank[others + j];
-      named = named && rank_of_j < side.from_other.most;
-      const float factor = named ? side.from_other.kept.factor(rank_of_j) : 0.f;
+    const int64_t at = s * side.own_rows + position, others = s * side.other_rows;
+#pragma unroll 1
+    for (int64_t first = -kLanes; first < side.other_rows; first += kLanes) {
+      int to = static_cast<int>(first) + lane();
+      bool named = false;
+      float factor = 0.f;
+      if (first < 0) {
+        if (lane() == 0) {
+          const int64_t rank = side.from_own.rank[at];
+          named = rank < side.from_own.most;
+          to = side.from_own.nearest[at];
+          factor = side.from_own.kept.factor(rank);
+        }
+      } else if (to < side.other_rows && side.from_other.nearest[others + to] == position) {
+        const int64_t rank = side.from_other.rank[others + to];
+        named = rank < side.from_other.most;
+        factor = side.from_other.kept.factor(rank);
+      }
       unsigned left = __ballot_sync(kAllLanes, named);
       while (left != 0u) {
         const int bit = lowest(left);
         left &= left - 1u;
-        add(y, first + bit, __shfl_sync(kAllLanes, factor, bit));
+        add(y, __shfl_sync(kAllLanes, to, bit), __shfl_sync(kAllLanes, factor, bit));
       }
     }
   }
   over([&](int p, int64_t c) { store(out + c, sum[p]); });
 }
 
+// The positions of a, then those of b. Each side has its own copy of the code: a choice between two
+// sets of parameters would hold them all in registers, and ptxas spills for sm_100.
 template <typename T, bool Vectors>
 __global__ void __launch_bounds__(kThreads, 2)
     pair_gradients(Side<T> a, Side<T> b, int64_t batch, int64_t channels, const float* grad) {
   const int64_t rows_a = a.out == nullptr ? 0 : a.own_views * batch * a.own_rows;
   const int64_t rows_b = b.out == nullptr ? 0 : b.own_views * batch * b.own_rows;
   const float incoming = *grad;
-  for (int64_t r = first_row(); r < rows_a + rows_b; r += row_step()) {
-    const bool of_a = r < rows_a;
-    const int64_t row = of_a ? r : r - rows_a, length = of_a ? a.own_rows : b.own_rows;
-    const int64_t position = row % length, rest = row / length;
-    const Side<T>& side = of_a ? a : b;
-    for (int64_t c = 0; c < channels; c += kLanes * kKept) {
+  const auto row_gradient = [=](const Side<T>& side, int64_t row) {
+    const int64_t rest = row / side.own_rows;
+#pragma unroll 1
+    for (int64_t c = 0; c < channels; c += kLanes * kKept<T, Vectors>) {
       position_gradient<T, Vectors>(side, batch, channels, c, incoming, rest / batch, rest % batch,
-                                    position, side.out + row * channels);
+                                    row % side.own_rows, side.out + row * channels);
+    }
+  };
+  for (int64_t r = first_row(); r < rows_a + rows_b; r += row_step()) {
+    if (r < rows_a) {
+      row_gradient(a, r);
+    } else {
+      row_gradient(b, r - rows_a);
     }
   }
 }
