@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 import vicregl_matches as cases
-from vicregl_matches import DTYPES, LAYOUTS, maps
+from vicregl_matches import DTYPES, maps
 
 from vicreg_kernels import dispatch
 from vicreg_kernels.vicregl import backends
@@ -42,7 +42,7 @@ class TestInterpreter:
     __test__ = INTERPRETING
 
     # U, V, B, L1, L2, C: one tile and several of each size, one block of channels and several.
-    @pytest.mark.parametrize("shape", [(1, 2, 1, 5, 3, 2), (2, 1, 1, 3, 18, 20)], ids=str)
+    @pytest.mark.parametrize("shape", [(1, 2, 1, 5, 3, 9), (2, 1, 1, 2, 18, 2)], ids=str)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_matches_and_pairs(self, shape, dtype):
         cases.check("triton", *maps(shape, dtype=dtype), cases.SETS[:1])
@@ -54,9 +54,9 @@ class TestInterpreter:
     def test_more_positions_than_a_block(self):
         cases.check_match("triton", *maps((1, 1, 1, 70, 33, 3)))
 
-    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("layout", ["channels_first", "strided", "batch_first", "expanded"])
     def test_layouts(self, layout):
-        cases.check("triton", *maps((2, 1, 2, 3, 2, 12), layout=layout), cases.SETS[:1])
+        cases.check("triton", *maps((2, 1, 2, 2, 1, 6), layout=layout), cases.SETS[:1])
 
     def test_one_side_alone(self):
         shape = (1, 2, 1, 4, 3, 5)

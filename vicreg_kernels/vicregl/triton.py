@@ -23,9 +23,9 @@ from vicreg_kernels.vicregl.triton_pairs import pairs_gradient_kernel, pairs_ker
 
 # What the interpreter, which has no multiprocessors, is launched for.
 _INTERPRETED_PROCESSORS = 2
-# Positions of a, positions of b and channels of a tile, by the most channels it is for; 64 or 32
-# sums a thread of 4 warps. Chosen by counting, not measured yet.
-_TILES = ((8, (32, 32, 4)), (64, (16, 16, 32)), (None, (8, 8, 128)))
+# Positions of a, positions of b and channels of a tile, by the most channels it is for: 64 sums a
+# thread of 4 warps, fewer where keys take the registers. Chosen by counting, not measured yet.
+_TILES = ((8, (16, 32, 4)), (64, (16, 16, 32)), (None, (8, 8, 128)))
 
 
 @cache
