@@ -42,19 +42,19 @@ class TestInterpreter:
     __test__ = INTERPRETING
 
     # U, V, B, L1, L2, C: one tile and several of each size, one block of channels and several.
-    @pytest.mark.parametrize("shape", [(1, 2, 1, 5, 3, 9), (2, 1, 1, 2, 18, 2)], ids=str)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_matches_and_pairs(self, shape, dtype):
-        cases.check("triton", *maps(shape, dtype=dtype), cases.SETS[:1])
+    def test_matches_and_pairs(self, dtype):
+        cases.check("triton", *maps((1, 2, 1, 5, 3, 9), dtype=dtype), cases.SETS[:1])
 
-    def test_wide_maps(self):
-        cases.check("triton", *maps((1, 1, 1, 9, 10, 140)), cases.SETS[:2])
-        cases.check("triton", *maps((1, 1, 1, 1, 1, 1100)), cases.SETS[:1])
-
-    def test_more_positions_than_a_block(self):
+    def test_more_positions_than_a_tile(self):
+        cases.check("triton", *maps((2, 1, 1, 2, 18, 20)), cases.SETS[:1])
         cases.check_match("triton", *maps((1, 1, 1, 70, 33, 3)))
 
-    @pytest.mark.parametrize("layout", ["channels_first", "strided", "batch_first", "expanded"])
+    def test_wide_maps(self):
+        cases.check("triton", *maps((1, 1, 1, 9, 3, 140)), cases.SETS[1:])
+        cases.check("triton", *maps((1, 1, 1, 1, 1, 1100)), cases.SETS[:1])
+
+    @pytest.mark.parametrize("layout", ["channels_first", "expanded"])
     def test_layouts(self, layout):
         cases.check("triton", *maps((2, 1, 2, 2, 1, 6), layout=layout), cases.SETS[:1])
 
@@ -65,7 +65,7 @@ class TestInterpreter:
             cases.check("triton", a, b, cases.SETS[:1])
 
     def test_ties(self):
-        cases.check_ties("triton")
+        cases.check_ties("triton", dtypes=(torch.float32,))
 
     def test_close_positions(self):
         cases.check_close_positions("triton")

@@ -151,13 +151,13 @@ def grid(height: int, width: int, step: float = 1.0) -> Tensor:
     return torch.cartesian_prod(rows, columns)[None, None].contiguous()
 
 
-def check_ties(backend: str, device: str = "cpu") -> None:
+def check_ties(backend: str, device: str = "cpu", dtypes=DTYPES) -> None:
     """Grids, equal positions, and values of three kinds: the lowest index wins, twice."""
     repeated = torch.ones(2, 1, 9, 5)
     few = torch.randint(-1, 2, (2, 2, 40, 3)).float()
     pairs = (grid(4, 4), grid(3, 3, 0.5)), (grid(7, 7), grid(5, 8)), (repeated, repeated)
     for a, b in (*pairs, (few, few.flip(2)[:1, :, :17])):
-        for dtype in DTYPES:
+        for dtype in dtypes:
             check_match(backend, a.to(device, dtype), b.to(device, dtype), exact=True)
 
 
