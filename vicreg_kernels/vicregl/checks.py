@@ -131,7 +131,7 @@ def tensors(
 
     rows: the least batch size.
     """
-    read = list[tuple[str, Sequence[Tensor]]]()
+    read: list[tuple[str, Sequence[Tensor]]] = []
     vectors: list[Tensor] = []
     flat: list[Tensor] = []
     places: list[Tensor] = []
@@ -158,8 +158,8 @@ def tensors(
                 raise ValueError(
                     f"grids[{i}]: got shape {tuple(grid.shape)}, takes [B, H, W, 2] or [B, L, 2]"
                 )
-            flat.append(z.flatten(1, -2))
-            places.append(grid.flatten(1, -2))
+            flat.append(z if z.dim() == 3 else z.flatten(1, 2))
+            places.append(grid if grid.dim() == 3 else grid.flatten(1, 2))
             if places[i].shape[1] != flat[i].shape[1]:
                 raise ValueError(
                     f"grids[{i}]: got {places[i].shape[1]} positions, takes those of maps[{i}], "
