@@ -15,7 +15,7 @@ KERNELS = ("match_kernel", "rank_kernel", "pairs_kernel", "pairs_gradient_kernel
 
 
 class Case(NamedTuple):
-    """A kernel of a launch. shape: views of a and of b, samples, positions of a and of b, channels."""
+    """A kernel of a launch. shape: views of both, samples, positions of both, channels."""
 
     arch: int
     dtype: str

@@ -190,10 +190,14 @@ def check_not_finite(backend: str, device: str = "cpu", views: int = 2) -> None:
         for one, other in zip(mine, outcome, strict=True):
             assert torch.equal(one.isnan(), other.isnan()), bad
             assert torch.equal(one.isinf(), other.isinf()), bad
+        few = Kept([2], [1.0])  # what is not kept is not read
+        a, b = (z.detach() for z in (a[:, :1], b[:, :1]))
+        found = Matches(*(z[:, :, :1].contiguous() for z in found))
+        assert op.pairs(a, b, found, few, few, backend).isfinite()
 
 
 def check_out_of_range(kernels: backends.Kernels, bad: int, device: str = "cpu") -> None:
-    """An index out of range is not followed: NaN in the value and in its own position's gradient."""
+    """An index out of range is not followed: NaN in the value and in its position's gradient."""
     a, b = (z.to(device) for z in maps((1, 1, 2, 6, 5, 8), grad=False))
     found = kernels.match(a, b)
     settings = [6], [1.0], [5], [1.0]

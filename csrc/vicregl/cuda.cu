@@ -8,8 +8,8 @@
 //                   match_ranks               8 S (L1 tiles_b + L2 tiles_a) twice,  S (L1^2 + L2^2)
 //                                             8 S (L1 + L2)
 //   pairs forward   pair_sums, pair_finish    2 e K C, 4 S (L1 + L2)                2 K C
-//   pairs backward  pair_gradients            4 e K C read or less (each match by   4 K C
-//                                             both its ends), e B C (U L1 + V L2)
+//   pairs backward  pair_gradients            2 e K C and twice e B C (U L1 +       4 K C
+//                                             V L2), or less
 //
 // A search is bound by arithmetic: 2 x 64 maps of 49 x 512 in float32 are 157 M subtractions and
 // multiply-adds, 5 us of an H100's float32 units (33.5 T instructions/s), 6 us with tiles of 28 x 56
@@ -18,8 +18,9 @@
 // and tensor cores would round the operands too. So distances are sums of squared differences, to
 // eps sqrt(C) of each, and one search serves both directions. The 128 tiles of that shape fill 128
 // of 132 multiprocessors; a warp has 49 independent sums, 8 warps cover each other's latency.
-// pairs reads 2 rows a match, 26 MB forward with all matches kept, 8 us; backward writes 13 MB and
-// reads up to 51 MB, most of it from L2, 19 us at the memory's rate.
+// With all matches kept the pairs of that shape read 26 MB forward, of which 13 MB are different
+// ones, 4 to 8 us. Backward each match is read by both its ends, beside their own rows: 39 MB, most
+// of it from L2, and 13 MB written; 26 MB are different, 8 us.
 //
 // The minima go through memory between the two launches of a search: 8 bytes a position and tile.
 // No result depends on the host: no synchronisation, and all memory from torch's allocator, so CUDA

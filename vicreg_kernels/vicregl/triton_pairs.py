@@ -3,8 +3,8 @@
 With K kept matches and e bytes an element, forward reads 2 e K D bytes and does 2 K D operations.
 Backward a program owns one position of one map, finds the matches that name it and writes its row
 once, in a fixed order: for each view of the other side its own match, then those that name it,
-ascending. Each match is read by both its ends, at most 4 e K D bytes, and e B D (U L1 + V L2) are
-written. GPU times: not measured yet.
+ascending. Each match is read by both its ends, beside their own rows: 2 e K D and e B D (U L1 +
+V L2) bytes, as many as the latter are written. GPU times: not measured yet.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
