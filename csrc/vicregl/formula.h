@@ -7,7 +7,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
 #ifdef __CUDACC__
 #define VICREGL_INLINE __host__ __device__ __forceinline__
@@ -21,7 +20,7 @@ namespace vicregl {
 constexpr int kMostCounts = 4;
 
 VICREGL_INLINE float ordered(float distance) {
-  return distance == distance ? distance : std::numeric_limits<float>::infinity();
+  return distance == distance ? distance : INFINITY;
 }
 
 // Whether the distance `d` of index `i` comes before `e` of `j`; both `ordered`.
@@ -38,7 +37,7 @@ struct Kept {
   // What multiplies the squared distance of the match of this rank; 0 for one that is not kept.
   VICREGL_INLINE float factor(int64_t rank) const {
     float total = 0.f;
-    for (int64_t t = 0; t < sets; ++t) total += rank < counts[t] ? factors[t] : 0.f;
+    for (int t = 0; t < kMostCounts; ++t) total += rank < counts[t] ? factors[t] : 0.f;
     return total;
   }
 };
