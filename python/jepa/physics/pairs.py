@@ -159,7 +159,8 @@ def solidity(rng: Generator, hidden: bool) -> Pair:
     Hidden: a panel before the wall's lower part hides both when they touch it.
     """
     scene = stage(rng)
-    body = thing(rng, radius=SMALL, restitution=(0.8, 0.95), friction=(0.0, 0.0))
+    # No triangles: they would tip over at the wall.
+    body = thing(rng, ("ball", "box"), SMALL, friction=(0.0, 0.0), restitution=(0.8, 0.95))
     half = half_width(body)
     if not hidden and chance(rng, 0.5):
         return _shelf(rng, scene, body)
@@ -191,7 +192,7 @@ def _shelf(rng: Generator, scene: Scene, body: Thing) -> Pair:
     fallen = scene.gravity * contact**2 / 2
     down = uniform(rng, 0.3, 0.9)
     first = thrown(body, middle, above - depth(body) - fallen - down * contact, down=down)
-    top = below + half_width(body) * (1.5 if body.shape == "triangle" else 1.0)
+    top = below + depth(body)
     up = scene.gravity * contact + uniform(rng, 1.3, 1.8)
     second = thrown(body, middle, top + up * contact - fallen, down=-up)
     shelf = upright("shelf", middle - reach, middle + reach, above, below)
@@ -219,12 +220,14 @@ def gravity(rng: Generator, hidden: bool) -> Pair:
         )
         return Pair(replace(scene, blocks=(pillar,)), scene, True, (6, 22))
     body = thing(rng, radius=(4.2, 5.4))
-    cut = int(rng.integers(6, 9))
-    above, below = uniform(rng, 8, 14), scene.floor - depth(body) - uniform(rng, 0.1, 3)
-    column = uniform(rng, 18, 46)
-    drift = choose(rng, (0.0, uniform(rng, -0.5, 0.5)))
-    first = thrown(body, column, above, right=drift)
-    second = thrown(body, column, below, right=drift, down=-(below - above) / cut)
+    cut = int(rng.integers(5, 8))
+    below = scene.floor - depth(body) - uniform(rng, 0.1, 2)
+    rise = below - body.radius * 1.4 - uniform(rng, 1, 8)  # up to its highest place
+    up, down = (2 * scene.gravity * rise) ** 0.5, uniform(rng, 0.0, 1.0)
+    column = uniform(rng, 20, 44)
+    drift = choose(rng, (0.0, uniform(rng, -0.4, 0.4)))
+    first = thrown(body, column, below - (up + down) * cut, drift, down)
+    second = thrown(body, column, below, drift, -up)
     first_scene, second_scene = (with_things(scene, one) for one in (first, second))
     return Pair(first_scene, second_scene, False, (cut, cut), (0.0, 0.5))
 

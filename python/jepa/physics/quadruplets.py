@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from jepa.physics.draw import frames
 from jepa.physics.pairs import PROPERTIES, Pair
 from jepa.physics.place import chance
-from jepa.physics.scene import FRAMES, Clip, simulate
+from jepa.physics.scene import SIZE, Clip, simulate
 
 TRIES = 400
 SEEN = 14  # pixels that must differ by more than LEVELS for a person to see it
@@ -116,12 +116,11 @@ def _apart(pair: Pair, clips: tuple[Clip, Clip], cut: int) -> bool:
 
 def _in_view(clips: tuple[Clip, Clip], cut: int) -> bool:
     """Nothing is cut off by the picture's edge around the cut."""
-    around = slice(max(cut - 2, 0), min(cut + 3, FRAMES))
+    around = slice(max(cut - 2, 0), cut + 3)
     for clip in clips:
         left, right, top, bottom = np.moveaxis(clip.bounds[around], 2, 0)
-        outside = (right < 0) | (left > 64)
-        inside = (left >= 0) & (right <= 64) & (top >= 0) & (bottom <= 64)
-        if not (outside | inside).all():
+        outside = (right < 0) | (left > SIZE) | (bottom < 0) | (top > SIZE)
+        if not (clip.inside()[around] | outside).all():
             return False
     return True
 

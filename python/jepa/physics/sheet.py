@@ -22,14 +22,14 @@ LABEL = 150
 POSSIBLE, IMPOSSIBLE = (40, 130, 70), (190, 45, 45)
 
 
-def chosen(cut: int, columns: int) -> list[int]:
-    """Frames to show: every second or so, with both sides of the cut among them."""
-    even = np.linspace(0, FRAMES - 1, columns - 2).round().astype(int)
-    around = {cut - 1, cut}
-    rest = [frame for frame in even.tolist() if frame not in around]
-    while len(rest) > columns - 2:
-        rest.remove(min(rest[1:-1], key=lambda frame: abs(frame - cut)))
-    return sorted(around | set(rest))
+def chosen(needed: set[int], columns: int) -> list[int]:
+    """Frames to show: the needed ones, and others where the gaps between them are widest."""
+    shown = sorted({0, FRAMES - 1} | needed)
+    while len(shown) < columns:
+        gaps = [after - before for before, after in zip(shown, shown[1:], strict=False)]
+        widest = gaps.index(max(gaps))
+        shown.insert(widest + 1, (shown[widest] + shown[widest + 1]) // 2)
+    return shown
 
 
 def strip(video: NDArray[np.uint8], shown: list[int], rim: tuple[int, int, int]) -> Image.Image:
@@ -43,15 +43,15 @@ def strip(video: NDArray[np.uint8], shown: list[int], rim: tuple[int, int, int])
 
 
 def quadruplet_block(found: Quadruplet, columns: int, rows: tuple[int, ...]) -> Image.Image:
-    """The rows of one quadruplet: labels on the left, a mark over the cut."""
-    cut = found.record["cut"]
-    shown = chosen(cut, columns)
+    """The rows of one quadruplet: labels on the left, a line before what differs."""
+    seen = found.first_difference
+    shown = chosen({found.record["cut"] - 1, seen - 1, seen}, columns)
     width = LABEL + columns * (SIZE + GAP)
     block = Image.new("RGB", (width, 16 + len(rows) * (SIZE + GAP + 2)), "white")
     draw, font = ImageDraw.Draw(block), ImageFont.load_default(12)
     where = "behind a panel" if found.behind_occluder else "in view"
     draw.text((2, 0), f"{found.record['property']}, {where}", "black", font)
-    at = LABEL + shown.index(cut) * (SIZE + GAP) - 2
+    at = LABEL + shown.index(seen) * (SIZE + GAP) - 2
     small = ImageFont.load_default(10)
     for column, frame in enumerate(shown):
         draw.text((LABEL + column * (SIZE + GAP) + 2, 2), str(frame), (120, 120, 120), small)

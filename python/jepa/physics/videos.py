@@ -68,7 +68,8 @@ def drop(rng: Generator) -> Scene:
     columns = _columns(rng, count)
     things = []
     for x in columns:
-        body = replace(thing(rng), angle=uniform(rng, -np.pi, np.pi), spin=uniform(rng, -0.1, 0.1))
+        body = thing(rng, radius=(4.2, 5.8) if count < 3 else (3.8, 4.8))
+        body = replace(body, angle=uniform(rng, -np.pi, np.pi), spin=uniform(rng, -0.1, 0.1))
         down = uniform(rng, -1.5, 1.0)
         things.append(thrown(body, x, uniform(rng, 9, 24), uniform(rng, -0.6, 0.6), down))
     if chance(rng, 0.4):
@@ -87,7 +88,7 @@ def roll(rng: Generator) -> Scene:
         scene = replace(scene, blocks=(wall(rng, scene, uniform(rng, 40, 54), uniform(rng, 14, 32)),))
     things = [_mover(rng, scene, uniform(rng, 9, 13), uniform(rng, 0.9, 2.6))]
     if chance(rng, 0.4):
-        x, speed = uniform(rng, 22, 28), uniform(rng, 1.0, 2.6)
+        x, speed = uniform(rng, 28, 32), uniform(rng, 1.0, 2.6)
         things.append(_mover(rng, scene, x, choose(rng, (speed, -speed, 0.0))))
     return _coloured(rng, _panels(rng, replace(scene, things=tuple(things)), 0.75))
 
@@ -95,12 +96,12 @@ def roll(rng: Generator) -> Scene:
 def collide(rng: Generator) -> Scene:
     """Two or three things on the floor; one runs into the next."""
     scene = _walled(rng, stage(rng))
-    first = _mover(rng, scene, uniform(rng, 9, 14), uniform(rng, 1.6, 3.0))
+    first = _mover(rng, scene, uniform(rng, 11, 13), uniform(rng, 1.6, 3.0))
     second = thing(rng, friction=(0.0, 0.5))
-    x, speed = uniform(rng, 32, 40), uniform(rng, 0.5, 2.0)
+    x, speed = uniform(rng, 29, 34), uniform(rng, 0.5, 2.0)
     things = [first, replace(standing(second, scene, x), velocity=(-speed * chance(rng, 0.5), 0))]
     if chance(rng, 0.3):
-        things.append(standing(thing(rng), scene, x + uniform(rng, 15, 18)))
+        things.append(standing(thing(rng), scene, x + uniform(rng, 15, 17)))
     return _coloured(rng, _panels(rng, replace(scene, things=tuple(things)), 0.3))
 
 
@@ -129,7 +130,7 @@ def toss(rng: Generator) -> Scene:
     """One or two things are thrown across the picture, or up."""
     scene = _walled(rng, stage(rng))
     things = []
-    for x in (uniform(rng, 10, 16), uniform(rng, 46, 54))[: int(rng.integers(1, 3))]:
+    for x in (uniform(rng, 12, 17), uniform(rng, 46, 52))[: int(rng.integers(1, 3))]:
         body = replace(thing(rng), angle=uniform(rng, -np.pi, np.pi), spin=uniform(rng, -0.15, 0.15))
         right = uniform(rng, -0.3, 1.6) * (1 if x < SIZE / 2 else -1)
         up = uniform(rng, 2.0, 5.0)
@@ -168,7 +169,7 @@ def _mover(rng: Generator, scene: Scene, x: float, speed: float) -> Thing:
 def _columns(rng: Generator, count: int) -> list[float]:
     """Places from left to right with room for a thing each."""
     slot = (SIZE - 10) / count
-    slack = max(0.0, slot / 2 - 7)
+    slack = max(0.0, slot / 2 - 8.5)
     return [5 + slot * (n + 0.5) + uniform(rng, -slack, slack) for n in range(count)]
 
 
