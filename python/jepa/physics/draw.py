@@ -78,19 +78,21 @@ def _thing(found: Floats, thing: Thing, position: NDArray, angle: NDArray) -> No
 
 
 def _panel(found: Floats, panel: Panel, floor: float) -> None:
-    edges = np.arange(SIZE, dtype=np.float32)
     heights = panel.heights().astype(np.float32)[:, None]
     # It stands a little nearer than the things, whose lower edges would show at its own.
     foot = np.where(heights > 0, np.float32(np.ceil(floor) + 1), np.float32(floor))
+    columns = slice(max(int(panel.left), 0), int(np.ceil(panel.right)))
+    edges = np.arange(SIZE, dtype=np.float32)
+    patch = found[:, :, columns]
 
     def cover(inset: float) -> Floats:
-        """[T, 64, 64, 1]: how much of each pixel lies in the panel without a rim of `inset`."""
-        across = _overlap(edges, panel.left + inset, panel.right - inset)
+        """[T, 64, columns, 1]: how much of a pixel lies in the panel without a rim of `inset`."""
+        across = _overlap(edges[columns], panel.left + inset, panel.right - inset)
         down = _overlap(edges, floor - heights + inset, foot - inset)
         return (down[:, :, None] * across)[..., None]
 
-    found += cover(0.0) * (PANEL_EDGE - found)
-    found += cover(1.0) * (PANEL - found)
+    patch += cover(0.0) * (PANEL_EDGE - patch)
+    patch += cover(1.0) * (PANEL - patch)
 
 
 def _overlap(edges: Floats, low: Floats | float, high: Floats | float) -> Floats:

@@ -81,7 +81,9 @@ def _exchange(
     """The videos, the cut, the first difference and both clips; None where it cannot be seen."""
     clips = simulate(pair.first), simulate(pair.second)
     low, high = pair.cut
-    cuts = [cut for cut in range(low, high + 1) if _apart(pair, clips, cut) and _in_view(clips, cut)]
+    cuts = [
+        cut for cut in range(low, high + 1) if _apart(pair, clips, cut) and _in_view(clips, cut)
+    ]
     if not cuts:
         return None
     first, second = (frames(clip) for clip in clips)

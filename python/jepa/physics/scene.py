@@ -11,8 +11,12 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pymunk
 from numpy.typing import NDArray
+
+try:
+    import pymunk
+except ImportError as error:
+    raise ImportError("physics videos need pymunk: pip install pymunk") from error
 
 SIZE = 64
 FRAMES = 32

@@ -1,6 +1,6 @@
 """A contact sheet: every property's quadruplet, and some possible videos, as rows of frames.
 
-    python -m jepa.physics.sheet --output runs/physics/sheet.png --seed 0
+python -m jepa.physics.sheet --output runs/physics --seed 0
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from jepa.physics.__main__ import integer
 from jepa.physics.pairs import PROPERTIES
 from jepa.physics.quadruplets import Quadruplet, quadruplet
 from jepa.physics.scene import FRAMES, SIZE
@@ -26,7 +27,7 @@ def chosen(needed: set[int], columns: int) -> list[int]:
     """Frames to show: the needed ones, and others where the gaps between them are widest."""
     shown = sorted({0, FRAMES - 1} | needed)
     while len(shown) < columns:
-        gaps = [after - before for before, after in zip(shown, shown[1:], strict=False)]
+        gaps = np.diff(shown).tolist()
         widest = gaps.index(max(gaps))
         shown.insert(widest + 1, (shown[widest] + shown[widest + 1]) // 2)
     return shown
@@ -90,16 +91,17 @@ def stacked(blocks: list[Image.Image], across: int) -> Image.Image:
     return sheet
 
 
-def quadruplet_sheet(seed: int, hidden: bool | None, columns: int, rows: tuple[int, ...]) -> Image.Image:
-    names = list(PROPERTIES)
-    return stacked(
-        [quadruplet_block(quadruplet(name, seed, hidden), columns, rows) for name in names], 2
-    )
+def quadruplet_sheet(
+    seed: int, hidden: bool | None, columns: int, rows: tuple[int, ...] = (0, 1, 2, 3)
+) -> Image.Image:
+    """Every property's quadruplet of the seed."""
+    found = [quadruplet(name, seed, hidden) for name in PROPERTIES]
+    return stacked([quadruplet_block(one, columns, rows) for one in found], 2)
 
 
 def possible_sheet(seed: int, columns: int, each: int) -> Image.Image:
     """The first `each` videos of every family, from `seed` on."""
-    wanted = {family: each for family in (*FAMILIES, "staged")}
+    wanted = dict.fromkeys((*FAMILIES, "staged"), each)
     found: list[Sample] = []
     while any(wanted.values()):
         sample = possible(seed)
@@ -109,3 +111,25 @@ def possible_sheet(seed: int, columns: int, each: int) -> Image.Image:
             found.append(sample)
     found.sort(key=lambda sample: sample.record["family"])
     return stacked([possible_block(sample, columns) for sample in found], 2)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = argparse.ArgumentParser(
+        prog="python -m jepa.physics.sheet",
+        description="Draw possible.png, in_view.png and behind_panels.png: rows of frames.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    options.add_argument("--output", type=Path, default=Path("runs/physics"), help="a folder")
+    options.add_argument("--seed", type=integer(0), default=0)
+    chosen = options.parse_args(arguments)
+    if chosen.output.exists() and not chosen.output.is_dir():
+        options.error(f"--output: got {str(chosen.output)!r}, a file; takes a folder")
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    possible_sheet(chosen.seed, 11, 3).save(chosen.output / "possible.png")
+    quadruplet_sheet(chosen.seed, False, 11).save(chosen.output / "in_view.png")
+    quadruplet_sheet(chosen.seed, True, 11).save(chosen.output / "behind_panels.png")
+    print(f"possible.png, in_view.png and behind_panels.png written to {chosen.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,6 @@ from jepa.physics.place import (
     chance,
     choose,
     depth,
-    half_width,
     moving,
     side_walls,
     stage,
@@ -85,7 +84,9 @@ def roll(rng: Generator) -> Scene:
     if chance(rng, 0.5):
         scene = replace(scene, blocks=side_walls())
     elif chance(rng, 0.5):
-        scene = replace(scene, blocks=(wall(rng, scene, uniform(rng, 40, 54), uniform(rng, 14, 32)),))
+        scene = replace(
+            scene, blocks=(wall(rng, scene, uniform(rng, 40, 54), uniform(rng, 14, 32)),)
+        )
     things = [_mover(rng, scene, uniform(rng, 9, 13), uniform(rng, 0.9, 2.6))]
     if chance(rng, 0.4):
         x, speed = uniform(rng, 28, 32), uniform(rng, 1.0, 2.6)
@@ -131,7 +132,9 @@ def toss(rng: Generator) -> Scene:
     scene = _walled(rng, stage(rng))
     things = []
     for x in (uniform(rng, 12, 17), uniform(rng, 46, 52))[: int(rng.integers(1, 3))]:
-        body = replace(thing(rng), angle=uniform(rng, -np.pi, np.pi), spin=uniform(rng, -0.15, 0.15))
+        body = replace(
+            thing(rng), angle=uniform(rng, -np.pi, np.pi), spin=uniform(rng, -0.15, 0.15)
+        )
         right = uniform(rng, -0.3, 1.6) * (1 if x < SIZE / 2 else -1)
         up = uniform(rng, 2.0, 5.0)
         things.append(thrown(body, x, scene.floor - uniform(rng, 9, 18), right, -up))
