@@ -89,7 +89,7 @@ def _exchange(
         return None
     first, second = (frames(clip) for clip in clips)
     far = np.maximum(first, second) - np.minimum(first, second)  # [T, 64, 64, 3]
-    differ = far.any(axis=(1, 2, 3))
+    differ = np.any(far, axis=(1, 2, 3))
     if pair.unseen:
         cuts = [cut for cut in cuts if not differ[cut - 1 : cut + 1].any()]
     else:
