@@ -26,9 +26,20 @@ from jepa.physics.place import (
     uniform,
     wall,
 )
-from jepa.physics.scene import COLOURS, FRAMES, SIZE, Panel, Scene, Thing, upright
+from jepa.physics.scene import (
+    COLOURS,
+    FRAMES,
+    SIZE,
+    SUBSTEPS,
+    Panel,
+    Scene,
+    Thing,
+    simulate,
+    upright,
+)
 
 SMALL = (3.8, 4.8)
+NEVER = (1, 0)  # a cut of a pair that cannot be exchanged after all
 
 
 @dataclass(frozen=True)
@@ -167,7 +178,7 @@ def solidity(rng: Generator, hidden: bool) -> Pair:
     middle = uniform(rng, 30, 34)
     barrier = wall(rng, scene, middle, height=uniform(rng, 28, 36))
     left, right = barrier.corners[0][0], barrier.corners[1][0]
-    speed = uniform(rng, 1.5, 1.8) if hidden else uniform(rng, 2.0, 2.6)
+    speed = uniform(rng, 1.5, 1.8) if hidden else uniform(rng, 1.6, 2.1)
     start = uniform(rng, 6.5, 8.0)
     contact = (left - half - start) / speed
     first = moving(body, scene, start, speed, glide=True)
@@ -184,25 +195,41 @@ def solidity(rng: Generator, hidden: bool) -> Pair:
 
 
 def _shelf(rng: Generator, scene: Scene, body: Thing) -> Pair:
-    """Solidity, seen from above: one falls on a shelf, one is thrown against it from below."""
+    """Solidity, upright: one falls on a shelf, one bounces off the floor against it from below."""
     middle, above = uniform(rng, 22, 42), uniform(rng, 22, 25)
-    reach = uniform(rng, 13, 18)
-    below = above + uniform(rng, 3, 4)
-    contact = uniform(rng, 5.6, 6.9)
-    fallen = scene.gravity * contact**2 / 2
-    down = uniform(rng, 0.3, 0.9)
-    first = thrown(body, middle, above - depth(body) - fallen - down * contact, down=down)
-    top = below + depth(body)
-    up = scene.gravity * contact + uniform(rng, 1.3, 1.8)
-    second = thrown(body, middle, top + up * contact - fallen, down=-up)
+    reach, below = uniform(rng, 13, 18), above + uniform(rng, 3, 4)
     shelf = upright("shelf", middle - reach, middle + reach, above, below)
     scene = replace(scene, blocks=(shelf,))
-    cut = int(contact) + 1
-    return Pair(with_things(scene, first), with_things(scene, second), False, (cut, cut))
+    top = below + depth(body) + uniform(rng, 1, 3)
+    # v^2 that is lost on the way up to the shelf, and what is wanted there
+    climb = 2 * scene.gravity * (scene.floor - below - 2 * depth(body))
+    wanted = uniform(rng, 1.2, 1.8) ** 2
+    start = 2 * scene.gravity * (scene.floor - depth(body) - top)
+    down = ((wanted + climb) / body.restitution**2 - start) ** 0.5
+    second = with_things(scene, thrown(body, middle, top, down=down))
+    cut = next((frame for frame, _, what in simulate(second).contacts if what == "shelf"), None)
+    if cut is None:
+        return Pair(second, second, False, NEVER)
+    rest = above - depth(body)
+    first = with_things(scene, _falling(rng, scene, body, middle, rest, cut - 0.5, rest))
+    return Pair(first, second, False, (cut, cut))
+
+
+def _falling(
+    rng: Generator, scene: Scene, body: Thing, x: float, y: float, time: float, lowest: float
+) -> Thing:
+    """Thrown so that it falls through (x, y) at that time, and was not below `lowest` before."""
+    least = scene.gravity * time / 2 - (lowest - y) / time
+    most = (2 * scene.gravity * (y - 1.4 * body.radius - 1)) ** 0.5  # stays in the picture
+    speed = least + max(0.0, most - least) * uniform(rng, 0.3, 0.9)
+    down = speed - scene.gravity * time
+    fallen = scene.gravity * time * (time - 1 / SUBSTEPS) / 2
+    return thrown(body, x, y - down * time - fallen, down=down)
 
 
 def gravity(rng: Generator, hidden: bool) -> Pair:
-    """Seen: one falls, one flies up through the same place: each turns round in the air.
+    """Seen: one falls, one flies up from its bounce through the same place at the same time: each
+    turns round in the air.
 
     Hidden: a thing falls on a pillar or, where there is none, to the floor; a panel hides whether
     there is one. It hangs in the air, or falls through what held it.
@@ -219,17 +246,20 @@ def gravity(rng: Generator, hidden: bool) -> Pair:
             replace(scene, panels=(panel,)), thrown(body, middle, depth(body) + uniform(rng, 1, 3))
         )
         return Pair(replace(scene, blocks=(pillar,)), scene, True, (6, 22))
-    body = thing(rng, radius=(4.2, 5.4))
-    cut = int(rng.integers(5, 8))
-    below = scene.floor - depth(body) - uniform(rng, 0.1, 2)
-    rise = below - body.radius * 1.4 - uniform(rng, 1, 8)  # up to its highest place
-    up, down = (2 * scene.gravity * rise) ** 0.5, uniform(rng, 0.0, 1.0)
-    column = uniform(rng, 20, 44)
-    drift = choose(rng, (0.0, uniform(rng, -0.4, 0.4)))
-    first = thrown(body, column, below - (up + down) * cut, drift, down)
-    second = thrown(body, column, below, drift, -up)
-    first_scene, second_scene = (with_things(scene, one) for one in (first, second))
-    return Pair(first_scene, second_scene, False, (cut, cut), (0.0, 0.5))
+    body = thing(rng, radius=(4.2, 5.4), restitution=(0.8, 0.92), friction=(0.0, 0.0))
+    column = uniform(rng, 16, 48)
+    rising = thrown(body, column, uniform(rng, 8, 14), down=uniform(rng, 0.5, 1.5))
+    second = with_things(scene, rising)
+    clip = simulate(second)
+    rest = scene.floor - depth(body)
+    height, speed = rest - clip.position[:, 0, 1], -clip.velocity[:, 0, 1]
+    cuts = [cut for cut in range(8, 24) if height[cut] > 9 and speed[cut] > 1.9]
+    if not cuts:
+        return Pair(second, second, False, NEVER)
+    cut = choose(rng, cuts)
+    y = float(clip.position[cut, 0, 1])
+    first = with_things(scene, _falling(rng, scene, body, column, y, cut, rest))
+    return Pair(first, second, False, (cut, cut), (0.0, 0.8))
 
 
 def inertia(rng: Generator, hidden: bool) -> Pair:
