@@ -181,6 +181,12 @@ def test_quadruplets_are_made_of_the_same_frames(quadruplets):
         for original, exchanged in ((0, 2), (1, 3)):
             assert np.array_equal(videos[original, :first], videos[exchanged, :first])
             assert not np.array_equal(videos[original, first], videos[exchanged, first])
+        # From there on they go on as the other one does, whose picture a frame earlier is the
+        # same one too, unless the exchange is a break that is seen.
+        unseen = found.record["same"] > 0
+        for original, exchanged in ((1, 2), (0, 3)):
+            start = first - unseen
+            assert np.array_equal(videos[original, start:], videos[exchanged, start:])
         # At every frame both pairs show the same two pictures, each one once.
         for t in range(32):
             both = [sorted(videos[n, t].tobytes() for n in pair) for pair in ((0, 1), (2, 3))]
