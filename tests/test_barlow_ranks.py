@@ -76,7 +76,7 @@ def penalty(views, rank):
 
 
 def worker(rank, _):
-    ranks.CHUNK_ELEMENTS = 1
+    ranks.CHUNK_ELEMENTS, kept = 1, ranks.CHUNK_ELEMENTS
     found = {}
     for name in PAIRS:
         views = [rows_of(z, rank) for z in pair(name)]
@@ -86,6 +86,7 @@ def worker(rank, _):
                 found[again] = differentiate(function, *views, cotangents=WEIGHT)
     views[0].requires_grad_(False)
     found["only y"] = differentiate(function, *views, cotangents=WEIGHT)
+    ranks.CHUNK_ELEMENTS = kept
     found["penalty"] = penalty([z.double() for z in pair("40x70 float32 barlow_twins")], rank)
     found["gram"] = fullgraph(rank, [(5, 40), (6, 30)])
     found["correlation"] = fullgraph(rank, [(20, 5), (30, 6)])
@@ -111,8 +112,8 @@ def worker(rank, _):
 
 
 @pytest.fixture(scope="module")
-def everyone(tmp_path_factory):
-    return gloo.run(2, tmp_path_factory.mktemp("ranks"), worker)
+def everyone():
+    return gloo.on_two("test_barlow_ranks")
 
 
 def reference(name, wide):

@@ -151,18 +151,17 @@ def failures(rank):
     return found
 
 
-def two(rank, ranks):
+def worker(rank, ranks):
     return counts(ranks)
 
 
 def four(rank, ranks):
-    found = counts(ranks)
-    return found, failures(rank)
+    return counts(ranks), failures(rank)
 
 
 @pytest.fixture(scope="module")
-def on_two(tmp_path_factory):
-    return gloo.run(2, tmp_path_factory.mktemp("two"), two)
+def on_two():
+    return gloo.on_two("test_distributed")
 
 
 @pytest.fixture(scope="module")
