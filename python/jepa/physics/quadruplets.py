@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepa.physics.draw import frames
-from jepa.physics.pairs import PROPERTIES, Pair
+from jepa.physics.pair import Pair
+from jepa.physics.pairs import PROPERTIES
 from jepa.physics.place import chance
 from jepa.physics.scene import SIZE, Clip, simulate
 
