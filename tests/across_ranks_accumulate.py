@@ -28,12 +28,19 @@ def sigreg_of_views(x: Tensor, y: Tensor, *, process_group: Any) -> Tensor:
     )
 
 
+# Of Barlow Twins one process's own float32 gradient is 0.7e-6 to 1.2e-6 from the float64 one.
 CASES = {
-    name: Case(in_pieces(loss), views(), encoder(dim), differentiated=True)
+    name: Case(
+        in_pieces(loss),
+        views(),
+        encoder(dim),
+        relative=2e-6 if name == "barlow" else 1e-6,
+        differentiated=True,
+    )
     for name, loss, dim in (
         ("vicreg, N < D", vicreg_loss, 24),
         ("vicreg, N > D", vicreg_loss, 5),
-        ("barlow", barlow_twins_loss, 40),
+        ("barlow", barlow_twins_loss, 24),
         ("sigreg", sigreg_of_views, 6),
     )
 }
