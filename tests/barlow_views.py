@@ -1,0 +1,18 @@
+"""Views that more than one test file of the Barlow Twins op draws."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rounded_alike(dtype: torch.dtype) -> tuple[Tensor, float]:
+    """(z, eps), z [32, 33] of +-1: 31 orthogonal centred columns, two of them twice, so that
+    sum_j C_jj^2 is 8 times sum_{i != j} C_ij^2; with eps, every standardised value lies 0.4 ulp
+    below 1, to which it rounds.
+    """
+    z = torch.ones(1, 1)
+    for _ in range(5):
+        z = torch.cat([torch.cat([z, z], dim=1), torch.cat([z, -z], dim=1)])
+    value = 1.0 - 0.2 * torch.finfo(dtype).eps
+    return torch.cat([z[:, 1:], z[:, 1:3]], dim=1).to(dtype), 1.0 / value**2 - 1.0
