@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# ([N, D], what y has of x, lambd, the error of the gradient that is allowed, in eps of the dtype):
+# where the rounded Gram matrix counts, and the rounded views of either side, which cost 1.2 and
+# more.
+AGREEING = [((24, 512), 30.0, 0.0051, 0.8), ((12, 60), 3.0, 0.0, 0.6), ((60, 12), 3.0, 0.0, 0.6)]
+
 
 def rounded_alike(dtype: torch.dtype) -> tuple[Tensor, float]:
     """(z, eps), z [32, 33] of +-1: 31 orthogonal centred columns, two of them twice, so that
