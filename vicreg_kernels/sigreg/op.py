@@ -7,8 +7,8 @@ With z [G, N, D], directions A [D, M], p = z A and K knots t_k, the forward op g
     projections   float32 [G, N, M]      p
 
 with dp the derivative of the loss by p times the number of ranks, and the backward op turns them
-into the gradient dp A^T. Across ranks the forward adds up the 2 G K M sums of cosines and sines, and
-the backward exchanges nothing. docs/sigreg.md has the formulas.
+into the gradient dp A^T. Across ranks the forward adds up the 2 G K M sums of cosines and sines,
+and the backward exchanges nothing. docs/sigreg.md has the formulas.
 """
 
 from __future__ import annotations
