@@ -1,8 +1,9 @@
 // Points of the unit circle for the SIGReg op's CUDA kernels: cos and sin of t p.
 //
-// sincosf has a slow path for huge angles that takes local memory, and here t is known beforehand: in
-// quarter turns, as the sum of two floats, the angle is reduced exactly by fused multiply-adds, so
-// that what is left of it is as good as p itself. About 25 operations, none of them a conversion.
+// sincosf has a slow path for huge angles that takes local memory, and here t is known beforehand:
+// in quarter turns, as the sum of two floats, the angle is reduced exactly by fused multiply-adds,
+// so that what is left of it is as good as p itself. About 25 operations, none of them a
+// conversion.
 #pragma once
 
 #include "common/columns.cuh"

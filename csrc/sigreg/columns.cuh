@@ -1,8 +1,8 @@
 // Column sums of cos(t p) and sin(t p) over the rows of the projections, and the statistic of them.
 //
 // A lane keeps a column and its block's eight warps share the rows, so that a row's loads fall
-// together, every sum stays in a register and threads meet once a block. Blocks of rows leave partial
-// sums, [row blocks, G, 2, K, M], which are added in their order.
+// together, every sum stays in a register and threads meet once a block. Blocks of rows leave
+// partial sums, [row blocks, G, 2, K, M], which are added in their order.
 #pragma once
 
 #include "sigreg/circle.cuh"
@@ -19,8 +19,8 @@ struct Table {
   Turns turns[kMostKnots];
 };
 
-// Equally spaced knots in chunks of 2 P, each about its centre: between two knots where t_0 = step / 2
-// (`half`), else on the knot P of the chunk, counted from 1.
+// Equally spaced knots in chunks of 2 P, each about its centre: between two knots where t_0 is half
+// the step (`half`), else on knot P of the chunk, counted from 1.
 struct Centres {
   Turns start;  // t_0: step, or half of it
   bool half;
@@ -37,7 +37,8 @@ struct Sums {
 __device__ __forceinline__ Place place(const Cut& cut, int64_t block) {
   const int64_t rest = block / cut.tiles, row_block = rest % cut.row_blocks;
   const int64_t begin = row_block * cut.block_rows;
-  return {rest / cut.row_blocks, row_block, block % cut.tiles, begin, begin + cut.rows_in(row_block)};
+  const int64_t end = begin + cut.rows_in(row_block);
+  return {rest / cut.row_blocks, row_block, block % cut.tiles, begin, end};
 }
 
 __device__ __forceinline__ void store_sums(const Sums& s, const Cut& cut, const Place& at,
@@ -59,13 +60,15 @@ __device__ __forceinline__ void share(const float (&sums)[Count], float* shared)
 
 // The sum over warps of number i in this thread's column.
 __device__ __forceinline__ float shared_sum(const float* shared, int i) {
+  const float* own = shared + i * kThreads + threadIdx.x % kLanes;
   float total = 0.f;
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) total += shared[i * kThreads + w * kLanes + threadIdx.x % kLanes];
+  for (int w = 0; w < kWarps; ++w) total += own[w * kLanes];
   return total;
 }
 
-// Knots in pairs mu +- d_j about the chunk's centre mu, d_j = (j + 1) step, or with `half` (j + 1/2) step:
+// Knots in pairs mu +- d_j about the chunk's centre mu, where d_j is j + 1 steps, or with `half`
+// j + 1/2 of them:
 //
 //     sum cos(mu +- d_j) = sum cos mu cos d_j -+ sum sin mu sin d_j
 //     sum sin(mu +- d_j) = sum sin mu cos d_j +- sum cos mu sin d_j
@@ -174,7 +177,8 @@ struct Rule {
   double count, scale;  // scale: of the gradient, ranks factor / (G M)
 };
 
-// A thread a knot of a slice: its two coefficients, and losses[block], sums of the statistic's terms.
+// A thread a knot of a slice: its two coefficients, and losses[block], sums of the statistic's
+// terms.
 __global__ void __launch_bounds__(kThreads)
     knot_terms(const float* sums, int64_t knots, int64_t slices, Rule rule, float* coefficients,
                double* losses) {

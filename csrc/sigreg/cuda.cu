@@ -25,15 +25,17 @@
 // float32 the vendor's products are four fifths of the whole; in bfloat16 the waves bound it, so
 // their operations were counted and cut: one sincos a projection, pairs of knots, Horner.
 //
-// What is not fused, and why. The sums could be taken in the product's epilogue, but then the product
-// would be ours in three dtypes, to save one read of the projections, 2.5 us from L2; they have to be
-// written for the backward in any case. The waves could be computed in the prologue of the gradient's
-// product, but every tile along D would compute them anew, at D = 512 and tiles of 128 four times.
+// What is not fused, and why. The sums could be taken in the product's epilogue, but then the
+// product would be ours in three dtypes, to save one read of the projections, 2.5 us from L2; they
+// have to be written for the backward in any case. The waves could be computed in the prologue of
+// the gradient's product, but every tile along D would compute them anew, at D = 512 and tiles of
+// 128 four times.
 //
-// Float products follow torch's own TF32 setting, and bfloat16 ones its setting of reduced-precision
-// reductions. Half inputs give float32 projections. For the gradient's product the waves are rounded
-// to the dtype, an error below the rounding of the result; float16 ones are scaled by a power of two
-// found on the device, so that they neither over- nor underflow, and the result is scaled back.
+// Float products follow torch's own TF32 setting, and bfloat16 ones its setting of
+// reduced-precision reductions. Half inputs give float32 projections. For the gradient's product
+// the waves are rounded to the dtype, an error below the rounding of the result; float16 ones are
+// scaled by a power of two found on the device, so that they neither over- nor underflow, and the
+// result is scaled back.
 #include <algorithm>
 #include <array>
 
@@ -146,7 +148,7 @@ void gradient_kernels(const Tensor& grad, const Tensor& coefficients, const Tens
   const int64_t groups = projections.size(0), rows = projections.size(1);
   const int64_t slices = projections.size(2), dim = directions.size(0);
   const int64_t count = static_cast<int64_t>(knots.size());
-  const Tensor product = common::empty(projections, {1, groups * rows, slices},
+  const Tensor scratch = common::empty(projections, {1, groups * rows, slices},
                                        directions.scalar_type());
   const Tensor powers = common::empty(projections, {scaled ? groups : 0}, ScalarType::Float);
   if constexpr (scaled) {
@@ -159,8 +161,8 @@ void gradient_kernels(const Tensor& grad, const Tensor& coefficients, const Tens
   const Spacing spacing = spacing_of(knots.data(), count);
   queue.launch(spacing.equal ? &waves<T, true> : &waves<T, false>, common::blocks_of(cut), kThreads,
                0, w, cut, turns_of(spacing.start), spacing.half, table_of(knots),
-               data<T>(product));
-  same_dtype_bmm(product,
+               data<T>(scratch));
+  same_dtype_bmm(scratch,
                  common::strided(directions, {1, slices, dim},
                                  {0, directions.stride(1), directions.stride(0)}, 0),
                  common::strided(result, {1, groups * rows, dim}, {0, dim, 1}, 0));

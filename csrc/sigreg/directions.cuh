@@ -25,9 +25,9 @@ __device__ __forceinline__ void normals(uint64_t seed, uint64_t step, uint64_t g
   }
 }
 
-// out [dim, slices]. Lanes lie along M, 8 columns to a block, so that whole sectors are written. The
-// normals are drawn twice, once for the lengths: about 2 us of arithmetic at 512 x 1024, where they
-// would take as long to memory and back.
+// out [dim, slices]. Lanes lie along M, 8 columns to a block, so that whole sectors are written.
+// The normals are drawn twice, once for the lengths: about 2 us of arithmetic at 512 x 1024, where
+// they would take as long to memory and back.
 __global__ void __launch_bounds__(kThreads)
     draw_directions(const int64_t* step, uint64_t seed, int64_t dim, int64_t slices, float* out) {
   SHARED_ARRAY(float, squares, kThreads);

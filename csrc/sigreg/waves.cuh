@@ -1,5 +1,5 @@
-// The gradient by the projections, sum_k a_k cos(t_k p) + b_k sin(t_k p) with a and b by column, and
-// what keeps it inside float16's range.
+// The gradient by the projections, sum_k a_k cos(t_k p) + b_k sin(t_k p) with a and b by column,
+// and what keeps it inside float16's range.
 #pragma once
 
 #include "sigreg/columns.cuh"
@@ -20,9 +20,9 @@ struct Waves {
   int knots;
 };
 
-// Where the knots are equally spaced, from `start` in steps of it or, `half`, of twice that, the sum
-// is Re of a polynomial in e^{i step p}: complex Horner, four multiply-adds a knot. Else a sincos
-// for each knot of the table. A thread keeps a column, as in columns.cuh.
+// Where the knots are equally spaced, from `start` in steps of it or, `half`, of twice that, the
+// sum is Re of a polynomial in e^{i step p}: complex Horner, four multiply-adds a knot. Else a
+// sincos for each knot of the table. A thread keeps a column, as in columns.cuh.
 template <typename T, bool Equal>
 __global__ void __launch_bounds__(kThreads)
     waves(Waves w, Cut cut, Turns start, bool half, Table knots, T* out) {
@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // The power of two that keeps any sum of a row's M waves times directions below 2^15 and loses none
-// of the digits above 2^-14: a block a group, from the largest sum of a column's coefficients. 1 for
-// 0 and infinity.
+// of the digits above 2^-14: a block a group, from the largest sum of a column's coefficients. 1
+// for 0 and infinity.
 __global__ void __launch_bounds__(kThreads)
     wave_powers(const float* coefficients, int64_t knots, int64_t slices, float* powers) {
   SHARED_ARRAY(float, largest, kThreads);
