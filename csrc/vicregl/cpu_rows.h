@@ -15,6 +15,7 @@
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed to what is always inlined
 
 namespace vicregl {
+namespace {  // included by cpu.cpp alone
 namespace cpu {
 
 using common::Tensor;
@@ -214,4 +215,5 @@ class Views {
 };
 
 }  // namespace cpu
+}  // namespace
 }  // namespace vicregl

@@ -177,7 +177,9 @@ class _Sets:
         self.maps = maps
         self.run = run
         self.whole = [0.0] * len(maps)  # the weight of each map as a set
-        self.taken: list[dict[tuple[int, float], list[Tensor]]] = [{} for _ in maps]
+        # A map's sets by (count, or the view whose positions they all are; weight): not by their
+        # size, which a compiled graph need not know.
+        self.taken: list[dict[tuple[Any, float], list[Tensor]]] = [{} for _ in maps]
 
     def add(self, block: _Block, found: Matches, rules: Any) -> None:
         for u, i in enumerate(block.a):
@@ -192,18 +194,19 @@ class _Sets:
         for count, weight in rules:
             if count is None and by_position:
                 self.whole[i] += weight / 2
-                self._take(j, nearest, weight / 2)
+                self._take(j, nearest, (("all", i), weight / 2))
                 continue
             if by_distance is None:
                 by_distance = rank.argsort(dim=-1)
             places = by_distance[:, :count]
             if by_position:
                 places = places.sort(dim=-1).values
-            self._take(i, places.int(), weight / 2)
-            self._take(j, nearest.gather(-1, places), weight / 2)
+            key = (("all", i) if count is None else count, weight / 2)
+            self._take(i, places.int(), key)
+            self._take(j, nearest.gather(-1, places), key)
 
-    def _take(self, view: int, index: Tensor, weight: float) -> None:
-        self.taken[view].setdefault((index.shape[1], weight), []).append(index)
+    def _take(self, view: int, index: Tensor, key: tuple[Any, float]) -> None:
+        self.taken[view].setdefault(key, []).append(index)
 
     def total(self) -> tuple[Tensor, Tensor]:
         """(variance, covariance)."""
@@ -213,7 +216,7 @@ class _Sets:
                 continue
             index = torch.cat([index for indices in taken.values() for index in indices], dim=1)
             rows = gather_tokens(z, index, backend=self.run.asked)
-            sizes = [size * len(indices) for (size, _), indices in taken.items()]
+            sizes = [sum(index.shape[1] for index in indices) for indices in taken.values()]
             weights = [weight * len(indices) for (_, weight), indices in taken.items()]
             sets += zip(weights, rows.split(sizes, dim=1), strict=True)
         found = [(weight, *self.run.statistics(z.transpose(0, 1))) for weight, z in sets]
