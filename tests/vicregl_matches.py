@@ -192,9 +192,10 @@ def check_not_finite(backend: str, device: str = "cpu", views: int = 2) -> None:
             assert torch.equal(one.isnan(), other.isnan()), bad
             assert torch.equal(one.isinf(), other.isinf()), bad
         few = Kept([2], [1.0])  # what is not kept is not read
-        a, b = (z.detach()[:, :1].clone() for z in (a, b))
+        leaves = [z.detach()[:, :1].clone().requires_grad_() for z in (a, b)]
         found = Matches(*(z[:, :, :1].contiguous() for z in found))
-        assert op.pairs(a, b, found, few, few, backend).isfinite()
+        loss = op.pairs(*leaves, found, few, few, backend)
+        assert all(z.isfinite().all() for z in (loss, *torch.autograd.grad(loss, leaves)))
 
 
 def check_out_of_range(kernels: backends.Kernels, bad: int, device: str = "cpu") -> None:
