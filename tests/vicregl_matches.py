@@ -175,6 +175,7 @@ def check_not_finite(backend: str, device: str = "cpu", views: int = 2) -> None:
     for bad in (float("nan"), float("inf"), float("-inf")):
         a, b = (z.to(device) for z in maps((1, views, 2, 7, 5, 9), grad=False))
         a[0, 0, 3, 2] = bad
+        b[:, 0, 0, 2] = bad  # inf - inf in front of inf - number
         b[-1, 1, 4, 8] = bad
         a[0, 1, :, 0] = bad
         found = op.match(a, b, backend)
@@ -191,9 +192,10 @@ def check_not_finite(backend: str, device: str = "cpu", views: int = 2) -> None:
             assert torch.equal(one.isnan(), other.isnan()), bad
             assert torch.equal(one.isinf(), other.isinf()), bad
         few = Kept([2], [1.0])  # what is not kept is not read
-        a, b = (z.detach() for z in (a[:, :1], b[:, :1]))
+        leaves = [z.detach()[:, :1].clone().requires_grad_() for z in (a, b)]
         found = Matches(*(z[:, :, :1].contiguous() for z in found))
-        assert op.pairs(a, b, found, few, few, backend).isfinite()
+        loss = op.pairs(*leaves, found, few, few, backend)
+        assert all(z.isfinite().all() for z in (loss, *torch.autograd.grad(loss, leaves)))
 
 
 def check_out_of_range(kernels: backends.Kernels, bad: int, device: str = "cpu") -> None:
