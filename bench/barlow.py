@@ -108,7 +108,7 @@ def case(
 CASES = {
     c.name: c
     for c in (
-        case(256, 8192, cpu={"eager": 40, "gram_plain": 1.2}),
+        case(256, 8192, cpu={"eager": 40, "gram_best": 1.2}),
         case(2048, 8192, on=("cuda",)),
         case(256, 2048, cpu={"eager": 6, "gram_plain": 1.2}, quick=True),
         case(1024, 2048, cpu={"eager": 1.5}, quick=True),
