@@ -23,11 +23,11 @@ KERNELS = (
     "product_kernel",
 )
 PRODUCTS = ("sums_kernel", "product_kernel")
-# 17 knots on [0, 3]; 41 on [0, 5], in chunks; three of any spacing. Without 0.
+# 17 knots on [0, 3]; 41 on [0, 5], in chunks; twenty of any spacing. Without 0.
 KNOTS = {
     "17": [3 * k / 16 for k in range(1, 17)],
     "41": [5 * k / 40 for k in range(1, 41)],
-    "free": [0.2, 0.7, 2.5],
+    "free": [0.02 * k * k for k in range(1, 21)],
 }
 LARGE, SMALL = (2048, 512, 1024), (512, 192, 1024)
 

@@ -330,7 +330,7 @@ def waves_kernel(
             c, s = twice(c, s)
         real = tl.zeros((ROWS, COLUMNS), tl.float32)
         imaginary = tl.zeros((ROWS, COLUMNS), tl.float32)
-        # A loop: unrolled whole, all 2 K coefficients are loaded first, into every register.
+        # A loop: unrolled whole, all coefficients are loaded first, into every register.
         for below in tl.range(0, COUNT, loop_unroll_factor=4):
             here = own + (COUNT - 1 - below) * tl.cast(slices, tl.int64)
             a = tl.load(here, mask=inside, other=0.0)[None, :]
@@ -341,12 +341,19 @@ def waves_kernel(
         wave = tl.fma(real, first_c, -imaginary * first_s)
     else:
         wave = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for k in tl.static_range(COUNT):
-            here = own + k * tl.cast(slices, tl.int64)
-            a = tl.load(here, mask=inside, other=0.0)[None, :]
-            b = tl.load(here + behind, mask=inside, other=0.0)[None, :]
-            c, s = circle(p, KNOTS[k][0], KNOTS[k][1])
-            wave = tl.fma(a, c, tl.fma(b, s, wave))
+        for group in range(0, COUNT, 4):  # a loop for the same reason, so knots are selected
+            for each in tl.static_range(4):
+                high = 0.0
+                low = 0.0
+                for k in tl.static_range(each, COUNT, 4):
+                    high = tl.where(group + each == k, KNOTS[k][0], high)
+                    low = tl.where(group + each == k, KNOTS[k][1], low)
+                some = inside & (group + each < COUNT)
+                at_knot = own + (group + each) * tl.cast(slices, tl.int64)
+                a_k = tl.load(at_knot, mask=some, other=0.0)[None, :]
+                b_k = tl.load(at_knot + behind, mask=some, other=0.0)[None, :]
+                cosine, sine = circle(p, high, low)
+                wave = tl.fma(a_k, cosine, tl.fma(b_k, sine, wave))
     wave *= tl.load(grad)
     if FORMAT == "tf32" or FORMAT == "fp16":
         wave = round_to(wave, 8193.0)
