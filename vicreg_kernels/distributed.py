@@ -187,8 +187,13 @@ def collective(op: str, group: Any) -> Iterator[None]:
         raise RuntimeError(
             f"{op}: rank {rank} of {ranks} waited for the others, and at least one did not come: "
             f"it failed, ended, or did not call {op} within the group's timeout; "
-            f"{_roll_call(group)} ({error})"
+            f"{_roll_call(group)} ({_first_line(error)})"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """Without the frames that torch appends."""
+    return (str(error).splitlines() or [""])[0]
 
 
 # Seconds that the ranks of a failed collective have to say that they are there.
@@ -217,7 +222,7 @@ def _roll_call(group: Any) -> str:
                 store.check([own])  # raises where the store itself is gone
                 silent.append(str(rank))
     except (RuntimeError, KeyError) as error:
-        return f"the group's store, which would name it, does not answer: {error}"
+        return f"the group's store, as a rule rank 0's, does not answer: {_first_line(error)}"
     if not silent:
         return "all ranks are alive"
     return f"no sign of rank {', '.join(silent)}"

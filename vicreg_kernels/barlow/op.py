@@ -236,7 +236,7 @@ def barlow_twins_loss(
             message names the argument.
         RuntimeError: the named backend cannot run here; the message says why.
     """
-    group = distributed.group_name(process_group) if process_group else None
+    group = None if process_group is None else distributed.group_name(process_group)
     distributed.checked(ranks.OP, group, _check, x, y, lambd, convention, eps, backend, group)
     rule = CONVENTIONS[convention]
     eps = float(rule.eps if eps is None else eps)

@@ -275,7 +275,7 @@ def _two_views(
     process_group: Any,
     all_terms: bool,
 ) -> Any:
-    group = distributed.group_name(process_group) if process_group else None
+    group = None if process_group is None else distributed.group_name(process_group)
     x, y = distributed.checked(
         "vicreg", group, _check_two_views, x, y, weights, margin, eps, convention, backend, group
     )
@@ -403,7 +403,7 @@ def variance_covariance(
 
     Raises: as `vicreg_loss`.
     """
-    group = distributed.group_name(process_group) if process_group else None
+    group = None if process_group is None else distributed.group_name(process_group)
     z = distributed.checked(
         "vicreg", group, _check_one_view, z, margin, eps, covariance_normalizer, backend, group
     )
