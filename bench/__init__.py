@@ -8,3 +8,5 @@ OPS = tuple(
     for op in ("attention", "ema", "tokens", "jepa_step", "vicreg")
     if Path(__file__).with_name(f"{op}.py").exists()
 )
+# Those, and what only a CPU is measured on.
+ALL = (*OPS, "ranks")

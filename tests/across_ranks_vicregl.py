@@ -1,4 +1,4 @@
-"""Cases of tests/test_across_ranks.py: VICRegL, in every way that statistics and means are taken."""
+"""Cases of tests/test_across_ranks.py: VICRegL, in every way of matching."""
 
 from __future__ import annotations
 

@@ -120,6 +120,10 @@ def test_a_backend_that_cannot_run_says_why():
         vicregl_loss(*([z.double() for z in zs] for zs in (E, M, G)), backend="cpu")
 
 
+def test_a_setting_that_is_none():
+    refuse(lambda: vicregl_terms(E, M, G, alfa=0.5), TypeError, "alfa", ["alpha", "num_matches"])
+
+
 def test_process_group_is_checked():
     with pytest.raises(TypeError, match="process_group: got int"):
         vicregl_loss(E, M, G, process_group=3)

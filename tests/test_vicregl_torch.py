@@ -65,7 +65,7 @@ def test_fullgraph_equals_eager(fused):
 
 def test_dynamic_shapes_compile_once(fused):
     counter = CompileCounterWithBackend("aot_eager")
-    function = loss(fused.name, l2_all_matches=False)
+    function = loss(fused.name)
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
     compilations = []
     for batch, channels, dim, shape in [

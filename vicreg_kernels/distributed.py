@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vicreg_kernels import dispatch
+
 T = TypeVar("T")
 
 # Bytes of a rank's message, and the most characters of a value in it; longer ones are cut.
@@ -63,6 +65,23 @@ def resolve(process_group: Any) -> Any:
             "torch.distributed.ProcessGroup"
         )
     return process_group if dist.get_world_size(process_group) > 1 else None
+
+
+def choose_backend(backend: str | None, dtype: torch.dtype) -> str:
+    """ "ranks" or "reference": what runs for `backend` with a process group.
+
+    Raises ValueError for another named backend.
+    """
+    dispatch.check_backend(backend)
+    named = backend if backend is not None else dispatch.ENVIRONMENT_BACKEND
+    if named not in (None, "reference"):
+        source = "backend" if backend is not None else "VICREG_KERNELS_BACKEND"
+        raise ValueError(
+            f"{source}: got {named!r}, takes None or 'reference' with a process_group: a rank's "
+            "share is a rectangular product of its rows with all rows, which torch's own matmul "
+            "does on every device; the fused backends know the square ones of one process"
+        )
+    return "reference" if named or dtype == torch.float64 else "ranks"
 
 
 @torch.compiler.assume_constant_result

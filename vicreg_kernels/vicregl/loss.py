@@ -165,6 +165,9 @@ def vicregl_terms(
     unweighted, the first three of the embeddings and the last three of the maps, 0 where alpha
     leaves them out.
     """
+    for name in settings:
+        if name not in DEFAULTS:
+            raise TypeError(f"{name}: vicregl_terms takes {', '.join(DEFAULTS)}")
     settings = {**DEFAULTS, **settings}
     return VICRegLTerms(*_terms(embeddings, maps, grids, process_group, backend, settings))
 

@@ -1,0 +1,66 @@
+"""Runs functions on several gloo ranks, one process each, and gives back what each returned.
+
+Starting a process costs seconds, so files that want two ranks share them: `on_two(name)` gives what
+`worker(rank, ranks)` of tests/<name>.py returned on each.
+"""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+# Of every collective: what waits longer has lost a rank.
+TIMEOUT = timedelta(seconds=60)
+SHARED = ("test_vicreg_ranks", "test_barlow_ranks", "test_distributed")
+
+
+def _main(rank: int, function: Callable[..., Any], ranks: int, folder: str, args: Any) -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    store = dist.FileStore(f"{folder}/store", ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
+    torch.manual_seed(0)
+    try:
+        result = function(rank, ranks, *args)
+        torch.save(result, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def run(ranks: int, folder: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """function(rank, ranks, *args) on each of them, NaN in torch.empty, one thread each; None for
+    a rank that ended before it returned.
+    """
+    mp.spawn(_main, (function, ranks, str(folder), args), nprocs=ranks)
+    found = [folder / f"{rank}.pt" for rank in range(ranks)]
+    return [torch.load(path, weights_only=False) if path.exists() else None for path in found]
+
+
+def _shared(rank: int, ranks: int) -> dict[str, Any]:
+    found = {}
+    for name in SHARED:
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        found[name] = importlib.import_module(name).worker(rank, ranks)
+    return found
+
+
+@cache
+def _on_two() -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        return run(2, Path(folder), _shared)
+
+
+def on_two(name: str) -> list[Any]:
+    """What each of two ranks found in tests/<name>.py, one of SHARED."""
+    return [found[name] for found in _on_two()]
