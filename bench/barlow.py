@@ -118,7 +118,7 @@ CASES = {
 }
 
 # Both sides of N = D, no side a multiple of a tile's.
-SMALL = ((13, 67), (67, 13), (130, 33), (33, 130))
+SMALL = ((13, 67), (67, 13), (130, 33), (33, 130), (300, 33))
 
 
 def exercise(backend: str, device: str) -> int:
