@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from vicreg_kernels import dispatch, distributed
-from vicreg_kernels.vicreg import ranks as vicreg_ranks
 
 OP = "vicregl"
 
@@ -60,6 +59,6 @@ def mean(own: Tensor, rows: int, facts: str, name: str) -> Tensor:
 
 def choose(backend: str | None, like: Tensor) -> str:
     """The backend of what ranks do by themselves."""
-    if vicreg_ranks.choose(backend, like.dtype) == "reference":
+    if distributed.choose_backend(backend, like.dtype) == "reference":
         return "reference"
     return dispatch.choose(OP, None, like.device.type, like.dtype)
