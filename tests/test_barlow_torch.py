@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from contextlib import nullcontext
 
 import pytest
 import shapes
@@ -214,12 +213,9 @@ def test_the_hook_for_ranks(fused, monkeypatch):
     monkeypatch.setattr(op.ranks, "loss", ranks_loss)
     assert torch.equal(loss(fused)(x, y), alone)
     assert not calls
-    group = object()
-    monkeypatch.setattr(op.distributed, "resolve", lambda asked: group)
-    monkeypatch.setattr(op.distributed, "announcing", lambda name, group: nullcontext())
-    found = barlow_twins_loss(
-        x[:1], y[:1], convention="solo_learn", process_group=group, backend=fused.name
-    )
+    monkeypatch.setattr(op.distributed, "group_name", lambda asked: asked)
+    monkeypatch.setattr(op.distributed, "checked", lambda name, group, check, *args: check(*args))
+    found = barlow_twins_loss(x[:1], y[:1], convention="solo_learn", process_group="a group")
     assert found.item() == pytest.approx(1.0)
     (args,) = calls
-    assert args[2:] == (1e-5, 0.0, False, 5e-3, fused.name, "solo_learn", group)
+    assert args[2:] == (1e-5, 0.0, False, 5e-3, "ranks", "solo_learn", "a group")

@@ -68,7 +68,12 @@ PAIRS = {
     f"{'x'.join(map(str, shape))} {str(dtype)[6:]}": (shape, dtype)
     for shape in ((40, 70), (70, 40), (33, 3, 50), (50, 3, 33))
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
-} | {"300x260 float32": ((300, 260), torch.float32)}
+} | {
+    "300x260 float32": ((300, 260), torch.float32),
+    # Sums of products beyond float16's largest number.
+    "40x70 float16 large": ((40, 70), torch.float16),
+    "70x40 float16 large": ((70, 40), torch.float16),
+}
 
 
 def pair(name):
@@ -76,7 +81,8 @@ def pair(name):
     shape, dtype = PAIRS[name]
     torch.manual_seed(1)
     offset = 1e3 if dtype == torch.float32 else 1.0
-    return [(torch.randn(*shape, 2)[..., v] + offset).to(dtype) for v in range(2)]
+    scale = 60.0 if name.endswith("large") else 1.0
+    return [(torch.randn(*shape, 2)[..., v] * scale + offset).to(dtype) for v in range(2)]
 
 
 def one(name):
