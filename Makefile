@@ -37,11 +37,13 @@ demo: setup
 	$(BIN)/python -m jepa.demo --output runs/demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu and not thorough" -n 2 --dist loadfile
 
-# The GPU kernels compiled for every architecture; `make test` compiles them for one.
+# What takes minutes of compiling: the GPU kernels for every architecture (`make test` compiles them
+# for one), and the CUDA sources under sanitizers.
 audit: setup
 	VICREG_KERNELS_AUDIT=all $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_*_audit_*.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m thorough
 
 lint: setup
 	$(BIN)/ruff check .

@@ -300,12 +300,14 @@ def run_sanitized(mode):
     return native.run_sanitized(SANITIZED, library(sanitize=True), mode)
 
 
+@pytest.mark.thorough
 def test_sanitized():
     done = run_sanitized("plain")
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.strip() == "clean"
 
 
+@pytest.mark.thorough
 def test_the_sanitizer_sees_a_short_tensor():
     done = run_sanitized("short")
     assert done.returncode != 0

@@ -173,12 +173,14 @@ def run_sanitized(mode):
     return native.run_sanitized(SANITIZED, native.emulated("sigreg", sanitize=True), mode)
 
 
+@pytest.mark.thorough
 def test_sanitized():
     done = run_sanitized("plain")
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.strip() == "clean"
 
 
+@pytest.mark.thorough
 def test_the_sanitizer_sees_short_sums():
     done = run_sanitized("short")
     assert done.returncode != 0

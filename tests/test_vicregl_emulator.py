@@ -135,6 +135,7 @@ op.vicregl_pairs_backward(loss, a, b, *found[:3], short, True, True, *settings)
 """
 
 
+@pytest.mark.thorough
 def test_every_edge_is_clean_under_sanitizers():
     """The build really is instrumented: ranks one short are reported, and nothing before."""
     done = native.run_sanitized(PROGRAM, native.emulated("vicregl", "-O0", "-g1", sanitize=True))
