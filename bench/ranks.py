@@ -142,7 +142,8 @@ def plan(shape: Shape, device: torch.device, dtype: torch.dtype, backend: str | 
         raise ValueError("ranks: a process_group has one backend; leave --backend out")
     ranks = Ranks(shape, dtype)
     steps: dict[str, measure.Step] = {name: partial(ranks.step, name) for name in LOSSES}
-    return Plan(steps, "ranks", shape.least_bytes(), shape.least_operations())
+    floor = shape.least_bytes(), shape.least_operations()
+    return Plan(steps, "ranks", *floor, elsewhere=True)
 
 
 def case(ranks: int, rows: int, dim: int, targets: dict[str, float], quick: bool = False) -> Case:

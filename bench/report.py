@@ -32,7 +32,10 @@ def _multiple(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
-def _size(mib: float) -> str:
+def _size(mib: float | None) -> str:
+    """None: not counted."""
+    if mib is None:
+        return "-"
     return f"{mib:.1f}" if mib < 1000 else f"{mib:.0f}"
 
 

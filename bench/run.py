@@ -106,7 +106,7 @@ def measure_case(
             "ratio": ratio(samples, name),
             "graph_ms": asdict(spread(replays[name])) if name in replays else None,
             "graph_ratio": ratio(replays, name),
-            "peak_mib": round(peaks[name] / 2**20, 3),
+            "peak_mib": None if plan.elsewhere else round(peaks[name] / 2**20, 3),
             "gbps": plan.least_bytes / times.p50 / 1e6,
             "tflops": plan.least_operations / times.p50 / 1e9,
             "bound": "bytes" if bytes_ms >= operations_ms else "operations",
