@@ -15,7 +15,7 @@ from bench.vicregl_baselines import COMPILED, baselines
 from vicreg_kernels import dispatch
 from vicreg_kernels.vicregl import vicregl_loss
 
-TITLE = "VICRegL loss, forward and backward, by batch x views (positions) x channels, embeddings"
+TITLE = "VICRegL, forward and backward, by batch x views x positions x channels"
 CONTENDERS = {
     "eager": "published formula, eager",
     "compiled": "published formula, torch.compile",

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache"
 TORCH = Path(torch.__file__).parent
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-FLAGS = ["-std=c++20", "-O1", "-g", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 SANITIZE += ["-fno-omit-frame-pointer"]
 
