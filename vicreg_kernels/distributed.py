@@ -13,12 +13,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 # Bytes of a rank's message, and the most characters of a value in it; longer ones are cut.
 MESSAGE_BYTES = 2048
@@ -60,6 +65,15 @@ def resolve(process_group: Any) -> Any:
     return process_group if dist.get_world_size(process_group) > 1 else None
 
 
+@torch.compiler.assume_constant_result
+def group_name(process_group: Any) -> str | None:
+    """The name of `resolve(process_group)`, as ops take it; None for none. A constant of a compiled
+    graph.
+    """
+    group = resolve(process_group)
+    return None if group is None else group.group_name
+
+
 def by_name(name: str) -> Any:
     """The group whose `group_name` an op was given."""
     return dist.distributed_c10d._resolve_process_group(name)
@@ -77,6 +91,18 @@ def announcing(op: str, group: Any) -> Iterator[None]:
             with contextlib.suppress(RuntimeError):  # the error itself matters more
                 _exchange(group, op, {"error": _short(error, LONGEST_ERROR)})
         raise
+
+
+def checked(op: str, name: str | None, check: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """check(*args, **kwargs), whose errors are told to the ranks of the group called `name`.
+
+    Under torch.compile checks run while a rank traces, when the others expect no message: they
+    raise on that rank alone, and the others at the group's timeout.
+    """
+    if name is None or torch.compiler.is_compiling():
+        return check(*args, **kwargs)
+    with announcing(op, by_name(name)):
+        return check(*args, **kwargs)
 
 
 def agree(group: Any, op: str, rows: int, facts: Mapping[str, Any]) -> list[int]:
@@ -132,34 +158,145 @@ def _message_device(group: Any) -> torch.device:
 
 @contextlib.contextmanager
 def collective(op: str, group: Any) -> Iterator[None]:
-    """Around a collective: its failure names the op and the rank that waited."""
+    """Around a collective: its failure names the op, the rank that waited, and those that are not
+    there.
+    """
     try:
         yield
     except RuntimeError as error:
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         raise RuntimeError(
             f"{op}: rank {rank} of {ranks} waited for the others, and at least one did not come: "
-            f"it failed, ended, or did not call {op} within the group's timeout ({error})"
+            f"it failed, ended, or did not call {op} within the group's timeout; "
+            f"{_roll_call(group)} ({error})"
         ) from error
+
+
+# Seconds that the ranks of a failed collective have to say that they are there.
+ROLL_CALL = timedelta(seconds=2)
+_roll_calls: Counter[str] = Counter()
+
+
+def _roll_call(group: Any) -> str:
+    """Which ranks have failed in this collective too, and so are alive; asked of the group's store,
+    which does not need the connections that have just failed.
+    """
+    name, ranks = group.group_name, dist.get_world_size(group)
+    _roll_calls[name] += 1
+    prefix = f"vicreg_kernels/{name}/{_roll_calls[name]}"
+    own = f"{prefix}/{dist.get_rank(group)}"
+    silent = []
+    try:
+        store = dist.distributed_c10d._world.pg_map[group][1]
+        store.set(own, "")
+        until = time.monotonic() + ROLL_CALL.total_seconds()
+        for rank in range(ranks):
+            left = max(timedelta(seconds=until - time.monotonic()), timedelta(milliseconds=1))
+            try:
+                store.wait([f"{prefix}/{rank}"], left)
+            except RuntimeError:
+                store.check([own])  # raises where the store itself is gone
+                silent.append(str(rank))
+    except (RuntimeError, KeyError) as error:
+        return f"the group's store, which would name it, does not answer: {error}"
+    if not silent:
+        return "all ranks are alive"
+    return f"no sign of rank {', '.join(silent)}"
+
+
+class Pending(NamedTuple):
+    """A collective under way; `wait` gives its result."""
+
+    op: str
+    group: Any
+    work: Any
+    value: Tensor
+
+    def wait(self) -> Tensor:
+        with collective(self.op, self.group):
+            self.work.wait()
+        return self.value
 
 
 def sum_ranks_(op: str, group: Any, value: Tensor) -> Tensor:
     """value, contiguous, summed over the ranks in place."""
+    return start_sum_ranks_(op, group, value).wait()
+
+
+def start_sum_ranks_(op: str, group: Any, value: Tensor) -> Pending:
+    """`sum_ranks_` that is waited for later."""
     with collective(op, group):
-        dist.all_reduce(value, group=group)
-    return value
+        work = dist.all_reduce(value, group=group, async_op=True)
+    return Pending(op, group, work, value)
 
 
-def gather_rows(op: str, group: Any, own: Tensor, rows: list[int]) -> Tensor:
+def gather_rows(
+    op: str, group: Any, own: Tensor, rows: list[int], out: Tensor | None = None
+) -> Tensor:
     """[ranks * max(rows), ...]: every rank's rows (own: [rows of this rank, ...]) in the order of
-    ranks, each rank's followed by zero rows up to the longest.
+    ranks, each rank's followed by zero rows up to the longest. out: where they go, contiguous.
     """
+    return start_gather_rows(op, group, own, rows, out).wait()
+
+
+def start_gather_rows(
+    op: str, group: Any, own: Tensor, rows: list[int], out: Tensor | None = None
+) -> Pending:
+    """`gather_rows` that is waited for later."""
     longest = max(rows)
     if own.shape[0] < longest:
         padded = own.new_zeros((longest, *own.shape[1:]))
         padded[: own.shape[0]] = own
         own = padded
-    everyone = own.new_empty((len(rows) * longest, *own.shape[1:]))
+    if out is None:
+        out = own.new_empty((len(rows) * longest, *own.shape[1:]))
     with collective(op, group):
-        _all_gather(everyone, own.contiguous(), group=group)
-    return everyone
+        work = _all_gather(out, own.contiguous(), group=group, async_op=True)
+    return Pending(op, group, work, out)
+
+
+def check_same(op: str, group: Any, name: str, value: Tensor) -> None:
+    """Raise on every rank where value, of the same shape on all, is not the same on all."""
+    own = value.detach().flatten()
+    every = gather_rows(op, group, own, [own.numel()] * dist.get_world_size(group))
+    for rank, theirs in enumerate(every.view(-1, own.numel())):
+        if not torch.equal(theirs, every[: own.numel()]) and not theirs.isnan().any():
+            raise RuntimeError(
+                f"{op}: {name}: got {theirs.tolist()} on rank {rank} and "
+                f"{every[: own.numel()].tolist()} on rank 0, takes the same on every rank"
+            )
+
+
+def gather_differentiable(op: str, name: str, own: Tensor, rows: list[int]) -> Tensor:
+    """[sum(rows), ...]: every rank's rows, without padding, differentiable to any order. The
+    gradient of own rows is the sum over the ranks of what each has for them.
+    """
+    return _Gather.apply(own, op, name, tuple(rows))
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, op: str, name: str, rows: tuple[int, ...]) -> Tensor:
+        ctx.where = (op, name, rows)
+        padded = gather_rows(op, by_name(name), own, list(rows))
+        parts = padded.unflatten(0, (len(rows), max(rows)))
+        return torch.cat([part[:count] for part, count in zip(parts, rows, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _OwnOfSum.apply(grad, *ctx.where), None, None, None
+
+
+class _OwnOfSum(torch.autograd.Function):
+    """This rank's rows of the sum over ranks: the transpose of `_Gather`."""
+
+    @staticmethod
+    def forward(ctx: Any, every: Tensor, op: str, name: str, rows: tuple[int, ...]) -> Tensor:
+        ctx.where = (op, name, rows)
+        group = by_name(name)
+        total = sum_ranks_(op, group, every.clone(memory_format=torch.contiguous_format))
+        return total.split(rows)[dist.get_rank(group)].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _Gather.apply(grad, *ctx.where), None, None, None

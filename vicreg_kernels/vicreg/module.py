@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from vicreg_kernels.vicreg.op import check_settings, variance_covariance, vicreg_loss
@@ -17,6 +19,8 @@ class VICRegLoss(nn.Module):
         eps: added to the variance under the square root.
         convention: which published implementation's scaling; see `vicreg_loss`.
         backend: "reference", "cpu", "triton", "cuda"; None takes the best for the input.
+        process_group: None, True or a ProcessGroup whose ranks hold the batch; see `vicreg_loss`.
+            A module that is copied or pickled takes True.
 
     Shapes: x, y: [N, D] (or [B, ..., D] for the conventions that take it) -> scalar.
     """
@@ -31,6 +35,7 @@ class VICRegLoss(nn.Module):
         eps: float = 1e-4,
         convention: str = "vicreg",
         backend: str | None = None,
+        process_group: Any = None,
     ) -> None:
         super().__init__()
         check_settings(margin=margin, eps=eps, convention=convention, backend=backend)
@@ -41,6 +46,7 @@ class VICRegLoss(nn.Module):
         self.eps = eps
         self.convention = convention
         self.backend = backend
+        self.process_group = process_group
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return vicreg_loss(
@@ -53,6 +59,7 @@ class VICRegLoss(nn.Module):
             eps=self.eps,
             convention=self.convention,
             backend=self.backend,
+            process_group=self.process_group,
         )
 
     def extra_repr(self) -> str:
@@ -64,7 +71,8 @@ class VCRegLoss(nn.Module):
 
     Args:
         variance_weight, covariance_weight: weights of the two terms.
-        margin, eps, unbiased, covariance_normalizer, backend: as in `variance_covariance`.
+        margin, eps, unbiased, covariance_normalizer, backend, process_group: as in
+            `variance_covariance`.
 
     Shapes: z: [N, D] or grouped [G, N, D] -> scalar.
     """
@@ -79,6 +87,7 @@ class VCRegLoss(nn.Module):
         unbiased: bool = True,
         covariance_normalizer: str = "d",
         backend: str | None = None,
+        process_group: Any = None,
     ) -> None:
         super().__init__()
         check_settings(
@@ -91,6 +100,7 @@ class VCRegLoss(nn.Module):
         self.unbiased = unbiased
         self.covariance_normalizer = covariance_normalizer
         self.backend = backend
+        self.process_group = process_group
 
     def forward(self, z: Tensor) -> Tensor:
         variance, covariance = variance_covariance(
@@ -100,6 +110,7 @@ class VCRegLoss(nn.Module):
             unbiased=self.unbiased,
             covariance_normalizer=self.covariance_normalizer,
             backend=self.backend,
+            process_group=self.process_group,
         )
         return self.variance_weight * variance + self.covariance_weight * covariance
 

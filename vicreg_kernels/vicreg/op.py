@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vicreg_kernels import dispatch
-from vicreg_kernels.vicreg import backends, reference
+from vicreg_kernels import dispatch, distributed
+from vicreg_kernels.vicreg import backends, ranks, reference
 from vicreg_kernels.vicreg.conventions import CONVENTIONS, covariance_scale
 
 NORMALIZERS = ("d", "d(d-1)")
@@ -175,13 +175,15 @@ def _check_tensor(name: str, z: Tensor, shapes: str) -> None:
         raise TypeError(f"{name}: got layout {z.layout}, takes a dense (strided) tensor")
 
 
-def _check_extent(name: str, z: Tensor, normalizer: str) -> None:
+def _check_extent(name: str, z: Tensor, normalizer: str, group: str | None) -> None:
     """z: [G, N, D]."""
     groups, rows, dim = z.shape
-    if rows < 2:
+    if rows < 2 and group is None:
         raise ValueError(
             f"{name}: got {rows} rows, takes at least 2 (batch statistics need two samples)"
         )
+    if rows < 1:
+        raise ValueError(f"{name}: got {rows} rows, takes at least 1 on every rank")
     if groups < 1 or dim < 1:
         raise ValueError(f"{name}: got no elements (grouped shape {tuple(z.shape)})")
     if normalizer == "d(d-1)" and dim < 2:
@@ -199,22 +201,32 @@ def _terms(
     weights: tuple[float, float, float],
     normalizer: str,
     backend: str | None,
+    group: str | None,
     all_terms: bool,
 ) -> Any:
     """x, y: checked, [G, N, D]. The loss alone, or all four terms."""
-    name = dispatch.choose("vicreg", backend, x.device.type, x.dtype, min(x.shape[-2:]))
+    name = _choose(x, backend, group)
     if not torch.compiler.is_compiling():
         dispatch.log_choice("vicreg", name, backend, x.device, x.shape)
+    settings = (margin, eps, unbiased, list(scales), list(weights), normalizer)
+    if group is not None:
+        out = ranks.terms(x, y, settings, name, group)
+        return out if all_terms else out[0]
     if name == "reference":
         scale = scales[2] * covariance_scale(x.shape[-1], normalizer)
         scales = (scales[0], scales[1], scale)
         out = reference.terms(x, y, margin, eps, unbiased, scales, weights)
         return out if all_terms else out[0]
-    settings = (margin, eps, unbiased, list(scales), list(weights), normalizer, name)
-    return _VICReg.apply(x, y, all_terms, settings)
+    return _VICReg.apply(x, y, all_terms, (*settings, name))
 
 
-def _two_views(
+def _choose(x: Tensor, backend: str | None, group: str | None) -> str:
+    if group is not None:
+        return ranks.choose(backend, x.dtype)
+    return dispatch.choose("vicreg", backend, x.device.type, x.dtype, min(x.shape[-2:]))
+
+
+def _check_two_views(
     x: Tensor,
     y: Tensor,
     weights: Sequence[float | None],
@@ -222,8 +234,9 @@ def _two_views(
     eps: float,
     convention: str,
     backend: str | None,
-    all_terms: bool,
-) -> Any:
+    group: str | None,
+) -> tuple[Tensor, Tensor]:
+    """x and y as [G, N, D]."""
     check_settings(margin=margin, eps=eps, convention=convention, backend=backend)
     rule = CONVENTIONS[convention]
     shapes = "[N, D] or [B, ..., D]" if rule.positions else "[N, D]"
@@ -244,10 +257,30 @@ def _two_views(
     else:  # batch statistics per position: [B, ..., D] -> [P, B, D]
         x = x.flatten(1, -2).transpose(0, 1)
         y = y.flatten(1, -2).transpose(0, 1)
-    _check_extent("x", x, rule.normalizer)
+    _check_extent("x", x, rule.normalizer, group)
     for name, weight in zip(("invariance", "variance", "covariance"), weights, strict=True):
         if weight is not None and not -math.inf < weight < math.inf:
             raise ValueError(f"{name}_weight: got {weight}, takes a finite number or None")
+    _choose(x, backend, group)
+    return x, y
+
+
+def _two_views(
+    x: Tensor,
+    y: Tensor,
+    weights: Sequence[float | None],
+    margin: float,
+    eps: float,
+    convention: str,
+    backend: str | None,
+    process_group: Any,
+    all_terms: bool,
+) -> Any:
+    group = None if process_group is None else distributed.group_name(process_group)
+    x, y = distributed.checked(
+        "vicreg", group, _check_two_views, x, y, weights, margin, eps, convention, backend, group
+    )
+    rule = CONVENTIONS[convention]
     own = [w if w is not None else d for w, d in zip(weights, rule.weights, strict=True)]
     return _terms(
         x,
@@ -259,6 +292,7 @@ def _two_views(
         weights=(float(own[0]), float(own[1]), float(own[2])),
         normalizer=rule.normalizer,
         backend=backend,
+        group=group,
         all_terms=all_terms,
     )
 
@@ -274,6 +308,7 @@ def vicreg_loss(
     eps: float = 1e-4,
     convention: str = "vicreg",
     backend: str | None = None,
+    process_group: Any = None,
 ) -> Tensor:
     """The VICReg loss of two views (Bardes, Ponce and LeCun, 2022, arXiv:2105.04906).
 
@@ -291,7 +326,14 @@ def vicreg_loss(
         convention: "vicreg", "vicregl", "eb_jepa", "solo_learn", "stable_pretraining", "lightly"
             or "pytorch_metric_learning": the published implementation whose value and gradient to
             reproduce.
-        backend: "reference", "cpu", "triton" or "cuda"; None takes the best for the input.
+        backend: "reference", "cpu", "triton" or "cuda"; None takes the best for the input. With a
+            process_group of several ranks: "reference" or None.
+        process_group: None: the batch is x and y. True (the default group) or a
+            torch.distributed.ProcessGroup: x and y are this rank's rows, at least one, of a batch
+            that all ranks hold together. The loss is the whole batch's, the same on every rank; the
+            gradient is `ranks` times the whole batch's at the own rows, so that
+            DistributedDataParallel's mean is one process's gradient (docs/distributed.md). Every
+            rank must call, and weigh the loss by the same factor.
 
     Returns:
         A 0-d tensor, float32 (float64 for float64 inputs). The gradient has the inputs' dtype.
@@ -300,10 +342,13 @@ def vicreg_loss(
     Raises:
         ValueError, TypeError: a shape, dtype, device or setting is not one of the above; the
             message names the argument.
-        RuntimeError: the named backend cannot run here; the message says why.
+        RuntimeError: the named backend cannot run here, or another rank failed, did not come within
+            the group's timeout, or calls with other settings; the message says why.
     """
     weights = (invariance_weight, variance_weight, covariance_weight)
-    return _two_views(x, y, weights, margin, eps, convention, backend, all_terms=False)
+    return _two_views(
+        x, y, weights, margin, eps, convention, backend, process_group, all_terms=False
+    )
 
 
 def vicreg_terms(
@@ -317,6 +362,7 @@ def vicreg_terms(
     eps: float = 1e-4,
     convention: str = "vicreg",
     backend: str | None = None,
+    process_group: Any = None,
 ) -> VICRegTerms:
     """`vicreg_loss` with its three terms, each differentiable.
 
@@ -325,7 +371,10 @@ def vicreg_terms(
     is their weighted sum.
     """
     weights = (invariance_weight, variance_weight, covariance_weight)
-    return VICRegTerms(*_two_views(x, y, weights, margin, eps, convention, backend, all_terms=True))
+    terms = _two_views(
+        x, y, weights, margin, eps, convention, backend, process_group, all_terms=True
+    )
+    return VICRegTerms(*terms)
 
 
 def variance_covariance(
@@ -336,6 +385,7 @@ def variance_covariance(
     unbiased: bool = True,
     covariance_normalizer: str = "d",
     backend: str | None = None,
+    process_group: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """The variance and covariance terms of one set of embeddings.
 
@@ -347,21 +397,17 @@ def variance_covariance(
         margin, eps: as in `vicreg_loss`.
         unbiased: divide the variance and the covariance by N - 1, else by N.
         covariance_normalizer: "d" or "d(d-1)".
-        backend: as in `vicreg_loss`.
+        backend, process_group: as in `vicreg_loss`.
 
     Returns:
         (variance, covariance), 0-d tensors, float32 (float64 for float64 input).
 
     Raises: as `vicreg_loss`.
     """
-    check_settings(
-        margin=margin, eps=eps, covariance_normalizer=covariance_normalizer, backend=backend
+    group = None if process_group is None else distributed.group_name(process_group)
+    z = distributed.checked(
+        "vicreg", group, _check_one_view, z, margin, eps, covariance_normalizer, backend, group
     )
-    _check_tensor("z", z, "[N, D] or [G, N, D]")
-    if z.dim() > 3:
-        raise ValueError(f"z: got shape {tuple(z.shape)}, takes [N, D] or [G, N, D]")
-    z = z.unsqueeze(0) if z.dim() == 2 else z
-    _check_extent("z", z, covariance_normalizer)
     _, _, variance, covariance = _terms(
         z,
         None,
@@ -372,6 +418,28 @@ def variance_covariance(
         weights=(0.0, 1.0, 1.0),
         normalizer=covariance_normalizer,
         backend=backend,
+        group=group,
         all_terms=True,
     )
     return variance, covariance
+
+
+def _check_one_view(
+    z: Tensor,
+    margin: float,
+    eps: float,
+    covariance_normalizer: str,
+    backend: str | None,
+    group: str | None,
+) -> Tensor:
+    """z as [G, N, D]."""
+    check_settings(
+        margin=margin, eps=eps, covariance_normalizer=covariance_normalizer, backend=backend
+    )
+    _check_tensor("z", z, "[N, D] or [G, N, D]")
+    if z.dim() > 3:
+        raise ValueError(f"z: got shape {tuple(z.shape)}, takes [N, D] or [G, N, D]")
+    z = z.unsqueeze(0) if z.dim() == 2 else z
+    _check_extent("z", z, covariance_normalizer, group)
+    _choose(z, backend, group)
+    return z
