@@ -80,7 +80,7 @@ def _thing(found: Floats, thing: Thing, position: NDArray, angle: NDArray) -> No
 def _panel(found: Floats, panel: Panel, floor: float) -> None:
     heights = panel.heights().astype(np.float32)[:, None]
     # It stands a little nearer than the things, whose lower edges would show at its own.
-    foot = np.where(heights > 0, np.float32(np.ceil(floor) + 1), np.float32(floor))
+    foot = np.where(heights > 0, np.ceil(floor) + 1, floor).astype(np.float32)
     columns = slice(max(int(panel.left), 0), int(np.ceil(panel.right)))
     edges = np.arange(SIZE, dtype=np.float32)
     patch = found[:, :, columns]

@@ -26,7 +26,7 @@ from jepa.physics.place import (
     uniform,
     wall,
 )
-from jepa.physics.scene import COLOURS, SIZE, Panel, Scene, Thing, upright
+from jepa.physics.scene import COLOURS, FRAMES, SIZE, Panel, Scene, Thing, upright
 
 SMALL = (3.8, 4.8)
 
@@ -35,13 +35,13 @@ SMALL = (3.8, 4.8)
 class Pair:
     """cut: first and last frame at which the continuations may be exchanged.
 
-    hidden: the cut lies where both pictures are the same, so that it is not seen itself.
+    unseen: the cut lies where both pictures are the same, so that it does not show itself.
     apart: least and greatest distance, at the cut, of the last thing of both scenes.
     """
 
     first: Scene
     second: Scene
-    hidden: bool
+    unseen: bool
     cut: tuple[int, int]
     apart: tuple[float, float] = (0.0, float("inf"))
 
@@ -62,8 +62,8 @@ def _behaviour(
     width = 2 * half_width(body)
     rise, fall = uniform(rng, 1, 3), uniform(rng, 22, 25)
     if kind == "move":
-        speed = uniform(rng, 1.45, 1.65)
-        start = uniform(rng, 6.5, 8.0)
+        start = width / 2 + uniform(rng, 1, 2)
+        speed = (SIZE - 1 - width / 2 - start) / (FRAMES - 1) * uniform(rng, 0.93, 1.0)
         middle = start + speed * uniform(rng, 13.5, 15.5)
         glide = body.shape != "ball" or chance(rng, 0.3)
 
@@ -236,11 +236,11 @@ def inertia(rng: Generator, hidden: bool) -> Pair:
     """Balls that roll through one place at one time, the one to the right, the other to the left
     (each turns round by itself) or at rest there (it stops dead, or starts off by itself)."""
     scene = stage(rng)
-    body = thing(rng, ("ball",), radius=(4.0, 4.8) if hidden else (4.2, 5.6))
+    body = thing(rng, ("ball",), radius=(4.0, 4.8) if hidden else (4.2, 5.2))
     turn = chance(rng, 0.5)
-    cut = int(rng.integers(13, 16))
-    speed = uniform(rng, 1.4, 1.65)
-    middle = uniform(rng, 30, 34) if turn else uniform(rng, 29, 32)
+    cut = int(rng.integers(14, 17))
+    speed = uniform(rng, 1.3, 1.45)
+    middle = uniform(rng, 31, 33)
     first = moving(body, scene, middle - cut * speed, speed, glide=False)
     if turn:
         second = moving(body, scene, middle + cut * speed, -speed, glide=False)
@@ -285,7 +285,7 @@ def control(rng: Generator, hidden: bool) -> Pair:
         with_things(scene, replace(leaving, colour=a), replace(entering, colour=b))
         for a, b in (colours[:2], colours[2:4])
     )
-    return Pair(first, second, hidden, (6, 20))
+    return Pair(first, second, True, (6, 20))
 
 
 PROPERTIES: dict[str, Callable[[Generator, bool], Pair]] = {

@@ -6,7 +6,8 @@
     videos[3]  second past, first future    impossible
 
 At every frame the impossible two show the very pictures that the possible two show, so that no
-score that adds up over single frames can tell them apart (Riochet et al., arXiv:1803.07616).
+score that adds up over single frames can tell them apart (Riochet et al., arXiv:1803.07616). Where
+the exchange is unseen this holds for every run of frames that does not span the hidden stretch.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ LEVELS = 40
 class Quadruplet:
     """videos: uint8 [4, T, 64, 64, 3]; possible: bool [4] (all true for the control).
 
-    first_difference: the first frame at which an exchanged video differs from the one that its past
-    is from: 2 from 0 and 3 from 1. behind_occluder: the exchange is hidden by a panel.
-    record: the property, the seed, the frame of the cut, and what happens in both possible videos.
+    first_difference: the first frame at which an exchanged video differs from the one that its
+    past is from: 2 from 0 and 3 from 1. behind_occluder: the exchange is hidden by a panel.
+    record: property, seed, the frame of the cut, `same`: how many frames on end about the cut show
+    the same picture in both possible videos, and what happens in these.
     """
 
     videos: NDArray[np.uint8]
@@ -62,46 +64,45 @@ def quadruplet(property: str, seed: int, behind_occluder: bool | None = None) ->
             pair = mirrored(pair)
         found = _exchange(pair, rng)
         if found is not None:
-            videos, cut, first_difference, clips = found
+            videos, cut, same, clips = found
             possible = np.array([True, True, property == "control", property == "control"])
-            record = {"property": property, "seed": seed, "cut": cut}
+            record = {"property": property, "seed": seed, "cut": cut, "same": len(same)}
             record |= {"possible": [clip.record() for clip in clips]}
-            return Quadruplet(videos, possible, first_difference, hidden, record)
+            return Quadruplet(videos, possible, max(same.stop, cut), hidden, record)
     raise RuntimeError(f"no {property} quadruplet of seed {seed} in {TRIES} tries")
 
 
 def mirrored(pair: Pair) -> Pair:
     first, second = pair.first.mirrored(), pair.second.mirrored()
-    return Pair(first, second, pair.hidden, pair.cut, pair.apart)
+    return Pair(first, second, pair.unseen, pair.cut, pair.apart)
 
 
 def _exchange(
     pair: Pair, rng: np.random.Generator
-) -> tuple[NDArray[np.uint8], int, int, tuple[Clip, Clip]] | None:
-    """The videos, the cut, the first difference and both clips; None where it cannot be seen."""
+) -> tuple[NDArray[np.uint8], int, range, tuple[Clip, Clip]] | None:
+    """The videos, the cut, the frames about it at which both pasts and futures show the same, and
+    both clips; None where a person could not see that something is exchanged."""
     clips = simulate(pair.first), simulate(pair.second)
-    low, high = pair.cut
-    cuts = [
-        cut for cut in range(low, high + 1) if _apart(pair, clips, cut) and _in_view(clips, cut)
-    ]
+    window = range(pair.cut[0], pair.cut[1] + 1)
+    cuts = [cut for cut in window if _apart(pair, clips, cut) and _in_view(clips, cut)]
     if not cuts:
         return None
     first, second = (frames(clip) for clip in clips)
-    differ = np.abs(first.astype(int) - second).max(axis=3)  # [T, 64, 64]
-    same = ~differ.any(axis=(1, 2))
-    if pair.hidden:
-        cuts = [cut for cut in cuts if same[cut] and same[cut - 1]]
+    far = np.maximum(first, second) - np.minimum(first, second)  # [T, 64, 64, 3]
+    differ = np.any(far, axis=(1, 2, 3))
+    if pair.unseen:
+        cuts = [cut for cut in cuts if not differ[cut - 1 : cut + 1].any()]
     else:
         cuts = [cut for cut in cuts if not _covered(clips, cut)]
     if not cuts:
         return None
     cut = cuts[int(rng.integers(len(cuts)))]
-    seen = (differ > LEVELS).sum(axis=(1, 2)) >= SEEN
+    seen = (far > LEVELS).any(axis=3).sum(axis=(1, 2)) >= SEEN
     if seen[:cut].sum() < 3 or seen[cut:].sum() < 3:
         return None
-    after = np.flatnonzero(~same[cut:])
+    before, after = np.flatnonzero(differ[:cut])[-1], cut + np.flatnonzero(differ[cut:])[0]
     swapped = (np.concatenate(parts) for parts in _parts(first, second, cut))
-    return np.stack([first, second, *swapped]), cut, cut + int(after[0]), clips
+    return np.stack([first, second, *swapped]), cut, range(int(before) + 1, int(after)), clips
 
 
 def _parts(first: NDArray, second: NDArray, cut: int) -> tuple[tuple[NDArray, NDArray], ...]:

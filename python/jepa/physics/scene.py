@@ -113,10 +113,10 @@ class Panel:
 
 @dataclass(frozen=True)
 class Backdrop:
-    """tint: RGB; texture: 6 x 6 values that are blurred over the picture and added to it."""
+    """tint, floor: RGB; texture: 6 x 6 values that are blurred over the picture and added to it."""
 
-    tint: tuple[float, float, float]
-    floor: tuple[float, float, float]
+    tint: tuple[float, ...]
+    floor: tuple[float, ...]
     texture: tuple[tuple[float, ...], ...] | None = None
 
 
@@ -199,7 +199,7 @@ class Clip:
 
     def inside(self) -> NDArray[np.bool_]:
         """[T, N]: wholly in the picture."""
-        return ((self.bounds >= 0) & (self.bounds <= SIZE)).all(axis=2)
+        return np.all((self.bounds >= 0) & (self.bounds <= SIZE), axis=2)
 
     def energy(self) -> NDArray[np.float64]:
         """[T]: kinetic energy and potential energy above the floor, of all things."""
@@ -227,15 +227,15 @@ def simulate(scene: Scene) -> Clip:
     floor = upright("floor", -far, far, scene.floor, scene.floor + SIZE)
     names: dict[pymunk.Shape, str | int] = {}
     for block in (floor, *scene.blocks):
-        shape = pymunk.Poly(space.static_body, block.corners)
-        shape.elasticity = shape.friction = 1.0
-        space.add(shape)
-        names[shape] = block.kind
+        fixed = pymunk.Poly(space.static_body, block.corners)
+        fixed.elasticity = fixed.friction = 1.0
+        space.add(fixed)
+        names[fixed] = block.kind
     bodies = []
     for number, thing in enumerate(scene.things):
         outline = thing.outline()
         body = pymunk.Body()
-        shape = (
+        shape: pymunk.Shape = (
             pymunk.Circle(body, thing.radius)
             if outline is None
             else pymunk.Poly(body, [tuple(corner) for corner in outline.tolist()])

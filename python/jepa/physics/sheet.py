@@ -19,7 +19,7 @@ from jepa.physics.scene import FRAMES, SIZE
 from jepa.physics.videos import FAMILIES, Sample, possible
 
 GAP = 3
-LABEL = 150
+LABEL = 175
 POSSIBLE, IMPOSSIBLE = (40, 130, 70), (190, 45, 45)
 
 
@@ -99,6 +99,13 @@ def quadruplet_sheet(
     return stacked([quadruplet_block(one, columns, rows) for one in found], 2)
 
 
+def overview(seed: int) -> Image.Image:
+    """A small sheet: a possible and both exchanged videos of each property, half behind panels."""
+    hidden = ("permanence", "gravity", "colour", "control")
+    found = [quadruplet(name, seed, name in hidden) for name in PROPERTIES]
+    return stacked([quadruplet_block(one, 9, (0, 2, 3)) for one in found], 2)
+
+
 def possible_sheet(seed: int, columns: int, each: int) -> Image.Image:
     """The first `each` videos of every family, from `seed` on."""
     wanted = dict.fromkeys((*FAMILIES, "staged"), each)
@@ -116,7 +123,7 @@ def possible_sheet(seed: int, columns: int, each: int) -> Image.Image:
 def main(arguments: list[str] | None = None) -> None:
     options = argparse.ArgumentParser(
         prog="python -m jepa.physics.sheet",
-        description="Draw possible.png, in_view.png and behind_panels.png: rows of frames.",
+        description="Draw videos as rows of frames: an overview, possible ones, all quadruplets.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     options.add_argument("--output", type=Path, default=Path("runs/physics"), help="a folder")
@@ -125,10 +132,12 @@ def main(arguments: list[str] | None = None) -> None:
     if chosen.output.exists() and not chosen.output.is_dir():
         options.error(f"--output: got {str(chosen.output)!r}, a file; takes a folder")
     chosen.output.mkdir(parents=True, exist_ok=True)
+    small = overview(chosen.seed).quantize(method=Image.Quantize.FASTOCTREE)
+    small.save(chosen.output / "overview.png", optimize=True)
     possible_sheet(chosen.seed, 11, 3).save(chosen.output / "possible.png")
     quadruplet_sheet(chosen.seed, False, 11).save(chosen.output / "in_view.png")
     quadruplet_sheet(chosen.seed, True, 11).save(chosen.output / "behind_panels.png")
-    print(f"possible.png, in_view.png and behind_panels.png written to {chosen.output}")
+    print(f"overview.png, possible.png, in_view.png, behind_panels.png written to {chosen.output}")
 
 
 if __name__ == "__main__":
