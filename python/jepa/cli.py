@@ -50,7 +50,9 @@ def _probe(options: argparse.Namespace) -> int:
     seen, held_out = (launch.features(method, part.images) for part in (train, test))
     score = probe.probe(seen, held_out, train, test, seed=settings.seed)
     spread = monitor.spread(seen)
-    print(f"{settings.method}, step {step}: linear probe {100 * score.all_labels:.2f} % with all labels")
+    print(
+        f"{settings.method}, step {step}: linear probe {100 * score.all_labels:.2f} % with all labels"
+    )
     print(f"{100 * score.few_labels:.2f} % with ten labels a class (mean of ten draws)")
     print(f"effective rank {spread.effective_rank:.1f} of {spread.dim}, std {spread.std:.3f}")
     for warning in spread.warnings():
@@ -68,5 +70,7 @@ def _export(options: argparse.Namespace) -> int:
     encoder = method.encoder if teacher is None else teacher.module
     tensors = {name: z.contiguous() for name, z in encoder.state_dict().items()}
     save_file(tensors, options.file, metadata={"method": settings.method, "step": str(step)})
-    print(f"{len(tensors)} tensors of the {'encoder' if teacher is None else 'teacher'}: {options.file}")
+    print(
+        f"{len(tensors)} tensors of the {'encoder' if teacher is None else 'teacher'}: {options.file}"
+    )
     return 0

@@ -111,9 +111,7 @@ class Fused:
         )  # fmt: skip
 
     def teacher(self, module: nn.Module, momentum: float, steps: int) -> nn.Module:
-        return vk.EMA(
-            module, momentum, schedule="linear", total_steps=steps, backend=self.backend
-        )
+        return vk.EMA(module, momentum, schedule="linear", total_steps=steps, backend=self.backend)
 
     def vicreg(self, x: Tensor, y: Tensor, weights: Weights, process_group: Any) -> Tensor:
         names = ("invariance_weight", "variance_weight", "covariance_weight")

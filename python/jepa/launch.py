@@ -134,7 +134,9 @@ def features(method: nn.Module, samples: Tensor, batch: int = 256) -> Tensor:
     was, device = method.training, next(method.parameters()).device
     method.eval()
     try:
-        return torch.cat([method.features(part.to(device)).float().cpu() for part in samples.split(batch)])
+        return torch.cat(
+            [method.features(part.to(device)).float().cpu() for part in samples.split(batch)]
+        )
     finally:
         method.train(was)
 
@@ -167,9 +169,11 @@ def restore(folder: Path) -> tuple[Config, nn.Module, int]:
         raise checkpoint.CheckpointError(f"{folder}: holds no checkpoint of a run")
     tensors, step, state = checkpoint.load(path)
     settings = config.parse(state["config"])
-    channels = tensors["method.encoder.patch_embed.proj.weight"].shape[1] if (
-        "method.encoder.patch_embed.proj.weight" in tensors
-    ) else _channels(tensors)
+    channels = (
+        tensors["method.encoder.patch_embed.proj.weight"].shape[1]
+        if ("method.encoder.patch_embed.proj.weight" in tensors)
+        else _channels(tensors)
+    )
     method = build.method(settings, channels)
     own = {k.removeprefix("method."): v for k, v in tensors.items() if k.startswith("method.")}
     method.load_state_dict(own)

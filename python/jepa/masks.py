@@ -92,7 +92,11 @@ def multi_block(
 
 
 def tubes(
-    grid: Grid, batch: int, generator: torch.Generator, blocks: Blocks, frames_seen: int | None = None
+    grid: Grid,
+    batch: int,
+    generator: torch.Generator,
+    blocks: Blocks,
+    frames_seen: int | None = None,
 ) -> Masks:
     """V-JEPA's masks: rectangles hidden in every frame; the target is all that is hidden.
 

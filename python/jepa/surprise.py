@@ -62,7 +62,12 @@ def window_errors(method: Any, clips: Tensor, seen: int) -> Tensor:
 
 @torch.no_grad()
 def curves(
-    method: Any, videos: Tensor, contexts: Sequence[int] = CONTEXTS, *, stride: int = 2, batch: int = 16
+    method: Any,
+    videos: Tensor,
+    contexts: Sequence[int] = CONTEXTS,
+    *,
+    stride: int = 2,
+    batch: int = 16,
 ) -> list[Curve]:
     """videos: uint8 [N, F, H, W, C], F at least the model's clip. contexts: in frames."""
     grid, tubelet = method.encoder.grid, method.encoder.patch_embed.size[0]

@@ -88,7 +88,9 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(channels, dim, size, stride=size)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A product of the patches: the same numbers as the convolution, faster for small channels.
+        # A product of the patches: the same numbers as the convolution. Pixels in [0, 1] are spread
+        # about 0, so that a patch weighs as much as its position.
+        x = (x - 0.5) / 0.25
         batch, channels, frames, height, width = x.shape
         t, h, w = self.size
         x = x.reshape(batch, channels, frames // t, t, height // h, h, width // w, w)
@@ -181,6 +183,8 @@ def initialise(module: nn.Module) -> None:
             nn.init.trunc_normal_(child.weight, std=0.02)
             if child.bias is not None:
                 nn.init.zeros_(child.bias)
+        if isinstance(child, nn.Conv3d):  # patches are small here: 0.02 would leave them unseen
+            nn.init.trunc_normal_(child.weight, std=child.weight[0].numel() ** -0.5)
     for depth, block in enumerate(getattr(module, "blocks", ()), start=1):
         block.attn.proj.weight.data.div_((2 * depth) ** 0.5)
         block.mlp.fc2.weight.data.div_((2 * depth) ** 0.5)
