@@ -18,6 +18,11 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--output", type=Path, required=True, help="the run's folder")
     two = commands.add_parser("probe", help="a linear classifier on a run's frozen features")
     two.add_argument("run", type=Path)
+    three = commands.add_parser("surprise", help="tell impossible physics from possible")
+    three.add_argument("run", type=Path)
+    three.add_argument("--output", type=Path, help="folder of the pictures; the run's by default")
+    three.add_argument("--video", type=Path, help="draw this clip's surprise instead of the test")
+    three.add_argument("--quadruplets", type=int, default=50, help="of each property")
     five = commands.add_parser("export", help="a run's encoder as one safetensors file")
     five.add_argument("run", type=Path)
     five.add_argument("file", type=Path)
@@ -27,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     try:
-        return {"train": _train, "probe": _probe, "export": _export}[options.command](options)
+        return COMMANDS[options.command](options)
     except (config.ConfigError, checkpoint.CheckpointError, FloatingPointError) as error:
         print(f"jepa {options.command}: {error}", file=sys.stderr)
         return 2
@@ -60,6 +65,22 @@ def _probe(options: argparse.Namespace) -> int:
     return 0
 
 
+def _surprise(options: argparse.Namespace) -> int:
+    from jepa import intuition, launch, surprise_report
+
+    settings, method, step = launch.restore(options.run)
+    if settings.method != "vjepa":
+        raise config.ConfigError(f"run: trained {settings.method}, surprise takes a vjepa run")
+    output = options.output or options.run / "surprise"
+    output.mkdir(parents=True, exist_ok=True)
+    if options.video is not None:
+        surprise_report.draw_video(method, options.video, settings.data.size, output)
+        return 0
+    found = surprise_report.test(method, intuition.of_method(method), options.quadruplets, output)
+    print(surprise_report.table(found, f"{settings.method}, step {step}"))
+    return 0
+
+
 def _export(options: argparse.Namespace) -> int:
     from safetensors.torch import save_file
 
@@ -74,3 +95,6 @@ def _export(options: argparse.Namespace) -> int:
         f"{len(tensors)} tensors of the {'encoder' if teacher is None else 'teacher'}: {options.file}"
     )
     return 0
+
+
+COMMANDS = {"train": _train, "probe": _probe, "surprise": _surprise, "export": _export}

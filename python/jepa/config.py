@@ -182,9 +182,7 @@ def parse(values: dict[str, Any]) -> Config:
 def _put(values: dict[str, Any], word: str) -> None:
     key, equals, text = word.partition("=")
     if not equals or not key:
-        raise ConfigError(
-            f"override: got {word!r}, takes key=value, for example training.steps=500"
-        )
+        raise ConfigError(f"override: got {word!r}, takes key=value")
     *sections, name = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})
@@ -206,10 +204,8 @@ def _message(error: ValidationError) -> str:
             lines.append(f"{where}: missing")
         else:
             text = found["msg"].removeprefix("Value error, ")
-            got = (
-                "" if not where or isinstance(found["input"], dict) else f"got {found['input']!r}, "
-            )
-            lines.append(f"{where}: {got}{text}" if where else text)
+            given = "" if isinstance(found["input"], dict) else f"got {found['input']!r}, "
+            lines.append(f"{where}: {given}{text}" if where else text)
     return "; ".join(lines)
 
 

@@ -64,7 +64,11 @@ class Log:
     def __init__(self, settings: Config, folder: Path, probe: Tensor | None, method: Any) -> None:
         from rich.console import Console
         from rich.progress import (
-            BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn,
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
         )  # fmt: skip
 
         self.settings, self.method, self.probe = settings, method, probe

@@ -5,7 +5,6 @@ the teacher's embeddings of tubes hidden from a clip, L1 on layer-normed targets
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from jepa import masks
 from jepa.kernels import Kernels
