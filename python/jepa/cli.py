@@ -56,7 +56,7 @@ def _probe(options: argparse.Namespace) -> int:
     score = probe.probe(seen, held_out, train, test, seed=settings.seed)
     spread = monitor.spread(seen)
     print(
-        f"{settings.method}, step {step}: linear probe {100 * score.all_labels:.2f} % with all labels"
+        f"{settings.method}, step {step}: linear probe {100 * score.all_labels:.2f} %, all labels"
     )
     print(f"{100 * score.few_labels:.2f} % with ten labels a class (mean of ten draws)")
     print(f"effective rank {spread.effective_rank:.1f} of {spread.dim}, std {spread.std:.3f}")
@@ -88,12 +88,11 @@ def _export(options: argparse.Namespace) -> int:
 
     settings, method, step = launch.restore(options.run)
     teacher = getattr(method, "teacher", None)
+    part = "encoder" if teacher is None else "teacher"
     encoder = method.encoder if teacher is None else teacher.module
     tensors = {name: z.contiguous() for name, z in encoder.state_dict().items()}
     save_file(tensors, options.file, metadata={"method": settings.method, "step": str(step)})
-    print(
-        f"{len(tensors)} tensors of the {'encoder' if teacher is None else 'teacher'}: {options.file}"
-    )
+    print(f"{len(tensors)} tensors of the {part}: {options.file}")
     return 0
 
 

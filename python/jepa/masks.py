@@ -91,18 +91,8 @@ def multi_block(
     return Masks(contexts, targets)
 
 
-def tubes(
-    grid: Grid,
-    batch: int,
-    generator: torch.Generator,
-    blocks: Blocks,
-    frames_seen: int | None = None,
-) -> Masks:
-    """V-JEPA's masks: rectangles hidden in every frame; the target is all that is hidden.
-
-    frames_seen: the context also ends after so many frames (the future is hidden whole), which is
-    what a surprise is measured with.
-    """
+def tubes(grid: Grid, batch: int, generator: torch.Generator, blocks: Blocks) -> Masks:
+    """V-JEPA's masks: rectangles hidden in every frame; the target is all that is hidden."""
     contexts: Places = []
     targets: Places = []
     for _ in range(batch):
@@ -114,10 +104,7 @@ def tubes(
                 break
         else:
             raise ValueError(f"masks: {blocks} hides every place of {grid.height} x {grid.width}")
-        clip = hidden.expand(grid.frames, -1, -1).clone()
-        if frames_seen is not None:
-            clip[frames_seen:] = True
-        flat = clip.flatten()
+        flat = hidden.expand(grid.frames, -1, -1).flatten()
         contexts.append((~flat).nonzero().flatten())
         targets.append(flat.nonzero().flatten())
     return Masks(contexts, [targets])

@@ -125,8 +125,8 @@ def gathered(z: Tensor, process_group: Any) -> Tensor:
 
 
 def sigreg_loss(z: Tensor, directions: Tensor, knots: int = 17, t_max: float = 3.0) -> Tensor:
-    """The Epps-Pulley statistic of z [V, N, D] along directions [D, M], as LeJEPA publishes it: every
-    knot's cosine and sine of every projection, [V, N, M, K].
+    """The Epps-Pulley statistic of z [V, N, D] along directions [D, M], as LeJEPA publishes it:
+    every knot's cosine and sine of every projection, [V, N, M, K].
     """
     t = torch.linspace(0, t_max, knots, device=z.device)
     step = t_max / (knots - 1)

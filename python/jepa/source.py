@@ -36,7 +36,7 @@ class Plan:
     def __post_init__(self) -> None:
         if not 2 <= self.batch <= self.samples:
             raise ValueError(
-                f"training.batch: got {self.batch}, takes 2 to {self.samples} (the samples there are)"
+                f"training.batch: got {self.batch}, takes 2 to {self.samples} (all samples)"
             )
 
     def rows(self, step: int) -> Tensor:

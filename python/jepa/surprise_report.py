@@ -1,4 +1,4 @@
-"""What `jepa surprise` leaves: the table of the physics test, and pictures of surprise over time."""
+"""What `jepa surprise` leaves: the table of the physics test, and pictures of surprise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop: any method, one process or many, and a run that goes on where it was killed."""
+"""The training loop: any method, one process or many; a killed run goes on where it was."""
 
 from __future__ import annotations
 

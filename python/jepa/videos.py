@@ -1,4 +1,4 @@
-"""Videos to take clips from, uint8 [F, H, W, 3] each: simulated, in shards, or files of a folder."""
+"""Videos to take clips from, uint8 [F, H, W, 3] each: simulated, in shards, or a folder's files."""
 
 from __future__ import annotations
 

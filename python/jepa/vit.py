@@ -132,7 +132,7 @@ class ViT(Transformer):
         return self.grid if self.position == "rope" else None
 
     def embed(self, x: Tensor) -> Tensor:
-        """Images [B, C, H, W] or clips [B, C, F, H, W] -> tokens [B, T, dim] with their positions."""
+        """Images [B, C, H, W] or clips [B, C, F, H, W] -> positioned tokens [B, T, dim]."""
         x = self.patch_embed(x.unsqueeze(2) if x.dim() == 4 else x)
         return x + self.pos_embed if self.position == "sincos" else x
 

@@ -1,5 +1,5 @@
-"""I-JEPA (Assran et al., 2023, arXiv:2301.08243): predict the teacher's embeddings of four blocks of
-an image from those of one large block, smooth L1 on layer-normed targets, an EMA teacher.
+"""I-JEPA (Assran et al., 2023, arXiv:2301.08243): predict the teacher's embeddings of four blocks
+of an image from those of one large block, smooth L1 on layer-normed targets, an EMA teacher.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """V-JEPA (Bardes et al., 2024, arXiv:2404.08471; 2: Assran et al., 2025, arXiv:2506.09985): predict
-the teacher's embeddings of tubes hidden from a clip, L1 on layer-normed targets, 3-D rotary position.
+the teacher's embeddings of tubes hidden from a clip, L1 on layer-normed targets, rotary position.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from jepa.vit import Predictor, ViT
 class VJEPA(IJEPA):
     """encoder, predictor: with rotary position.
 
-    blocks: the settings of tube masks, one drawn a step (published: 8 short-range blocks of 15 % and
-    2 long-range ones of 70 %). future: the chance that a step hides the future instead: all tubes
+    blocks: the settings of tube masks, one drawn a step (published: 8 short-range blocks of 15 %
+    and 2 long-range ones of 70 %). future: the chance that a step hides the future instead: all tubes
     after a number of frames from `frames_seen`, the task that surprise is measured on.
     """
 
