@@ -16,8 +16,8 @@ class VJEPA(IJEPA):
     """encoder, predictor: with rotary position.
 
     blocks: the settings of tube masks, one drawn a step (published: 8 short-range blocks of 15 %
-    and 2 long-range ones of 70 %). future: the chance that a step hides the future instead: all tubes
-    after a number of frames from `frames_seen`, the task that surprise is measured on.
+    and 2 long-range ones of 70 %). future: the chance that a step hides the future instead: all
+    tubes after a number of token frames in `frames_seen`, the task that surprise is measured on.
     """
 
     kind = "l1"
