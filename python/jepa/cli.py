@@ -23,6 +23,11 @@ def parser() -> argparse.ArgumentParser:
     three.add_argument("--output", type=Path, help="folder of the pictures; the run's by default")
     three.add_argument("--video", type=Path, help="draw this clip's surprise instead of the test")
     three.add_argument("--quadruplets", type=int, default=50, help="of each property")
+    four = commands.add_parser(
+        "compare", help="fused kernels against the reference: steps/s, memory"
+    )
+    four.add_argument("configs", nargs="+", help="recipes, YAML files, and key=value for all")
+    four.add_argument("--rounds", type=int, default=9, help="timed steps of each")
     five = commands.add_parser("export", help="a run's encoder as one safetensors file")
     five.add_argument("run", type=Path)
     five.add_argument("file", type=Path)
@@ -81,6 +86,16 @@ def _surprise(options: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(options: argparse.Namespace) -> int:
+    from jepa import compare
+
+    overrides = [word for word in options.configs if "=" in word]
+    names = [word for word in options.configs if "=" not in word]
+    found = [compare.compare(config.load(name, overrides), options.rounds) for name in names]
+    print(compare.table(found))
+    return 0
+
+
 def _export(options: argparse.Namespace) -> int:
     from safetensors.torch import save_file
 
@@ -96,4 +111,10 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"train": _train, "probe": _probe, "surprise": _surprise, "export": _export}
+COMMANDS = {
+    "train": _train,
+    "probe": _probe,
+    "surprise": _surprise,
+    "compare": _compare,
+    "export": _export,
+}
