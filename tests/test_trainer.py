@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from jepa import build, checkpoint, config, data, monitor, schedule, source
 from jepa.trainer import Diverged, Ranks, Trainer
 
