@@ -16,7 +16,10 @@
 #include <array>
 #include <numeric>
 
+#include "common/products.h"
 #include "common/rows.h"
+#include "common/statistics.h"
+#include "common/tasks.h"
 #include "common/tensors.h"
 #include "common/vector.h"
 #include "vicreg/formula.h"
@@ -27,8 +30,10 @@
 namespace vicreg {
 namespace {
 
+using common::Range;
 using common::Rows;
 using common::ScalarType;
+using common::Split;
 
 struct Problem {
   explicit Problem(const Tensor& x, bool unbiased)
@@ -46,42 +51,6 @@ struct Problem {
   int64_t side, length, deflated;
   float degrees;
 };
-
-// Columns (Gram side) or rows of one task, [begin, end), in chunks of `chunk`.
-struct Range {
-  int64_t begin, end, chunk;
-};
-
-// The long side of a plane (a view of a group) cut into at most `most` parts, so that there is a task
-// a thread. Where that would leave threads over, or parts too short for a product to be worth it,
-// it stays whole: then all threads work on one task after another (run_tasks).
-struct Split {
-  Split(const Problem& p, int64_t planes, int64_t most) : length(p.length), parts(1) {
-    const int64_t threads = torch::stable::get_num_threads();
-    const int64_t wanted = (threads + planes - 1) / std::max<int64_t>(planes, 1);
-    if (wanted <= std::min(most, length / 512)) parts = std::max<int64_t>(wanted, 1);
-    chunk = chunk_length(p.side, length, parts);
-  }
-
-  Range range(int64_t part) const {
-    return {length * part / parts, length * (part + 1) / parts, chunk};
-  }
-
-  int64_t length, parts, chunk;
-};
-
-// Runs task 0 .. count - 1, a thread each where there is one for every thread; else one after the
-// other, each on all threads.
-template <typename Task>
-void run_tasks(int64_t count, const Task& task) {
-  if (count >= static_cast<int64_t>(torch::stable::get_num_threads())) {
-    torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) task(i);
-    });
-  } else {
-    for (int64_t i = 0; i < count; ++i) task(i);
-  }
-}
 
 VICREG_VECTOR void centre_row(const float* row, const float* origin, const float* offset,
                               int64_t count, float* out) {
@@ -118,8 +87,8 @@ void add_gram(const Problem& p, const Rows& z, int64_t group, const float* momen
         zc[n * count + j] = 0.f;
       }
     }
-    add_symmetric(matrix, common::strided(scratch, {p.rows, count}, {count, 1}, 0),
-                  begin > range.begin);
+    common::add_symmetric(matrix, common::strided(scratch, {p.rows, count}, {count, 1}, 0),
+                          begin > range.begin);
   }
 }
 
@@ -131,18 +100,18 @@ void add_covariance(const Problem& p, const Rows& z, int64_t group, const float*
   for (int64_t begin = range.begin; begin < range.end; begin += range.chunk) {
     const int64_t count = std::min(range.chunk, range.end - begin);
     centre(z, group, begin, count, 0, p.dim, moments, p.dim, zc);
-    add_symmetric(matrix, common::strided(scratch, {p.dim, count}, {1, p.dim}, 0),
-                  begin > range.begin);
+    common::add_symmetric(matrix, common::strided(scratch, {p.dim, count}, {1, p.dim}, 0),
+                          begin > range.begin);
   }
 }
 
 // Makes the lower triangle the whole saved matrix; returns the covariance sum before scaling.
 double finish_square(const Problem& p, const float* scatter, const int64_t* index,
                      const float* taken, float* matrix, float* deflated) {
-  mirror(matrix, p.side);
+  common::mirror(matrix, p.side);
   if (!p.gram) {
     for (int64_t j = 0; j < p.dim; ++j) matrix[j * (p.dim + 1)] = 0.f;
-    return square_sum(matrix, p.dim * p.dim);
+    return common::square_sum(matrix, p.dim * p.dim);
   }
   double sum = restore_deflated(matrix, p.rows, taken, p.deflated, deflated);
   for (int64_t j = 0; j < p.dim; ++j) {
@@ -249,13 +218,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const Rows rows_x(x);
   const std::optional<Rows> rows_y = y ? std::optional<Rows>(Rows(*y)) : std::nullopt;
   float* moment = static_cast<float*>(moments.data_ptr());
-  const double invariance = column_statistics(rows_x, rows_y ? &*rows_y : nullptr, p.groups,
-                                              p.rows, p.dim, moment);
+  const double invariance = common::column_statistics(
+      rows_x, rows_y ? &*rows_y : nullptr, p.groups, p.rows, p.dim, moment);
 
   // Parts of one matrix's long side, when there are fewer matrices than threads; every part but the
   // first sums into a matrix of its own.
   const int64_t planes = views * p.groups;
-  const Split split(p, planes, 1 + p.length / p.side);
+  const Split split(p.side, p.length, planes, 1 + p.length / p.side);
   const int64_t area = p.side * p.side;
   const Tensor partial = make({planes * (split.parts - 1) * area}, ScalarType::Float);
   std::vector<float> taken(p.gram ? planes * kDeflatedColumns * p.rows : 0);  // zero where none
@@ -268,9 +237,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const auto finish = [&](int64_t plane) {
     float* matrix = static_cast<float*>(squares.data_ptr()) + plane * area;
     for (int64_t part = 1; part < split.parts; ++part) {
-      add_scaled(static_cast<float*>(partial.data_ptr()) +
-                     (plane * (split.parts - 1) + part - 1) * area,
-                 1.f, area, matrix);
+      common::add_scaled(static_cast<float*>(partial.data_ptr()) +
+                             (plane * (split.parts - 1) + part - 1) * area,
+                         1.f, area, matrix);
     }
     hinges[plane] = hinge_sum(scatter_of(plane), p.dim, p.degrees, static_cast<float>(margin),
                               static_cast<float>(eps));
@@ -279,7 +248,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
         taken.data() + (p.gram ? plane * kDeflatedColumns * p.rows : 0), matrix,
         static_cast<float*>(deflated.data_ptr()) + plane * p.deflated * p.rows);
   };
-  run_tasks(planes * split.parts, [&](int64_t task) {
+  common::run_tasks(planes * split.parts, [&](int64_t task) {
     const int64_t plane = task / split.parts, part = task % split.parts;
     const Rows& z = plane < p.groups ? rows_x : *rows_y;
     const Tensor matrix =
@@ -295,7 +264,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     }
     if (split.parts == 1) finish(plane);
   });
-  if (split.parts > 1) run_tasks(planes, finish);
+  if (split.parts > 1) common::run_tasks(planes, finish);
 
   const double groups = static_cast<double>(p.groups), columns = groups * p.dim;
   const double hinge_total = std::accumulate(hinges.begin(), hinges.end(), 0.0);
@@ -335,8 +304,8 @@ std::tuple<Tensor, Tensor> backward(Tensor grads, Tensor x, std::optional<Tensor
                   : common::empty(x, {0}, x.scalar_type());
     for (int64_t g = 0; need && g < p.groups; ++g) planes.push_back(v * p.groups + g);
   }
-  const Split split(p, static_cast<int64_t>(planes.size()), p.length);
-  run_tasks(static_cast<int64_t>(planes.size()) * split.parts, [&](int64_t task) {
+  const Split split(p.side, p.length, static_cast<int64_t>(planes.size()), p.length);
+  common::run_tasks(static_cast<int64_t>(planes.size()) * split.parts, [&](int64_t task) {
     const int64_t plane = planes[task / split.parts], group = plane % p.groups;
     const bool first = plane < p.groups;
     const Rows* other = y ? (first ? &*rows_y : &rows_x) : nullptr;

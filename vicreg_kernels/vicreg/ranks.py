@@ -32,26 +32,18 @@ those very values, as in the cuda backend. docs/distributed.md has the reasons.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vicreg_kernels import dispatch, distributed
-from vicreg_kernels.distributed import Pending
-from vicreg_kernels.vicreg import reference
+from vicreg_kernels.products import add_product
+from vicreg_kernels.vicreg import ranks_squares, reference
 from vicreg_kernels.vicreg.backends import DEFLATED_COLUMNS
 from vicreg_kernels.vicreg.conventions import covariance_scale
-
-OP = "vicreg"
-# Elements of a chunk of the covariance that is summed over ranks, and its least height: large
-# enough for the network's bandwidth and the product's speed, small beside D x D.
-CHUNK_ELEMENTS = 1 << 20
-CHUNK_ROWS = 128
-# Chunks on their way at a time.
-IN_FLIGHT = 2
+from vicreg_kernels.vicreg.ranks_squares import OP
 
 _LIBRARY = torch.library.Library("vicreg_kernels", "FRAGMENT")
 _SETTINGS = (
@@ -237,7 +229,7 @@ def forward(
     total, (groups, _, dim) = sum(rows), x.shape
     degrees = total - int(unbiased)
     own, mean, scatter, difference = _statistics(x, y, rows, ranks)
-    side = _gram if total < dim else _covariance
+    side = ranks_squares.gram if total < dim else ranks_squares.covariance
     square, scatter, *saved = side(own, scatter, x.dtype, rows, ranks)
     high, low = _two_floats(mean)
     moments = torch.stack((high, low, scatter.float()), dim=2)
@@ -288,105 +280,6 @@ def _statistics(
     scatter = (squares - sums * mean).clamp(min=0.0)
     own.sub_((mean - origin).float().unsqueeze(1))
     return own, mean, scatter, packed[-1]
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32, of float32 or half operands; [G, ., .] each."""
-    if a.dtype == torch.float32:
-        return torch.bmm(a, b)
-    if a.is_cuda:
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.bmm(a.float(), b.float())
-
-
-def _columns(index: Tensor) -> tuple[Tensor, slice, Tensor]:
-    """What picks columns index [G, K] of [G, n, D] as [G, K, n]."""
-    return torch.arange(len(index), device=index.device).unsqueeze(1), slice(None), index
-
-
-def _gram(
-    own: Tensor, scatter: Tensor, dtype: torch.dtype, rows: list[int], group: Any
-) -> tuple[Tensor, ...]:
-    """The covariance sum before scaling, over groups and views; the scatter of what was multiplied;
-    squares, everyone, deflated, index. N < D. docs/cancellation.md has the formulas: they hold for
-    each row of Kr, and what is left to add over ranks are sums of squares.
-    """
-    views, count, groups, dim = own.shape
-    longest, rank = max(rows), torch.distributed.get_rank(group)
-    mine = slice(rank * longest, rank * longest + count)
-    everyone = own.new_empty((views, len(rows) * longest, groups, dim), dtype=dtype)
-    operands = own.to(dtype)
-    arriving: list[Pending] = [
-        distributed.start_gather_rows(OP, group, z, rows, out)
-        for z, out in zip(operands, everyone, strict=True)
-    ]
-    index = scatter.topk(min(DEFLATED_COLUMNS, dim), dim=-1).indices
-    squares = own.new_empty((views, groups, count, everyone.shape[1]))
-    deflated = own.new_empty((*index.shape, count))
-    rounded = dtype != torch.float32
-    packed = scatter.new_zeros(1 + (scatter.numel() if rounded else 0))
-    if rounded:
-        packed[1:] = operands.float().square_().sum(dim=1).flatten()
-    between_taken = scatter.new_zeros(())
-    for v in range(views):
-        planes = arriving[v].wait().transpose(0, 1)  # [G, M, D]
-        columns = _columns(index[v])
-        taken = planes[columns].double()  # [G, K, M]
-        planes[columns] = 0.0
-        kr = _product(planes[:, mine], planes.mT)  # [G, n, M]
-        wide, own_taken = kr.double(), taken[..., mine]
-        along = taken @ wide.mT  # [G, K, n]
-        between = taken @ taken.mT
-        between.diagonal(dim1=-2, dim2=-1).zero_()
-        packed[0] += wide.square().sum() + 2.0 * (own_taken * along).sum()
-        between_taken += between.square().sum()
-        deflated[v] = along + between @ own_taken
-        torch.baddbmm(kr, own_taken.mT.float(), taken.float(), out=squares[v])
-    distributed.sum_ranks_(OP, group, packed)
-    if rounded:
-        scatter = packed[1:].view_as(scatter)
-    subtracted = scatter.scatter(-1, index, 0.0).square().sum()
-    square = packed[0] + between_taken - subtracted
-    return square, scatter, squares.flatten(), everyone.flatten(), deflated, index
-
-
-def _covariance(
-    own: Tensor, scatter: Tensor, dtype: torch.dtype, rows: list[int], group: Any
-) -> tuple[Tensor, ...]:
-    """As `_gram`, N >= D: the D x D side, its diagonal left out."""
-    views, count, groups, dim = own.shape
-    squares = own.new_empty((views, groups, dim, dim))
-    total = scatter.new_zeros(())
-    for v, begin, part in _summed_chunks(own.to(dtype), group):
-        end, before = part.shape[-1], part[..., :begin]
-        part.diagonal(begin, dim1=-2, dim2=-1).zero_()
-        total += part.double().square().sum() + before.double().square().sum()
-        squares[v, :, begin:end, :end] = part
-        squares[v, :, :begin, begin:end] = before.mT
-    taken = min(DEFLATED_COLUMNS, dim)
-    deflated = own.new_zeros((views, groups, taken, count))
-    index = torch.zeros((views, groups, taken), dtype=torch.int64, device=own.device)
-    return total, scatter, squares.flatten(), own.new_empty(0, dtype=dtype), deflated, index
-
-
-def _summed_chunks(own: Tensor, group: Any) -> Iterator[tuple[int, int, Tensor]]:
-    """(view, first row, [G, height, end]): the lower trapezoids of Zc^T Zc of all ranks' rows, each
-    summed over ranks while the next are multiplied.
-    """
-    views, _, groups, dim = own.shape
-    height = min(dim, max(CHUNK_ROWS, CHUNK_ELEMENTS // (groups * dim)))
-    flying: deque[tuple[int, int, Pending]] = deque()
-    for v in range(views):
-        planes = own[v].transpose(0, 1)  # [G, n, D]
-        for begin in range(0, dim, height):
-            end = min(begin + height, dim)
-            part = _product(planes[..., begin:end].mT, planes[..., :end])
-            flying.append((v, begin, distributed.start_sum_ranks_(OP, group, part)))
-            if len(flying) > IN_FLIGHT:
-                view, first, pending = flying.popleft()
-                yield view, first, pending.wait()
-    for view, first, pending in flying:
-        yield view, first, pending.wait()
 
 
 def backward(
@@ -444,26 +337,17 @@ def backward(
             found.append(x.new_empty(0))
             continue
         assert z is not None
-        out = (z - moments[v, :, 0].unsqueeze(1)).sub_(moments[v, :, 1].unsqueeze(1))
+        high, low, _ = moments[v].unsqueeze(2).unbind(1)  # [G, 1, D]
+        out = torch.sub(z, high, out=z.new_empty(z.shape, dtype=torch.float32)).sub_(low)
         own = out.to(z.dtype)
         out = out.mul_(factor[v].unsqueeze(1)) if gram else out.mul(factor[v].unsqueeze(1))
         if difference is not None:
             out.add_(difference, alpha=1 - 2 * v)
         if gram:
-            _add_product(out, weight[v], planes[v])
-            columns = _columns(index[v])
-            out[columns] = out[columns] + a_covariance * deflated[v]
+            add_product(out, weight[v], planes[v])
+            picked = ranks_squares.columns(index[v])
+            out[picked] = out[picked] + a_covariance * deflated[v]
         else:
-            _add_product(out.mT, weight[v], own.mT)
-        found.append(out.to(z.dtype, memory_format=torch.contiguous_format))
+            add_product(out.mT, weight[v], own.mT)
+        found.append(out.to(z.dtype))
     return found[0], found[1]
-
-
-def _add_product(out: Tensor, square: Tensor, z: Tensor) -> None:
-    """out += square @ z, [G, ., .] each; float32 but for z, whose dtype the product has."""
-    if z.dtype == torch.float32:
-        out.baddbmm_(square, z)
-        return
-    # Rounded to half, each row scaled by a power of two: float16 neither over- nor underflows.
-    power = torch.frexp(square.abs().amax(dim=-1, keepdim=True)).exponent
-    out.add_(torch.ldexp(_product(torch.ldexp(square, -power).to(z.dtype), z), power))

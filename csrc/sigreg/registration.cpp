@@ -1,0 +1,21 @@
+// The op schemas' C++ side; common/registration.h says what a library and a key are.
+#include "common/registration.h"
+#include "sigreg/sigreg.h"
+
+KERNELS_LIBRARY(m) {
+  m.def("sigreg_directions(Tensor step, int seed, int dim, int slices) -> Tensor");
+  m.def("sigreg_sums(Tensor z, Tensor directions, float[] knots) -> (Tensor, Tensor)");
+  m.def(
+      "sigreg_statistic(Tensor sums, float[] knots, float[] weights, float count, float factor, "
+      "float ranks) -> (Tensor, Tensor)");
+  m.def(
+      "sigreg_gradient(Tensor grad, Tensor coefficients, Tensor projections, Tensor directions, "
+      "float[] knots) -> Tensor");
+}
+
+KERNELS_IMPLEMENTATION(m) {
+  m.impl("sigreg_directions", TORCH_BOX(&sigreg::directions));
+  m.impl("sigreg_sums", TORCH_BOX(&sigreg::sums));
+  m.impl("sigreg_statistic", TORCH_BOX(&sigreg::statistic));
+  m.impl("sigreg_gradient", TORCH_BOX(&sigreg::gradient));
+}

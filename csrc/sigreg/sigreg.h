@@ -1,0 +1,29 @@
+// The four ops of SIGReg as each compiled library provides them; op.py documents every tensor.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <tuple>
+#include <vector>
+
+namespace sigreg {
+
+using torch::stable::Tensor;
+
+// -> directions, float32 [dim, slices], columns of length 1, on step's device. step: int64, 0-d.
+Tensor directions(Tensor step, int64_t seed, int64_t dim, int64_t slices);
+
+// z [G, N, D], directions [D, M] -> sums [G, 2, K, M], projections [G, N, M], float32.
+std::tuple<Tensor, Tensor> sums(Tensor z, Tensor directions, std::vector<double> knots);
+
+// -> loss [1], coefficients [G, 2, K, M], float32.
+std::tuple<Tensor, Tensor> statistic(Tensor sums, std::vector<double> knots,
+                                     std::vector<double> weights, double count, double factor,
+                                     double ranks);
+
+// -> the gradient of z, [G, N, D] in directions' dtype. grad: float32 [1].
+Tensor gradient(Tensor grad, Tensor coefficients, Tensor projections, Tensor directions,
+                std::vector<double> knots);
+
+}  // namespace sigreg

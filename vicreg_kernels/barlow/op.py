@@ -1,0 +1,236 @@
+"""Schema, fake, backends, autograd, and the public function of the Barlow Twins op.
+
+One forward op and one backward op serve every convention (`conventions.py`): a view is standardised
+as z = (x - mean) / (sqrt(scatter / degrees + eps) + std_eps), degrees = N or N - 1. The forward op
+returns
+
+    loss          float32 [1]
+    moments       float32 [2, 3, D]  a view: column mean as the sum of two floats (a large common
+                                     offset costs no digits), column scatter (sum of squared
+                                     deviations)
+    diagonal      float32 [D]        C_jj, C = Z1^T Z2 / N
+    products      float32            N < D: [2, N, N], the Gram matrices Z1 Z1^T and Z2 Z2^T;
+                                     else [1, D, D], C with a zero diagonal
+    standardised  [2, N, D]          Z1 and Z2 in the inputs' dtype where a backend's products need
+                                     them stored (cuda); else empty
+
+See docs/barlow.md for the formulas.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vicreg_kernels import dispatch, distributed
+from vicreg_kernels.barlow import backends, ranks, reference
+from vicreg_kernels.barlow.conventions import CONVENTIONS
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+_LIBRARY = torch.library.Library("vicreg_kernels", "FRAGMENT")
+_SETTINGS = "float eps, float std_eps, bool unbiased, float lambd, str backend"
+_LIBRARY.define(
+    f"barlow_forward(Tensor x, Tensor y, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "barlow_backward(Tensor grad, Tensor x, Tensor y, Tensor moments, Tensor diagonal,"
+    f" Tensor products, Tensor standardised, bool need_x, bool need_y, {_SETTINGS})"
+    " -> (Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_LIBRARY, "barlow_forward", "CompositeExplicitAutograd")
+def _forward(x: Tensor, y: Tensor, *settings: Any) -> tuple[Tensor, ...]:
+    *rest, backend = settings
+    return backends.load(backend).forward(x, y, *rest)
+
+
+@torch.library.impl(_LIBRARY, "barlow_backward", "CompositeExplicitAutograd")
+def _backward(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *rest, backend = args
+    return backends.load(backend).backward(grad.contiguous(), x, *rest)
+
+
+@torch.library.register_fake("vicreg_kernels::barlow_forward")
+def _forward_fake(x: Tensor, y: Tensor, *settings: Any) -> tuple[Tensor, ...]:
+    return backends.empty_saved(x, settings[-1])
+
+
+@torch.library.register_fake("vicreg_kernels::barlow_backward")
+def _backward_fake(grad: Tensor, x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    need_x, need_y = rest[4], rest[5]
+    grad_x = x.new_empty(x.shape if need_x else (0,))
+    grad_y = x.new_empty(x.shape if need_y else (0,))
+    return grad_x, grad_y
+
+
+class _BarlowTwins(torch.autograd.Function):
+    """Forward saves what the gradient needs; backward is one op call. Once differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, settings: tuple[Any, ...]) -> Tensor:
+        loss, *saved = torch.ops.vicreg_kernels.barlow_forward(x, y, *settings)
+        ctx.save_for_backward(x, y, *saved)
+        ctx.settings = settings
+        return loss[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, y, *saved = ctx.saved_tensors
+        need_x, need_y = ctx.needs_input_grad[:2]
+        args = (grad.reshape(1), x, y, saved, need_x, need_y, ctx.settings)
+        run = _Gradient.apply if torch.is_grad_enabled() else _gradient
+        grad_x, grad_y = run(*args)
+        return grad_x if need_x else None, grad_y if need_y else None, None
+
+
+def _gradient(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    saved: list[Tensor],
+    need_x: bool,
+    need_y: bool,
+    settings: tuple[Any, ...],
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.vicreg_kernels.barlow_backward(grad, x, y, *saved, need_x, need_y, *settings)
+
+
+class _Gradient(torch.autograd.Function):
+    """The backward op under create_graph=True: a second derivative is an error, not a silent 0.
+
+    once_differentiable does not do: autograd.grad can walk past its error node.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        return _gradient(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "the fused Barlow Twins loss differentiates once; backend='reference' to any order"
+        )
+
+
+def check_settings(
+    *,
+    lambd: float | None = None,
+    convention: str = "barlow_twins",
+    eps: float | None = None,
+    backend: str | None = None,
+) -> None:
+    """Raise a ValueError that names the first setting out of range."""
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention: got {convention!r}, takes one of {tuple(CONVENTIONS)}")
+    if lambd is not None and not -math.inf < lambd < math.inf:
+        raise ValueError(f"lambd: got {lambd}, takes a finite number or None")
+    if eps is not None and not 0 <= eps < math.inf:
+        raise ValueError(f"eps: got {eps}, takes a finite number >= 0 or None")
+    dispatch.check_backend(backend)
+
+
+def check_views(x: Tensor, y: Tensor, least_rows: int = 2) -> None:
+    """Raise a TypeError or ValueError that names the first of x, y that is not as it must be."""
+    for name, z in (("x", x), ("y", y)):
+        if not isinstance(z, Tensor):
+            raise TypeError(f"{name}: got {type(z).__name__}, takes a torch.Tensor")
+        if z.dtype not in DTYPES:
+            raise TypeError(
+                f"{name}: got dtype {z.dtype}, takes float32, bfloat16, float16 or float64"
+            )
+        if z.layout != torch.strided:
+            raise TypeError(f"{name}: got layout {z.layout}, takes a dense (strided) tensor")
+        if z.dim() != 2:
+            raise ValueError(f"{name}: got shape {tuple(z.shape)}, takes [N, D]")
+    if x.shape != y.shape:
+        raise ValueError(f"y: got shape {tuple(y.shape)}, takes x's shape {tuple(x.shape)}")
+    if x.dtype != y.dtype:
+        raise TypeError(f"y: got dtype {y.dtype}, takes x's dtype {x.dtype}")
+    if x.device != y.device:
+        raise ValueError(f"y: got device {y.device}, takes x's device {x.device}")
+    if x.shape[0] < least_rows:
+        raise ValueError(f"x: got {x.shape[0]} rows, takes at least {least_rows}")
+    if x.shape[1] < 1:
+        raise ValueError(f"x: got no elements (shape {tuple(x.shape)})")
+
+
+def _loss(
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    std_eps: float,
+    unbiased: bool,
+    lambd: float,
+    backend: str | None,
+) -> Tensor:
+    """x, y: checked, [N, D]."""
+    name = dispatch.choose("barlow", backend, x.device.type, x.dtype, min(x.shape))
+    if not torch.compiler.is_compiling():
+        dispatch.log_choice("barlow", name, backend, x.device, x.shape)
+    if name == "reference":
+        return reference.loss(x, y, eps, std_eps, unbiased, lambd)
+    return _BarlowTwins.apply(x, y, (eps, std_eps, unbiased, lambd, name))
+
+
+def barlow_twins_loss(
+    x: Tensor,
+    y: Tensor,
+    *,
+    lambd: float | None = None,
+    convention: str = "barlow_twins",
+    eps: float | None = None,
+    process_group: Any = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The Barlow Twins loss of two views (Zbontar et al., 2021, arXiv:2103.03230).
+
+    loss = sum_i (C_ii - 1)^2 + lambd sum_{i != j} C_ij^2, C = z1^T z2 / N, where z1 and z2 are the
+    views standardised over the batch: as BatchNorm without affine does it, so that none is needed
+    before the loss.
+
+    Args:
+        x, y: the two views' projections, [N, D], N >= 2; float32, bfloat16, float16 or float64, any
+            strides.
+        lambd: weight of the off-diagonal sum; None takes the convention's own, 0.0051 for
+            "barlow_twins".
+        convention: "barlow_twins", "lightly", "solo_learn", "stable_pretraining" or "monai": the
+            published implementation whose value and gradient to reproduce (docs/barlow.md has the
+            table).
+        eps: added where the convention adds its own, to the variance under the root (the
+            projections' unit squared) or to the standard deviation (their unit); None takes the
+            convention's own.
+        process_group: None, True (the default group) or a torch.distributed.ProcessGroup over whose
+            ranks the batch is spread, each with its own rows (docs/distributed.md).
+        backend: "reference", "cpu", "triton" or "cuda"; None takes the best for the input.
+
+    Returns:
+        A 0-d tensor, float32 (float64 for float64 inputs). The gradient has the inputs' dtype.
+        Fused backends differentiate once; "reference" to any order.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or setting is not one of the above; the
+            message names the argument.
+        RuntimeError: the named backend cannot run here; the message says why.
+    """
+    group = distributed.resolve(process_group)
+    with distributed.announcing("barlow_twins_loss", group):
+        check_settings(lambd=lambd, convention=convention, eps=eps, backend=backend)
+        check_views(x, y, least_rows=2 if group is None else 1)
+    rule = CONVENTIONS[convention]
+    eps = float(rule.eps if eps is None else eps)
+    numbers = (
+        0.0 if rule.eps_on_std else eps,
+        eps if rule.eps_on_std else 0.0,
+        rule.unbiased,
+        float(rule.lambd if lambd is None else lambd),
+    )
+    if group is None:
+        loss = _loss(x, y, *numbers, backend)
+    else:
+        loss = ranks.loss(x, y, *numbers, backend, convention, group)
+    return loss if rule.scale == 1.0 else loss * rule.scale

@@ -1,0 +1,505 @@
+"""Schemas, fakes, backends, autograd, and the public functions of the SIGReg op.
+
+With z [G, N, D], directions A [D, M], p = z A and K knots t_k, the forward op gives
+
+    loss          float32 [1]
+    coefficients  float32 [G, 2, K, M]   a and b of dp = sum_k a_k cos t_k p + b_k sin t_k p
+    projections   float32 [G, N, M]      p
+
+with dp the derivative of the loss by p times the number of ranks, and the backward op turns them
+into the gradient dp A^T. Across ranks the forward adds up the 2 G K M sums of cosines and sines, and
+the backward exchanges nothing. docs/sigreg.md has the formulas.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vicreg_kernels import dispatch, distributed
+from vicreg_kernels.sigreg import backends, reference
+from vicreg_kernels.sigreg.variants import VARIANTS, Variant, quadrature
+
+OP = "sigreg_loss"
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MOST_KNOTS = 64
+_INT64 = 1 << 63
+
+_LIBRARY = torch.library.Library("vicreg_kernels", "FRAGMENT")
+_LIBRARY.define(
+    "sigreg_directions(Tensor step, int seed, SymInt dim, SymInt slices, str backend) -> Tensor"
+)
+# drawn: seed and step of the directions, where they are known; only compared among ranks.
+_LIBRARY.define(
+    "sigreg_forward(Tensor z, Tensor directions, float[] knots, float[] weights, bool times_rows,"
+    " SymInt[] drawn, str? group, str backend) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "sigreg_backward(Tensor grad, Tensor coefficients, Tensor projections, Tensor directions,"
+    " float[] knots, str backend) -> Tensor"
+)
+
+
+@torch.library.impl(_LIBRARY, "sigreg_directions", "CompositeExplicitAutograd")
+def _directions(step: Tensor, seed: int, dim: int, slices: int, backend: str) -> Tensor:
+    return backends.directions(backend)(step, seed, dim, slices)
+
+
+@torch.library.impl(_LIBRARY, "sigreg_forward", "CompositeExplicitAutograd")
+def _forward(
+    z: Tensor,
+    directions: Tensor,
+    knots: Sequence[float],
+    weights: Sequence[float],
+    times_rows: bool,
+    drawn: Sequence[int],
+    group: str | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = backends.load(backend)
+    rows, ranks, among = z.shape[1], 1, None
+    if group is not None:
+        among = distributed.by_name(group)
+        each = _agree(among, z, directions, knots, weights, times_rows, drawn)
+        rows, ranks = sum(each), len(each)
+    sums, projections = kernels.sums(z, directions, knots)
+    if among is not None:
+        distributed.sum_ranks_(OP, among, sums)
+    factor = float(rows) if times_rows else 1.0
+    loss, coefficients = kernels.statistic(sums, knots, weights, float(rows), factor, float(ranks))
+    return loss, coefficients, projections
+
+
+@torch.library.impl(_LIBRARY, "sigreg_backward", "CompositeExplicitAutograd")
+def _backward(
+    grad: Tensor,
+    coefficients: Tensor,
+    projections: Tensor,
+    directions: Tensor,
+    knots: Sequence[float],
+    backend: str,
+) -> Tensor:
+    kernels = backends.load(backend)
+    return kernels.gradient(grad, coefficients, projections, directions, knots)
+
+
+@torch.library.register_fake("vicreg_kernels::sigreg_directions")
+def _directions_fake(step: Tensor, seed: int, dim: int, slices: int, backend: str) -> Tensor:
+    return step.new_empty((dim, slices), dtype=torch.float32)
+
+
+@torch.library.register_fake("vicreg_kernels::sigreg_forward")
+def _forward_fake(
+    z: Tensor, directions: Tensor, knots: Sequence[float], *settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups, rows, _ = z.shape
+    slices = directions.shape[1]
+
+    def new(*shape: Any) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=z.device)
+
+    return new(1), new(groups, 2, len(knots), slices), new(groups, rows, slices)
+
+
+@torch.library.register_fake("vicreg_kernels::sigreg_backward")
+def _backward_fake(
+    grad: Tensor, coefficients: Tensor, projections: Tensor, directions: Tensor, *settings: Any
+) -> Tensor:
+    groups, rows, _ = projections.shape
+    return directions.new_empty((groups, rows, directions.shape[0]))
+
+
+_LIBRARY.define("sigreg_sum_ranks(Tensor value, str group) -> Tensor")
+
+
+@torch.library.impl(_LIBRARY, "sigreg_sum_ranks", "CompositeExplicitAutograd")
+def _sum_ranks(value: Tensor, group: str) -> Tensor:
+    return distributed.sum_ranks_(OP, distributed.by_name(group), value.clone())
+
+
+@torch.library.register_fake("vicreg_kernels::sigreg_sum_ranks")
+def _sum_ranks_fake(value: Tensor, group: str) -> Tensor:
+    return torch.empty_like(value)
+
+
+def mean_over_ranks(values: Tensor, group: str) -> Tensor:
+    """The mean over the values of all ranks; its gradient is times the number of ranks."""
+    total = values.sum()
+    wide = total.detach().double()
+    mine = torch.stack((wide, torch.full_like(wide, values.numel()), torch.ones_like(wide)))
+    summed, count, ranks = torch.ops.vicreg_kernels.sigreg_sum_ranks(mine, group).unbind()
+    own = (ranks / count).to(total.dtype) * total
+    return own + ((summed / count).to(total.dtype) - own.detach())
+
+
+def _agree(
+    group: Any,
+    z: Tensor,
+    directions: Tensor,
+    knots: Sequence[float],
+    weights: Sequence[float],
+    times_rows: bool,
+    drawn: Sequence[int],
+) -> list[int]:
+    """The rows of each rank, once all are about to compute the same statistic."""
+    facts = {
+        "z": f"[{z.shape[0]}, N, {z.shape[2]}] {z.dtype}",
+        "slices": directions.shape[1],
+        "knots": f"{len(knots)} up to {knots[-1]:.6g}",
+        "variant": f"weights {sum(weights):.9g}, times rows {times_rows}",
+        "seed and step": list(drawn),
+    }
+    return distributed.agree(group, OP, z.shape[1], facts)
+
+
+class _SIGReg(torch.autograd.Function):
+    """Forward saves what the gradient needs, and z, by which a second derivative is noticed;
+    backward is one op call. Once differentiable.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, directions: Tensor, settings: tuple[Any, ...]) -> Tensor:
+        loss, coefficients, projections = torch.ops.vicreg_kernels.sigreg_forward(
+            z, directions, *settings
+        )
+        ctx.save_for_backward(z, coefficients, projections, directions)
+        ctx.settings = (settings[0], settings[-1])
+        return loss.reshape(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        z, *saved = ctx.saved_tensors
+        run = _Gradient.apply if torch.is_grad_enabled() else _gradient
+        return run(z, grads[0].reshape(1), *saved, *ctx.settings), None, None
+
+
+def _gradient(z: Tensor, *args: Any) -> Tensor:
+    return torch.ops.vicreg_kernels.sigreg_backward(*args)
+
+
+class _Gradient(torch.autograd.Function):
+    """The backward op under create_graph=True: a second derivative is an error, not a silent 0.
+
+    once_differentiable does not do: autograd.grad can walk past its error node.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        return _gradient(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError("the fused SIGReg differentiates once; backend='reference' to any order")
+
+
+class _Settings(NamedTuple):
+    """Checked settings: the variant, its slices, and the quadrature."""
+
+    variant: Variant
+    slices: int
+    knots: list[float]
+    weights: list[float]
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_settings(
+    *,
+    slices: int | None = None,
+    knots: int | Sequence[float] | None = None,
+    t_max: float | None = None,
+    variant: str = "lejepa",
+    seed: int = 0,
+    backend: str | None = None,
+) -> _Settings:
+    """The settings in full; raise a ValueError or TypeError that names the first that is wrong."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant: got {variant!r}, takes one of {tuple(VARIANTS)}")
+    rule = VARIANTS[variant]
+    if slices is None:
+        slices = rule.slices
+    if not _is_int(slices):
+        raise TypeError(f"slices: got {type(slices).__name__}, takes an int or None")
+    if slices < 1:
+        raise ValueError(f"slices: got {slices}, takes at least 1")
+    if not _is_int(seed):
+        raise TypeError(f"seed: got {type(seed).__name__}, takes an int")
+    if not -_INT64 <= seed < _INT64:
+        raise ValueError(f"seed: got {seed}, takes a signed 64-bit int")
+    positions, weights = quadrature(rule, *_check_knots(rule, knots, t_max))
+    if len(positions) > MOST_KNOTS:
+        raise ValueError(
+            f"knots: got {len(positions)} distances from 0, takes at most {MOST_KNOTS}"
+        )
+    dispatch.check_backend(backend)
+    return _Settings(rule, slices, positions, weights)
+
+
+def _check_knots(
+    rule: Variant, knots: int | Sequence[float] | None, t_max: float | None
+) -> tuple[int | Sequence[float], float]:
+    if knots is None:
+        knots = rule.knots
+    if _is_int(knots):
+        if knots < 2:  # type: ignore[operator]
+            raise ValueError(f"knots: got {knots}, takes at least 2")
+        t_max = rule.t_max if t_max is None else t_max
+        if not 0 < t_max < math.inf:
+            raise ValueError(f"t_max: got {t_max}, takes a finite number > 0")
+        return knots, t_max
+    if not isinstance(knots, (list, tuple)):
+        raise TypeError(
+            f"knots: got {type(knots).__name__}, takes an int, or a list or tuple of floats"
+        )
+    if t_max is not None:
+        raise ValueError(f"t_max: got {t_max} with the knots themselves, takes None")
+    least = -math.inf if rule.symmetric else 0.0
+    rising = all(a < b for a, b in itertools.pairwise(knots))
+    if len(knots) < 2 or not rising or not least <= knots[0] or not all(map(math.isfinite, knots)):
+        where = "" if rule.symmetric else " that are >= 0"
+        raise ValueError(
+            f"knots: got {list(knots)}, takes two or more ascending finite numbers{where}"
+        )
+    return knots, rule.t_max
+
+
+def check_z(z: Tensor, least_rows: int) -> None:
+    if not isinstance(z, Tensor):
+        raise TypeError(f"z: got {type(z).__name__}, takes a torch.Tensor")
+    if z.dtype not in DTYPES:
+        raise TypeError(f"z: got dtype {z.dtype}, takes float32, bfloat16, float16 or float64")
+    if z.layout != torch.strided:
+        raise TypeError(f"z: got layout {z.layout}, takes a dense (strided) tensor")
+    if z.dim() not in (2, 3):
+        raise ValueError(f"z: got shape {tuple(z.shape)}, takes [N, D] or [G, N, D]")
+    if z.shape[-2] < least_rows:
+        raise ValueError(f"z: got {z.shape[-2]} rows, takes at least {least_rows}")
+    if z.shape[-1] < 1 or z.shape[0] < 1:
+        raise ValueError(f"z: got no elements (shape {tuple(z.shape)})")
+
+
+def _check_directions(directions: Tensor, z: Tensor, slices: int | None) -> None:
+    if not isinstance(directions, Tensor):
+        raise TypeError(f"directions: got {type(directions).__name__}, takes a torch.Tensor")
+    if directions.dtype not in DTYPES:
+        raise TypeError(
+            f"directions: got dtype {directions.dtype}, takes float32, bfloat16, float16 or float64"
+        )
+    if directions.layout != torch.strided:
+        raise TypeError(f"directions: got layout {directions.layout}, takes a dense tensor")
+    if directions.dim() != 2 or directions.shape[0] != z.shape[-1] or directions.shape[1] < 1:
+        raise ValueError(
+            f"directions: got shape {tuple(directions.shape)}, takes [D, M] with z's D = "
+            f"{z.shape[-1]}"
+        )
+    if slices is not None and slices != directions.shape[1]:
+        raise ValueError(
+            f"slices: got {slices} with {directions.shape[1]} directions, takes that number or None"
+        )
+    if directions.device != z.device:
+        raise ValueError(f"directions: got device {directions.device}, takes z's device {z.device}")
+    if directions.requires_grad:
+        raise ValueError(
+            "directions: got a tensor that requires grad, takes constants: the loss is "
+            "differentiated by z alone"
+        )
+
+
+def _check_step(step: int | Tensor | None, device: torch.device) -> None:
+    if step is None:
+        return
+    if isinstance(step, Tensor):
+        if step.dtype != torch.int64 or step.dim() != 0:
+            raise ValueError(
+                f"step: got {step.dtype} of shape {tuple(step.shape)}, takes an int, or a 0-d "
+                "int64 tensor"
+            )
+        if step.device != device:
+            raise ValueError(f"step: got device {step.device}, takes z's device {device}")
+        return
+    if not _is_int(step):
+        raise TypeError(
+            f"step: got {type(step).__name__}, takes an int, a 0-d int64 tensor or None"
+        )
+    if not 0 <= step < _INT64:
+        raise ValueError(f"step: got {step}, takes 0 <= step < 2^63")
+
+
+def _check(
+    z: Tensor,
+    slices: int | None,
+    knots: int | Sequence[float] | None,
+    t_max: float | None,
+    variant: str,
+    directions: Tensor | None,
+    step: int | Tensor | None,
+    seed: int,
+    group: str | None,
+    backend: str | None,
+) -> tuple[_Settings, str]:
+    """The settings, and the backend that runs."""
+    settings = check_settings(
+        slices=slices, knots=knots, t_max=t_max, variant=variant, seed=seed, backend=backend
+    )
+    check_z(z, least_rows=2 if group is None else 1)
+    if directions is not None:
+        _check_directions(directions, z, slices)
+    _check_step(step, z.device)
+    return settings, dispatch.choose("sigreg", backend, z.device.type, z.dtype)
+
+
+def _step_tensor(step: int | Tensor | None, device: torch.device) -> Tensor:
+    if isinstance(step, Tensor):
+        return step
+    return torch.full((), step or 0, dtype=torch.int64, device=device)
+
+
+def sigreg_directions(
+    dim: int,
+    slices: int,
+    *,
+    step: int | Tensor | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The random unit directions that `sigreg_loss` draws: float32 [dim, slices].
+
+    Philox4x32-10 under the key `seed` with the counter (index, step), and Box-Muller; so every rank
+    draws the same ones with nothing exchanged. Backends differ by a rounding or two.
+
+    Args:
+        dim, slices: D and M.
+        step: the training step, an int or a 0-d int64 tensor on `device`; None is 0.
+        seed: a signed 64-bit int.
+        device: where; None takes step's, or the default device.
+        backend: as in `sigreg_loss`.
+
+    Raises: ValueError, TypeError, RuntimeError as `sigreg_loss` does.
+    """
+    if not _is_int(dim):
+        raise TypeError(f"dim: got {type(dim).__name__}, takes an int")
+    if dim < 1:
+        raise ValueError(f"dim: got {dim}, takes at least 1")
+    if slices is None:
+        raise TypeError("slices: got None, takes an int")
+    check_settings(slices=slices, seed=seed, backend=backend)
+    if device is None:
+        where = step.device if isinstance(step, Tensor) else torch.get_default_device()
+    else:
+        where = torch.device(device)
+        if where.type == "cuda" and where.index is None:
+            where = torch.device("cuda", torch.cuda.current_device())
+    _check_step(step, where)
+    name = dispatch.choose("sigreg_directions", backend, where.type, torch.float32)
+    return torch.ops.vicreg_kernels.sigreg_directions(
+        _step_tensor(step, where), seed, dim, slices, name
+    )
+
+
+def sigreg_loss(
+    z: Tensor,
+    *,
+    slices: int | None = None,
+    knots: int | Sequence[float] | None = None,
+    t_max: float | None = None,
+    variant: str = "lejepa",
+    directions: Tensor | None = None,
+    step: int | Tensor | None = None,
+    seed: int = 0,
+    process_group: Any = None,
+    backend: str | None = None,
+) -> Tensor:
+    """SIGReg: how far random projections of z are from a standard normal, by the Epps-Pulley test
+    (LeJEPA, Balestriero and LeCun, 2025, arXiv:2511.08544).
+
+    With p = z A on unit directions A and phi_k = exp(-t_k^2 / 2),
+
+        loss = f mean_slices sum_k w_k ((mean_n cos t_k p - phi_k)^2 + (mean_n sin t_k p)^2)
+
+    and the mean over groups; w is the trapezoid rule on [-t_max, t_max] times phi, f the number of
+    rows N, or 1 with variant="eb_jepa" (docs/sigreg.md has the table).
+
+    Args:
+        z: embeddings, [N, D], or grouped [G, N, D] (views [V, N, D], time steps [T, B, D]): the
+            mean over groups, except that "stable_pretraining" takes all views as one sample.
+            N >= 2; float32, bfloat16, float16 or float64, any strides.
+        slices: number M of random directions. None takes the variant's own (1024; "eb_jepa" 256),
+            as for the next two.
+        knots: a number of equally spaced knots on [0, t_max] ("eb_jepa": on [-t_max, t_max]), or a
+            list or tuple of the knots themselves, ascending, weighed by the trapezoid rule; at most
+            64 distances from 0.
+        t_max: the last of equally spaced knots, in the unit of 1 / z.
+        variant: "lejepa", "eb_jepa", "lewm", "lightly" or "stable_pretraining": the published
+            implementation whose value and gradient to reproduce (the last as it is meant: across
+            ranks its published gradient is wrong).
+        directions: [D, M] constants on z's device to use as they are, or None: drawn from `seed`
+            and `step`, the same on every rank. They are rounded to z's dtype; everything else is
+            float32 (float64 for float64).
+        step: the training step, so that directions are fresh in every step: an int, or a 0-d int64
+            tensor on z's device (for CUDA graphs). None is 0: always the same directions.
+        seed: a signed 64-bit int.
+        process_group: None, True (the default group) or a torch.distributed.ProcessGroup: the
+            statistic of the rows of all its ranks. Every rank gets that loss, and a gradient for
+            its own rows that DistributedDataParallel averages to the one of the whole batch.
+        backend: "reference", "cpu", "triton" or "cuda"; None takes the best for the input.
+
+    Returns:
+        A 0-d tensor, float32 (float64 for float64 inputs). The gradient has z's dtype. Fused
+        backends differentiate once; "reference" to any order.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or setting is not one of the above; the
+            message names the argument.
+        RuntimeError: the named backend cannot run here, or ranks disagree; the message says why.
+    """
+    group = None if process_group is None else distributed.group_name(process_group)
+    settings, name = distributed.checked(
+        OP, group, _check, z, slices, knots, t_max, variant, directions, step, seed, group, backend
+    )
+    if not torch.compiler.is_compiling():
+        dispatch.log_choice("sigreg", name, backend, z.device, z.shape)
+
+    grouped = z.unsqueeze(0) if z.dim() == 2 else z
+    if settings.variant.pooled and z.dim() == 3:
+        grouped = z.reshape(1, -1, z.shape[-1])
+    drawn: list[int] = []
+    if directions is None:
+        drawn = [seed] if isinstance(step, Tensor) else [seed, step or 0]
+        directions = torch.ops.vicreg_kernels.sigreg_directions(
+            _step_tensor(step, z.device), seed, z.shape[-1], settings.slices, name
+        )
+    directions = directions.to(z.dtype)
+    rule = settings.variant
+    if name == "reference":
+        return _reference(grouped, directions, settings, drawn, group)
+    arguments = (settings.knots, settings.weights, rule.times_rows, drawn, group, name)
+    return _SIGReg.apply(grouped, directions, arguments)
+
+
+def _reference(
+    z: Tensor, directions: Tensor, settings: _Settings, drawn: list[int], group: str | None
+) -> Tensor:
+    rule, _, knots, weights = settings
+    rows = z.shape[1]
+    reduce: Callable[[Tensor], Tensor] | None = None
+    if group is not None:
+        among = distributed.by_name(group)
+        each = _agree(among, z, directions, knots, weights, rule.times_rows, drawn)
+        rows = sum(each)
+
+        def reduce(sums: Tensor) -> Tensor:
+            """The ranks' sum in value, this rank's times the number of ranks in gradient."""
+            whole = distributed.sum_ranks_(OP, among, sums.detach().clone())
+            own = len(each) * sums
+            return own + (whole - own.detach())
+
+    factor = float(rows) if rule.times_rows else 1.0
+    return reference.loss(z, directions, knots, weights, float(rows), factor, reduce)
