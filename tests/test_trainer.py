@@ -127,10 +127,10 @@ def test_a_killed_process_loses_only_the_steps_since_the_last_checkpoint(tmp_pat
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     step = int(checkpoint.newest(folder / "checkpoints").name.removeprefix("step_"))
-    made = settings("vicreg", steps=step + 3)
-    again = run(made, folder)
+    made = settings("vicreg", steps=4000)
+    again = run(made, folder, stop=step + 3)
     assert len(again) == 3
-    assert again == run(settings("vicreg", steps=step + 3), tmp_path / "whole")[step:]
+    assert again == run(made, tmp_path / "whole", stop=step + 3)[step:]
 
 
 def saved(tmp_path: Path) -> tuple[config.Config, Path]:
