@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -37,6 +38,7 @@ DEFINES = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
 CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # NaN and Inf must propagate, so no -ffast-math; these two only drop errno and trap semantics.
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
+CXX_FLAGS += shlex.split(os.environ.get("CXXFLAGS", ""))
 NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 ARCHS = os.environ.get("VICREG_KERNELS_ARCHS", "80;86;89;90;100;120").split(";")
 BUILD = os.environ.get("VICREG_KERNELS_BUILD", "auto")

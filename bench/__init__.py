@@ -5,6 +5,8 @@ from pathlib import Path
 # In the order in which a GPU's time is spent; a new op adds its name and bench/<op>.py.
 OPS = tuple(
     op
-    for op in ("attention", "ema", "tokens", "jepa_step", "vicreg")
+    for op in ("sigreg", "barlow", "vicregl", "attention", "ema", "tokens", "jepa_step", "vicreg")
     if Path(__file__).with_name(f"{op}.py").exists()
 )
+# Those, and what only a CPU is measured on.
+ALL = (*OPS, "ranks")

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from bench import OPS, environment, measure, report
+from bench import ALL as OPS
+from bench import environment, measure, report
 from bench.case import Case, Plan
 from vicreg_kernels import dispatch
 

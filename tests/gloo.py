@@ -1,9 +1,16 @@
-"""Runs a function on several gloo ranks, one process each, and gives back what each returned."""
+"""Runs functions on several gloo ranks, one process each, and gives back what each returned.
+
+Starting a process costs seconds, so files that want two ranks share them: `on_two(name)` gives what
+`worker(rank, ranks)` of tests/<name>.py returned on each.
+"""
 
 from __future__ import annotations
 
+import importlib
+import tempfile
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +20,7 @@ import torch.multiprocessing as mp
 
 # Of every collective: what waits longer has lost a rank.
 TIMEOUT = timedelta(seconds=60)
+SHARED = ("test_vicreg_ranks", "test_barlow_ranks", "test_distributed")
 
 
 def _main(rank: int, function: Callable[..., Any], ranks: int, folder: str, args: Any) -> None:
@@ -36,3 +44,23 @@ def run(ranks: int, folder: Path, function: Callable[..., Any], *args: Any) -> l
     mp.spawn(_main, (function, ranks, str(folder), args), nprocs=ranks)
     found = [folder / f"{rank}.pt" for rank in range(ranks)]
     return [torch.load(path, weights_only=False) if path.exists() else None for path in found]
+
+
+def _shared(rank: int, ranks: int) -> dict[str, Any]:
+    found = {}
+    for name in SHARED:
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        found[name] = importlib.import_module(name).worker(rank, ranks)
+    return found
+
+
+@cache
+def _on_two() -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        return run(2, Path(folder), _shared)
+
+
+def on_two(name: str) -> list[Any]:
+    """What each of two ranks found in tests/<name>.py, one of SHARED."""
+    return [found[name] for found in _on_two()]

@@ -77,7 +77,7 @@ def test_peak_memory_counts_what_lives_at_once():
     assert measure.peak_memory(step, CPU) == 2 << 20
 
 
-@pytest.mark.parametrize("op", bench.OPS)
+@pytest.mark.parametrize("op", bench.ALL)
 def test_an_ops_file_gives_what_the_runner_takes(op):
     module = run.import_module(f"bench.{op}")
     assert module.TITLE

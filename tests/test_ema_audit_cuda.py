@@ -17,7 +17,9 @@ def test_no_spills(architecture):
 def test_no_stack():
     """The table is read where it lies, in the parameters: a copy would be 28 KiB a thread."""
     report = audit_cuda.compiled("ema").with_suffix(".txt").read_text()
-    assert re.findall(r"(\d+) bytes stack frame", report) == ["0"] * 2 * len(audit_cuda.ARCHITECTURES)
+    assert re.findall(r"(\d+) bytes stack frame", report) == ["0"] * 2 * len(
+        audit_cuda.ARCHITECTURES
+    )
 
 
 @pytest.mark.parametrize("architecture", audit_cuda.ARCHITECTURES)

@@ -203,7 +203,7 @@ def test_dry_run_lists_the_stages_in_order(tmp_path):
 
 @pytest.fixture
 def plan(tmp_path, monkeypatch) -> list[Stage]:
-    """The stages of all four ops, whether or not they are here."""
+    """The stages of all ops, whether or not they are here."""
     monkeypatch.setattr(gpu, "OPS", tuple(gpu.SECONDS))
     return gpu.make_stages(tmp_path, "90", "always")
 

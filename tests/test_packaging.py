@@ -86,7 +86,8 @@ def run_installed(wheel: Path, tmp_path: Path, code: str) -> list[str]:
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_compiled_wheel_works_in_an_empty_environment(tmp_path: Path) -> None:
-    wheel, _ = build_wheel(tmp_path, VICREG_KERNELS_BUILD="cpu")
+    # How fast it runs is not what is asked.
+    wheel, _ = build_wheel(tmp_path, VICREG_KERNELS_BUILD="cpu", CXXFLAGS="-O0")
     assert re.search(r"-cp310-abi3-linux_\w+\.whl$", wheel.name), wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     assert "vicreg_kernels/_C.abi3.so" in names

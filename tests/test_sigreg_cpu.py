@@ -130,9 +130,9 @@ def test_scales_and_offsets(fused):
     [LEJEPA, [(2 * k + 1) / 3 for k in range(5)], [k / 8 for k in range(1, 65)], [0.1, 0.5, 3.0]],
 )
 def test_accuracy_of_the_angles(fused, knots):
-    """Of one row each, so that a sum is one cosine or sine: up to |p| = 50 within twice what
-    float32's own rounding of t p allows, 2^-24 |t p|, and a rounding for each knot, the last of
-    which is a multiple of the first; 16 more for the chain of products.
+    """Of one row each, so that a sum is one cosine or sine: up to |p| = 50 within float32's own
+    roundings of t and of t p, 2^-24 |t p| each and a tenth more (t = 3 k / 16 has none), and one
+    for each knot, the last of which is a multiple of the first; 16 more for the chain of products.
 
     The gradient's, told apart by coefficients that pick one, are held to twice that.
     """
@@ -144,7 +144,8 @@ def test_accuracy_of_the_angles(fused, knots):
     angles = t[:, None] * p.double()
     truth = torch.stack((angles.cos(), angles.sin()))  # [2, K, M]
     eps = torch.finfo(torch.float32).eps
-    bound = eps * (angles.abs() + len(knots) + 16.0)
+    exact = all(t == torch.tensor(t).item() for t in knots)
+    bound = eps * ((0.55 if exact else 1.05) * angles.abs() + len(knots) + 16.0)
     assert torch.equal(projections[0, 0], p)
     assert ((sums[0].double() - truth).abs() <= bound).all()
     few = p[::128].contiguous()
@@ -165,7 +166,8 @@ def test_angles_far_out(fused):
     sums, _ = kernels.sums(torch.ones(1, 1, 1, device=fused.device), p[None], LEJEPA)
     angles = torch.tensor(LEJEPA, dtype=torch.float64, device=fused.device)[:, None] * p.double()
     truth = torch.stack((angles.cos(), angles.sin()))
-    assert ((sums[0].double() - truth).abs() <= 2.0**-23 * (angles.abs() + 32.0)).all()
+    bound = 2.0**-23 * (0.55 * angles.abs() + 32.0)
+    assert ((sums[0].double() - truth).abs() <= bound).all()
     for far in (1e7, 1e20, 3e38):
         z = torch.full((4, 1), far, device=fused.device, requires_grad=True)
         a = torch.ones(1, 3, device=fused.device)

@@ -163,8 +163,8 @@ def worker(rank, ranks):
 
 
 @pytest.fixture(scope="module")
-def everyone(tmp_path_factory):
-    return gloo.run(2, tmp_path_factory.mktemp("ranks"), worker)
+def everyone():
+    return gloo.on_two("test_vicreg_ranks")
 
 
 def together(outcomes):

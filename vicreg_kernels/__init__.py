@@ -11,7 +11,9 @@ from vicreg_kernels.attention import (
     apply_rope,
     masked_attention,
 )
+from vicreg_kernels.barlow import BarlowTwinsLoss, barlow_twins_loss
 from vicreg_kernels.ema import EMA, ema_update_
+from vicreg_kernels.sigreg import LeJEPALoss, SIGRegLoss, sigreg_directions, sigreg_loss
 from vicreg_kernels.tokens import (
     Assembly,
     PredictionLoss,
@@ -29,30 +31,41 @@ from vicreg_kernels.vicreg import (
     vicreg_loss,
     vicreg_terms,
 )
+from vicreg_kernels.vicregl import VICRegLLoss, VICRegLTerms, vicregl_loss, vicregl_terms
 
 __all__ = [
     "EMA",
     "Assembly",
+    "BarlowTwinsLoss",
     "Blocks",
     "FrameCausal",
     "KeyPadding",
+    "LeJEPALoss",
     "MaskedAttention",
     "PredictionLoss",
     "Ragged",
     "Rope3d",
+    "SIGRegLoss",
     "VCRegLoss",
+    "VICRegLLoss",
+    "VICRegLTerms",
     "VICRegLoss",
     "VICRegTerms",
     "__version__",
     "accumulate",
     "apply_rope",
     "assemble_tokens",
+    "barlow_twins_loss",
     "ema_update_",
     "gather_tokens",
     "masked_attention",
     "prediction_loss",
     "scatter_tokens",
+    "sigreg_directions",
+    "sigreg_loss",
     "variance_covariance",
     "vicreg_loss",
     "vicreg_terms",
+    "vicregl_loss",
+    "vicregl_terms",
 ]

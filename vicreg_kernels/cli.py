@@ -23,7 +23,7 @@ import torch
 from vicreg_kernels import __version__, dispatch, library
 from vicreg_kernels.attention import backends as attention
 
-OPS = ("vicreg", "attention", "rope", "tokens", "ema")
+OPS = ("vicreg", "sigreg", "barlow", "vicregl", "attention", "rope", "tokens", "ema")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 CHECKOUT = Path(__file__).resolve().parents[1]
 

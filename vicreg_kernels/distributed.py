@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vicreg_kernels import dispatch
+
 T = TypeVar("T")
 
 # Bytes of a rank's message, and the most characters of a value in it; longer ones are cut.
@@ -63,6 +65,23 @@ def resolve(process_group: Any) -> Any:
             "torch.distributed.ProcessGroup"
         )
     return process_group if dist.get_world_size(process_group) > 1 else None
+
+
+def choose_backend(backend: str | None, dtype: torch.dtype) -> str:
+    """ "ranks" or "reference": what runs for `backend` with a process group.
+
+    Raises ValueError for another named backend.
+    """
+    dispatch.check_backend(backend)
+    named = backend if backend is not None else dispatch.ENVIRONMENT_BACKEND
+    if named not in (None, "reference"):
+        source = "backend" if backend is not None else "VICREG_KERNELS_BACKEND"
+        raise ValueError(
+            f"{source}: got {named!r}, takes None or 'reference' with a process_group: a rank's "
+            "share is a rectangular product of its rows with all rows, which torch's own matmul "
+            "does on every device; the fused backends know the square ones of one process"
+        )
+    return "reference" if named or dtype == torch.float64 else "ranks"
 
 
 @torch.compiler.assume_constant_result
@@ -168,8 +187,13 @@ def collective(op: str, group: Any) -> Iterator[None]:
         raise RuntimeError(
             f"{op}: rank {rank} of {ranks} waited for the others, and at least one did not come: "
             f"it failed, ended, or did not call {op} within the group's timeout; "
-            f"{_roll_call(group)} ({error})"
+            f"{_roll_call(group)} ({_first_line(error)})"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """Without the frames that torch appends."""
+    return (str(error).splitlines() or [""])[0]
 
 
 # Seconds that the ranks of a failed collective have to say that they are there.
@@ -198,7 +222,7 @@ def _roll_call(group: Any) -> str:
                 store.check([own])  # raises where the store itself is gone
                 silent.append(str(rank))
     except (RuntimeError, KeyError) as error:
-        return f"the group's store, which would name it, does not answer: {error}"
+        return f"the group's store, as a rule rank 0's, does not answer: {_first_line(error)}"
     if not silent:
         return "all ranks are alive"
     return f"no sign of rank {', '.join(silent)}"

@@ -345,10 +345,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor y, d
     }
   });
   float* matrix = static_cast<float*>(products.data_ptr());
-  for (int64_t part = 1; part < split.parts; ++part) {
-    common::add_scaled(static_cast<float*>(partial.data_ptr()) + (part - 1) * planes * area, 1.f,
-                       planes * area, matrix);
-  }
+  const float* others = static_cast<const float*>(partial.data_ptr());
+  torch::stable::parallel_for(0, planes * area, 65536, [&](int64_t first, int64_t last) {
+    for (int64_t part = 1; part < split.parts; ++part) {
+      common::add_scaled(others + (part - 1) * planes * area + first, 1.f, last - first,
+                         matrix + first);
+    }
+  });
   const double rows = static_cast<double>(p.rows);
   double off_diagonal;
   if (p.gram) {

@@ -185,5 +185,29 @@ __device__ __forceinline__ double block_sum(double value) {
   return total;
 }
 
+// The sum of partial sums of earlier or other blocks, the same in every thread of the block.
+__device__ __forceinline__ double sum_of(const double* partials, int64_t count) {
+  double total = 0.0;
+  for (int64_t p = threadIdx.x; p < count; p += kThreads) {
+    total += __ldcg(partials + p);  // past L1, which other blocks do not write to
+  }
+  return block_sum(total);
+}
+
+// Stores the block's sum; true in the block that is the last to come here, which then sees those of
+// all. done: blocks that are through, 0 at the launch. Returns after a barrier of the whole block.
+__device__ __forceinline__ bool last_block(double sum, double* sums, unsigned* done) {
+  SHARED_ARRAY(unsigned, before, 1);
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) {
+    sums[blockIdx.x] = sum;
+    __threadfence();
+    before[0] = atomicAdd(done, 1u);
+  }
+  __syncthreads();
+  if (before[0] != gridDim.x - 1) return false;
+  __threadfence();
+  return true;
+}
 
 }  // namespace common

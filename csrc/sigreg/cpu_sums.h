@@ -6,10 +6,10 @@
 //
 //     cos(A + b) = 2 cos A cos b - cos(A - b)      sin(A + b) = 2 sin A cos b - sin(A - b)
 //
-// so that only sums of products are kept, one multiply-add each, and the subtraction is done once on
-// the sums. K = 16: 29 operations for the angle, 20 for eight multiples, 32 for the sums; a rotation
-// a knot would be 64 + 32. The gradient runs the same identities backwards on the coefficients: 34
-// multiply-adds where Horner's rule takes 64.
+// so that only sums of products are kept, one multiply-add each, and the subtraction is done once,
+// on the sums. K = 16: 29 operations for the angle, 20 for eight multiples, 32 for the sums; a
+// rotation a knot would be 64 + 32. The gradient runs the same identities backwards, on the
+// coefficients: 34 multiply-adds where Horner's rule takes 64.
 #pragma once
 
 #include <vector>
@@ -43,7 +43,9 @@ SIGREG_INLINE Multiples multiples(const Unit<Vector>& one) {
     out.c[j] = value.c;
     out.s[j] = value.s;
   };
-  const auto doubled = [](const Unit<Vector>& a) SIGREG_ALWAYS { return Unit<Vector>{a.c + a.c, a.s + a.s}; };
+  const auto doubled = [](const Unit<Vector>& a) SIGREG_ALWAYS {
+    return Unit<Vector>{a.c + a.c, a.s + a.s};
+  };
   const Unit<Vector> two = twice(one), four = twice(two), eight = twice(four);
   const Unit<Vector> d2 = doubled(two), d4 = doubled(four);
   const Unit<Vector> three = beyond(d2, one.c, one.c, one.s);
@@ -82,8 +84,8 @@ SIGREG_INLINE int64_t mirror(int64_t g, int64_t j) {
 inline int64_t giants(int64_t knots) { return (knots - 1) / kLow; }
 
 // p [rows, stride], sixteen columns from `p` on of which `count` are there. partial: vectors
-// [(giants + 1) * 16] of sums of this block of rows: cosines and sines of the first eight knots, then
-// of each giant angle A the sums of cos A cos b and of sin A cos b.
+// [(giants + 1) * 16] of sums of this block of rows: cosines and sines of the first eight knots,
+// then of each giant angle A the sums of cos A cos b and of sin A cos b.
 template <bool half>
 SIGREG_INLINE void accumulate(const float* p, int64_t rows, int64_t stride, int64_t count,
                               int64_t giant_count, float start, Vector* partial) {

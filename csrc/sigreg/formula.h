@@ -117,7 +117,7 @@ SIGREG_INLINE Unit<T> twice(const Unit<T>& a) {
 // held <- held * e + (a - i b), held = (real, imaginary).
 template <typename T>
 SIGREG_INLINE Unit<T> horner(const Unit<T>& held, const Unit<T>& e, T a, T b) {
-  return {a + held.c * e.c - held.s * e.s, held.c * e.s + held.s * e.c - b};
+  return {a + held.c * e.c - held.s * e.s, held.s * e.c - b + held.c * e.s};
 }
 
 // ---- The statistic.

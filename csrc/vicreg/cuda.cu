@@ -41,8 +41,8 @@
 #include <algorithm>
 #include <array>
 
-#include "common/launch.h"
-#include "common/tensors.h"
+#include "common/bmm.h"
+#include "common/plan.cuh"
 #include "vicreg/formula.h"
 #include "vicreg/gradient.cuh"
 #include "vicreg/squares.cuh"
@@ -58,11 +58,9 @@
 namespace vicreg {
 namespace {
 
-using common::Queue;
-using common::ScalarType;
+using common::aligned, common::blocks_of, common::blocks_of_warps, common::bmm, common::ceil_div;
+using common::cut, common::Queue, common::ScalarType, common::view;
 using namespace kernels;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Problem {
   Problem(const Tensor& x, const std::optional<Tensor>& y, bool unbiased)
@@ -85,43 +83,8 @@ struct Problem {
 };
 
 template <typename T>
-View<T> view(const Tensor& z) {
-  return {static_cast<const T*>(z.const_data_ptr()), z.stride(0), z.stride(1), z.stride(2)};
-}
-
-template <typename T>
 Views<T> views(const Tensor& x, const std::optional<Tensor>& y) {
   return {view<T>(x), y ? view<T>(*y) : View<T>{nullptr, 0, 0, 0}};
-}
-
-// Whether 16-byte accesses are aligned in every row of a view and in contiguous rows of D.
-template <typename T>
-bool aligned(const Problem& p, const View<T>& z) {
-  constexpr int64_t kElements = 16 / static_cast<int64_t>(sizeof(T));
-  return p.dim % kElements == 0 && z.column == 1 && z.row % kElements == 0 &&
-         z.group % kElements == 0 && reinterpret_cast<uintptr_t>(z.data) % 16 == 0;
-}
-
-// About `blocks` blocks over [batches, rows, columns], each of at least 32 rows; `width` columns a
-// thread.
-Cut cut(int64_t batches, int64_t row0, int64_t rows, int64_t column0, int64_t columns, int width,
-        int64_t blocks) {
-  const int64_t tiles = ceil_div(columns, kLanes * width);
-  const int64_t wanted = std::clamp<int64_t>(blocks / (tiles * batches), 1, ceil_div(rows, 32));
-  const int64_t block_rows = ceil_div(rows, wanted);
-  return {batches, row0, rows, column0, columns, tiles, ceil_div(rows, block_rows), block_rows};
-}
-
-unsigned blocks_of(const Cut& c) {
-  const int64_t blocks = c.batches * c.row_blocks * c.tiles;
-  STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "vicreg: too large for one launch");
-  return static_cast<unsigned>(blocks);
-}
-
-// Blocks for `rows` warps, no more than fit on the device at once.
-unsigned blocks_of_warps(int64_t rows, const Queue& queue) {
-  return static_cast<unsigned>(
-      std::min<int64_t>(ceil_div(rows, kWarps), 8 * queue.multiprocessors()));
 }
 
 // run(element, vectors) with an element of x's dtype and whether 16-byte accesses are aligned.
@@ -129,7 +92,7 @@ template <typename F>
 void by_kind(const Problem& p, const Tensor& x, const std::optional<Tensor>& y, F&& run) {
   const auto with = [&](auto element) {
     using T = decltype(element);
-    if (aligned(p, view<T>(x)) && (!y || aligned(p, view<T>(*y)))) {
+    if (aligned(p.dim, view<T>(x)) && (!y || aligned(p.dim, view<T>(*y)))) {
       run(element, std::true_type{});
     } else {
       run(element, std::false_type{});
@@ -144,27 +107,6 @@ void by_kind(const Problem& p, const Tensor& x, const std::optional<Tensor>& y, 
       STD_TORCH_CHECK(p.dtype == ScalarType::BFloat16, "vicreg: takes float32, bfloat16, float16");
       return with(__nv_bfloat16{});
   }
-}
-
-// out = a b for batches of matrices by torch's own product, float32 whatever the inputs are.
-void product(const Tensor& a, const Tensor& b, const Tensor& out) {
-  using torch::stable::detail::from;
-  const auto call = [](const char* overload, StableIValue* stack) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("aten::bmm", overload, stack, TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[0]);
-  };
-  if (a.scalar_type() == ScalarType::Float) {
-    std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-    call("out", stack.data());
-    return;
-  }
-#ifdef __CUDACC__
-  std::array<StableIValue, 4> stack{from(a), from(b), from(ScalarType::Float), from(out)};
-  call("dtype_out", stack.data());
-#else  // a CPU torch has no such overload; products of half values are exact in float32
-  product(torch::stable::to(a, ScalarType::Float), torch::stable::to(b, ScalarType::Float), out);
-#endif
 }
 
 template <typename T>
@@ -227,7 +169,7 @@ void forward_kernels(const Problem& p, const Tensor& x, const std::optional<Tens
                                         {p.rows * p.dim, 1, p.dim}, 0);
   const Tensor square = common::strided(squares, {p.batches, p.side, p.side},
                                         {p.side * p.side, p.side, 1}, 0);
-  product(p.gram ? upright : across, p.gram ? across : upright, square);
+  bmm(p.gram ? upright : across, p.gram ? across : upright, square);
 
   const double groups = static_cast<double>(p.groups), columns = groups * p.dim;
   const Finish finish = {
@@ -281,7 +223,7 @@ void view_product(const Problem& p, int64_t v, const Cut& c, const Tensor& squar
   const Tensor part = common::strided(
       centred, {p.groups, c.rows, c.columns}, {p.rows * p.dim, p.dim, 1},
       v * p.groups * p.rows * p.dim + c.row0 * p.dim + c.column0);
-  product(p.gram ? square : part, p.gram ? part : square, out);
+  bmm(p.gram ? square : part, p.gram ? part : square, out);
 }
 
 template <typename T, bool Vectors>

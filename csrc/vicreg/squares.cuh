@@ -19,24 +19,9 @@ struct Finish {
 // The last block to come here adds the partial sums of all blocks up to the four terms, in an order
 // that does not depend on which block that is. Returns after a barrier of the whole block.
 __device__ __forceinline__ void finish_terms(double sum, double* sums, const Finish& finish) {
-  SHARED_ARRAY(unsigned, before, 1);
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) {
-    sums[blockIdx.x] = sum;
-    __threadfence();
-    before[0] = atomicAdd(finish.done, 1u);
-  }
-  __syncthreads();
-  if (before[0] != gridDim.x - 1) return;
-  __threadfence();
+  if (!last_block(sum, sums, finish.done)) return;
   double totals[3];
-  for (int i = 0; i < 3; ++i) {
-    double total = 0.0;
-    for (int64_t p = threadIdx.x; p < finish.counts[i]; p += kThreads) {
-      total += __ldcg(finish.partials[i] + p);  // past L1, which other blocks do not write to
-    }
-    totals[i] = block_sum(total);
-  }
+  for (int i = 0; i < 3; ++i) totals[i] = sum_of(finish.partials[i], finish.counts[i]);
   if (threadIdx.x != 0) return;
   double loss = 0.0;
   for (int i = 0; i < 3; ++i) {

@@ -159,6 +159,21 @@ def check_views(x: Tensor, y: Tensor, least_rows: int = 2) -> None:
         raise ValueError(f"x: got no elements (shape {tuple(x.shape)})")
 
 
+def _check(
+    x: Tensor,
+    y: Tensor,
+    lambd: float | None,
+    convention: str,
+    eps: float | None,
+    backend: str | None,
+    group: str | None,
+) -> None:
+    check_settings(lambd=lambd, convention=convention, eps=eps, backend=backend)
+    check_views(x, y, least_rows=2 if group is None else 1)
+    if group is not None:
+        distributed.choose_backend(backend, x.dtype)
+
+
 def _loss(
     x: Tensor,
     y: Tensor,
@@ -205,8 +220,12 @@ def barlow_twins_loss(
             projections' unit squared) or to the standard deviation (their unit); None takes the
             convention's own.
         process_group: None, True (the default group) or a torch.distributed.ProcessGroup over whose
-            ranks the batch is spread, each with its own rows (docs/distributed.md).
-        backend: "reference", "cpu", "triton" or "cuda"; None takes the best for the input.
+            ranks the batch is spread, each with its own rows, at least one. The loss is the whole
+            batch's, the same on every rank; the gradient is `ranks` times the whole batch's at the
+            own rows, so that DistributedDataParallel's mean is one process's gradient
+            (docs/distributed.md). Every rank must call, and weigh the loss by the same factor.
+        backend: "reference", "cpu", "triton" or "cuda"; None takes the best for the input. With a
+            process_group of several ranks: "reference" or None.
 
     Returns:
         A 0-d tensor, float32 (float64 for float64 inputs). The gradient has the inputs' dtype.
@@ -217,10 +236,8 @@ def barlow_twins_loss(
             message names the argument.
         RuntimeError: the named backend cannot run here; the message says why.
     """
-    group = distributed.resolve(process_group)
-    with distributed.announcing("barlow_twins_loss", group):
-        check_settings(lambd=lambd, convention=convention, eps=eps, backend=backend)
-        check_views(x, y, least_rows=2 if group is None else 1)
+    group = None if process_group is None else distributed.group_name(process_group)
+    distributed.checked(ranks.OP, group, _check, x, y, lambd, convention, eps, backend, group)
     rule = CONVENTIONS[convention]
     eps = float(rule.eps if eps is None else eps)
     numbers = (
@@ -232,5 +249,8 @@ def barlow_twins_loss(
     if group is None:
         loss = _loss(x, y, *numbers, backend)
     else:
-        loss = ranks.loss(x, y, *numbers, backend, convention, group)
+        name = distributed.choose_backend(backend, x.dtype)
+        if not torch.compiler.is_compiling():
+            dispatch.log_choice("barlow", name, backend, x.device, x.shape)
+        loss = ranks.loss(x, y, *numbers, name, convention, group)
     return loss if rule.scale == 1.0 else loss * rule.scale

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vicreg_kernels import distributed
-from vicreg_kernels.sigreg.op import OP, check_settings, check_z, mean_over_ranks, sigreg_loss
+from vicreg_kernels.sigreg.checks import check_settings, check_z
+from vicreg_kernels.sigreg.op import OP, mean_over_ranks, sigreg_loss
 
 WEIGHTINGS = ("convex", "sum")
 

@@ -210,8 +210,7 @@ def _terms(
         dispatch.log_choice("vicreg", name, backend, x.device, x.shape)
     settings = (margin, eps, unbiased, list(scales), list(weights), normalizer)
     if group is not None:
-        out = ranks.terms(x, y, settings, name, group)
-        return out if all_terms else out[0]
+        return ranks.terms(x, y, settings, name, group, all_terms)
     if name == "reference":
         scale = scales[2] * covariance_scale(x.shape[-1], normalizer)
         scales = (scales[0], scales[1], scale)
@@ -222,7 +221,7 @@ def _terms(
 
 def _choose(x: Tensor, backend: str | None, group: str | None) -> str:
     if group is not None:
-        return ranks.choose(backend, x.dtype)
+        return distributed.choose_backend(backend, x.dtype)
     return dispatch.choose("vicreg", backend, x.device.type, x.dtype, min(x.shape[-2:]))
 
 

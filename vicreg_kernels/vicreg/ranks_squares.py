@@ -1,8 +1,10 @@
 """What a rank multiplies: its rows of the Gram matrix (N < D), or its share of Zc^T Zc (N >= D).
 
-Both give (covariance sum before scaling, over groups and views; scatter of what was multiplied;
-squares, everyone, deflated, index as in ranks.py), from own [V, n, G, D] float32, the centred own
-rows, and scatter [V, G, D] float64. Half inputs multiply centred values rounded to half.
+Both take own [V, n, G, D] float32, the centred own rows, and scatter [V, G, D] float64, and give
+(covariance sum before scaling, over groups and views; scatter of what was multiplied; a view's
+covariance gradient before scaling, sum_{i != j} z_i (z_i . z_j) for column j at the own rows,
+[G, n, D] float32, or empty where it is not needed). Half inputs multiply centred values rounded to
+half, and what the Gram side subtracts is made of those very values, as in the cuda backend.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from vicreg_kernels import distributed
 from vicreg_kernels.distributed import Pending
-from vicreg_kernels.products import product
+from vicreg_kernels.shares import product, square_product
 from vicreg_kernels.vicreg.backends import DEFLATED_COLUMNS
 
 OP = "vicreg"
@@ -34,30 +36,30 @@ def columns(index: Tensor) -> tuple[Tensor, slice, Tensor]:
 
 
 def gram(
-    own: Tensor, scatter: Tensor, dtype: torch.dtype, rows: list[int], group: Any
-) -> tuple[Tensor, ...]:
+    own: Tensor,
+    scatter: Tensor,
+    dtype: torch.dtype,
+    needs: tuple[bool, ...],
+    rows: list[int],
+    group: Any,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """N < D. docs/cancellation.md has the formulas: they hold for each row of Kr, and what is left
     to add over ranks are sums of squares.
     """
-    views, count, groups, dim = own.shape
+    views, count, _, dim = own.shape
     longest, rank = max(rows), torch.distributed.get_rank(group)
     mine = slice(rank * longest, rank * longest + count)
-    everyone = own.new_empty((views, len(rows) * longest, groups, dim), dtype=dtype)
     operands = own.to(dtype)
-    arriving: list[Pending] = [
-        distributed.start_gather_rows(OP, group, z, rows, out)
-        for z, out in zip(operands, everyone, strict=True)
-    ]
+    arriving = [distributed.start_gather_rows(OP, group, z, rows) for z in operands]
     index = scatter.topk(min(DEFLATED_COLUMNS, dim), dim=-1).indices
-    squares = own.new_empty((views, groups, count, everyone.shape[1]))
-    deflated = own.new_empty((*index.shape, count))
     rounded = dtype != torch.float32
     packed = scatter.new_zeros(1 + (scatter.numel() if rounded else 0))
     if rounded:
         packed[1:] = operands.float().square_().sum(dim=1).flatten()
     between_taken = scatter.new_zeros(())
+    factors = []
     for v in range(views):
-        planes = arriving[v].wait().transpose(0, 1)  # [G, M, D]
+        planes = arriving[v].wait().transpose(0, 1)  # [G, M, D], M = ranks * longest
         picked = columns(index[v])
         taken = planes[picked].double()  # [G, K, M]
         planes[picked] = 0.0
@@ -68,33 +70,54 @@ def gram(
         between.diagonal(dim1=-2, dim2=-1).zero_()
         packed[0] += wide.square().sum() + 2.0 * (own_taken * along).sum()
         between_taken += between.square().sum()
-        deflated[v] = along + between @ own_taken
-        torch.baddbmm(kr, own_taken.mT.float(), taken.float(), out=squares[v])
-    distributed.sum_ranks_(OP, group, packed)
+        if needs[v]:
+            kr.baddbmm_(own_taken.mT.float(), taken.float())
+            factors.append((kr, planes, (along + between @ own_taken).float()))
+    summing = distributed.start_sum_ranks_(OP, group, packed)
+    gradients = [own.new_empty(0) for _ in range(views)]
+    for v in range(views):
+        if needs[v]:
+            kr, planes, deflated = factors.pop(0)
+            gradients[v] = square_product(kr, planes)
+            gradients[v][columns(index[v])] = deflated
+    summing.wait()
     if rounded:
         scatter = packed[1:].view_as(scatter)
-    subtracted = scatter.scatter(-1, index, 0.0).square().sum()
-    square = packed[0] + between_taken - subtracted
-    return square, scatter, squares.flatten(), everyone.flatten(), deflated, index
+    left = scatter.scatter(-1, index, 0.0)
+    for v in range(views):
+        if needs[v]:
+            gradients[v].addcmul_(
+                operands[v].transpose(0, 1), left[v].float().unsqueeze(1), value=-1
+            )
+    return packed[0] + between_taken - left.square().sum(), scatter, gradients
 
 
 def covariance(
-    own: Tensor, scatter: Tensor, dtype: torch.dtype, rows: list[int], group: Any
-) -> tuple[Tensor, ...]:
+    own: Tensor,
+    scatter: Tensor,
+    dtype: torch.dtype,
+    needs: tuple[bool, ...],
+    rows: list[int],
+    group: Any,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """N >= D: the D x D side, its diagonal left out."""
-    views, count, groups, dim = own.shape
+    views, _, groups, dim = own.shape
+    operands = own.to(dtype)
     squares = own.new_empty((views, groups, dim, dim))
     total = scatter.new_zeros(())
-    for v, begin, part in _summed_chunks(own.to(dtype), group):
-        end, before = part.shape[-1], part[..., :begin]
+    for v, begin, part in _summed_chunks(operands, group):
+        end, before = begin + part.shape[1], part[..., :begin]
         part.diagonal(begin, dim1=-2, dim2=-1).zero_()
         total += part.double().square().sum() + before.double().square().sum()
         squares[v, :, begin:end, :end] = part
         squares[v, :, :begin, begin:end] = before.mT
-    taken = min(DEFLATED_COLUMNS, dim)
-    deflated = own.new_zeros((views, groups, taken, count))
-    index = torch.zeros((views, groups, taken), dtype=torch.int64, device=own.device)
-    return total, scatter, squares.flatten(), own.new_empty(0, dtype=dtype), deflated, index
+    gradients = [own.new_empty(0) for _ in range(views)]
+    for v in range(views):
+        if needs[v]:
+            # The square on the left, where its rows can be scaled; [G, D, n] turned back.
+            turned = square_product(squares[v], operands[v].permute(1, 2, 0))
+            gradients[v] = turned.mT.contiguous()
+    return total, scatter, gradients
 
 
 def _summed_chunks(own: Tensor, group: Any) -> Iterator[tuple[int, int, Tensor]]:

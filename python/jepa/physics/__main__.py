@@ -59,6 +59,8 @@ def main(arguments: list[str] | None = None) -> None:
             written = shards.write(
                 chosen.output, chosen.videos, settings, chosen.workers, bar.update
             )
+    except KeyboardInterrupt:
+        raise SystemExit(f"stopped; the same command goes on in {chosen.output}") from None
     except (OSError, ValueError) as error:
         name, _, rest = str(error).partition(":")
         options.error(

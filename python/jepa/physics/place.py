@@ -57,8 +57,8 @@ def thing(
     )
 
 
-def other_colour(rng: Generator, *taken: str) -> str:
-    return choose(rng, [colour for colour in COLOURS if colour not in taken])
+def colours_but(*taken: str) -> list[str]:
+    return [colour for colour in COLOURS if colour not in taken]
 
 
 def other_shape(rng: Generator, taken: str) -> str:

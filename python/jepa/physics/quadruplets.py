@@ -8,6 +8,8 @@
 At every frame the impossible two show the very pictures that the possible two show, so that no
 score that adds up over single frames can tell them apart (Riochet et al., arXiv:1803.07616). Where
 the exchange is unseen this holds for every run of frames that does not span the hidden stretch.
+The fairest comparison is of the videos with one future, 2 with 1 and 3 with 0, from the first
+difference on: from there they show the same, and any aggregate of surprise may be taken.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jepa.physics.draw import frames
-from jepa.physics.pairs import PROPERTIES, Pair
+from jepa.physics.pair import Pair
+from jepa.physics.pairs import PROPERTIES
 from jepa.physics.place import chance
 from jepa.physics.scene import SIZE, Clip, simulate
 

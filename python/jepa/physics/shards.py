@@ -10,6 +10,7 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -60,7 +61,10 @@ def write(
     """
     root = Path(folder)
     _claim(root, settings)
-    pool = multiprocessing.get_context("spawn").Pool(workers) if workers else None
+    # Ctrl-C is for this process, which ends the others.
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    spawn = multiprocessing.get_context("spawn")
+    pool = spawn.Pool(workers, signal.signal, ignore) if workers else None
     try:
         shards = []
         for number, start in enumerate(range(0, videos, settings.per_shard)):

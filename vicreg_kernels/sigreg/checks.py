@@ -1,0 +1,176 @@
+"""Checks of SIGReg's arguments, before anything runs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vicreg_kernels import dispatch
+from vicreg_kernels.sigreg.variants import VARIANTS, Variant, quadrature
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MOST_KNOTS = 64
+_INT64 = 1 << 63
+
+
+class Settings(NamedTuple):
+    """Checked settings: the variant, its slices, and the quadrature."""
+
+    variant: Variant
+    slices: int
+    knots: list[float]
+    weights: list[float]
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_settings(
+    *,
+    slices: int | None = None,
+    knots: int | Sequence[float] | None = None,
+    t_max: float | None = None,
+    variant: str = "lejepa",
+    seed: int = 0,
+    backend: str | None = None,
+) -> Settings:
+    """The settings in full; raise a ValueError or TypeError that names the first that is wrong."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant: got {variant!r}, takes one of {tuple(VARIANTS)}")
+    rule = VARIANTS[variant]
+    if slices is None:
+        slices = rule.slices
+    if not is_int(slices):
+        raise TypeError(f"slices: got {type(slices).__name__}, takes an int or None")
+    if slices < 1:
+        raise ValueError(f"slices: got {slices}, takes at least 1")
+    if not is_int(seed):
+        raise TypeError(f"seed: got {type(seed).__name__}, takes an int")
+    if not -_INT64 <= seed < _INT64:
+        raise ValueError(f"seed: got {seed}, takes a signed 64-bit int")
+    positions, weights = quadrature(rule, *_check_knots(rule, knots, t_max))
+    if len(positions) > MOST_KNOTS:
+        raise ValueError(
+            f"knots: got {len(positions)} distances from 0, takes at most {MOST_KNOTS}"
+        )
+    dispatch.check_backend(backend)
+    return Settings(rule, slices, positions, weights)
+
+
+def _check_knots(
+    rule: Variant, knots: int | Sequence[float] | None, t_max: float | None
+) -> tuple[int | Sequence[float], float]:
+    if knots is None:
+        knots = rule.knots
+    if is_int(knots):
+        if knots < 2:  # type: ignore[operator]
+            raise ValueError(f"knots: got {knots}, takes at least 2")
+        t_max = rule.t_max if t_max is None else t_max
+        if not 0 < t_max < math.inf:
+            raise ValueError(f"t_max: got {t_max}, takes a finite number > 0")
+        return knots, t_max
+    if not isinstance(knots, (list, tuple)):
+        raise TypeError(
+            f"knots: got {type(knots).__name__}, takes an int, or a list or tuple of floats"
+        )
+    if t_max is not None:
+        raise ValueError(f"t_max: got {t_max} with the knots themselves, takes None")
+    least = -math.inf if rule.symmetric else 0.0
+    rising = all(a < b for a, b in itertools.pairwise(knots))
+    if len(knots) < 2 or not rising or not least <= knots[0] or not all(map(math.isfinite, knots)):
+        where = "" if rule.symmetric else " that are >= 0"
+        raise ValueError(
+            f"knots: got {list(knots)}, takes two or more ascending finite numbers{where}"
+        )
+    return knots, rule.t_max
+
+
+def check_z(z: Tensor, least_rows: int) -> None:
+    if not isinstance(z, Tensor):
+        raise TypeError(f"z: got {type(z).__name__}, takes a torch.Tensor")
+    if z.dtype not in DTYPES:
+        raise TypeError(f"z: got dtype {z.dtype}, takes float32, bfloat16, float16 or float64")
+    if z.layout != torch.strided:
+        raise TypeError(f"z: got layout {z.layout}, takes a dense (strided) tensor")
+    if z.dim() not in (2, 3):
+        raise ValueError(f"z: got shape {tuple(z.shape)}, takes [N, D] or [G, N, D]")
+    if z.shape[-2] < least_rows:
+        raise ValueError(f"z: got {z.shape[-2]} rows, takes at least {least_rows}")
+    if z.shape[-1] < 1 or z.shape[0] < 1:
+        raise ValueError(f"z: got no elements (shape {tuple(z.shape)})")
+
+
+def check_directions(directions: Tensor, z: Tensor, slices: int | None) -> None:
+    if not isinstance(directions, Tensor):
+        raise TypeError(f"directions: got {type(directions).__name__}, takes a torch.Tensor")
+    if directions.dtype not in DTYPES:
+        raise TypeError(
+            f"directions: got dtype {directions.dtype}, takes float32, bfloat16, float16 or float64"
+        )
+    if directions.layout != torch.strided:
+        raise TypeError(f"directions: got layout {directions.layout}, takes a dense tensor")
+    if directions.dim() != 2 or directions.shape[0] != z.shape[-1] or directions.shape[1] < 1:
+        raise ValueError(
+            f"directions: got shape {tuple(directions.shape)}, takes [D, M] with z's D = "
+            f"{z.shape[-1]}"
+        )
+    if slices is not None and slices != directions.shape[1]:
+        raise ValueError(
+            f"slices: got {slices} with {directions.shape[1]} directions, takes that number or None"
+        )
+    if directions.device != z.device:
+        raise ValueError(f"directions: got device {directions.device}, takes z's device {z.device}")
+    if directions.requires_grad:
+        raise ValueError(
+            "directions: got a tensor that requires grad, takes constants: the loss is "
+            "differentiated by z alone"
+        )
+
+
+def check_step(step: int | Tensor | None, device: torch.device) -> None:
+    if step is None:
+        return
+    if isinstance(step, Tensor):
+        if step.dtype != torch.int64 or step.dim() != 0:
+            raise ValueError(
+                f"step: got {step.dtype} of shape {tuple(step.shape)}, takes an int, or a 0-d "
+                "int64 tensor"
+            )
+        if step.device != device:
+            raise ValueError(f"step: got device {step.device}, takes z's device {device}")
+        return
+    if not is_int(step):
+        raise TypeError(
+            f"step: got {type(step).__name__}, takes an int, a 0-d int64 tensor or None"
+        )
+    if not 0 <= step < _INT64:
+        raise ValueError(f"step: got {step}, takes 0 <= step < 2^63")
+
+
+def check_call(
+    z: Tensor,
+    slices: int | None,
+    knots: int | Sequence[float] | None,
+    t_max: float | None,
+    variant: str,
+    directions: Tensor | None,
+    step: int | Tensor | None,
+    seed: int,
+    group: str | None,
+    backend: str | None,
+) -> tuple[Settings, str]:
+    """The settings, and the backend that runs."""
+    settings = check_settings(
+        slices=slices, knots=knots, t_max=t_max, variant=variant, seed=seed, backend=backend
+    )
+    check_z(z, least_rows=2 if group is None else 1)
+    if directions is not None:
+        check_directions(directions, z, slices)
+    check_step(step, z.device)
+    return settings, dispatch.choose("sigreg", backend, z.device.type, z.dtype)

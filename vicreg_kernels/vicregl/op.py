@@ -1,0 +1,133 @@
+"""Schemas, fakes and autograd of the VICRegL ops: nearest matches, and the matched difference.
+
+`backends.py` says what each computes. Matches are integers and have no gradient; what is kept of
+them is a rule of (count, weight) pairs on their ranks, so that the two roles of a pair of large
+views share one search and one pass. Nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vicreg_kernels.vicregl import backends, reference
+
+_LIBRARY = torch.library.Library("vicreg_kernels", "FRAGMENT")
+_MATCHES = "Tensor a, Tensor b, Tensor nearest_a, Tensor rank_a, Tensor nearest_b, Tensor rank_b"
+_KEPT = "SymInt[] counts_a, float[] weights_a, SymInt[] counts_b, float[] weights_b, str backend"
+_LIBRARY.define(
+    "vicregl_match(Tensor a, Tensor b, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(f"vicregl_pairs_forward({_MATCHES}, {_KEPT}) -> Tensor")
+_LIBRARY.define(
+    f"vicregl_pairs_backward(Tensor grad, {_MATCHES}, bool need_a, bool need_b, {_KEPT})"
+    " -> (Tensor, Tensor)"
+)
+
+
+class Matches(NamedTuple):
+    """What `match` finds: int32, [U, V, B, L1] for a and [U, V, B, L2] for b."""
+
+    nearest_a: Tensor
+    rank_a: Tensor
+    nearest_b: Tensor
+    rank_b: Tensor
+
+
+class Kept(NamedTuple):
+    """Which matches of one direction count: for each t, the counts[t] closest, times weights[t]."""
+
+    counts: Sequence[int]
+    weights: Sequence[float]
+
+
+@torch.library.impl(_LIBRARY, "vicregl_match", "CompositeExplicitAutograd")
+def _match(a: Tensor, b: Tensor, backend: str) -> tuple[Tensor, ...]:
+    return backends.load(backend).match(a, b)
+
+
+@torch.library.impl(_LIBRARY, "vicregl_pairs_forward", "CompositeExplicitAutograd")
+def _pairs_forward(*args: Any) -> Tensor:
+    return backends.load(args[-1]).pairs_forward(*args[:-1])
+
+
+@torch.library.impl(_LIBRARY, "vicregl_pairs_backward", "CompositeExplicitAutograd")
+def _pairs_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    return backends.load(args[-1]).pairs_backward(*args[:-1])
+
+
+@torch.library.register_fake("vicreg_kernels::vicregl_match")
+def _match_fake(a: Tensor, b: Tensor, backend: str) -> tuple[Tensor, ...]:
+    pairs = (a.shape[0], b.shape[0], a.shape[1])
+    made = [a.new_empty((*pairs, z.shape[2]), dtype=torch.int32) for z in (a, a, b, b)]
+    return tuple(made)
+
+
+@torch.library.register_fake("vicreg_kernels::vicregl_pairs_forward")
+def _pairs_forward_fake(a: Tensor, *rest: Any) -> Tensor:
+    return a.new_empty((), dtype=torch.float32)
+
+
+@torch.library.register_fake("vicreg_kernels::vicregl_pairs_backward")
+def _pairs_backward_fake(grad: Tensor, a: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    need_a, need_b = rest[4], rest[5]
+    return a.new_empty(a.shape if need_a else (0,)), b.new_empty(b.shape if need_b else (0,))
+
+
+def match(a: Tensor, b: Tensor, backend: str) -> Matches:
+    """Nearest positions both ways between each view of a [U, B, L1, C] and of b [V, B, L2, C]."""
+    a, b = a.detach(), b.detach()
+    if backend == "reference":
+        return Matches(*reference.match(a, b))
+    return Matches(*torch.ops.vicreg_kernels.vicregl_match(a, b, backend))
+
+
+def pairs(a: Tensor, b: Tensor, found: Matches, kept_a: Kept, kept_b: Kept, backend: str) -> Tensor:
+    """The weighed mean squared differences of the matches that are kept: a 0-d tensor, float32
+    (float64 for float64 inputs).
+    """
+    rules = (list(kept_a.counts), list(kept_a.weights), list(kept_b.counts), list(kept_b.weights))
+    if backend == "reference":
+        return reference.pairs(a, b, *found, *rules)
+    return _Pairs.apply(a, b, *found, (*rules, backend))
+
+
+class _Pairs(torch.autograd.Function):
+    """Forward saves only its inputs; backward is one op call. Once differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, *args: Any) -> Tensor:
+        *found, settings = args
+        ctx.save_for_backward(a, b, *found)
+        ctx.settings = settings
+        return torch.ops.vicreg_kernels.vicregl_pairs_forward(a, b, *found, *settings)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        need_a, need_b = ctx.needs_input_grad[:2]
+        run = _Gradient.apply if torch.is_grad_enabled() else _gradient
+        made = run(grad, *ctx.saved_tensors, need_a, need_b, ctx.settings)
+        grad_a, grad_b = made
+        return grad_a if need_a else None, grad_b if need_b else None, *(None,) * 5
+
+
+def _gradient(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *rest, settings = args
+    return torch.ops.vicreg_kernels.vicregl_pairs_backward(grad, *rest, *settings)
+
+
+class _Gradient(torch.autograd.Function):
+    """The backward op under create_graph=True: a second derivative is an error, not a silent 0."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        return _gradient(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "the fused VICRegL differentiates once; backend='reference' to any order"
+        )
