@@ -20,7 +20,7 @@ $(VENV)/packages: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)" "setuptools>=70.1" wheel
 	VICREG_KERNELS_BUILD=python $(BIN)/python -m pip install -q --disable-pip-version-check \
-	    --no-build-isolation --config-settings editable_mode=compat -e ".[triton,demo,test,lint]"
+	    --no-build-isolation --config-settings editable_mode=compat -e ".[triton,demo,trainer,test,lint]"
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps timm==1.0.31
 	touch $@
 

@@ -101,3 +101,11 @@ def split(data: Images, seed: int, test_fraction: float = 0.2) -> tuple[Images, 
         test.append(members[:held_out])
         train.append(members[held_out:])
     return data.subset(torch.cat(train)), data.subset(torch.cat(test))
+
+
+def resized(data: Images, size: int) -> Images:
+    """Every image enlarged or reduced to size x size, bilinear with antialiasing."""
+    images = torch.nn.functional.interpolate(
+        data.images, (size, size), mode="bilinear", antialias=True
+    )
+    return replace(data, images=images.clamp(0.0, 1.0))

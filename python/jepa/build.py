@@ -1,0 +1,99 @@
+"""A method from its configuration; the weights depend on the seed alone, not on the kernels."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jepa import kernels as choice
+from jepa.augment import Augment
+from jepa.config import Config
+from jepa.masks import Blocks
+from jepa.methods.ijepa import IJEPA
+from jepa.methods.lejepa import LeJEPA
+from jepa.methods.vicreg import VICReg
+from jepa.methods.vicreg_jepa import VICRegJEPA
+from jepa.methods.vjepa import VJEPA
+from jepa.models import ConvEncoder, Expander
+from jepa.vit import Predictor, ViT
+
+
+class Pooled(nn.Module):
+    """A ViT's tokens averaged: images [N, C, H, W] -> [N, features]."""
+
+    def __init__(self, vit: ViT, kernels: choice.Kernels) -> None:
+        super().__init__()
+        self.vit, self.kernels, self.features = vit, kernels, vit.features
+
+    def forward(self, images: Tensor) -> Tensor:
+        return choice.encode(self.vit, self.kernels, images, None).mean(dim=1)
+
+
+def method(config: Config, channels: int) -> nn.Module:
+    """On the CPU, in training mode."""
+    torch.manual_seed(config.seed)
+    kernels = choice.named(config.kernels, config.backend)
+    model, loss, data = config.model, config.loss, config.data
+    if config.method in ("ijepa", "vjepa"):
+        return _predictive(config, kernels, channels)
+    encoder: Any
+    if model.encoder == "conv":
+        encoder = ConvEncoder(channels, model.dim)
+    else:
+        vit = ViT(
+            (channels, 1, data.size, data.size), (1, model.patch, model.patch), model.dim,
+            model.depth, model.heads,
+        )  # fmt: skip
+        encoder = Pooled(vit, kernels)
+    expander = Expander(encoder.features, *model.expander)
+    shared = (encoder, expander, kernels, Augment())
+    weights = (loss.invariance, loss.variance, loss.covariance)
+    if config.method == "vicreg":
+        return VICReg(*shared[:4], weights=weights)
+    if config.method == "vicreg_jepa":
+        width = model.expander[1]
+        predictor = mlp(width, model.predictor_dim, width)
+        return VICRegJEPA(encoder, expander, predictor, kernels, Augment(), weights=weights)
+    return LeJEPA(*shared, sigreg=loss.sigreg, slices=loss.slices, views=loss.views)
+
+
+def _predictive(config: Config, kernels: choice.Kernels, channels: int) -> nn.Module:
+    model, data, video = config.model, config.data, config.method == "vjepa"
+    position = "rope" if video else "sincos"
+    encoder = ViT(
+        (channels, data.frames if video else 1, data.size, data.size),
+        (model.tubelet if video else 1, model.patch, model.patch),
+        model.dim,
+        model.depth,
+        model.heads,
+        position,
+    )
+    predictor = Predictor(
+        encoder.grid,
+        model.dim,
+        model.predictor_dim,
+        model.predictor_depth,
+        model.predictor_heads,
+        position,
+    )
+    for part in (encoder, predictor):
+        part.checkpointing = config.training.checkpointing
+    shared = {"momentum": config.optimizer.momentum, "steps": config.training.steps}
+    if video:
+        return VJEPA(
+            encoder, predictor, kernels, future=config.loss.future,
+            frames_seen=config.loss.frames_seen, **shared,
+        )  # fmt: skip
+    target = Blocks(4, (0.15, 0.2), (0.75, 1.5))
+    return IJEPA(encoder, predictor, kernels, target=target, **shared)
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers with GELU between."""
+    layers: list[nn.Module] = []
+    for inward, outward in pairwise(widths):
+        layers += [nn.Linear(inward, outward), nn.GELU()]
+    return nn.Sequential(*layers[:-1])

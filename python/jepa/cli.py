@@ -1,0 +1,120 @@
+"""`jepa train | probe | surprise | compare | export`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from jepa import checkpoint, config
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(prog="jepa", description=__doc__)
+    commands = found.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("train", help="train a recipe, or go on with a run")
+    one.add_argument("config", help=f"a YAML file or a recipe: {', '.join(config.recipes())}")
+    one.add_argument("overrides", nargs="*", metavar="key=value", help="training.steps=500 ...")
+    one.add_argument("--output", type=Path, required=True, help="the run's folder")
+    two = commands.add_parser("probe", help="a linear classifier on a run's frozen features")
+    two.add_argument("run", type=Path)
+    three = commands.add_parser("surprise", help="tell impossible physics from possible")
+    three.add_argument("run", type=Path)
+    three.add_argument("--output", type=Path, help="folder of the pictures; the run's by default")
+    three.add_argument("--video", type=Path, help="draw this clip's surprise instead of the test")
+    three.add_argument("--quadruplets", type=int, default=50, help="of each property")
+    four = commands.add_parser(
+        "compare", help="fused kernels against the reference: steps/s, memory"
+    )
+    four.add_argument("configs", nargs="+", help="recipes, YAML files, and key=value for all")
+    four.add_argument("--rounds", type=int, default=9, help="timed steps of each")
+    five = commands.add_parser("export", help="a run's encoder as one safetensors file")
+    five.add_argument("run", type=Path)
+    five.add_argument("file", type=Path)
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    try:
+        return COMMANDS[options.command](options)
+    except (config.ConfigError, checkpoint.CheckpointError, FloatingPointError) as error:
+        print(f"jepa {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _train(options: argparse.Namespace) -> int:
+    from jepa import launch
+
+    settings = config.load(options.config, options.overrides)
+    trainer = launch.train(settings, options.output)
+    print(f"{trainer.step} steps; the run is in {options.output}")
+    return 0
+
+
+def _probe(options: argparse.Namespace) -> int:
+    from jepa import launch, monitor, probe
+
+    settings, method, step = launch.restore(options.run)
+    train, test = launch.images(settings)
+    seen, held_out = (launch.features(method, part.images) for part in (train, test))
+    score = probe.probe(seen, held_out, train, test, seed=settings.seed)
+    spread = monitor.spread(seen)
+    print(
+        f"{settings.method}, step {step}: linear probe {100 * score.all_labels:.2f} %, all labels"
+    )
+    print(f"{100 * score.few_labels:.2f} % with ten labels a class (mean of ten draws)")
+    print(f"effective rank {spread.effective_rank:.1f} of {spread.dim}, std {spread.std:.3f}")
+    for warning in spread.warnings():
+        print(f"warning: {warning}")
+    return 0
+
+
+def _surprise(options: argparse.Namespace) -> int:
+    from jepa import intuition, launch, surprise_report
+
+    settings, method, step = launch.restore(options.run)
+    if settings.method != "vjepa":
+        raise config.ConfigError(f"run: trained {settings.method}, surprise takes a vjepa run")
+    output = options.output or options.run / "surprise"
+    output.mkdir(parents=True, exist_ok=True)
+    if options.video is not None:
+        surprise_report.draw_video(method, options.video, settings.data.size, output)
+        return 0
+    found = surprise_report.test(method, intuition.of_method(method), options.quadruplets, output)
+    print(surprise_report.table(found, f"{settings.method}, step {step}"))
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from jepa import compare
+
+    overrides = [word for word in options.configs if "=" in word]
+    names = [word for word in options.configs if "=" not in word]
+    found = [compare.compare(config.load(name, overrides), options.rounds) for name in names]
+    print(compare.table(found))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from safetensors.torch import save_file
+
+    from jepa import launch
+
+    settings, method, step = launch.restore(options.run)
+    teacher = getattr(method, "teacher", None)
+    part = "encoder" if teacher is None else "teacher"
+    encoder = method.encoder if teacher is None else teacher.module
+    tensors = {name: z.contiguous() for name, z in encoder.state_dict().items()}
+    save_file(tensors, options.file, metadata={"method": settings.method, "step": str(step)})
+    print(f"{len(tensors)} tensors of the {part}: {options.file}")
+    return 0
+
+
+COMMANDS = {
+    "train": _train,
+    "probe": _probe,
+    "surprise": _surprise,
+    "compare": _compare,
+    "export": _export,
+}

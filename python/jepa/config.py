@@ -1,0 +1,214 @@
+"""What a run is made of: typed, one YAML file a recipe, `key=value` on the command line.
+
+Unknown keys, wrong types and values out of range are refused by name (pydantic).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+RECIPES = Path(__file__).with_name("recipes")
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class Data(Settings):
+    """What is trained on.
+
+    kind: digits (scikit-learn's), images (a folder of class folders), videos (a folder of clips),
+    shards (WebDataset tars of clips), physics (simulated, without end). size: edge in pixels that
+    images and frames are resized to; frames, stride: of a clip and between its frames.
+    """
+
+    kind: Literal["digits", "images", "videos", "shards", "physics"] = "digits"
+    path: Path | None = None
+    size: Positive = 32
+    frames: Positive = 1
+    stride: Positive = 1
+    videos: Positive = 2000
+    workers: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _path_where_needed(self) -> Data:
+        if self.kind in ("images", "videos", "shards") and self.path is None:
+            raise ValueError(f"path: missing, takes a folder with kind={self.kind!r}")
+        return self
+
+    @property
+    def is_video(self) -> bool:
+        return self.kind in ("videos", "shards", "physics")
+
+
+class Model(Settings):
+    """The networks. patch, tubelet: pixels and frames of a token; expander: inner and outer width
+    of the embedding that a loss of batch statistics sees.
+    """
+
+    encoder: Literal["conv", "vit"] = "vit"
+    dim: Positive = 128
+    depth: Positive = 4
+    heads: Positive = 4
+    patch: Positive = 4
+    tubelet: Positive = 1
+    predictor_dim: Positive = 96
+    predictor_depth: Positive = 2
+    predictor_heads: Positive = 3
+    expander: tuple[Positive, Positive] = (512, 2048)
+
+
+class Loss(Settings):
+    """variance, covariance, invariance: VICReg's weights; sigreg: lambda of LeJEPA; slices: its
+    random directions; future: share of V-JEPA's steps that hide the future, after a number of
+    token frames in frames_seen.
+    """
+
+    invariance: NonNegative = 25.0
+    variance: NonNegative = 25.0
+    covariance: NonNegative = 1.0
+    sigreg: Fraction = 0.05
+    slices: Positive = 1024
+    views: Annotated[int, Field(ge=2)] = 2
+    future: Fraction = 0.0
+    frames_seen: tuple[Positive, Positive] = (1, 5)
+
+
+class Optimizer(Settings):
+    """Per step: the learning rate rises linearly for `warmup` of all steps and falls as a cosine to
+    final_rate; weight decay goes as a cosine to final_weight_decay; the teacher's momentum linearly
+    to 1.
+    """
+
+    name: Literal["adamw", "lars"] = "adamw"
+    rate: Annotated[float, Field(gt=0.0)] = 1e-3
+    final_rate: NonNegative = 0.0
+    warmup: Fraction = 0.1
+    weight_decay: NonNegative = 0.05
+    final_weight_decay: NonNegative | None = None
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    clip: NonNegative = 0.0
+    momentum: Fraction = 0.996
+
+
+class Training(Settings):
+    """batch: samples of a step over all ranks; accumulate: micro-batches of a rank's share, exact
+    for every loss; keep: checkpoints kept; parallel: under torchrun.
+    """
+
+    steps: Positive = 1000
+    batch: Annotated[int, Field(ge=2)] = 128
+    accumulate: Positive = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    device: str = "cpu"
+    compile: bool = False
+    checkpointing: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    save_every: Positive = 200
+    keep: Positive = 2
+    log_every: Positive = 10
+
+
+class Config(Settings):
+    """kernels: "fused" (vicreg_kernels) or "reference" (plain PyTorch as published)."""
+
+    method: Literal["vicreg", "vicreg_jepa", "ijepa", "vjepa", "lejepa"]
+    kernels: Literal["fused", "reference"] = "fused"
+    backend: Literal["reference", "cpu", "triton", "cuda"] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    data: Data = Data()
+    model: Model = Model()
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    training: Training = Training()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if (self.method == "vjepa") != self.data.is_video:
+            takes = "videos" if self.method == "vjepa" else "images"
+            raise ValueError(f"data.kind: got {self.data.kind!r}, {self.method} takes {takes}")
+        if self.method in ("ijepa", "vjepa") and self.model.encoder != "vit":
+            raise ValueError(f"model.encoder: got 'conv', {self.method} takes 'vit'")
+        if self.kernels == "reference" and self.backend is not None:
+            raise ValueError("backend: names the fused kernels', takes none with 'reference'")
+        return self
+
+
+class ConfigError(ValueError):
+    """Names every key that is wrong."""
+
+
+def recipes() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """A recipe's name or a YAML file, with `key=value` or `section.key=value` put over it.
+
+    Raises ConfigError naming the key.
+    """
+    path = Path(source)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{source}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"config: got {str(source)!r}, takes a YAML file or one of {recipes()}")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config: {path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"config: {path} holds a {type(values).__name__}, takes keys and values")
+    for word in overrides:
+        _put(values, word)
+    return parse(values)
+
+
+def parse(values: dict[str, Any]) -> Config:
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_message(error)) from None
+
+
+def _put(values: dict[str, Any], word: str) -> None:
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override: got {word!r}, takes key=value")
+    *sections, name = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{key}: {section} is not a section")
+    try:
+        values[name] = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}: got {text!r}, which is not a YAML value: {error}") from error
+
+
+def _message(error: ValidationError) -> str:
+    lines = []
+    for found in error.errors():
+        where = ".".join(map(str, found["loc"]))
+        if found["type"] == "extra_forbidden":
+            lines.append(f"{where}: unknown key")
+        elif found["type"] == "missing":
+            lines.append(f"{where}: missing")
+        else:
+            text = found["msg"].removeprefix("Value error, ")
+            given = "" if isinstance(found["input"], dict) else f"got {found['input']!r}, "
+            lines.append(f"{where}: {given}{text}" if where else text)
+    return "; ".join(lines)
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """As JSON holds it; `parse` reads it back."""
+    return config.model_dump(mode="json")

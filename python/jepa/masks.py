@@ -1,0 +1,117 @@
+"""Which tokens a JEPA sees and which it predicts: I-JEPA's blocks and V-JEPA's tubes.
+
+Every sample has masks of its own, of its own lengths: nothing is cut to the shortest of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jepa.vit import Grid
+
+# [B]: each sample's places in the flattened grid, ascending, int64.
+Places = list[Tensor]
+
+
+@dataclass(frozen=True)
+class Masks:
+    """context: what is seen; targets: [M], what is predicted from it, M times a sample."""
+
+    context: Places
+    targets: list[Places]
+
+    def part(self, begin: int, end: int) -> Masks:
+        """Of samples begin to end."""
+        return Masks(self.context[begin:end], [places[begin:end] for places in self.targets])
+
+    def tokens(self) -> int:
+        """How many are predicted."""
+        return sum(place.numel() for places in self.targets for place in places)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Rectangles drawn by their share of the grid's area and by their height over width."""
+
+    count: int
+    scale: tuple[float, float]
+    aspect: tuple[float, float] = (1.0, 1.0)
+
+    def size(self, grid: Grid, generator: torch.Generator) -> tuple[int, int]:
+        share, ratio = torch.rand(2, generator=generator).tolist()
+        area = grid.height * grid.width * (self.scale[0] + share * (self.scale[1] - self.scale[0]))
+        aspect = self.aspect[0] + ratio * (self.aspect[1] - self.aspect[0])
+        height = min(max(1, round(math.sqrt(area * aspect))), grid.height)
+        width = min(max(1, round(math.sqrt(area / aspect))), grid.width)
+        return height, width
+
+    def draw(self, grid: Grid, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+        """bool [height, width]: one rectangle of this size, anywhere."""
+        found = torch.zeros(grid.height, grid.width, dtype=torch.bool)
+        top = int(torch.randint(grid.height - size[0] + 1, (), generator=generator))
+        left = int(torch.randint(grid.width - size[1] + 1, (), generator=generator))
+        found[top : top + size[0], left : left + size[1]] = True
+        return found
+
+
+def multi_block(
+    grid: Grid,
+    batch: int,
+    generator: torch.Generator,
+    context: Blocks = Blocks(1, (0.85, 1.0)),  # noqa: B008 - frozen
+    target: Blocks = Blocks(4, (0.15, 0.2), (0.75, 1.5)),  # noqa: B008 - frozen
+) -> Masks:
+    """I-JEPA's masks: `target.count` blocks of one size a batch, and a large block without them.
+
+    A context that the targets leave empty is drawn again (its targets too).
+    """
+    target_size, context_size = target.size(grid, generator), context.size(grid, generator)
+    contexts: Places = []
+    targets: list[Places] = [[] for _ in range(target.count)]
+    for _ in range(batch):
+        for _ in range(100):
+            blocks = [target.draw(grid, target_size, generator) for _ in targets]
+            seen = context.draw(grid, context_size, generator)
+            for block in blocks:
+                seen = seen & ~block
+            if seen.any():
+                break
+        else:
+            raise ValueError(
+                f"masks: no context is left beside {target.count} targets of {target_size} on a "
+                f"grid of {grid.height} x {grid.width}"
+            )
+        contexts.append(seen.flatten().nonzero().flatten())
+        for places, block in zip(targets, blocks, strict=True):
+            places.append(block.flatten().nonzero().flatten())
+    return Masks(contexts, targets)
+
+
+def tubes(grid: Grid, batch: int, generator: torch.Generator, blocks: Blocks) -> Masks:
+    """V-JEPA's masks: rectangles hidden in every frame; the target is all that is hidden."""
+    contexts: Places = []
+    targets: Places = []
+    for _ in range(batch):
+        for _ in range(100):
+            hidden = torch.zeros(grid.height, grid.width, dtype=torch.bool)
+            for _ in range(blocks.count):
+                hidden |= blocks.draw(grid, blocks.size(grid, generator), generator)
+            if not hidden.all():
+                break
+        else:
+            raise ValueError(f"masks: {blocks} hides every place of {grid.height} x {grid.width}")
+        flat = hidden.expand(grid.frames, -1, -1).flatten()
+        contexts.append((~flat).nonzero().flatten())
+        targets.append(flat.nonzero().flatten())
+    return Masks(contexts, [targets])
+
+
+def future(grid: Grid, batch: int, frames_seen: int) -> Masks:
+    """The first `frames_seen` token frames are the context, all others the target."""
+    every = torch.arange(grid.tokens)
+    cut = frames_seen * grid.height * grid.width
+    return Masks([every[:cut]] * batch, [[every[cut:]] * batch])

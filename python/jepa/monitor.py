@@ -1,0 +1,56 @@
+"""Whether a representation collapses, and by how much it is spread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Below these a warning names what has collapsed.
+LEAST_RANK_SHARE = 0.02
+LEAST_STD = 1e-3
+MOST_CORRELATION = 0.95
+
+
+@dataclass(frozen=True)
+class Spread:
+    """effective_rank: exp of the entropy of the covariance's normalised eigenvalues (Roy and
+    Vetterli, 2007), from 1 to `dim`; std: mean over dimensions, in the features' unit; correlation:
+    mean absolute off-diagonal correlation; collapsed: dimensions of standard deviation near 0.
+    """
+
+    effective_rank: float
+    std: float
+    correlation: float
+    collapsed: int
+    dim: int
+
+    def warnings(self) -> list[str]:
+        found = []
+        if self.std < LEAST_STD:
+            found.append(f"complete collapse: mean standard deviation {self.std:.1e}")
+        elif self.effective_rank < max(1.5, LEAST_RANK_SHARE * self.dim):
+            found.append(f"dimensional collapse: effective rank {self.effective_rank:.1f}")
+        if self.collapsed and self.std >= LEAST_STD:
+            found.append(f"{self.collapsed} of {self.dim} dimensions are constant")
+        if self.correlation > MOST_CORRELATION:
+            found.append(f"redundancy: mean absolute correlation {self.correlation:.2f}")
+        return found
+
+
+@torch.no_grad()
+def spread(features: Tensor) -> Spread:
+    """features [N, D], N >= 2."""
+    z = features.detach().double()
+    z = z - z.mean(dim=0)
+    std = z.square().sum(dim=0).div(len(z) - 1).sqrt()
+    values = torch.linalg.svdvals(z).square()
+    share = values / values.sum().clamp_min(1e-300)
+    share = share[share > 0]
+    rank = float(torch.exp(-(share * share.log()).sum())) if len(share) else 0.0
+    unit = z / z.norm(dim=0).clamp_min(1e-300)
+    correlation = unit.T @ unit
+    dim = z.shape[1]
+    off = (correlation.abs().sum() - correlation.diagonal().abs().sum()) / max(1, dim * (dim - 1))
+    return Spread(rank, float(std.mean()), float(off), int((std < LEAST_STD).sum()), dim)

@@ -1,0 +1,113 @@
+"""Surprise: how far a video departs from what a V-JEPA predicts of it.
+
+As published (Garrido et al., 2025, arXiv:2502.11831): a window slides over the video; its first
+frames are the context, the rest is predicted from them; the surprise of a window is the L1 distance
+between the predictions and the layer-normed teacher tokens of the whole window. A video's score is
+the mean or the maximum over windows and context lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from jepa import masks
+from jepa.kernels import encode, predict
+
+CONTEXTS = (2, 4, 6, 8, 10)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """values: [contexts, frames], each frame's surprise as the first predicted one's token frames
+    see it, NaN where no window predicts the frame; a frame counts in the windows that hold it.
+    """
+
+    contexts: tuple[int, ...]
+    values: Tensor
+
+    @property
+    def over_time(self) -> Tensor:
+        """[frames]: the mean over context lengths."""
+        return self.values.nanmean(dim=0)
+
+    @property
+    def mean(self) -> float:
+        return float(self.over_time.nanmean())
+
+    @property
+    def maximum(self) -> float:
+        return float(self.over_time.nan_to_num(-1.0).max())
+
+
+@torch.no_grad()
+def window_errors(method: Any, clips: Tensor, seen: int) -> Tensor:
+    """clips [B, C, F, H, W] -> [B, token frames after `seen`]: the mean L1 of each."""
+    grid = method.encoder.grid
+    drawn = masks.future(grid, len(clips), seen)
+    teacher = encode(method.teacher.module, method.kernels, clips, None)
+    teacher = F.layer_norm(teacher, teacher.shape[-1:])
+    context = encode(method.encoder, method.kernels, clips, drawn.context)
+    predicted = predict(method.predictor, method.kernels, context, drawn)
+    predicted = predicted.reshape(len(clips), -1, predicted.shape[-1])
+    plane = grid.height * grid.width
+    wanted = teacher[:, seen * plane :]
+    return (predicted - wanted).abs().mean(dim=-1).unflatten(1, (-1, plane)).mean(dim=-1)
+
+
+@torch.no_grad()
+def curves(
+    method: Any,
+    videos: Tensor,
+    contexts: Sequence[int] = CONTEXTS,
+    *,
+    stride: int = 2,
+    batch: int = 16,
+) -> list[Curve]:
+    """videos: uint8 [N, F, H, W, C], F at least the model's clip. contexts: in frames."""
+    grid, tubelet = method.encoder.grid, method.encoder.patch_embed.size[0]
+    frames = grid.frames * tubelet
+    count, length = videos.shape[:2]
+    if length < frames:
+        raise ValueError(f"videos: got {length} frames, takes at least the model's {frames}")
+    for context in contexts:
+        if context % tubelet or not 0 < context < frames:
+            raise ValueError(
+                f"contexts: got {context}, takes multiples of {tubelet} below {frames} frames"
+            )
+    starts = list(range(0, length - frames + 1, stride))
+    places = [(v, s) for v in range(count) for s in starts]
+    total = torch.zeros(len(contexts), count, length)
+    seen_by = torch.zeros_like(total)
+    device = next(method.parameters()).device
+    for at in range(0, len(places), batch):
+        part = places[at : at + batch]
+        clips = torch.stack([videos[v, s : s + frames] for v, s in part])
+        clips = clips.to(device).permute(0, 4, 1, 2, 3).float() / 255.0
+        for i, context in enumerate(contexts):
+            errors = window_errors(method, clips, context // tubelet).cpu()
+            for (v, s), row in zip(part, errors, strict=True):
+                span = slice(s + context, s + frames)
+                total[i, v, span] += row.repeat_interleave(tubelet)
+                seen_by[i, v, span] += 1
+    values = total / seen_by  # NaN where nothing was predicted
+    return [Curve(tuple(contexts), values[:, v]) for v in range(count)]
+
+
+def relative_accuracy(possible: Sequence[float], impossible: Sequence[float]) -> float:
+    """The share of pairs whose impossible video surprises more; ties count half."""
+    pairs = list(zip(possible, impossible, strict=True))
+    return sum((b > a) + 0.5 * (a == b) for a, b in pairs) / len(pairs)
+
+
+def auroc(possible: Sequence[float], impossible: Sequence[float]) -> float:
+    """Of telling impossible videos from possible ones by one threshold."""
+    from sklearn.metrics import roc_auc_score
+
+    labels = [0] * len(possible) + [1] * len(impossible)
+    return float(roc_auc_score(labels, [*possible, *impossible]))

@@ -1,0 +1,190 @@
+"""Vision transformers for images and video, with timm's parameter names.
+
+A transformer here does not know how its attention is computed or how its tokens lie: it is given
+`attend`, and works on padded [B, T, D] and on packed [total, D] tokens alike (`kernels.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import vicreg_kernels as vk
+
+# (attention module, its normed input) -> its output
+Attend = Callable[[vk.MaskedAttention, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Tokens of a clip: frames x height x width of them; an image has one frame."""
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        return self.frames * self.height * self.width
+
+    @property
+    def axes(self) -> tuple[int, int, int]:
+        return self.frames, self.height, self.width
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = vk.MaskedAttention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(mlp_ratio * dim))
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        x = x + attend(self.attn, self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Transformer(nn.Module):
+    """Blocks and a last norm; checkpointing: recompute each block in the backward."""
+
+    def __init__(self, dim: int, heads: int, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.checkpointing = False
+
+    def run(self, x: Tensor, attend: Attend) -> Tensor:
+        for block in self.blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = torch.utils.checkpoint.checkpoint(block, x, attend, use_reentrant=False)
+            else:
+                x = block(x, attend)
+        return self.norm(x)
+
+
+class PatchEmbed(nn.Module):
+    """[B, C, frames, height, width] -> [B, T, dim], tubelets of `size`; images: a frame of one."""
+
+    def __init__(self, channels: int, size: tuple[int, int, int], dim: int) -> None:
+        super().__init__()
+        self.size = size
+        self.proj = nn.Conv3d(channels, dim, size, stride=size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A product of the patches: the same numbers as the convolution. Pixels in [0, 1] are spread
+        # about 0, so that a patch weighs as much as its position.
+        x = (x - 0.5) / 0.25
+        batch, channels, frames, height, width = x.shape
+        t, h, w = self.size
+        x = x.reshape(batch, channels, frames // t, t, height // h, h, width // w, w)
+        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+        return nn.functional.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class ViT(Transformer):
+    """The encoder: patches, positions (a fixed sine table, or rotary in the attention), blocks.
+
+    image: (channels, frames, height, width) of what it takes; patch: the tubelet (1 frame: images).
+    position: "sincos" adds a table, "rope" leaves position to `attend`.
+    """
+
+    def __init__(
+        self,
+        image: tuple[int, int, int, int],
+        patch: tuple[int, int, int],
+        dim: int,
+        depth: int,
+        heads: int,
+        position: str = "sincos",
+    ) -> None:
+        super().__init__(dim, heads, depth)
+        channels, *extent = image
+        if any(a % b for a, b in zip(extent, patch, strict=True)):
+            raise ValueError(f"patch: got {patch} for {tuple(extent)}, takes a divisor of each")
+        if position not in ("sincos", "rope"):
+            raise ValueError(f"position: got {position!r}, takes 'sincos' or 'rope'")
+        self.grid = Grid(*(a // b for a, b in zip(extent, patch, strict=True)))
+        self.features, self.position = dim, position
+        self.patch_embed = PatchEmbed(channels, patch, dim)
+        table = sincos(self.grid, dim) if position == "sincos" else torch.zeros(0)
+        self.register_buffer("pos_embed", table, persistent=False)
+        initialise(self)
+
+    @property
+    def rope(self) -> Grid | None:
+        return self.grid if self.position == "rope" else None
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] or clips [B, C, F, H, W] -> positioned tokens [B, T, dim]."""
+        x = self.patch_embed(x.unsqueeze(2) if x.dim() == 4 else x)
+        return x + self.pos_embed if self.position == "sincos" else x
+
+
+class Predictor(Transformer):
+    """Predicts target tokens' embeddings from context tokens': narrower, with a mask token."""
+
+    def __init__(
+        self, grid: Grid, features: int, dim: int, depth: int, heads: int, position: str = "sincos"
+    ) -> None:
+        super().__init__(dim, heads, depth)
+        self.grid, self.position = grid, position
+        self.predictor_embed = nn.Linear(features, dim)
+        self.mask_token = nn.Parameter(torch.zeros(dim))
+        self.predictor_proj = nn.Linear(dim, features)
+        table = sincos(grid, dim) if position == "sincos" else torch.zeros(0)
+        self.register_buffer("pos_embed", table, persistent=False)
+        initialise(self)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    @property
+    def rope(self) -> Grid | None:
+        return self.grid if self.position == "rope" else None
+
+    @property
+    def table(self) -> Tensor | None:
+        return self.pos_embed if self.position == "sincos" else None
+
+
+def sincos(grid: Grid, dim: int) -> Tensor:
+    """[T, dim]: sines and cosines of each axis' coordinate, one part of the columns an axis."""
+    axes = [n for n in grid.axes if n > 1] or [1]
+    part = dim // len(axes) // 2 * 2
+    places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in axes))
+    places = places.reshape(grid.tokens, len(axes))
+    frequency = 10000.0 ** -(torch.arange(part // 2, dtype=torch.float64) / (part / 2))
+    angles = places[:, :, None] * frequency
+    table = torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(1)
+    return nn.functional.pad(table, (0, dim - table.shape[1])).float()
+
+
+def initialise(module: nn.Module) -> None:
+    """Truncated normal weights of 0.02, no biases; what is added to the residual stream shrinks
+    with depth, as in I-JEPA and V-JEPA.
+    """
+    for child in module.modules():
+        if isinstance(child, nn.Linear | nn.Conv3d):
+            nn.init.trunc_normal_(child.weight, std=0.02)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+        if isinstance(child, nn.Conv3d):  # patches are small here: 0.02 would leave them unseen
+            nn.init.trunc_normal_(child.weight, std=child.weight[0].numel() ** -0.5)
+    for depth, block in enumerate(getattr(module, "blocks", ()), start=1):
+        block.attn.proj.weight.data.div_((2 * depth) ** 0.5)
+        block.mlp.fc2.weight.data.div_((2 * depth) ** 0.5)

@@ -1,0 +1,252 @@
+"""The trainer: a run goes on where it was killed, in pieces or whole it is the same run, and the
+fused kernels train as the plain ones do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from jepa import build, checkpoint, config, data, monitor, schedule, source
+from jepa.trainer import Diverged, Ranks, Trainer
+
+ROOT = Path(__file__).parent.parent
+METHODS = ("vicreg", "vicreg_jepa", "lejepa", "ijepa", "vjepa")
+
+
+def settings(method: str, steps: int = 6, **training):
+    kernels = training.pop("kernels", "fused")
+    values = {
+        "method": method,
+        "kernels": kernels,
+        "data": {"kind": "digits", "size": 8},
+        "model": {"encoder": "conv", "dim": 32, "expander": [48, 64], "predictor_dim": 32},
+        "optimizer": {"rate": 1e-3},
+        "training": {"steps": steps, "batch": 32, "save_every": 2, **training},
+    }
+    if method in ("ijepa", "vjepa"):
+        values["model"] = {
+            "encoder": "vit", "dim": 48, "depth": 2, "heads": 3, "patch": 2,
+            "predictor_dim": 48, "predictor_depth": 1, "predictor_heads": 3,
+        }  # fmt: skip
+    if method == "vjepa":
+        values["data"] = {"kind": "physics", "size": 64, "frames": 4, "path": "unused"}
+        values["model"] |= {"patch": 16, "tubelet": 2}
+        values["training"] |= {"batch": 8}
+    return config.parse(values)
+
+
+def samples(made: config.Config):
+    if made.method != "vjepa":
+        return source.ImageSource(data.digits(), made.training.batch, made.seed)
+    videos = torch.randint(0, 256, (12, 9, 64, 64, 3), dtype=torch.uint8)
+    clips = source.Clips(videos, made.data.frames, made.data.stride)
+    return source.ClipSource(clips, made.training.batch, made.seed)
+
+
+def run(made: config.Config, folder: Path, stop: int | None = None) -> list[float]:
+    torch.manual_seed(7)
+    found = samples(made)
+    trainer = Trainer(made, build.method(made, found.channels), Ranks(), folder)
+    trainer.resume()
+    losses: list[float] = []
+
+    def log(step: int, loss: float, seconds: float) -> None:
+        losses.append(loss)
+        if step == stop:
+            raise KeyboardInterrupt
+
+    try:
+        trainer.fit(found, log)
+    except KeyboardInterrupt:
+        assert stop is not None
+    return losses
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_is_the_same_bit_for_bit(method, tmp_path):
+    made = settings(method)
+    whole = run(made, tmp_path / "whole")
+    run(made, tmp_path / "killed", stop=5)
+    assert run(made, tmp_path / "killed") == whole[4:]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fused_and_reference_train_alike(method, tmp_path):
+    fused = run(settings(method), tmp_path / "fused")
+    plain = run(settings(method, kernels="reference"), tmp_path / "plain")
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=0)
+    assert fused[0] != fused[-1]
+
+
+@pytest.mark.parametrize("method", ["ijepa", "vjepa"])
+def test_micro_batches_train_alike(method, tmp_path):
+    whole = run(settings(method), tmp_path / "whole")
+    pieces = run(settings(method, accumulate=4), tmp_path / "pieces")
+    torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=0)
+
+
+def test_micro_batches_of_batch_statistics_train_alike(tmp_path):
+    """In evaluation mode: batch norm sees a micro-batch at a time."""
+    losses = []
+    for pieces in (1, 4):
+        made = settings("vicreg", accumulate=pieces)
+        found = samples(made)
+        trainer = Trainer(made, build.method(made, 1).eval(), Ranks(), tmp_path / str(pieces))
+        losses.append([float(trainer.take(next(found.batches(0, Ranks().share)))) for _ in "abc"])
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path[:0] = ["tests", "python"]
+import test_trainer
+made = test_trainer.settings("vicreg", steps=4000)
+test_trainer.run(made, Path(sys.argv[1]))
+"""
+
+
+def test_a_killed_process_loses_only_the_steps_since_the_last_checkpoint(tmp_path):
+    folder = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(folder)], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 60
+        while len(checkpoint.existing(folder / "checkpoints")) < 2:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    step = int(checkpoint.newest(folder / "checkpoints").name.removeprefix("step_"))
+    made = settings("vicreg", steps=4000)
+    again = run(made, folder, stop=step + 3)
+    assert len(again) == 3
+    assert again == run(made, tmp_path / "whole", stop=step + 3)[step:]
+
+
+def saved(tmp_path: Path) -> tuple[config.Config, Path]:
+    made = settings("vicreg", steps=2)
+    run(made, tmp_path)
+    return made, checkpoint.newest(tmp_path / "checkpoints")
+
+
+def refused(made: config.Config, folder: Path, message: str) -> None:
+    with pytest.raises(checkpoint.CheckpointError, match=message):
+        run(made, folder)
+
+
+def test_truncated_and_altered_checkpoints_are_refused(tmp_path):
+    made, path = saved(tmp_path)
+    tensors = path / "tensors.safetensors"
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[:-100])
+    refused(made, tmp_path, "truncated")
+    tensors.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    refused(made, tmp_path, "not those that were written")
+    tensors.unlink()
+    refused(made, tmp_path, "is missing")
+    tensors.write_bytes(whole)
+    state = path / "state.json"
+    text = state.read_text()
+    state.write_text(text[: len(text) // 2])
+    refused(made, tmp_path, "truncated or not JSON")
+    state.write_text(json.dumps({"format": "another"}))
+    refused(made, tmp_path, "has format 'another'")
+    state.write_text(text)
+    assert run(made, tmp_path) == []
+
+
+def test_another_runs_checkpoint_is_refused(tmp_path):
+    saved(tmp_path)
+    refused(settings("lejepa"), tmp_path, "was written with method vicreg")
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    run(settings("vicreg", steps=9, keep=3), tmp_path)
+    names = [path.name for path in checkpoint.existing(tmp_path / "checkpoints")]
+    assert names == ["step_00000006", "step_00000008", "step_00000009"]
+
+
+def test_a_loss_that_is_not_finite_leaves_its_batch(tmp_path):
+    from safetensors.torch import load_file
+
+    made = settings("vicreg")
+    method = build.method(made, 1)
+    trainer = Trainer(made, method, Ranks(), tmp_path)
+    batch = data.digits().images[:32]
+    with torch.no_grad():
+        next(method.parameters()).fill_(float("nan"))
+    with pytest.raises(Diverged, match="step 0 is nan"):
+        trainer.take(batch)
+    (path,) = tmp_path.glob("diverged*.safetensors")
+    assert torch.equal(load_file(path)["batch"], batch)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["training.stps=3"], "training.stps: unknown key"),
+        (["method=byol"], "method: got 'byol'"),
+        (["training.batch=1"], "training.batch: got 1"),
+        (["data.kind=images"], "path: missing"),
+        (["method=vjepa"], "vjepa takes videos"),
+        (["optimizer=3"], "optimizer: got 3"),
+        (["kernels=reference", "backend=cpu"], "backend: names the fused"),
+        (["steps"], "override: got 'steps'"),
+    ],
+)
+def test_wrong_settings_are_named(words, message):
+    with pytest.raises(config.ConfigError, match=message):
+        config.load("vicreg_digits", words)
+
+
+def test_recipes_are_whole():
+    assert set(config.recipes()) >= {f"{m}_digits" for m in METHODS if m != "vjepa"}
+    for name in config.recipes():
+        made = config.load(name)
+        assert config.parse(json.loads(json.dumps(config.describe(made)))) == made
+
+
+def test_an_override_takes_the_place_of_a_recipes_value():
+    assert config.load("vicreg_digits", ["training.steps=7", "seed=3"]).training.steps == 7
+
+
+def test_schedules():
+    made = config.Optimizer(rate=1.0, warmup=0.1, final_rate=0.1, final_weight_decay=0.4)
+    rates = [schedule.rate(made, step, 100) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates.index(max(rates)) in (9, 10)
+    assert rates[100] == pytest.approx(0.1)
+    assert schedule.weight_decay(made, 0, 100) == pytest.approx(0.05)
+    assert schedule.weight_decay(made, 100, 100) == pytest.approx(0.4)
+
+
+def test_every_epoch_takes_each_sample_once_in_a_new_order():
+    plan = source.Plan(samples=10, batch=3, seed=0)
+    epochs = [torch.cat([plan.rows(3 * e + s) for s in range(3)]) for e in range(2)]
+    assert all(len(epoch.unique()) == 9 for epoch in epochs)
+    assert not torch.equal(*epochs)
+
+
+def test_the_monitor_names_what_collapses():
+    torch.manual_seed(0)
+    z = torch.randn(200, 16)
+    assert monitor.spread(z).effective_rank == pytest.approx(15.4, abs=0.6)
+    assert monitor.spread(z).warnings() == []
+    assert "complete collapse" in monitor.spread(z * 1e-5).warnings()[0]
+    line = torch.randn(200, 1) * torch.randn(1, 16)
+    text = " ".join(monitor.spread(line).warnings())
+    assert "dimensional collapse" in text
+    assert "redundancy" in text
+    z[:, 3] = 1.0
+    assert monitor.spread(z).warnings() == ["1 of 16 dimensions are constant"]
