@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // rounding their sum where the common offset is large would shift every centred value; diagonal [D];
 // sums[block] = sum of (C_jj - 1)^2.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     column_finish(Views<T> views, Cut cut, Standard standard, const float* partials,
                   float* moments, float* diagonal, double* sums, unsigned* done) {
   const int64_t dim = cut.columns, j = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
