@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +10,6 @@ import torch
 from jepa import cli, launch, videos
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parent.parent
 SMALL = ["training.batch=64", "model.dim=32", "model.expander=[32, 64]", "training.save_every=2"]
 
 
@@ -102,28 +97,3 @@ def test_a_file_that_is_no_video_is_named(tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"not a video")
     with pytest.raises(ValueError, match=r"bad\.mp4"):
         videos.decode(tmp_path / "bad.mp4", 64)
-
-
-def losses(folder: Path) -> list[float]:
-    return [
-        json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()
-    ]
-
-
-def test_two_ranks_are_one_process(tmp_path):
-    words = ["train", "ijepa_digits", "training.steps=3", "training.batch=16", "model.depth=1"]
-    words += ["model.dim=48", "model.predictor_depth=1", "--output"]
-    assert cli.main([*words, str(tmp_path / "one")]) == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = ["--master-addr", "127.0.0.1", "--master-port", str(free.getsockname()[1])]
-    run = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}"}
-    done = subprocess.run(
-        [*run, "-m", "jepa", *words, str(tmp_path / "two")],
-        env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    torch.testing.assert_close(
-        losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5, atol=0
-    )

@@ -18,13 +18,15 @@ SCORES = ("mean", "maximum")
 
 @dataclass(frozen=True)
 class Score:
-    """Of one property: the share of pairs told apart, and the AUROC over single videos.
+    """Of one property: the share of quadruplets told apart, and the AUROC over single videos.
 
-    In each quadruplet every impossible video is paired with the possible one that shares its past.
+    A quadruplet is told apart where its two impossible videos surprise more than its two possible
+    ones together: IntPhys' relative score. Its videos are made of the same frames, so what a model
+    makes of their content falls out.
     """
 
     property: str
-    pairs: int
+    quadruplets: int
     accuracy: float
     auroc: float
 
@@ -49,13 +51,13 @@ def scores(
         found = surprise_of(videos.flatten(0, 1))
         result = {}
         for kind, values in found.items():
-            grid = torch.tensor(values).view(count, 4)
-            possible, impossible = grid[:, :2].flatten().tolist(), grid[:, 2:].flatten().tolist()
+            grid = torch.tensor(values, dtype=torch.float64).view(count, 2, 2)
+            possible, impossible = grid.sum(dim=2).T.tolist()
             result[kind] = Score(
                 name,
-                2 * count,
+                count,
                 surprise.relative_accuracy(possible, impossible),
-                surprise.auroc(possible, impossible),
+                surprise.auroc(*grid.transpose(0, 1).flatten(1).tolist()),
             )
         yield result
 

@@ -100,7 +100,7 @@ def curves(
 
 
 def relative_accuracy(possible: Sequence[float], impossible: Sequence[float]) -> float:
-    """The share of pairs whose impossible video surprises more; ties count half."""
+    """The share of pairs whose impossible side surprises more; ties count half."""
     pairs = list(zip(possible, impossible, strict=True))
     return sum((b > a) + 0.5 * (a == b) for a, b in pairs) / len(pairs)
 

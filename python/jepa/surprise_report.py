@@ -32,7 +32,7 @@ def test(method: Any, surprise_of: Surprise, count: int, output: Path) -> list[d
 def table(found: list[dict[str, Any]], title: str) -> str:
     """Relative accuracy and AUROC in per cent, a line a property; the control is not averaged."""
     kinds = list(found[0])
-    lines = [title, f"{'property':<14}" + "".join(f"{k + ' pairs':>16}{'AUROC':>8}" for k in kinds)]
+    lines = [title, f"{'property':<14}" + "".join(f"{k + ' sets':>16}{'AUROC':>8}" for k in kinds)]
     rows = {next(iter(row.values()))["property"]: row for row in found}
     for name, row in rows.items():
         figures = (f"{100 * row[k]['accuracy']:>16.1f}{100 * row[k]['auroc']:>8.1f}" for k in kinds)
