@@ -103,6 +103,7 @@ def worker(rank: int, ranks: int, port: int, out: str) -> None:
                 ddp = nn.parallel.DistributedDataParallel(model)
                 results[name, split] = outcome(case, ddp, own, True)
         torch.save(results, f"{out}/{rank}.pt")
+        del ddp, model  # one that outlives its process group can hang
     finally:
         torch.distributed.destroy_process_group()
 

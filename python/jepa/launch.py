@@ -157,12 +157,15 @@ def train(settings: Config, folder: Path) -> Trainer:
             (folder / "config.json").write_text(json.dumps(config.describe(settings), indent=1))
             if step:
                 print(f"going on from step {step}", file=sys.stderr)
-        if own.rank != 0:
-            trainer.fit(found, lambda *_: None)
-            return trainer
-        probe = found.images.images[:256] if isinstance(found, ImageSource) else None
-        with Log(settings, folder, probe, method) as log:
-            trainer.fit(found, log)
+        try:
+            if own.rank != 0:
+                trainer.fit(found, lambda *_: None)
+            else:
+                probe = found.images.images[:256] if isinstance(found, ImageSource) else None
+                with Log(settings, folder, probe, method) as log:
+                    trainer.fit(found, log)
+        finally:
+            trainer.release()
         return trainer
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import time
 from dataclasses import dataclass
@@ -183,6 +184,11 @@ class Trainer:
         self.optimizer.load_state_dict(checkpoint.unflatten(state["optimizer"], tensors))
         self.step = step
         return step
+
+    def release(self) -> None:
+        """Lets go of DistributedDataParallel: one that outlives its process group can hang."""
+        self.model = self.method
+        gc.collect()
 
     # --------------------------------------------------------------------------------- the loop
 
