@@ -93,6 +93,19 @@ def test_micro_batches_train_alike(method, tmp_path):
     torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=0)
 
 
+def test_checkpointing_changes_nothing(tmp_path):
+    whole = run(settings("ijepa", steps=3), tmp_path / "whole")
+    assert run(settings("ijepa", steps=3, checkpointing=True), tmp_path / "again") == whole
+
+
+@pytest.mark.parametrize("method", ["ijepa", "vicreg"])
+def test_bfloat16_is_autocast(method, tmp_path):
+    whole = run(settings(method, steps=3), tmp_path / "whole")
+    half = run(settings(method, steps=3, precision="bfloat16"), tmp_path / "half")
+    torch.testing.assert_close(half, whole, rtol=1e-2, atol=0)
+    assert half != whole
+
+
 def test_micro_batches_of_batch_statistics_train_alike(tmp_path):
     """In evaluation mode: batch norm sees a micro-batch at a time."""
     losses = []
@@ -202,6 +215,11 @@ def test_a_loss_that_is_not_finite_leaves_its_batch(tmp_path):
         (["optimizer=3"], "optimizer: got 3"),
         (["kernels=reference", "backend=cpu"], "backend: names the fused"),
         (["steps"], "override: got 'steps'"),
+        (["loss.views=4"], "loss.views: got 4, vicreg takes 2"),
+        (["loss.future=0.5"], "loss.future: is vjepa's"),
+        (["training.checkpointing=true"], "training.checkpointing: is ijepa's"),
+        (["data.frames=4"], "data.frames, data.stride"),
+        (["model.tubelet=2"], "model.tubelet: is vjepa's"),
     ],
 )
 def test_wrong_settings_are_named(words, message):

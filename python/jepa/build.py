@@ -33,8 +33,14 @@ class Pooled(nn.Module):
 
 
 def method(config: Config, channels: int) -> nn.Module:
-    """On the CPU, in training mode."""
+    """On the CPU, in training mode, for images or clips of so many channels."""
     torch.manual_seed(config.seed)
+    made = _method(config, channels)
+    made.channels = channels  # what a checkpoint needs to build it again
+    return made
+
+
+def _method(config: Config, channels: int) -> nn.Module:
     kernels = choice.named(config.kernels, config.backend)
     model, loss, data = config.model, config.loss, config.data
     if config.method in ("ijepa", "vjepa"):
@@ -52,11 +58,11 @@ def method(config: Config, channels: int) -> nn.Module:
     shared = (encoder, expander, kernels, Augment())
     weights = (loss.invariance, loss.variance, loss.covariance)
     if config.method == "vicreg":
-        return VICReg(*shared[:4], weights=weights)
+        return VICReg(*shared, weights=weights)
     if config.method == "vicreg_jepa":
         width = model.expander[1]
         predictor = mlp(width, model.predictor_dim, width)
-        return VICRegJEPA(encoder, expander, predictor, kernels, Augment(), weights=weights)
+        return VICRegJEPA(encoder, expander, predictor, *shared[2:], weights=weights)
     return LeJEPA(*shared, sigreg=loss.sigreg, slices=loss.slices, views=loss.views)
 
 

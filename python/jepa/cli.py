@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from jepa import checkpoint, config
+from jepa.options import integer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,12 +23,12 @@ def parser() -> argparse.ArgumentParser:
     three.add_argument("run", type=Path)
     three.add_argument("--output", type=Path, help="folder of the pictures; the run's by default")
     three.add_argument("--video", type=Path, help="draw this clip's surprise instead of the test")
-    three.add_argument("--quadruplets", type=int, default=50, help="of each property")
+    three.add_argument("--quadruplets", type=integer(1), default=50, help="of each property")
     four = commands.add_parser(
         "compare", help="fused kernels against the reference: steps/s, memory"
     )
     four.add_argument("configs", nargs="+", help="recipes, YAML files, and key=value for all")
-    four.add_argument("--rounds", type=int, default=9, help="timed steps of each")
+    four.add_argument("--rounds", type=integer(1), default=9, help="timed steps of each")
     five = commands.add_parser("export", help="a run's encoder as one safetensors file")
     five.add_argument("run", type=Path)
     five.add_argument("file", type=Path)
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     try:
         return COMMANDS[options.command](options)
-    except (config.ConfigError, checkpoint.CheckpointError, FloatingPointError) as error:
+    except (ImportError, ValueError, checkpoint.CheckpointError, FloatingPointError) as error:
         print(f"jepa {options.command}: {error}", file=sys.stderr)
         return 2
 

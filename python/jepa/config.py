@@ -102,7 +102,8 @@ class Optimizer(Settings):
 
 class Training(Settings):
     """batch: samples of a step over all ranks; accumulate: micro-batches of a rank's share, exact
-    for every loss; keep: checkpoints kept; parallel: under torchrun.
+    for every loss; checkpointing: recompute a transformer's blocks in the backward; keep:
+    checkpoints kept.
     """
 
     steps: Positive = 1000
@@ -112,7 +113,6 @@ class Training(Settings):
     device: str = "cpu"
     compile: bool = False
     checkpointing: bool = False
-    parallel: Literal["ddp", "fsdp"] = "ddp"
     save_every: Positive = 200
     keep: Positive = 2
     log_every: Positive = 10
@@ -138,9 +138,24 @@ class Config(Settings):
             raise ValueError(f"data.kind: got {self.data.kind!r}, {self.method} takes {takes}")
         if self.method in ("ijepa", "vjepa") and self.model.encoder != "vit":
             raise ValueError(f"model.encoder: got 'conv', {self.method} takes 'vit'")
+        self._taken()
         if self.kernels == "reference" and self.backend is not None:
             raise ValueError("backend: names the fused kernels', takes none with 'reference'")
         return self
+
+    def _taken(self) -> None:
+        """No setting is ignored in silence."""
+        predictive = self.method in ("ijepa", "vjepa")
+        if self.loss.views != 2 and self.method != "lejepa":
+            raise ValueError(f"loss.views: got {self.loss.views}, {self.method} takes 2")
+        if self.loss.future and self.method != "vjepa":
+            raise ValueError(f"loss.future: is vjepa's, {self.method} takes 0")
+        if self.training.checkpointing and not predictive:
+            raise ValueError(f"training.checkpointing: is ijepa's and vjepa's, not {self.method}'s")
+        if (self.data.frames, self.data.stride) != (1, 1) and not self.data.is_video:
+            raise ValueError("data.frames, data.stride: are of videos, images take 1 and 1")
+        if self.model.tubelet != 1 and self.method != "vjepa":
+            raise ValueError(f"model.tubelet: is vjepa's, {self.method} takes 1")
 
 
 class ConfigError(ValueError):

@@ -10,31 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from jepa import figure, table
 from jepa.comparison import backend_of, compare
+from jepa.options import integer
 from jepa.runs import Settings
 from jepa.vicreg import LOSSES
 from vicreg_kernels import dispatch
-
-
-def _integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(
-                f"got {text!r}, takes an integer from {least} to {most}"
-            )
-        return value
-
-    return parse
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,16 +31,16 @@ def parser() -> argparse.ArgumentParser:
     )
     add = found.add_argument
     add("--output", type=Path, default=Path("runs/demo"), help="folder of the picture and the JSON")
-    add("--steps", type=_integer(1), default=200, help="training steps of each run")
-    add("--batch", type=_integer(2), default=256, help="images of a step")
-    add("--dim", type=_integer(2), default=2048, help="width of the embeddings")
-    add("--hidden", type=_integer(1), default=512, help="inner width of the expander")
-    add("--seed", type=_integer(0), default=0, help="of weights, batches, views and split")
+    add("--steps", type=integer(1), default=200, help="training steps of each run")
+    add("--batch", type=integer(2), default=256, help="images of a step")
+    add("--dim", type=integer(2), default=2048, help="width of the embeddings")
+    add("--hidden", type=integer(1), default=512, help="inner width of the expander")
+    add("--seed", type=integer(0), default=0, help="of weights, batches, views and split")
     add("--loss", choices=(*LOSSES, "both"), default="both", help="which loss to train with")
     add("--backend", choices=dispatch.BACKENDS, help="of the fused loss; the best one by default")
     add("--device", default="cpu", help="cpu, cuda or cuda:<n>")
     add("--images", metavar="FOLDER", help="<class>/<file> images instead of the digits")
-    add("--image-size", type=_integer(4), default=32, help="edge that --images are resized to")
+    add("--image-size", type=integer(4), default=32, help="edge that --images are resized to")
     return found
 
 

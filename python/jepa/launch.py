@@ -176,22 +176,10 @@ def restore(folder: Path) -> tuple[Config, nn.Module, int]:
         raise checkpoint.CheckpointError(f"{folder}: holds no checkpoint of a run")
     tensors, step, state = checkpoint.load(path)
     settings = config.parse(state["config"])
-    channels = (
-        tensors["method.encoder.patch_embed.proj.weight"].shape[1]
-        if ("method.encoder.patch_embed.proj.weight" in tensors)
-        else _channels(tensors)
-    )
-    method = build.method(settings, channels)
+    method = build.method(settings, state["channels"])
     own = {k.removeprefix("method."): v for k, v in tensors.items() if k.startswith("method.")}
     method.load_state_dict(own)
     return settings, method.eval(), step
-
-
-def _channels(tensors: dict[str, Tensor]) -> int:
-    for name, z in tensors.items():
-        if name.startswith("method.encoder.") and z.dim() >= 4:
-            return z.shape[1]
-    raise checkpoint.CheckpointError("the checkpoint holds no encoder of images")
 
 
 __all__ = ["Diverged", "features", "images", "restore", "source", "train"]

@@ -63,8 +63,6 @@ class Trainer:
     def _parallel(self, method: nn.Module) -> nn.Module:
         if self.ranks.ranks == 1:
             return method
-        if self.config.training.parallel == "fsdp":
-            raise ValueError("training.parallel: 'fsdp' is not ready, takes 'ddp'")
         return nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
 
     # --------------------------------------------------------------------------------- a step
@@ -161,7 +159,11 @@ class Trainer:
             return None
         tensors = {f"method.{k}": v for k, v in self.method.state_dict().items()}
         optimizer = checkpoint.flatten("optimizer", self.optimizer.state_dict(), tensors)
-        state = {"config": describe(self.config), "optimizer": optimizer}
+        state = {
+            "config": describe(self.config),
+            "channels": self.method.channels,
+            "optimizer": optimizer,
+        }
         path = checkpoint.save(self.checkpoints, self.step, tensors, state)
         checkpoint.prune(self.checkpoints, self.config.training.keep)
         return path

@@ -22,6 +22,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from vicreg_kernels.library import NAMESPACES
+
 # Tokens of a sample whose keys and values the CUDA kernels hold in shared memory.
 LONGEST_IN_SHARED = 256
 
@@ -38,7 +40,7 @@ def load(backend: str) -> Kernels:
     if backend == "triton":
         kernels = importlib.import_module("vicreg_kernels.attention.triton")
         return Kernels(kernels.forward, kernels.backward, kernels.rotate)
-    return compiled({"cpu": "vicreg_kernels_cpu", "cuda": "vicreg_kernels_cuda"}[backend])
+    return compiled(NAMESPACES[backend])
 
 
 def compiled(namespace: str) -> Kernels:

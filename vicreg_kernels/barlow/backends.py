@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vicreg_kernels.library import NAMESPACES, exact
 
 
 @dataclass(frozen=True)
@@ -25,25 +26,8 @@ class Kernels:
 
 
 def _compiled(namespace: str) -> Kernels:
-    """The kernels of a compiled library; autocast must not lower the products inside."""
     ops = getattr(torch.ops, namespace)
-
-    def forward(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        with _exact(x.device.type):
-            return ops.barlow_forward(x, *rest)
-
-    def backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        with _exact(x.device.type):
-            return ops.barlow_backward(grad, x, *rest)
-
-    return Kernels(forward, backward)
-
-
-def _exact(device_type: str) -> Any:
-    """Keeps autocast off; entering its context costs 20 us a call, so only where it is on."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    return Kernels(exact(ops.barlow_forward), exact(ops.barlow_backward))
 
 
 @cache
@@ -51,7 +35,7 @@ def load(backend: str) -> Kernels:
     if backend == "triton":
         kernels = importlib.import_module("vicreg_kernels.barlow.triton")
         return Kernels(kernels.forward, kernels.backward)
-    return _compiled({"cpu": "vicreg_kernels_cpu", "cuda": "vicreg_kernels_cuda"}[backend])
+    return _compiled(NAMESPACES[backend])
 
 
 def empty_saved(x: Tensor, backend: str) -> tuple[Tensor, ...]:

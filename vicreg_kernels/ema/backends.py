@@ -8,10 +8,12 @@ from functools import cache
 
 import torch
 
+from vicreg_kernels.library import NAMESPACES
+
 
 @cache
 def load(backend: str) -> Callable[..., None]:
     if backend in ("reference", "triton"):
         return importlib.import_module(f"vicreg_kernels.ema.{backend}").update
-    namespace = {"cpu": "vicreg_kernels_cpu", "cuda": "vicreg_kernels_cuda"}[backend]
+    namespace = NAMESPACES[backend]
     return getattr(torch.ops, namespace).ema_update_.default

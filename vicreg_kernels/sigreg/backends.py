@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from vicreg_kernels.library import NAMESPACES, exact
 from vicreg_kernels.sigreg import reference
 
 
@@ -32,25 +31,9 @@ class Kernels:
 
 
 def _compiled(namespace: str) -> Kernels:
-    """The kernels of a compiled library; autocast must not lower the products inside."""
     ops = getattr(torch.ops, namespace)
-
-    def sums(z: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        with _exact(z.device.type):
-            return ops.sigreg_sums(z, *rest)
-
-    def gradient(grad: Tensor, *rest: Any) -> Tensor:
-        with _exact(grad.device.type):
-            return ops.sigreg_gradient(grad, *rest)
-
+    sums, gradient = exact(ops.sigreg_sums), exact(ops.sigreg_gradient)
     return Kernels(ops.sigreg_directions, sums, ops.sigreg_statistic, gradient)
-
-
-def _exact(device_type: str) -> Any:
-    """Keeps autocast off; entering its context costs 20 us a call, so only where it is on."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 @cache
@@ -58,7 +41,7 @@ def load(backend: str) -> Kernels:
     if backend == "triton":
         kernels = importlib.import_module("vicreg_kernels.sigreg.triton")
         return Kernels(kernels.directions, kernels.sums, kernels.statistic, kernels.gradient)
-    return _compiled({"cpu": "vicreg_kernels_cpu", "cuda": "vicreg_kernels_cuda"}[backend])
+    return _compiled(NAMESPACES[backend])
 
 
 def directions(backend: str) -> Callable[..., Tensor]:

@@ -29,6 +29,8 @@ from typing import Any
 
 import torch
 
+from vicreg_kernels.library import NAMESPACES
+
 # As in csrc/tokens/formula.h.
 KINDS = ("smooth_l1", "l1", "mse", "cosine")
 
@@ -58,4 +60,4 @@ def load(backend: str) -> Kernels:
     if backend == "triton":
         module = importlib.import_module("vicreg_kernels.tokens.triton")
         return Kernels(*(getattr(module, field.name) for field in fields(Kernels)))
-    return _compiled({"cpu": "vicreg_kernels_cpu", "cuda": "vicreg_kernels_cuda"}[backend])
+    return _compiled(NAMESPACES[backend])

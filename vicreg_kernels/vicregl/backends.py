@@ -32,6 +32,8 @@ from typing import Any
 
 import torch
 
+from vicreg_kernels.library import NAMESPACES
+
 # As kMostCounts in csrc/vicregl/formula.h.
 MOST_COUNTS = 4
 
@@ -48,6 +50,6 @@ def load(backend: str) -> Kernels:
     if backend == "triton":
         module = importlib.import_module("vicreg_kernels.vicregl.triton")
         return Kernels(*(getattr(module, field.name) for field in fields(Kernels)))
-    space = {"cpu": "vicreg_kernels_cpu", "cuda": "vicreg_kernels_cuda"}[backend]
+    space = NAMESPACES[backend]
     ops = getattr(torch.ops, space)
     return Kernels(*(getattr(ops, f"vicregl_{field.name}") for field in fields(Kernels)))

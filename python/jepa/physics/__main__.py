@@ -6,30 +6,15 @@ python -m jepa.physics --output FOLDER --videos 100000 --workers 2 --seed 0
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
 
+from jepa.options import integer
 from jepa.physics import shards
 from jepa.physics.pairs import PROPERTIES
 
 OPTIONS = {"per_shard": "--videos-per-shard", "version": "--output"}
-
-
-def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(
-                f"got {text!r}, takes an integer from {least} to {most}"
-            )
-        return value
-
-    return parse
 
 
 def parser() -> argparse.ArgumentParser:
