@@ -39,7 +39,7 @@ def test_one_window_is_the_l1_to_the_layer_normed_teacher(method):
 
 def test_a_frame_has_the_mean_of_the_windows_that_predict_it(method):
     clip = videos(1, 8)
-    (whole,) = surprise.curves(method, clip, contexts=(2,), stride=2)
+    (whole,) = surprise.curves(method, clip, contexts=(2,), step=2)
     parts = [surprise.curves(method, clip[:, s : s + 4], contexts=(2,))[0] for s in (0, 2, 4)]
     for start, part in zip((0, 2, 4), parts, strict=True):
         torch.testing.assert_close(whole.values[0, start + 2 : start + 4], part.values[0, 2:])
@@ -78,8 +78,8 @@ def test_an_oracle_tells_every_property_and_the_control_not():
     def oracle(found: torch.Tensor) -> dict[str, list[float]]:
         return {"mean": [float(i % 4 >= 2) for i in range(len(found))]}
 
-    (result,) = intuition.scores(oracle, 3, ("gravity",))
-    score = result["mean"]
+    clips = intuition.quadruplets("gravity", 3)
+    score = intuition.scores(oracle, clips, "gravity")["mean"]
     assert (score.accuracy, score.auroc, score.quadruplets) == (1.0, 1.0, 3)
 
 
@@ -89,5 +89,6 @@ def test_brightness_alone_tells_nothing():
     def brightness(found: torch.Tensor) -> dict[str, list[float]]:
         return {"mean": found.long().sum(dim=(1, 2, 3, 4)).tolist()}
 
-    for result in intuition.scores(brightness, 4, ("permanence", "solidity", "control")):
-        assert result["mean"].accuracy == 0.5
+    for name in ("permanence", "solidity", "control"):
+        clips = intuition.quadruplets(name, 4)
+        assert intuition.scores(brightness, clips, name)["mean"].accuracy == 0.5

@@ -18,7 +18,7 @@ from jepa import build, checkpoint, config, data, monitor, schedule, source
 from jepa.trainer import Diverged, Ranks, Trainer
 
 ROOT = Path(__file__).parent.parent
-METHODS = ("vicreg", "vicreg_jepa", "lejepa", "ijepa", "vjepa")
+METHODS = ("vicreg", "vicreg_jepa", "lejepa", "ijepa", "vjepa", "pixels")
 
 
 def settings(method: str, steps: int = 6, **training):
@@ -31,12 +31,12 @@ def settings(method: str, steps: int = 6, **training):
         "optimizer": {"rate": 1e-3},
         "training": {"steps": steps, "batch": 32, "save_every": 2, **training},
     }
-    if method in ("ijepa", "vjepa"):
+    if method in ("ijepa", *config.ON_VIDEO):
         values["model"] = {
             "encoder": "vit", "dim": 48, "depth": 2, "heads": 3, "patch": 2,
             "predictor_dim": 48, "predictor_depth": 1, "predictor_heads": 3,
         }  # fmt: skip
-    if method == "vjepa":
+    if method in config.ON_VIDEO:
         values["data"] = {"kind": "physics", "size": 64, "frames": 4, "path": "unused"}
         values["model"] |= {"patch": 16, "tubelet": 2}
         values["training"] |= {"batch": 8}
@@ -44,7 +44,7 @@ def settings(method: str, steps: int = 6, **training):
 
 
 def samples(made: config.Config):
-    if made.method != "vjepa":
+    if made.method not in config.ON_VIDEO:
         return source.ImageSource(data.digits(), made.training.batch, made.seed)
     videos = torch.randint(0, 256, (12, 9, 64, 64, 3), dtype=torch.uint8)
     clips = source.Clips(videos, made.data.frames, made.data.stride)
@@ -216,10 +216,10 @@ def test_a_loss_that_is_not_finite_leaves_its_batch(tmp_path):
         (["kernels=reference", "backend=cpu"], "backend: names the fused"),
         (["steps"], "override: got 'steps'"),
         (["loss.views=4"], "loss.views: got 4, vicreg takes 2"),
-        (["loss.future=0.5"], "loss.future: is vjepa's"),
-        (["training.checkpointing=true"], "training.checkpointing: is ijepa's"),
+        (["loss.future=0.5"], "loss.future: is of videos"),
+        (["training.checkpointing=true"], "training.checkpointing: is of predicted tokens"),
         (["data.frames=4"], "data.frames, data.stride"),
-        (["model.tubelet=2"], "model.tubelet: is vjepa's"),
+        (["model.tubelet=2"], "model.tubelet: is of videos"),
     ],
 )
 def test_wrong_settings_are_named(words, message):
@@ -228,7 +228,7 @@ def test_wrong_settings_are_named(words, message):
 
 
 def test_recipes_are_whole():
-    assert set(config.recipes()) >= {f"{m}_digits" for m in METHODS if m != "vjepa"}
+    assert set(config.recipes()) >= {f"{m}_digits" for m in METHODS if m not in config.ON_VIDEO}
     for name in config.recipes():
         made = config.load(name)
         assert config.parse(json.loads(json.dumps(config.describe(made)))) == made

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from jepa import kernels as choice
 from jepa.augment import Augment
-from jepa.config import Config
-from jepa.masks import Blocks
+from jepa.config import ON_VIDEO, Config
+from jepa.masks import VideoMasks
 from jepa.methods.ijepa import IJEPA
 from jepa.methods.lejepa import LeJEPA
+from jepa.methods.pixels import Pixels
 from jepa.methods.vicreg import VICReg
 from jepa.methods.vicreg_jepa import VICRegJEPA
 from jepa.methods.vjepa import VJEPA
@@ -43,7 +44,7 @@ def method(config: Config, channels: int) -> nn.Module:
 def _method(config: Config, channels: int) -> nn.Module:
     kernels = choice.named(config.kernels, config.backend)
     model, loss, data = config.model, config.loss, config.data
-    if config.method in ("ijepa", "vjepa"):
+    if config.method in ("ijepa", *ON_VIDEO):
         return _predictive(config, kernels, channels)
     encoder: Any
     if model.encoder == "conv":
@@ -67,7 +68,7 @@ def _method(config: Config, channels: int) -> nn.Module:
 
 
 def _predictive(config: Config, kernels: choice.Kernels, channels: int) -> nn.Module:
-    model, data, video = config.model, config.data, config.method == "vjepa"
+    model, data, video = config.model, config.data, config.method in ON_VIDEO
     position = "rope" if video else "sincos"
     encoder = ViT(
         (channels, data.frames if video else 1, data.size, data.size),
@@ -77,6 +78,7 @@ def _predictive(config: Config, kernels: choice.Kernels, channels: int) -> nn.Mo
         model.heads,
         position,
     )
+    patch = encoder.patch_embed.proj.weight[0].numel()
     predictor = Predictor(
         encoder.grid,
         model.dim,
@@ -84,17 +86,17 @@ def _predictive(config: Config, kernels: choice.Kernels, channels: int) -> nn.Mo
         model.predictor_depth,
         model.predictor_heads,
         position,
+        targets=patch if config.method == "pixels" else None,
     )
     for part in (encoder, predictor):
         part.checkpointing = config.training.checkpointing
+    draw = VideoMasks(future=config.loss.future, frames_seen=config.loss.frames_seen)
+    if config.method == "pixels":
+        return Pixels(encoder, predictor, kernels, draw)
     shared = {"momentum": config.optimizer.momentum, "steps": config.training.steps}
-    if video:
-        return VJEPA(
-            encoder, predictor, kernels, future=config.loss.future,
-            frames_seen=config.loss.frames_seen, **shared,
-        )  # fmt: skip
-    target = Blocks(4, (0.15, 0.2), (0.75, 1.5))
-    return IJEPA(encoder, predictor, kernels, target=target, **shared)
+    if config.method == "vjepa":
+        return VJEPA(encoder, predictor, kernels, draw, **shared)
+    return IJEPA(encoder, predictor, kernels, **shared)
 
 
 def mlp(*widths: int) -> nn.Sequential:

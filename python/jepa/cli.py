@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from jepa import checkpoint, config
 from jepa.options import integer
@@ -23,6 +24,9 @@ def parser() -> argparse.ArgumentParser:
     three.add_argument("run", type=Path)
     three.add_argument("--output", type=Path, help="folder of the pictures; the run's by default")
     three.add_argument("--video", type=Path, help="draw this clip's surprise instead of the test")
+    three.add_argument(
+        "--beside", type=Path, nargs="+", default=[], metavar="RUN", help="runs to compare with"
+    )
     three.add_argument("--quadruplets", type=integer(1), default=50, help="of each property")
     four = commands.add_parser(
         "compare", help="fused kernels against the reference: steps/s, memory"
@@ -72,19 +76,41 @@ def _probe(options: argparse.Namespace) -> int:
 
 
 def _surprise(options: argparse.Namespace) -> int:
-    from jepa import intuition, launch, surprise_report
+    from jepa import build, intuition, surprise_report
+    from jepa.physics import PROPERTIES
 
-    settings, method, step = launch.restore(options.run)
-    if settings.method != "vjepa":
-        raise config.ConfigError(f"run: trained {settings.method}, surprise takes a vjepa run")
+    name, settings, method = _video_run(options.run)
+    stride, size = settings.data.stride, settings.data.size
     output = options.output or options.run / "surprise"
     output.mkdir(parents=True, exist_ok=True)
     if options.video is not None:
-        surprise_report.draw_video(method, options.video, settings.data.size, output)
+        surprise_report.draw_video(method, options.video, size, output, stride=stride)
         return 0
-    found = surprise_report.test(method, intuition.of_method(method), options.quadruplets, output)
-    print(surprise_report.table(found, f"{settings.method}, step {step}"))
+    untrained = build.method(settings, method.channels).eval()
+    models = {
+        one: intuition.of_method(trained, stride)
+        for one, trained in ((name, method), ("untrained", untrained))
+    }
+    for run in options.beside:
+        other, its, trained = _video_run(run)
+        models[other] = intuition.of_method(trained, its.data.stride)
+    found = surprise_report.test(models, options.quadruplets, output)
+    print(surprise_report.table(found, options.quadruplets))
+    for property in PROPERTIES:
+        surprise_report.draw_pair(method, property, output, stride=stride)
+    print(f"pictures of every property: {output}")
     return 0
+
+
+def _video_run(run: Path) -> tuple[str, config.Config, Any]:
+    """Its name in a table, its configuration, its method."""
+    from jepa import launch
+
+    settings, method, step = launch.restore(run)
+    if settings.method not in config.ON_VIDEO:
+        takes = " or ".join(config.ON_VIDEO)
+        raise config.ConfigError(f"run: {run} trained {settings.method}, surprise takes {takes}")
+    return f"{settings.method}, step {step}", settings, method
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 RECIPES = Path(__file__).with_name("recipes")
 
+# Methods that take videos; the others take images.
+ON_VIDEO = ("vjepa", "pixels")
+
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -121,7 +124,7 @@ class Training(Settings):
 class Config(Settings):
     """kernels: "fused" (vicreg_kernels) or "reference" (plain PyTorch as published)."""
 
-    method: Literal["vicreg", "vicreg_jepa", "ijepa", "vjepa", "lejepa"]
+    method: Literal["vicreg", "vicreg_jepa", "ijepa", "vjepa", "lejepa", "pixels"]
     kernels: Literal["fused", "reference"] = "fused"
     backend: Literal["reference", "cpu", "triton", "cuda"] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -133,10 +136,11 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        if (self.method == "vjepa") != self.data.is_video:
-            takes = "videos" if self.method == "vjepa" else "images"
+        on_video = self.method in ON_VIDEO
+        if on_video != self.data.is_video:
+            takes = "videos" if on_video else "images"
             raise ValueError(f"data.kind: got {self.data.kind!r}, {self.method} takes {takes}")
-        if self.method in ("ijepa", "vjepa") and self.model.encoder != "vit":
+        if (on_video or self.method == "ijepa") and self.model.encoder != "vit":
             raise ValueError(f"model.encoder: got 'conv', {self.method} takes 'vit'")
         self._taken()
         if self.kernels == "reference" and self.backend is not None:
@@ -145,17 +149,17 @@ class Config(Settings):
 
     def _taken(self) -> None:
         """No setting is ignored in silence."""
-        predictive = self.method in ("ijepa", "vjepa")
+        on_video = self.method in ON_VIDEO
         if self.loss.views != 2 and self.method != "lejepa":
             raise ValueError(f"loss.views: got {self.loss.views}, {self.method} takes 2")
-        if self.loss.future and self.method != "vjepa":
-            raise ValueError(f"loss.future: is vjepa's, {self.method} takes 0")
-        if self.training.checkpointing and not predictive:
-            raise ValueError(f"training.checkpointing: is ijepa's and vjepa's, not {self.method}'s")
+        if self.loss.future and not on_video:
+            raise ValueError(f"loss.future: is of videos, {self.method} takes 0")
+        if self.training.checkpointing and not (on_video or self.method == "ijepa"):
+            raise ValueError(f"training.checkpointing: is of predicted tokens, not {self.method}'s")
         if (self.data.frames, self.data.stride) != (1, 1) and not self.data.is_video:
             raise ValueError("data.frames, data.stride: are of videos, images take 1 and 1")
-        if self.model.tubelet != 1 and self.method != "vjepa":
-            raise ValueError(f"model.tubelet: is vjepa's, {self.method} takes 1")
+        if self.model.tubelet != 1 and not on_video:
+            raise ValueError(f"model.tubelet: is of videos, {self.method} takes 1")
 
 
 class ConfigError(ValueError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from jepa import surprise
-from jepa.physics import PROPERTIES, quadruplet
+from jepa.physics import quadruplet
 
-SCORES = ("mean", "maximum")
+# uint8 [N, F, H, W, 3] -> how a video's curve becomes one number ("mean", "maximum") -> N numbers
+SurpriseOf = Callable[[Tensor], dict[str, list[float]]]
 
 
 @dataclass(frozen=True)
@@ -37,36 +38,26 @@ def quadruplets(property: str, count: int, first_seed: int = 0) -> Tensor:
     return torch.from_numpy(np.stack(found))
 
 
-def scores(
-    surprise_of: Callable[[Tensor], dict[str, list[float]]],
-    count: int,
-    properties: tuple[str, ...] = tuple(PROPERTIES),
-) -> Iterator[dict[str, Score]]:
-    """Each property's scores by how a video's curve becomes one number.
-
-    surprise_of: uint8 [N, F, H, W, 3] -> SCORES' names -> N numbers.
-    """
-    for name in properties:
-        videos = quadruplets(name, count)
-        found = surprise_of(videos.flatten(0, 1))
-        result = {}
-        for kind, values in found.items():
-            grid = torch.tensor(values, dtype=torch.float64).view(count, 2, 2)
-            possible, impossible = grid.sum(dim=2).T.tolist()
-            result[kind] = Score(
-                name,
-                count,
-                surprise.relative_accuracy(possible, impossible),
-                surprise.auroc(*grid.transpose(0, 1).flatten(1).tolist()),
-            )
-        yield result
+def scores(surprise_of: SurpriseOf, videos: Tensor, property: str) -> dict[str, Score]:
+    """Of quadruplets [count, 4, F, H, W, 3], by how a video's curve becomes one number."""
+    count, result = len(videos), {}
+    for kind, values in surprise_of(videos.flatten(0, 1)).items():
+        grid = torch.tensor(values, dtype=torch.float64).view(count, 2, 2)
+        possible, impossible = grid.sum(dim=2).T.tolist()
+        result[kind] = Score(
+            property,
+            count,
+            surprise.relative_accuracy(possible, impossible),
+            surprise.auroc(*grid.transpose(0, 1).flatten(1).tolist()),
+        )
+    return result
 
 
-def of_method(method: Any, stride: int = 2) -> Callable[[Tensor], dict[str, list[float]]]:
-    """A trained V-JEPA's surprise."""
+def of_method(method: Any, stride: int) -> SurpriseOf:
+    """A trained model's surprise; stride: frames of the video between those that it takes."""
 
     def found(videos: Tensor) -> dict[str, list[float]]:
-        curves = surprise.curves(method, videos, stride=stride)
+        curves = surprise.curves(method, videos, stride=stride, step=1)
         return {"mean": [c.mean for c in curves], "maximum": [c.maximum for c in curves]}
 
     return found

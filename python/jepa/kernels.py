@@ -99,15 +99,20 @@ class Fused:
         return sequences.order.targets(sequences.x, backend=self.backend)
 
     def prediction_loss(
-        self, predictions: Tensor, teacher: Tensor, targets: list[Places], kind: str
+        self,
+        predictions: Tensor,
+        wanted: Tensor,
+        targets: list[Places],
+        kind: str,
+        normalise: bool,
     ) -> Tensor:
-        """Of predictions in the order of targets, against the layer-normed teacher [B, T, D]."""
+        """Of predictions in the order of targets, against wanted [B, T, D], layer-normed or not."""
         offsets = [_offsets(places) for places in targets]
         parts = predictions.split([int(o[-1]) for o in offsets])
-        index = [torch.cat(places).to(teacher.device) for places in targets]
+        index = [torch.cat(places).to(wanted.device) for places in targets]
         return vk.prediction_loss(
-            list(parts), teacher, index, kind=kind, offsets=offsets, reduction="tokens",
-            backend=self.backend,
+            list(parts), wanted, index, kind=kind, normalize_target=normalise, offsets=offsets,
+            reduction="tokens", backend=self.backend,
         )  # fmt: skip
 
     def teacher(self, module: nn.Module, momentum: float, steps: int) -> nn.Module:
@@ -177,11 +182,17 @@ class Reference:
         return plain.gather(sequences.x, sequences.order)
 
     def prediction_loss(
-        self, predictions: Tensor, teacher: Tensor, targets: list[Places], kind: str
+        self,
+        predictions: Tensor,
+        wanted: Tensor,
+        targets: list[Places],
+        kind: str,
+        normalise: bool,
     ) -> Tensor:
-        index, keep = (z.to(teacher.device) for z in padded([p for m in targets for p in m]))
-        teacher = F.layer_norm(teacher, teacher.shape[-1:]).repeat(len(targets), 1, 1)
-        wanted = plain.gather(teacher, index)[keep]
+        index, keep = (z.to(wanted.device) for z in padded([p for m in targets for p in m]))
+        if normalise:
+            wanted = F.layer_norm(wanted, wanted.shape[-1:])
+        wanted = plain.gather(wanted.repeat(len(targets), 1, 1), index)[keep]
         loss = F.smooth_l1_loss if kind == "smooth_l1" else F.l1_loss
         return loss(predictions[keep], wanted)
 

@@ -110,6 +110,30 @@ def tubes(grid: Grid, batch: int, generator: torch.Generator, blocks: Blocks) ->
     return Masks(contexts, [targets])
 
 
+@dataclass(frozen=True)
+class VideoMasks:
+    """How V-JEPA hides parts of a clip.
+
+    blocks: the settings of tube masks, one drawn a step (published: 8 short-range blocks of 15 %
+    and 2 long-range ones of 70 %). future: the chance that a step hides the future instead: all
+    tokens after a number of token frames in `frames_seen`, the task that surprise is measured on.
+    """
+
+    blocks: tuple[Blocks, ...] = (
+        Blocks(8, (0.15, 0.15), (0.75, 1.5)),
+        Blocks(2, (0.7, 0.7), (0.75, 1.5)),
+    )
+    future: float = 0.0
+    frames_seen: tuple[int, int] = (1, 5)
+
+    def __call__(self, grid: Grid, batch: int, generator: torch.Generator) -> Masks:
+        if self.future > 0 and float(torch.rand((), generator=generator)) < self.future:
+            least, most = self.frames_seen
+            return future(grid, batch, int(torch.randint(least, most + 1, (), generator=generator)))
+        which = int(torch.randint(len(self.blocks), (), generator=generator))
+        return tubes(grid, batch, generator, self.blocks[which])
+
+
 def future(grid: Grid, batch: int, frames_seen: int) -> Masks:
     """The first `frames_seen` token frames are the context, all others the target."""
     every = torch.arange(grid.tokens)

@@ -46,18 +46,24 @@ class Curve:
 
 
 @torch.no_grad()
-def window_errors(method: Any, clips: Tensor, seen: int) -> Tensor:
-    """clips [B, C, F, H, W] -> [B, token frames after `seen`]: the mean L1 of each."""
+def window_errors(method: Any, clips: Tensor, seen: Sequence[int]) -> list[Tensor]:
+    """clips [B, C, F, H, W] -> for each number of token frames seen, [B, token frames after them]:
+    the mean L1 of each.
+    """
     grid = method.encoder.grid
-    drawn = masks.future(grid, len(clips), seen)
-    teacher = encode(method.teacher.module, method.kernels, clips, None)
-    teacher = F.layer_norm(teacher, teacher.shape[-1:])
-    context = encode(method.encoder, method.kernels, clips, drawn.context)
-    predicted = predict(method.predictor, method.kernels, context, drawn)
-    predicted = predicted.reshape(len(clips), -1, predicted.shape[-1])
     plane = grid.height * grid.width
-    wanted = teacher[:, seen * plane :]
-    return (predicted - wanted).abs().mean(dim=-1).unflatten(1, (-1, plane)).mean(dim=-1)
+    wanted = method.targets(clips)
+    if method.normalise:
+        wanted = F.layer_norm(wanted, wanted.shape[-1:])
+    found = []
+    for frames in seen:
+        drawn = masks.future(grid, len(clips), frames)
+        context = encode(method.encoder, method.kernels, clips, drawn.context)
+        predicted = predict(method.predictor, method.kernels, context, drawn)
+        predicted = predicted.reshape(len(clips), -1, predicted.shape[-1])
+        apart = (predicted - wanted[:, frames * plane :]).abs().mean(dim=-1)
+        found.append(apart.unflatten(1, (-1, plane)).mean(dim=-1))
+    return found
 
 
 @torch.no_grad()
@@ -66,35 +72,43 @@ def curves(
     videos: Tensor,
     contexts: Sequence[int] = CONTEXTS,
     *,
-    stride: int = 2,
+    stride: int = 1,
+    step: int = 2,
     batch: int = 16,
 ) -> list[Curve]:
-    """videos: uint8 [N, F, H, W, C], F at least the model's clip. contexts: in frames."""
+    """videos: uint8 [N, F, H, W, C], F at least the model's clip.
+
+    contexts: in the model's frames. stride: frames of the video between the model's, as it was
+    trained; step: frames of the video between windows.
+    """
     grid, tubelet = method.encoder.grid, method.encoder.patch_embed.size[0]
     frames = grid.frames * tubelet
+    span = (frames - 1) * stride + 1
     count, length = videos.shape[:2]
-    if length < frames:
-        raise ValueError(f"videos: got {length} frames, takes at least the model's {frames}")
+    if length < span:
+        raise ValueError(f"videos: got {length} frames, takes at least the model's {span}")
     for context in contexts:
         if context % tubelet or not 0 < context < frames:
             raise ValueError(
                 f"contexts: got {context}, takes multiples of {tubelet} below {frames} frames"
             )
-    starts = list(range(0, length - frames + 1, stride))
+    starts = range(0, length - span + 1, step)
     places = [(v, s) for v in range(count) for s in starts]
     total = torch.zeros(len(contexts), count, length)
     seen_by = torch.zeros_like(total)
     device = next(method.parameters()).device
     for at in range(0, len(places), batch):
         part = places[at : at + batch]
-        clips = torch.stack([videos[v, s : s + frames] for v, s in part])
+        clips = torch.stack([videos[v, s : s + span : stride] for v, s in part])
         clips = clips.to(device).permute(0, 4, 1, 2, 3).float() / 255.0
-        for i, context in enumerate(contexts):
-            errors = window_errors(method, clips, context // tubelet).cpu()
-            for (v, s), row in zip(part, errors, strict=True):
-                span = slice(s + context, s + frames)
-                total[i, v, span] += row.repeat_interleave(tubelet)
-                seen_by[i, v, span] += 1
+        errors = window_errors(method, clips, [context // tubelet for context in contexts])
+        for i, (context, found) in enumerate(zip(contexts, errors, strict=True)):
+            for (v, s), row in zip(part, found.cpu(), strict=True):
+                # A token frame stands for all frames of the video from its first to the next's.
+                wide = row.repeat_interleave(tubelet * stride)[: length - s - context * stride]
+                first = s + context * stride
+                total[i, v, first : first + len(wide)] += wide
+                seen_by[i, v, first : first + len(wide)] += 1
     values = total / seen_by  # NaN where nothing was predicted
     return [Curve(tuple(contexts), values[:, v]) for v in range(count)]
 

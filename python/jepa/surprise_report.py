@@ -3,56 +3,81 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from jepa import intuition, surprise, surprise_figure, videos
 from jepa.physics import PROPERTIES, quadruplet
 
-Surprise = Callable[[Tensor], dict[str, list[float]]]
+# model -> property -> how a video's curve becomes a number -> score
+Found = dict[str, dict[str, dict[str, intuition.Score]]]
 
 
-def test(method: Any, surprise_of: Surprise, count: int, output: Path) -> list[dict[str, Any]]:
-    """Every property's scores, surprise.json, and a picture and a GIF of one pair of each."""
-    found = []
-    scores = intuition.scores(surprise_of, count)
-    for result in tqdm(scores, total=len(PROPERTIES), desc="properties", ncols=100):
-        found.append({kind: asdict(score) for kind, score in result.items()})
-        draw_pair(method, found[-1]["mean"]["property"], output)
-    (output / "surprise.json").write_text(json.dumps(found, indent=1))
+def test(models: Mapping[str, intuition.SurpriseOf], count: int, output: Path) -> Found:
+    """Every property's scores for each model, and surprise.json in `output`."""
+    found: Found = {name: {} for name in models}
+    with tqdm(total=len(PROPERTIES) * len(models), desc="physics test", ncols=100) as bar:
+        for property in PROPERTIES:
+            clips = intuition.quadruplets(property, count)
+            for name, surprise_of in models.items():
+                found[name][property] = intuition.scores(surprise_of, clips, property)
+                bar.update()
+    plain = {
+        name: {prop: {k: asdict(s) for k, s in kinds.items()} for prop, kinds in row.items()}
+        for name, row in found.items()
+    }
+    (output / "surprise.json").write_text(json.dumps(plain, indent=1))
     return found
 
 
-def table(found: list[dict[str, Any]], title: str) -> str:
-    """Relative accuracy and AUROC in per cent, a line a property; the control is not averaged."""
-    kinds = list(found[0])
-    lines = [title, f"{'property':<14}" + "".join(f"{k + ' sets':>16}{'AUROC':>8}" for k in kinds)]
-    rows = {next(iter(row.values()))["property"]: row for row in found}
-    for name, row in rows.items():
-        figures = (f"{100 * row[k]['accuracy']:>16.1f}{100 * row[k]['auroc']:>8.1f}" for k in kinds)
-        lines.append(f"{name:<14}" + "".join(figures))
-    averaged = [row for name, row in rows.items() if name != "control"]
-    for label, pick in (("average", lambda v: sum(v) / len(v)), ("least", min)):
-        figures = (
-            f"{100 * pick([row[k]['accuracy'] for row in averaged]):>16.1f}"
-            f"{100 * pick([row[k]['auroc'] for row in averaged]):>8.1f}"
-            for k in kinds
+def table(found: Found, count: int) -> str:
+    """Per cent: of the first model both scores and AUROC, of the others the mean's; the control,
+    fair at 50, is not averaged.
+    """
+    first, *others = found
+    own = found[first]
+    width = max(12, *(len(name) + 2 for name in found))
+
+    def row(name: str, pick: Any) -> str:
+        cells = [pick(own, "mean", "accuracy"), pick(own, "maximum", "accuracy")]
+        cells += [pick(own, "mean", "auroc")]
+        cells += [pick(found[other], "mean", "accuracy") for other in others]
+        widths = [12, 10, 8] + [width] * len(others)
+        return f"{name:<12}" + "".join(
+            f"{100 * cell:>{wide}.1f}" for cell, wide in zip(cells, widths, strict=True)
         )
-        lines.append(f"{label:<14}" + "".join(figures))
-    return "\n".join(lines)
+
+    broken = [property for property in own if property != "control"]
+
+    def over(reduce: Any) -> Any:
+        return lambda rows, kind, what: reduce([getattr(rows[p][kind], what) for p in broken])
+
+    def of(property: str) -> Any:
+        return lambda rows, kind, what: getattr(rows[property][kind], what)
+
+    return "\n".join(
+        (
+            f"{first}: relative accuracy in %, {count} quadruplets a property",
+            f"{'':<12}{'mean':>12}{'maximum':>10}{'AUROC':>8}"
+            + "".join(f"{name:>{width}}" for name in others),
+            *(row(property, of(property)) for property in broken),
+            row("average", over(lambda values: sum(values) / len(values))),
+            row("least", over(min)),
+            row("control", of("control")),
+        )
+    )
 
 
-def draw_pair(method: Any, property: str, output: Path, seed: int = 0) -> None:
-    """An impossible video above the possible one that shares its past."""
+def draw_pair(method: Any, property: str, output: Path, *, stride: int, seed: int = 0) -> None:
+    """An impossible video and the possible one that shares its past: PNG and GIF."""
     made = quadruplet(property, seed)
     both = torch.from_numpy(made.videos[[0, 2]].copy())
-    curves = surprise.curves(method, both)
+    curves = surprise.curves(method, both, stride=stride, step=1)
     names = ("possible", "impossible")
     clips = dict(zip(names, both, strict=True))
     found = dict(zip(names, curves, strict=True))
@@ -62,9 +87,9 @@ def draw_pair(method: Any, property: str, output: Path, seed: int = 0) -> None:
     surprise_figure.animation(clips, found, output / f"{property}.gif")
 
 
-def draw_video(method: Any, path: Path, size: int, output: Path) -> None:
+def draw_video(method: Any, path: Path, size: int, output: Path, *, stride: int) -> None:
     video = videos.decode(path, size)
-    (curve,) = surprise.curves(method, video[None])
+    (curve,) = surprise.curves(method, video[None], stride=stride, step=1)
     clip, found = {"video": video}, {"video": curve}
     surprise_figure.picture(clip, found, output / f"{path.stem}.png", path.name, None)
     surprise_figure.animation(clip, found, output / f"{path.stem}.gif")

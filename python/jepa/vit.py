@@ -87,14 +87,18 @@ class PatchEmbed(nn.Module):
         self.size = size
         self.proj = nn.Conv3d(channels, dim, size, stride=size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        # A product of the patches: the same numbers as the convolution. Pixels in [0, 1] are spread
-        # about 0, so that a patch weighs as much as its position.
+    def patches(self, x: Tensor) -> Tensor:
+        """[B, T, pixels of a patch]; those in [0, 1] spread about 0, so that a patch weighs as much
+        as its position.
+        """
         x = (x - 0.5) / 0.25
         batch, channels, frames, height, width = x.shape
         t, h, w = self.size
         x = x.reshape(batch, channels, frames // t, t, height // h, h, width // w, w)
-        x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+        return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x)  # and a product: the same numbers as the convolution
         return nn.functional.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -138,16 +142,26 @@ class ViT(Transformer):
 
 
 class Predictor(Transformer):
-    """Predicts target tokens' embeddings from context tokens': narrower, with a mask token."""
+    """Predicts target tokens' embeddings from context tokens': narrower, with a mask token.
+
+    features: of the context's tokens; targets: of what is predicted, None: the same.
+    """
 
     def __init__(
-        self, grid: Grid, features: int, dim: int, depth: int, heads: int, position: str = "sincos"
+        self,
+        grid: Grid,
+        features: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        position: str = "sincos",
+        targets: int | None = None,
     ) -> None:
         super().__init__(dim, heads, depth)
         self.grid, self.position = grid, position
         self.predictor_embed = nn.Linear(features, dim)
         self.mask_token = nn.Parameter(torch.zeros(dim))
-        self.predictor_proj = nn.Linear(dim, features)
+        self.predictor_proj = nn.Linear(dim, targets or features)
         table = sincos(grid, dim) if position == "sincos" else torch.zeros(0)
         self.register_buffer("pos_embed", table, persistent=False)
         initialise(self)
