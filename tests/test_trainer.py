@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from jepa import build, checkpoint, config, data, monitor, schedule, source
+from jepa import kernels as kernel_choice
 from jepa.trainer import Diverged, Ranks, Trainer
+from jepa.vit import ViT
 
 ROOT = Path(__file__).parent.parent
 METHODS = ("vicreg", "vicreg_jepa", "lejepa", "ijepa", "vjepa", "pixels")
@@ -268,3 +270,34 @@ def test_the_monitor_names_what_collapses():
     assert "redundancy" in text
     z[:, 3] = 1.0
     assert monitor.spread(z).warnings() == ["1 of 16 dimensions are constant"]
+
+
+@pytest.mark.parametrize("kernels", ["fused", "reference"])
+def test_an_encoder_of_frames_sees_no_other_frame(kernels):
+    """Whole or at places, a clip's tokens are those of its frames as clips of one token frame."""
+    choice = kernel_choice.named(kernels)
+    torch.manual_seed(0)
+    shared = ((2, 8, 8), 32, 2, 2, "rope", "frame")
+    whole, one = ViT((3, 6, 32, 32), *shared), ViT((3, 2, 32, 32), *shared)
+    one.load_state_dict(whole.state_dict())
+    clips = torch.rand(2, 3, 6, 32, 32)
+    frames = clips.unflatten(2, (3, 2)).transpose(1, 2).flatten(0, 1)
+    expected = kernel_choice.encode(one, choice, frames, None).reshape(2, 48, 32)
+    found = kernel_choice.encode(whole, choice, clips, None)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    places = [torch.arange(16), torch.tensor([0, 5, 6, 40, 47])]  # no token of the middle frame
+    seen = kernel_choice.encode(whole, choice, clips, places)
+    for clip, at in enumerate(places):
+        plane = at.tolist()
+        alone = kernel_choice.encode(one, choice, frames[3 * clip :][:3], _by_frame(plane))
+        rows = seen.x[clip, : len(plane)] if kernels == "reference" else _rows(seen, clip)
+        kept = alone.x if kernels == "fused" else alone.x[alone.keep]
+        torch.testing.assert_close(rows, kept, rtol=1e-5, atol=1e-6)
+
+
+def _by_frame(places: list[int]) -> list[torch.Tensor]:
+    return [torch.tensor([p % 16 for p in places if p // 16 == frame]).long() for frame in range(3)]
+
+
+def _rows(sequences, sample: int) -> torch.Tensor:
+    return sequences.x[sequences.offsets[sample] : sequences.offsets[sample + 1]]

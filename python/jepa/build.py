@@ -77,6 +77,7 @@ def _predictive(config: Config, kernels: choice.Kernels, channels: int) -> nn.Mo
         model.depth,
         model.heads,
         position,
+        model.sees,
     )
     patch = encoder.patch_embed.proj.weight[0].numel()
     predictor = Predictor(

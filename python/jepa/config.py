@@ -54,7 +54,8 @@ class Data(Settings):
 
 
 class Model(Settings):
-    """The networks. patch, tubelet: pixels and frames of a token; expander: inner and outer width
+    """The networks. patch, tubelet: pixels and frames of a token; sees: whether a video encoder's
+    tokens attend to the whole clip or to their own token frame; expander: inner and outer width
     of the embedding that a loss of batch statistics sees.
     """
 
@@ -64,6 +65,7 @@ class Model(Settings):
     heads: Positive = 4
     patch: Positive = 4
     tubelet: Positive = 1
+    sees: Literal["clip", "frame"] = "clip"
     predictor_dim: Positive = 96
     predictor_depth: Positive = 2
     predictor_heads: Positive = 3
@@ -158,6 +160,8 @@ class Config(Settings):
             raise ValueError(f"training.checkpointing: is of predicted tokens, not {self.method}'s")
         if (self.data.frames, self.data.stride) != (1, 1) and not self.data.is_video:
             raise ValueError("data.frames, data.stride: are of videos, images take 1 and 1")
+        if self.model.sees != "clip" and not on_video:
+            raise ValueError(f"model.sees: is of videos, {self.method} takes 'clip'")
         if self.model.tubelet != 1 and not on_video:
             raise ValueError(f"model.tubelet: is of videos, {self.method} takes 1")
 

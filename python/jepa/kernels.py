@@ -32,6 +32,7 @@ Weights = tuple[float, float, float]
 class Sequences:
     """Tokens of a batch of sequences of different lengths, and their places in the grid.
 
+    places: of each sequence, on the host, where they were taken from a grid.
     Fused: x [total, D], index [total], offsets [P + 1] on the host. Reference: x [P, L, D],
     index [P, L], keep bool [P, L], padded behind.
     """
@@ -41,6 +42,7 @@ class Sequences:
     offsets: Tensor | None = None
     keep: Tensor | None = None
     order: Any = None
+    places: Places | None = None
 
     def with_tokens(self, x: Tensor) -> Sequences:
         return replace(self, x=x)
@@ -62,15 +64,24 @@ class Fused:
         """Each sample's tokens at `places` of x [B, T, D]."""
         index, offsets = torch.cat(places).to(x.device), _offsets(places)
         tokens = vk.gather_tokens(x, index, offsets=offsets, backend=self.backend)
-        return Sequences(tokens, index, offsets)
+        return Sequences(tokens, index, offsets, places=places)
 
-    def attend(self, sequences: Sequences | None, rope: Grid | None) -> Attend:
-        """How attention is computed over these sequences; None: dense tokens [B, T, D]."""
+    def attend(
+        self, sequences: Sequences | None, rope: Grid | None, apart: Grid | None = None
+    ) -> Attend:
+        """How attention is computed over these sequences; None: dense tokens [B, T, D].
+
+        apart: the grid whose frames do not see each other; None: a clip's tokens see them all.
+        """
         if sequences is None:
-            turn = None if rope is None else vk.Rope3d(rope.axes)
-            return lambda module, x: module(x, rope=turn)
-        turn = None if rope is None else vk.Rope3d(rope.axes, sequences.index)
-        rule = vk.Ragged(sequences.offsets)
+            turn = None if rope is None else vk.Rope3d((apart.frame if apart else rope).axes)
+            return _by_frame(apart, lambda module, x: module(x, rope=turn))
+        index, offsets = sequences.index, sequences.offsets
+        if apart is not None:
+            # V-JEPA's rotation is not quite relative: a frame is placed as if it were alone.
+            index, offsets = index % apart.frame.tokens, _frame_offsets(sequences, apart)
+        turn = None if rope is None else vk.Rope3d(rope.axes, index)
+        rule = vk.Ragged(offsets)
         return lambda module, x: module(x, mask=rule, rope=turn)
 
     def mean(self, sequences: Sequences) -> Tensor:
@@ -134,6 +145,28 @@ class Fused:
         return {"backend": self.backend, "process_group": process_group}
 
 
+def _by_frame(apart: Grid | None, attend: Attend) -> Attend:
+    """On dense tokens [B, T, D], each frame a sample of its own."""
+    if apart is None:
+        return attend
+
+    def frames(module: vk.MaskedAttention, x: Tensor) -> Tensor:
+        plane = apart.frame.tokens
+        return attend(module, x.reshape(-1, plane, x.shape[-1])).reshape(x.shape)
+
+    return frames
+
+
+def _frame_offsets(sequences: Sequences, grid: Grid) -> Tensor:
+    """Where the tokens of each sequence's frames begin; they lie in the grid's order."""
+    assert sequences.places is not None
+    frame = torch.cat(
+        [p // grid.frame.tokens + i * grid.frames for i, p in enumerate(sequences.places)]
+    )
+    counts = torch.bincount(frame, minlength=len(sequences.places) * grid.frames)
+    return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+
+
 def _repeat_offsets(offsets: Tensor | None, times: int) -> Tensor:
     assert offsets is not None
     return torch.cat((torch.zeros(1, dtype=offsets.dtype), offsets.diff().repeat(times).cumsum(0)))
@@ -148,10 +181,20 @@ class Reference:
         index, keep = (z.to(x.device) for z in padded(places))
         return Sequences(plain.gather(x, index), index, keep=keep)
 
-    def attend(self, sequences: Sequences | None, rope: Grid | None) -> Attend:
+    def attend(
+        self, sequences: Sequences | None, rope: Grid | None, apart: Grid | None = None
+    ) -> Attend:
         if sequences is None:
-            return partial(plain.attention, index=None, keep=None, grid=rope)
-        return partial(plain.attention, index=sequences.index, keep=sequences.keep, grid=rope)
+            grid = apart.frame if apart and rope else rope
+            return _by_frame(apart, partial(plain.attention, index=None, keep=None, grid=grid))
+        assert sequences.keep is not None
+        index, keep = sequences.index, sequences.keep[:, None]  # [P, 1 or queries, keys]
+        if apart is not None:
+            frame, index = index // apart.frame.tokens, index % apart.frame.tokens
+            own = torch.eye(frame.shape[1], dtype=torch.bool, device=keep.device)
+            # Padding sees itself, so that no row of the softmax is empty.
+            keep = (keep & (frame[:, :, None] == frame[:, None])) | own
+        return partial(plain.attention, index=index, keep=keep, grid=rope)
 
     def mean(self, sequences: Sequences) -> Tensor:
         assert sequences.keep is not None
@@ -238,9 +281,9 @@ def encode(encoder: Any, kernels: Kernels, x: Tensor, places: Places | None) -> 
     """The encoder on the tokens at `places`, as Sequences; None: on all of them, [B, T, D]."""
     tokens = encoder.embed(x)
     if places is None:
-        return encoder.run(tokens, kernels.attend(None, encoder.rope))
+        return encoder.run(tokens, kernels.attend(None, encoder.rope, encoder.apart))
     seen = kernels.take(tokens, places)
-    return seen.with_tokens(encoder.run(seen.x, kernels.attend(seen, encoder.rope)))
+    return seen.with_tokens(encoder.run(seen.x, kernels.attend(seen, encoder.rope, encoder.apart)))
 
 
 def predict(predictor: Any, kernels: Kernels, context: Sequences, masks: Masks) -> Tensor:

@@ -83,14 +83,14 @@ def rotate(x: Tensor, places: Tensor, grid: Grid) -> Tensor:
 def attention(
     module: nn.Module, x: Tensor, *, index: Tensor | None, keep: Tensor | None, grid: Grid | None
 ) -> Tensor:
-    """Self-attention of padded tokens [B, T, D]: eager rotation, a mask over the padding."""
+    """Self-attention of padded tokens [B, T, D]; keep: bool [B, 1 or T, T], what each sees."""
     three = module.qkv(x).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
     q, k, v = three.unbind(0)
     if grid is not None:
         if index is None:
             index = torch.arange(grid.tokens, device=x.device)[None]
         q, k = rotate(q, index, grid), rotate(k, index, grid)
-    mask = None if keep is None else keep[:, None, None]
+    mask = None if keep is None else keep[:, None]
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return module.proj(out.transpose(1, 2).flatten(-2))
 

@@ -31,6 +31,11 @@ class Grid:
         return self.frames * self.height * self.width
 
     @property
+    def frame(self) -> Grid:
+        """One frame of it."""
+        return Grid(1, self.height, self.width)
+
+    @property
     def axes(self) -> tuple[int, int, int]:
         return self.frames, self.height, self.width
 
@@ -106,7 +111,9 @@ class ViT(Transformer):
     """The encoder: patches, positions (a fixed sine table, or rotary in the attention), blocks.
 
     image: (channels, frames, height, width) of what it takes; patch: the tubelet (1 frame: images).
-    position: "sincos" adds a table, "rope" leaves position to `attend`.
+    position: "sincos" adds a table, "rope" leaves position to `attend`. sees: "clip", tokens attend
+    to the whole clip; "frame", each token frame is encoded by itself (V-JEPA 2-AC), so that a
+    frame's embeddings do not depend on what happens before and after it.
     """
 
     def __init__(
@@ -117,6 +124,7 @@ class ViT(Transformer):
         depth: int,
         heads: int,
         position: str = "sincos",
+        sees: str = "clip",
     ) -> None:
         super().__init__(dim, heads, depth)
         channels, *extent = image
@@ -125,7 +133,9 @@ class ViT(Transformer):
         if position not in ("sincos", "rope"):
             raise ValueError(f"position: got {position!r}, takes 'sincos' or 'rope'")
         self.grid = Grid(*(a // b for a, b in zip(extent, patch, strict=True)))
-        self.features, self.position = dim, position
+        if sees not in ("clip", "frame"):
+            raise ValueError(f"sees: got {sees!r}, takes 'clip' or 'frame'")
+        self.features, self.position, self.sees = dim, position, sees
         self.patch_embed = PatchEmbed(channels, patch, dim)
         table = sincos(self.grid, dim) if position == "sincos" else torch.zeros(0)
         self.register_buffer("pos_embed", table, persistent=False)
@@ -134,6 +144,11 @@ class ViT(Transformer):
     @property
     def rope(self) -> Grid | None:
         return self.grid if self.position == "rope" else None
+
+    @property
+    def apart(self) -> Grid | None:
+        """The grid whose frames do not see each other."""
+        return self.grid if self.sees == "frame" else None
 
     def embed(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] or clips [B, C, F, H, W] -> positioned tokens [B, T, dim]."""
