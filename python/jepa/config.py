@@ -102,8 +102,9 @@ class Optimizer(Settings):
 
 class Training(Settings):
     """batch: samples of a step over all ranks; accumulate: micro-batches of a rank's share, exact
-    for every loss; checkpointing: recompute a transformer's blocks in the backward; keep:
-    checkpoints kept.
+    for every loss (batch norm sees a micro-batch at a time, of all ranks); parallel: what many
+    ranks hold, a copy of the model each (ddp) or shards of it (fsdp); checkpointing: recompute a
+    transformer's blocks in the backward; keep: checkpoints kept.
     """
 
     steps: Positive = 1000
@@ -111,6 +112,7 @@ class Training(Settings):
     accumulate: Positive = 1
     precision: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     compile: bool = False
     checkpointing: bool = False
     save_every: Positive = 200
@@ -156,6 +158,17 @@ class Config(Settings):
             raise ValueError("data.frames, data.stride: are of videos, images take 1 and 1")
         if self.model.tubelet != 1 and self.method != "vjepa":
             raise ValueError(f"model.tubelet: is vjepa's, {self.method} takes 1")
+        if self.training.parallel == "fsdp":
+            self._shardable()
+
+    def _shardable(self) -> None:
+        got = "training.parallel: got 'fsdp'"
+        if self.model.encoder != "vit":
+            raise ValueError(f"{got}, which shards transformers; model.encoder 'conv' takes 'ddp'")
+        if self.optimizer.name == "lars":
+            raise ValueError(f"{got}; optimizer.name 'lars', of whole tensors' norms, takes 'ddp'")
+        if self.training.compile:
+            raise ValueError(f"{got}; training.compile takes 'ddp'")
 
 
 class ConfigError(ValueError):
