@@ -27,7 +27,7 @@ from jepa import checkpoint
 
 # Seconds: for the end of another process to be seen after a collective has failed; for the other
 # ranks to say that they are alive; for the main thread to leave before the process is ended.
-SEEN, ALIVE, LEAVE = 1.0, 6.0, 3.0
+SEEN, ALIVE, LEAVE = 3.0, 6.0, 3.0
 FAILED = 1
 
 
@@ -204,7 +204,8 @@ def _how(pid: int) -> str:
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:
         return f"ended with exit code {code}"
-    return f"was killed by signal {-code} ({signal.strsignal(-code)})"
+    names = {number.value: number.name for number in signal.Signals}
+    return f"was killed by signal {-code} ({names.get(-code, 'real-time')})"
 
 
 def command() -> str:
