@@ -92,11 +92,12 @@ def _predictive(config: Config, kernels: choice.Kernels, channels: int) -> nn.Mo
     for part in (encoder, predictor):
         part.checkpointing = config.training.checkpointing
     draw = VideoMasks(future=config.loss.future, frames_seen=config.loss.frames_seen)
+    video_loss = {"still": config.loss.still, "spread": config.loss.spread}
     if config.method == "pixels":
-        return Pixels(encoder, predictor, kernels, draw)
+        return Pixels(encoder, predictor, kernels, draw, **video_loss)
     shared = {"momentum": config.optimizer.momentum, "steps": config.training.steps}
     if config.method == "vjepa":
-        return VJEPA(encoder, predictor, kernels, draw, **shared)
+        return VJEPA(encoder, predictor, kernels, draw, **shared, **video_loss)
     return IJEPA(encoder, predictor, kernels, **shared)
 
 

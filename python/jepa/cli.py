@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,9 @@ def _train(options: argparse.Namespace) -> int:
     from jepa import launch
 
     settings = config.load(options.config, options.overrides)
-    trainer = launch.train(settings, options.output)
-    print(f"{trainer.step} steps; the run is in {options.output}")
+    steps = launch.train(settings, options.output)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{steps} steps; the run is in {options.output}")
     return 0
 
 

@@ -75,7 +75,9 @@ class Model(Settings):
 class Loss(Settings):
     """variance, covariance, invariance: VICReg's weights; sigreg: lambda of LeJEPA; slices: its
     random directions; future: share of V-JEPA's steps that hide the future, after a number of
-    token frames in frames_seen.
+    token frames in frames_seen; still: share of the unchanging tokens that are predicted, beside
+    all that change; spread: weight of variance and covariance of the context's tokens, which keeps
+    V-JEPA's from low rank.
     """
 
     invariance: NonNegative = 25.0
@@ -86,6 +88,8 @@ class Loss(Settings):
     views: Annotated[int, Field(ge=2)] = 2
     future: Fraction = 0.0
     frames_seen: tuple[Positive, Positive] = (1, 5)
+    still: Fraction = 1.0
+    spread: NonNegative = 0.0
 
 
 class Optimizer(Settings):
@@ -107,8 +111,9 @@ class Optimizer(Settings):
 
 class Training(Settings):
     """batch: samples of a step over all ranks; accumulate: micro-batches of a rank's share, exact
-    for every loss; checkpointing: recompute a transformer's blocks in the backward; keep:
-    checkpoints kept.
+    for every loss (batch norm sees a micro-batch at a time, of all ranks); parallel: what many
+    ranks hold, a copy of the model each (ddp) or shards of it (fsdp); checkpointing: recompute a
+    transformer's blocks in the backward; keep: checkpoints kept.
     """
 
     steps: Positive = 1000
@@ -116,6 +121,7 @@ class Training(Settings):
     accumulate: Positive = 1
     precision: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     compile: bool = False
     checkpointing: bool = False
     save_every: Positive = 200
@@ -156,6 +162,10 @@ class Config(Settings):
             raise ValueError(f"loss.views: got {self.loss.views}, {self.method} takes 2")
         if self.loss.future and not on_video:
             raise ValueError(f"loss.future: is of videos, {self.method} takes 0")
+        if (self.loss.still, self.loss.spread) != (1, 0) and not on_video:
+            raise ValueError(f"loss.still, loss.spread: are of videos, {self.method} takes 1 and 0")
+        if self.loss.spread and self.training.accumulate > 1:
+            raise ValueError("training.accumulate: takes 1 with loss.spread, which is of the batch")
         if self.training.checkpointing and not (on_video or self.method == "ijepa"):
             raise ValueError(f"training.checkpointing: is of predicted tokens, not {self.method}'s")
         if (self.data.frames, self.data.stride) != (1, 1) and not self.data.is_video:
@@ -164,6 +174,17 @@ class Config(Settings):
             raise ValueError(f"model.sees: is of videos, {self.method} takes 'clip'")
         if self.model.tubelet != 1 and not on_video:
             raise ValueError(f"model.tubelet: is of videos, {self.method} takes 1")
+        if self.training.parallel == "fsdp":
+            self._shardable()
+
+    def _shardable(self) -> None:
+        got = "training.parallel: got 'fsdp'"
+        if self.model.encoder != "vit":
+            raise ValueError(f"{got}, which shards transformers; model.encoder 'conv' takes 'ddp'")
+        if self.optimizer.name == "lars":
+            raise ValueError(f"{got}; optimizer.name 'lars', of whole tensors' norms, takes 'ddp'")
+        if self.training.compile:
+            raise ValueError(f"{got}; training.compile takes 'ddp'")
 
 
 class ConfigError(ValueError):

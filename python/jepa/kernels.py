@@ -90,6 +90,10 @@ class Fused:
         lengths = sequences.offsets.diff().to(sequences.x.device)
         return torch.segment_reduce(sequences.x, "mean", lengths=lengths, axis=0)
 
+    def rows(self, sequences: Sequences) -> Tensor:
+        """All tokens, [total, D]."""
+        return sequences.x
+
     def assemble(
         self, context: Sequences, mask_token: Tensor, targets: list[Places], table: Tensor | None
     ) -> Sequences:
@@ -200,6 +204,9 @@ class Reference:
         assert sequences.keep is not None
         keep = sequences.keep.unsqueeze(-1)
         return (sequences.x * keep).sum(dim=1) / keep.sum(dim=1)
+
+    def rows(self, sequences: Sequences) -> Tensor:
+        return sequences.x[sequences.keep]
 
     def assemble(
         self, context: Sequences, mask_token: Tensor, targets: list[Places], table: Tensor | None

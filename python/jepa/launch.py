@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from jepa import build, checkpoint, config, data, monitor
+from jepa import build, checkpoint, config, data, ending, monitor, parallel
 from jepa.config import Config
 from jepa.source import Clips, ClipSource, ImageSource
 from jepa.trainer import Diverged, Ranks, Trainer
@@ -44,24 +47,60 @@ def source(settings: Config) -> Any:
 
 @contextmanager
 def ranks(settings: Config) -> Iterator[Ranks]:
-    """torchrun's processes; alone where there is no torchrun."""
+    """torchrun's processes, or those of the caller's process group; alone without either."""
+    if dist.is_initialized():
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+        return
     if "RANK" not in os.environ:
         yield Ranks()
         return
-    backend = "nccl" if settings.training.device.startswith("cuda") else "gloo"
-    dist.init_process_group(f"cpu:gloo,cuda:{backend}" if backend == "nccl" else backend)
+    cuda = settings.training.device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
-        if backend == "nccl":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         yield Ranks(dist.get_rank(), dist.get_world_size())
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
+        # A model that outlives its process group can hang when it goes.
+        gc.collect()
         dist.destroy_process_group()
+
+
+def in_turn(own: Ranks, make: Callable[[], Any]) -> Any:
+    """make() on rank 0, then on all others at once: what writes files finds them written."""
+    if own.ranks == 1:
+        return make()
+    # Of its own, for simulating videos may take longer than other collectives wait.
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    found = make() if own.rank == 0 else None
+    dist.barrier(group)
+    dist.destroy_process_group(group)
+    return make() if found is None else found
+
+
+class Spread:
+    """How a fixed batch's features are spread, at the steps that are logged; of images alone."""
+
+    def __init__(self, settings: Config, method: nn.Module, found: Any) -> None:
+        self.settings, self.method = settings.training, method
+        self.probe = found.images.images[:256] if isinstance(found, ImageSource) else None
+
+    def due(self, step: int) -> bool:
+        return step % self.settings.log_every == 0 or step == self.settings.steps
+
+    def __call__(self, step: int) -> monitor.Spread | None:
+        if self.probe is None or not self.due(step):
+            return None
+        return monitor.spread(features(self.method, self.probe))
 
 
 class Log:
     """A progress line with throughput and time left, TensorBoard, and metrics.jsonl."""
 
-    def __init__(self, settings: Config, folder: Path, probe: Tensor | None, method: Any) -> None:
+    def __init__(self, settings: Config, folder: Path, spread: Spread) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -71,7 +110,7 @@ class Log:
             TimeRemainingColumn,
         )  # fmt: skip
 
-        self.settings, self.method, self.probe = settings, method, probe
+        self.settings, self.spread = settings, spread
         self.console = Console(stderr=True)
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -97,9 +136,9 @@ class Log:
     def __call__(self, step: int, loss: float, seconds: float) -> None:
         self.samples += self.settings.training.batch
         row: dict[str, Any] = {"step": step, "loss": loss, "seconds": seconds}
-        if step % self.settings.training.log_every == 0 or step == self.settings.training.steps:
+        if self.spread.due(step):
             rate = self.samples / (time.perf_counter() - self.since)
-            row |= {"samples_per_second": rate, **self._collapse()}
+            row |= {"samples_per_second": rate, **self._collapse(step)}
             self.bar.update(self.task, figures=f"loss {loss:.4f}  {rate:.0f} samples/s")
         self.bar.update(self.task, completed=step)
         self.file.write(json.dumps(row) + "\n")
@@ -109,18 +148,16 @@ class Log:
                 if name != "step":
                     self.writer.add_scalar(name, value, step)
 
-    def _collapse(self) -> dict[str, float]:
-        """The spread of a fixed batch's features; a warning names what has collapsed."""
-        if self.probe is None:
+    def _collapse(self, step: int) -> dict[str, float]:
+        found = self.spread(step)
+        if found is None:
             return {}
-        found = features(self.method, self.probe)
-        spread = monitor.spread(found)
-        for warning in spread.warnings():
+        for warning in found.warnings():
             self.console.print(f"[yellow]{warning}[/yellow]")
         return {
-            "effective_rank": spread.effective_rank,
-            "std": spread.std,
-            "correlation": spread.correlation,
+            "effective_rank": found.effective_rank,
+            "std": found.std,
+            "correlation": found.correlation,
         }
 
 
@@ -143,30 +180,41 @@ def features(method: nn.Module, samples: Tensor, batch: int = 256) -> Tensor:
         )
     finally:
         method.train(was)
+        if parallel.is_sharded(method):
+            method.reshard()  # which a backward pass would do
 
 
-def train(settings: Config, folder: Path) -> Trainer:
-    """Trains, or goes on from the folder's newest checkpoint, to the last step."""
+def train(settings: Config, folder: Path) -> int:
+    """Trains, or goes on from the folder's newest checkpoint, to the last step, which it returns.
+
+    Under torchrun on every rank: the folder is the same one for all.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with ranks(settings) as own:
-        found = source(settings)
-        method = build.method(settings, found.channels).train()
-        trainer = Trainer(settings, method, own, folder)
-        step = trainer.resume()
+        return _train(settings, folder, own)
+
+
+def _train(settings: Config, folder: Path, own: Ranks) -> int:
+    """All that refers to the process group, so that nothing outlives it."""
+    found = in_turn(own, lambda: source(settings))
+    method = build.method(settings, found.channels).train()
+    trainer = Trainer(settings, method, own, folder)
+    step = trainer.resume()
+    if own.rank == 0:
+        (folder / "config.json").write_text(json.dumps(config.describe(settings), indent=1))
+        if step:
+            print(f"going on from step {step}", file=sys.stderr)
+    spread = Spread(settings, method, found)
+    many = own.ranks > 1 and dist.is_torchelastic_launched()
+    with ending.watched(trainer.checkpoints) if many else nullcontext():
         if own.rank == 0:
-            (folder / "config.json").write_text(json.dumps(config.describe(settings), indent=1))
-            if step:
-                print(f"going on from step {step}", file=sys.stderr)
-        try:
-            if own.rank != 0:
-                trainer.fit(found, lambda *_: None)
-            else:
-                probe = found.images.images[:256] if isinstance(found, ImageSource) else None
-                with Log(settings, folder, probe, method) as log:
-                    trainer.fit(found, log)
-        finally:
-            trainer.release()
-        return trainer
+            with Log(settings, folder, spread) as log:
+                trainer.fit(found, log)
+        else:
+            # Shards give features only where every rank takes part.
+            sharded = settings.training.parallel == "fsdp"
+            trainer.fit(found, lambda step, *_: spread(step) if sharded else None)
+    return trainer.step
 
 
 def restore(folder: Path) -> tuple[Config, nn.Module, int]:

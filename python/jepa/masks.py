@@ -134,6 +134,33 @@ class VideoMasks:
         return tubes(grid, batch, generator, self.blocks[which])
 
 
+# Of the range of pixels: what changes by less is noise.
+CHANGE = 0.15
+
+
+def changing(patches: Tensor, grid: Grid) -> Tensor:
+    """bool [B, T]: the tokens of clips [B, T, pixels] in [0, 1] that differ somewhere by more than
+    CHANGE from the clip's median at their place, or from the token frame before or after.
+    """
+    frames = patches.unflatten(1, (grid.frames, -1))
+    found = (frames - frames.median(dim=1, keepdim=True).values).abs().amax(dim=-1) > CHANGE
+    between = (frames[:, 1:] - frames[:, :-1]).abs().amax(dim=-1) > CHANGE
+    found[:, 1:] |= between
+    found[:, :-1] |= between
+    return found.flatten(1)
+
+
+def chosen(drawn: Masks, keep: Tensor) -> Masks:
+    """The same context, and of each sample's targets those that keep, bool [B, T], names; where it
+    names none of them, all.
+    """
+    targets = []
+    for one in drawn.targets:
+        some = [places[row[places]] for places, row in zip(one, keep, strict=True)]
+        targets.append([s if s.numel() else p for s, p in zip(some, one, strict=True)])
+    return Masks(drawn.context, targets)
+
+
 def future(grid: Grid, batch: int, frames_seen: int) -> Masks:
     """The first `frames_seen` token frames are the context, all others the target."""
     every = torch.arange(grid.tokens)

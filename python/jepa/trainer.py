@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import time
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import vicreg_kernels as vk
-from jepa import checkpoint, schedule
+from jepa import checkpoint, parallel, schedule
 from jepa.config import Config, describe
+from jepa.masks import Masks
 from jepa.optimizers import build as build_optimizer
 from jepa.source import Share, mixed
 
@@ -54,16 +54,11 @@ class Trainer:
             )
         self.device = torch.device(config.training.device)
         self.method.to(self.device)
+        self.model = parallel.distribute(method, config.training, ranks.ranks)
         self.optimizer = build_optimizer(config.optimizer, method)
         self.step = 0
-        self.model = self._parallel(method)
         if config.training.compile:
             self.model.compile(dynamic=True)
-
-    def _parallel(self, method: nn.Module) -> nn.Module:
-        if self.ranks.ranks == 1:
-            return method
-        return nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
 
     # --------------------------------------------------------------------------------- a step
 
@@ -101,34 +96,51 @@ class Trainer:
 
     def _of_statistics(self, batch: Tensor, generator: torch.Generator) -> Tensor:
         pieces, share = self.config.training.accumulate, self.ranks.share
-        views = [share.of(v) for v in self.method.views(batch.to(self.device), generator)]
+        views = self.method.views(batch.to(self.device), generator)
         loss = partial(self.method.loss, process_group=self.ranks.group)
+        # A rank's share of each piece: batch norm then sees the pieces that one process sees.
+        micro = zip(*([share.of(v) for v in view.chunk(pieces)] for view in views), strict=True)
         if pieces > 1:
-            micro = list(zip(*(view.chunk(pieces) for view in views), strict=True))
-            return vk.accumulate(loss, self.model, micro)
-        value = loss(*(self.model(view) for view in views))
+            return vk.accumulate(loss, self.model, list(micro))
+        value = loss(*(self.model(view) for view in next(micro)))
         value.backward()
         return value.detach()
 
     def _of_tokens(self, batch: Tensor, generator: torch.Generator) -> Tensor:
         """The mean over all ranks' predicted tokens: a piece counts by how many it has."""
         whole, pieces = self.config.training.batch, self.config.training.accumulate
-        drawn = self.method.draw(whole, generator)
         own = whole // self.ranks.ranks
         if len(batch) == whole:
             batch = self.ranks.share.of(batch)
-        size, first = own // pieces, own * self.ranks.rank
+        drawn, tokens = self._masks(batch, generator)
+        size = own // pieces
         total = torch.zeros((), device=self.device)
         for piece in range(pieces):
             begin = piece * size
-            part = drawn.part(first + begin, first + begin + size)
-            weight = part.tokens() * self.ranks.ranks / drawn.tokens()
+            part = drawn.part(begin, begin + size)
+            weight = part.tokens() * self.ranks.ranks / tokens
             last = piece == pieces - 1
             with self._one_reduction(last):
-                value = weight * self.model(batch[begin : begin + size].to(self.device), part)
+                some = batch[begin : begin + size].to(self.device)
+                value = self.model(some, part, weight, self.ranks.group)
                 value.backward()
             total += value.detach()
         return total
+
+    def _masks(self, batch: Tensor, generator: torch.Generator) -> tuple[Masks, int]:
+        """Of this rank's samples, and how many tokens all ranks predict."""
+        whole, own = self.config.training.batch, len(batch)
+        first = own * self.ranks.rank
+        drawn = self.method.draw(whole, generator)
+        tokens, mine = drawn.tokens(), drawn.part(first, first + own)
+        if self.method.still < 1.0:
+            chance = torch.rand(whole, self.method.encoder.grid.tokens, generator=generator)
+            mine = self.method.narrowed(mine, batch, chance[first : first + own])
+            count = torch.tensor(mine.tokens(), device=self.device)
+            if self.ranks.ranks > 1:
+                dist.all_reduce(count)
+            tokens = int(count)
+        return mine, tokens
 
     def _one_reduction(self, last: bool) -> Any:
         if last or not isinstance(self.model, nn.parallel.DistributedDataParallel):
@@ -138,7 +150,9 @@ class Trainer:
     def _precision(self) -> Any:
         if self.config.training.precision == "float32":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        # Its cache would hold a copy of every shard that is put together.
+        cached = self.config.training.parallel != "fsdp"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=cached)
 
     # ------------------------------------------------------------------- what a run leaves behind
 
@@ -146,19 +160,26 @@ class Trainer:
         from safetensors.torch import save_file
 
         path = self.folder / f"diverged_step_{self.step:08d}_rank_{self.ranks.rank}.safetensors"
-        weights = {f"method.{k}": v.contiguous() for k, v in self.method.state_dict().items()}
-        save_file({"batch": batch.contiguous(), **weights}, path)
-        return f"the loss of step {self.step} is {loss}: the batch and the weights are in {path}"
+        weights = parallel.whole(self._weights(), keep=self.ranks.rank == 0)
+        tensors = {"batch": batch, **weights}
+        save_file({name: z.contiguous() for name, z in tensors.items()}, path)
+        held = "the batch and the weights are" if weights else "this rank's batch is"
+        return f"the loss of step {self.step} is {loss}: {held} in {path}"
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {f"method.{k}": v for k, v in self.method.state_dict().items()}
 
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
     def save(self) -> Path | None:
+        """Called on every rank; rank 0 writes, and returns where."""
+        tensors = self._weights()
+        optimizer = checkpoint.flatten("optimizer", self.optimizer.state_dict(), tensors)
+        tensors = parallel.whole(tensors, keep=self.ranks.rank == 0)
         if self.ranks.rank != 0:
             return None
-        tensors = {f"method.{k}": v for k, v in self.method.state_dict().items()}
-        optimizer = checkpoint.flatten("optimizer", self.optimizer.state_dict(), tensors)
         state = {
             "config": describe(self.config),
             "channels": self.method.channels,
@@ -171,8 +192,20 @@ class Trainer:
     def resume(self) -> int:
         """Goes on from the newest checkpoint, if there is one; returns the step."""
         path = checkpoint.newest(self.checkpoints)
-        if path is None:
-            return 0
+        if path is not None:
+            self._take_up(path)
+        if self.ranks.ranks > 1:
+            steps = torch.zeros(self.ranks.ranks, dtype=torch.int64)
+            steps[self.ranks.rank] = self.step
+            dist.all_reduce(steps)
+            if len(steps.unique()) > 1:
+                raise checkpoint.CheckpointError(
+                    f"{self.checkpoints}: the ranks found checkpoints of steps {steps.tolist()}: "
+                    "the run's folder must be the same one for all"
+                )
+        return self.step
+
+    def _take_up(self, path: Path) -> None:
         tensors, step, state = checkpoint.load(path)
         mine, theirs = describe(self.config), state.get("config", {})
         for section in ("method", "data", "model", "loss", "optimizer", "seed"):
@@ -182,15 +215,10 @@ class Trainer:
                     f"{mine[section]}: give another output folder"
                 )
         own = {k.removeprefix("method."): v for k, v in tensors.items() if k.startswith("method.")}
-        self.method.load_state_dict(own)
-        self.optimizer.load_state_dict(checkpoint.unflatten(state["optimizer"], tensors))
+        parallel.load(self.method, own)
+        optimizer = checkpoint.unflatten(state["optimizer"], tensors)
+        parallel.load_optimizer(self.optimizer, optimizer)
         self.step = step
-        return step
-
-    def release(self) -> None:
-        """Lets go of DistributedDataParallel: one that outlives its process group can hang."""
-        self.model = self.method
-        gc.collect()
 
     # --------------------------------------------------------------------------------- the loop
 

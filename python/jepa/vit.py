@@ -84,6 +84,11 @@ class Transformer(nn.Module):
         return self.norm(x)
 
 
+def spread(pixels: Tensor) -> Tensor:
+    """Pixels in [0, 1] about 0, so that a patch weighs as much as its position."""
+    return (pixels - 0.5) / 0.25
+
+
 class PatchEmbed(nn.Module):
     """[B, C, frames, height, width] -> [B, T, dim], tubelets of `size`; images: a frame of one."""
 
@@ -93,17 +98,14 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(channels, dim, size, stride=size)
 
     def patches(self, x: Tensor) -> Tensor:
-        """[B, T, pixels of a patch]; those in [0, 1] spread about 0, so that a patch weighs as much
-        as its position.
-        """
-        x = (x - 0.5) / 0.25
+        """[B, T, pixels of a patch]."""
         batch, channels, frames, height, width = x.shape
         t, h, w = self.size
         x = x.reshape(batch, channels, frames // t, t, height // h, h, width // w, w)
         return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.patches(x)  # and a product: the same numbers as the convolution
+        x = self.patches(spread(x))  # and a product: the same numbers as the convolution
         return nn.functional.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 

@@ -27,8 +27,10 @@ class IJEPA(Predictive):
         *,
         momentum: float = 0.996,
         steps: int = 1000,
+        still: float = 1.0,
+        spread: float = 0.0,
     ) -> None:
-        super().__init__(encoder, predictor, kernels, draw)
+        super().__init__(encoder, predictor, kernels, draw, still=still, spread=spread)
         self.teacher = kernels.teacher(encoder, momentum, steps)
 
     @torch.no_grad()

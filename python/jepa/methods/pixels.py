@@ -9,6 +9,7 @@ from torch import Tensor
 
 from jepa.kernels import encode
 from jepa.methods.predictive import Predictive
+from jepa.vit import spread
 
 
 class Pixels(Predictive):
@@ -19,7 +20,7 @@ class Pixels(Predictive):
     @torch.no_grad()
     def targets(self, x: Tensor) -> Tensor:
         """The tubelets' pixels, as the encoder takes them."""
-        return self.encoder.patch_embed.patches(x)
+        return self.encoder.patch_embed.patches(spread(x))
 
     def features(self, x: Tensor) -> Tensor:
         """[B, D]: the encoder's tokens, averaged."""

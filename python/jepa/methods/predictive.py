@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +20,28 @@ class Predictive(nn.Module):
     """Predicts the embeddings of hidden tokens from the seen ones'.
 
     kind: of loss; normalise: whether targets are layer-normed; `targets` is what is predicted.
+    still: the share of a clip's unchanging tokens that are predicted; all that change are. In a
+    video of few moving things nearly every token is background, which is learned at once; the
+    published choice is all, 1. spread: weight of VICReg's variance and covariance (25 : 1) of the
+    context's tokens, against low rank, to which a teacher alone slides.
     """
 
     kind = "l1"
     normalise = True
 
-    def __init__(self, encoder: ViT, predictor: Predictor, kernels: Kernels, draw: Draw) -> None:
+    def __init__(
+        self,
+        encoder: ViT,
+        predictor: Predictor,
+        kernels: Kernels,
+        draw: Draw,
+        *,
+        still: float = 1.0,
+        spread: float = 0.0,
+    ) -> None:
         super().__init__()
         self.encoder, self.predictor, self.kernels = encoder, predictor, kernels
-        self.masks = draw
+        self.masks, self.still, self.spread = draw, still, spread
 
     def draw(self, batch: int, generator: torch.Generator) -> masks.Masks:
         """Of a step's whole batch; generator: a CPU one."""
@@ -37,14 +51,28 @@ class Predictive(nn.Module):
         """[B, T, D] of images or clips, without a gradient."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, drawn: masks.Masks) -> Tensor:
-        """x [B, C, H, W] or [B, C, F, H, W] -> the loss, the mean over what is predicted."""
+    def narrowed(self, drawn: masks.Masks, clips: Tensor, chance: Tensor) -> masks.Masks:
+        """Without the still tokens left out; chance: uniform [B, T]."""
+        changing = masks.changing(self.encoder.patch_embed.patches(clips), self.encoder.grid).cpu()
+        return masks.chosen(drawn, changing | (chance < self.still))
+
+    def forward(
+        self, x: Tensor, drawn: masks.Masks, weight: float = 1.0, process_group: Any = None
+    ) -> Tensor:
+        """x [B, C, H, W] or [B, C, F, H, W] -> the loss: weight times the mean over what is
+        predicted, and the spread of the context's tokens over all ranks of process_group.
+        """
         wanted = self.targets(x)
         context = encode(self.encoder, self.kernels, x, drawn.context)
         predicted = predict(self.predictor, self.kernels, context, drawn)
-        return self.kernels.prediction_loss(
+        loss = weight * self.kernels.prediction_loss(
             predicted, wanted, drawn.targets, self.kind, self.normalise
         )
+        if self.spread > 0:
+            tokens = self.kernels.rows(context)
+            variance, covariance = self.kernels.variance_covariance(tokens, process_group)
+            loss = loss + self.spread * (variance + covariance / 25)
+        return loss
 
     def after_step(self) -> None:
         """Without a teacher there is nothing to do."""
