@@ -52,7 +52,7 @@ class Data(Settings):
 
 class Model(Settings):
     """The networks. patch, tubelet: pixels and frames of a token; expander: inner and outer width
-    of the embedding that a loss of batch statistics sees.
+    of the embedding that a loss of batch statistics sees; activation: of it and of a conv encoder.
     """
 
     encoder: Literal["conv", "vit"] = "vit"
@@ -65,6 +65,7 @@ class Model(Settings):
     predictor_depth: Positive = 2
     predictor_heads: Positive = 3
     expander: tuple[Positive, Positive] = (512, 2048)
+    activation: Literal["relu", "gelu"] = "gelu"
 
 
 class Loss(Settings):
@@ -103,7 +104,7 @@ class Optimizer(Settings):
 class Training(Settings):
     """batch: samples of a step over all ranks; accumulate: micro-batches of a rank's share, exact
     for every loss; checkpointing: recompute a transformer's blocks in the backward; keep:
-    checkpoints kept.
+    checkpoints kept. compile: true for torch.compile, "reduce-overhead" for CUDA graphs as well.
     """
 
     steps: Positive = 1000
@@ -111,7 +112,7 @@ class Training(Settings):
     accumulate: Positive = 1
     precision: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
-    compile: bool = False
+    compile: bool | Literal["reduce-overhead"] = False
     checkpointing: bool = False
     save_every: Positive = 200
     keep: Positive = 2
@@ -150,12 +151,26 @@ class Config(Settings):
             raise ValueError(f"loss.views: got {self.loss.views}, {self.method} takes 2")
         if self.loss.future and self.method != "vjepa":
             raise ValueError(f"loss.future: is vjepa's, {self.method} takes 0")
+        if self.training.compile == "reduce-overhead":
+            self._captured(predictive)
         if self.training.checkpointing and not predictive:
             raise ValueError(f"training.checkpointing: is ijepa's and vjepa's, not {self.method}'s")
+        if self.model.activation != "gelu" and predictive:
+            raise ValueError(f"model.activation: got 'relu', {self.method} takes 'gelu'")
         if (self.data.frames, self.data.stride) != (1, 1) and not self.data.is_video:
             raise ValueError("data.frames, data.stride: are of videos, images take 1 and 1")
         if self.model.tubelet != 1 and self.method != "vjepa":
             raise ValueError(f"model.tubelet: is vjepa's, {self.method} takes 1")
+
+    def _captured(self, predictive: bool) -> None:
+        """What a CUDA graph would compute wrongly or not at all."""
+        key, training = "training.compile: got 'reduce-overhead'", self.training
+        if not training.device.startswith("cuda"):
+            raise ValueError(f"{key} on {training.device!r}, takes a CUDA device")
+        if predictive:
+            raise ValueError(f"{key}, {self.method}'s batches change their shape: takes true")
+        if training.accumulate > 1:
+            raise ValueError(f"{key} with accumulate {training.accumulate}, takes accumulate 1")
 
 
 class ConfigError(ValueError):

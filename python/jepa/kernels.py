@@ -70,7 +70,10 @@ class Fused:
             turn = None if rope is None else vk.Rope3d(rope.axes)
             return lambda module, x: module(x, rope=turn)
         turn = None if rope is None else vk.Rope3d(rope.axes, sequences.index)
-        rule = vk.Ragged(sequences.offsets)
+        assert sequences.offsets is not None
+        # Moved and read here, once for all blocks: a compiled block can do neither.
+        longest = int(sequences.offsets.diff().max())
+        rule = vk.Ragged(sequences.offsets.to(sequences.x.device), max_length=longest)
         return lambda module, x: module(x, mask=rule, rope=turn)
 
     def mean(self, sequences: Sequences) -> Tensor:
