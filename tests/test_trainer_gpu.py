@@ -8,8 +8,6 @@ from test_trainer import METHODS, run, settings
 
 pytestmark = pytest.mark.gpu
 
-STATIC = ("vicreg", "vicreg_jepa", "lejepa")
-
 
 @pytest.mark.parametrize("method", METHODS)
 def test_fused_and_reference_train_alike_in_bfloat16(method, tmp_path):
@@ -22,23 +20,27 @@ def test_fused_and_reference_train_alike_in_bfloat16(method, tmp_path):
     torch.testing.assert_close(fused, plain, rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_compiled_and_eager_train_alike(method, tmp_path):
-    """1e-3: the convolutions of both are TF32's, not all of the same algorithm."""
+def test_compiled_and_eager_train_alike(tmp_path):
+    """On packed tokens of changing number. Compiling is slow: the others are compiled below."""
     torch._dynamo.reset()
-    eager = run(settings(method, device="cuda"), tmp_path / "eager")
-    whole = run(settings(method, device="cuda", compile=True), tmp_path / "compiled")
-    torch.testing.assert_close(whole, eager, rtol=1e-3, atol=0)
+    eager = run(settings("vjepa", device="cuda"), tmp_path / "eager")
+    whole = run(settings("vjepa", device="cuda", compile=True), tmp_path / "compiled")
+    torch.testing.assert_close(whole, eager, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", STATIC)
-def test_cuda_graphs_replay_the_same_training(method, precision, tmp_path):
-    """The first steps warm up and record, the others replay the kernels that compile=True runs."""
-    torch._dynamo.reset()
-    shared = {"steps": 8, "device": "cuda", "precision": precision}
-    whole = run(settings(method, compile=True, **shared), tmp_path / "compiled")
-    torch._dynamo.reset()
-    graphs = run(settings(method, compile="reduce-overhead", **shared), tmp_path / "graphs")
-    torch.testing.assert_close(graphs, whole, rtol=1e-4, atol=0)
-    assert len(set(graphs)) == 8
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [("vicreg", "float32"), ("vicreg_jepa", "bfloat16"), ("lejepa", "bfloat16")],
+)
+def test_compiled_steps_and_cuda_graphs_of_them_train_as_eager_ones(method, precision, tmp_path):
+    """The first steps warm up and record, the others replay the kernels that compile=True runs, so
+    those two differ by what cuDNN picks at most. Eager: its convolutions are TF32's or bfloat16's.
+    """
+    losses = {}
+    for compile in (False, True, "reduce-overhead"):
+        torch._dynamo.reset()
+        made = settings(method, steps=8, device="cuda", precision=precision, compile=compile)
+        losses[compile] = run(made, tmp_path / str(compile))
+    torch.testing.assert_close(losses["reduce-overhead"], losses[True], rtol=1e-3, atol=0)
+    torch.testing.assert_close(losses[True], losses[False], rtol=2e-2, atol=0)
+    assert len(set(losses["reduce-overhead"])) == 8
