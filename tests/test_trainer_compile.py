@@ -63,3 +63,8 @@ def test_a_cuda_graph_of_several_ranks_is_refused(tmp_path):
 def test_other_words_are_refused():
     with pytest.raises(config.ConfigError, match=r"training\.compile"):
         settings("vicreg", compile="max-autotune")
+
+
+def test_torch_knows_what_cuda_graphs_are_asked_for():
+    """It refuses an option that it does not know; nothing is run here."""
+    compiled.compile_method(build.method(settings("vicreg"), 1), cuda_graphs=True)
