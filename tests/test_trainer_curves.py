@@ -2,7 +2,8 @@
 
 With ReLU two runs of the reference itself, 1e-7 apart, part by 3e-2 of LeJEPA's loss here: a unit
 at the kink is on or off by rounding, and its weights get a gradient or none. With GELU all five
-methods stay 5e-7 together, so 1e-4 leaves room for other machines and finds what is not rounding.
+methods stay 5e-7 together. 3e-5 leaves room for other machines, and is a quarter of what a teacher
+whose momentum is one step ahead makes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ def small(method: str, kernels: str) -> config.Config:
     made = config.describe(settings(method, steps=STEPS, kernels=kernels, save_every=STEPS))
     made["training"]["batch"] = {"ijepa": 8, "vjepa": 4}.get(method, 32)
     made["loss"]["slices"] = 32
+    made["optimizer"]["momentum"] = 0.9  # the teacher follows, or it would not matter
     made["model"] |= {"dim": 32, "heads": 2, "depth": 1, "predictor_dim": 32, "predictor_heads": 2}
     return config.parse(made)
 
@@ -29,8 +31,8 @@ def test_fused_and_reference_have_one_loss_curve(method, tmp_path):
     fused = torch.tensor(run(small(method, "fused"), tmp_path / "fused"))
     plain = torch.tensor(run(small(method, "reference"), tmp_path / "plain"))
     assert len(fused) == STEPS
-    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=0)
-    assert fused[-20:].mean() < 0.98 * fused[:20].mean()  # they do train
+    torch.testing.assert_close(fused, plain, rtol=3e-5, atol=0)
+    assert fused[-20:].mean() < fused[:20].mean()
 
 
 def test_lejepa_learns(tmp_path):
