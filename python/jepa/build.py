@@ -18,7 +18,7 @@ from jepa.methods.pixels import Pixels
 from jepa.methods.vicreg import VICReg
 from jepa.methods.vicreg_jepa import VICRegJEPA
 from jepa.methods.vjepa import VJEPA
-from jepa.models import ConvEncoder, Expander
+from jepa.models import ACTIVATIONS, ConvEncoder, Expander
 from jepa.vit import Predictor, ViT
 
 
@@ -46,16 +46,17 @@ def _method(config: Config, channels: int) -> nn.Module:
     model, loss, data = config.model, config.loss, config.data
     if config.method in ("ijepa", *ON_VIDEO):
         return _predictive(config, kernels, channels)
+    activation = ACTIVATIONS[model.activation]
     encoder: Any
     if model.encoder == "conv":
-        encoder = ConvEncoder(channels, model.dim)
+        encoder = ConvEncoder(channels, model.dim, activation)
     else:
         vit = ViT(
             (channels, 1, data.size, data.size), (1, model.patch, model.patch), model.dim,
             model.depth, model.heads,
         )  # fmt: skip
         encoder = Pooled(vit, kernels)
-    expander = Expander(encoder.features, *model.expander)
+    expander = Expander(encoder.features, *model.expander, activation)
     shared = (encoder, expander, kernels, Augment())
     weights = (loss.invariance, loss.variance, loss.covariance)
     if config.method == "vicreg":

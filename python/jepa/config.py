@@ -56,7 +56,7 @@ class Data(Settings):
 class Model(Settings):
     """The networks. patch, tubelet: pixels and frames of a token; sees: whether a video encoder's
     tokens attend to the whole clip or to their own token frame; expander: inner and outer width
-    of the embedding that a loss of batch statistics sees.
+    of the embedding that a loss of batch statistics sees; activation: of it and of a conv encoder.
     """
 
     encoder: Literal["conv", "vit"] = "vit"
@@ -70,6 +70,7 @@ class Model(Settings):
     predictor_depth: Positive = 2
     predictor_heads: Positive = 3
     expander: tuple[Positive, Positive] = (512, 2048)
+    activation: Literal["relu", "gelu"] = "gelu"
 
 
 class Loss(Settings):
@@ -113,7 +114,8 @@ class Training(Settings):
     """batch: samples of a step over all ranks; accumulate: micro-batches of a rank's share, exact
     for every loss (batch norm sees a micro-batch at a time, of all ranks); parallel: what many
     ranks hold, a copy of the model each (ddp) or shards of it (fsdp); checkpointing: recompute a
-    transformer's blocks in the backward; keep: checkpoints kept.
+    transformer's blocks in the backward; keep: checkpoints kept; compile: true for torch.compile,
+    "reduce-overhead" for CUDA graphs as well.
     """
 
     steps: Positive = 1000
@@ -122,7 +124,7 @@ class Training(Settings):
     precision: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    compile: bool = False
+    compile: bool | Literal["reduce-overhead"] = False
     checkpointing: bool = False
     save_every: Positive = 200
     keep: Positive = 2
@@ -158,6 +160,7 @@ class Config(Settings):
     def _taken(self) -> None:
         """No setting is ignored in silence."""
         on_video = self.method in ON_VIDEO
+        predictive = on_video or self.method == "ijepa"
         if self.loss.views != 2 and self.method != "lejepa":
             raise ValueError(f"loss.views: got {self.loss.views}, {self.method} takes 2")
         if self.loss.future and not on_video:
@@ -166,8 +169,12 @@ class Config(Settings):
             raise ValueError(f"loss.still, loss.spread: are of videos, {self.method} takes 1 and 0")
         if self.loss.spread and self.training.accumulate > 1:
             raise ValueError("training.accumulate: takes 1 with loss.spread, which is of the batch")
-        if self.training.checkpointing and not (on_video or self.method == "ijepa"):
+        if self.training.compile == "reduce-overhead":
+            self._captured(predictive)
+        if self.training.checkpointing and not predictive:
             raise ValueError(f"training.checkpointing: is of predicted tokens, not {self.method}'s")
+        if self.model.activation != "gelu" and predictive:
+            raise ValueError(f"model.activation: got 'relu', {self.method} takes 'gelu'")
         if (self.data.frames, self.data.stride) != (1, 1) and not self.data.is_video:
             raise ValueError("data.frames, data.stride: are of videos, images take 1 and 1")
         if self.model.sees != "clip" and not on_video:
@@ -185,6 +192,16 @@ class Config(Settings):
             raise ValueError(f"{got}; optimizer.name 'lars', of whole tensors' norms, takes 'ddp'")
         if self.training.compile:
             raise ValueError(f"{got}; training.compile takes 'ddp'")
+
+    def _captured(self, predictive: bool) -> None:
+        """What a CUDA graph would compute wrongly or not at all."""
+        key, training = "training.compile: got 'reduce-overhead'", self.training
+        if not training.device.startswith("cuda"):
+            raise ValueError(f"{key} on {training.device!r}, takes a CUDA device")
+        if predictive:
+            raise ValueError(f"{key}, {self.method}'s batches change their shape: takes true")
+        if training.accumulate > 1:
+            raise ValueError(f"{key} with accumulate {training.accumulate}, takes accumulate 1")
 
 
 class ConfigError(ValueError):

@@ -81,7 +81,10 @@ class Fused:
             # V-JEPA's rotation is not quite relative: a frame is placed as if it were alone.
             index, offsets = index % apart.frame.tokens, _frame_offsets(sequences, apart)
         turn = None if rope is None else vk.Rope3d(rope.axes, index)
-        rule = vk.Ragged(offsets)
+        assert offsets is not None
+        # Moved and read here, once for all blocks: a compiled block can do neither.
+        longest = int(offsets.diff().max())
+        rule = vk.Ragged(offsets.to(sequences.x.device), max_length=longest)
         return lambda module, x: module(x, mask=rule, rope=turn)
 
     def mean(self, sequences: Sequences) -> Tensor:

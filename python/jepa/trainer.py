@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import vicreg_kernels as vk
 from jepa import checkpoint, parallel, schedule
+from jepa.compiled import compile_method
 from jepa.config import Config, describe
 from jepa.masks import Masks
 from jepa.optimizers import build as build_optimizer
@@ -52,13 +53,18 @@ class Trainer:
                 f"training.batch: got {config.training.batch}, takes a multiple of ranks x "
                 f"accumulate = {ranks.ranks} x {config.training.accumulate}"
             )
+        if config.training.compile == "reduce-overhead" and ranks.ranks > 1:
+            raise ValueError(
+                "training.compile: got 'reduce-overhead', takes one process, not "
+                f"{ranks.ranks} ranks"
+            )
         self.device = torch.device(config.training.device)
         self.method.to(self.device)
+        if config.training.compile:
+            compile_method(method, cuda_graphs=config.training.compile == "reduce-overhead")
         self.model = parallel.distribute(method, config.training, ranks.ranks)
         self.optimizer = build_optimizer(config.optimizer, method)
         self.step = 0
-        if config.training.compile:
-            self.model.compile(dynamic=True)
 
     # --------------------------------------------------------------------------------- a step
 
@@ -70,8 +76,13 @@ class Trainer:
             if group["weight_decay"] != 0:
                 group["weight_decay"] = schedule.weight_decay(settings, self.step, steps)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.config.training.compile == "reduce-overhead":
+            # The gradients above were the last that is read of the step before: its memory is free.
+            torch.compiler.cudagraph_mark_step_begin()
         torch.manual_seed(mixed(self.config.seed, 3, self.step, self.ranks.rank) % 2**63)
-        generator = torch.Generator().manual_seed(mixed(self.config.seed, 4, self.step))
+        # Views are drawn where the images are, masks on the host.
+        where = self.device if hasattr(self.method, "views") else "cpu"
+        generator = torch.Generator(where).manual_seed(mixed(self.config.seed, 4, self.step))
         with self._precision():
             loss = self._differentiate(batch, generator)
         if not math.isfinite(float(loss)):
