@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from jepa import checkpoint, config
-from jepa.options import integer
+from jepa.options import integer, reported
 
 
 def parser() -> argparse.ArgumentParser:
+    from jepa import config
+
     found = argparse.ArgumentParser(prog="jepa", description=__doc__)
     commands = found.add_subparsers(dest="command", required=True)
     one = commands.add_parser("train", help="train a recipe, or go on with a run")
@@ -36,16 +36,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    return reported("jepa", lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
     options = parser().parse_args(argv)
-    try:
-        return COMMANDS[options.command](options)
-    except (ImportError, ValueError, checkpoint.CheckpointError, FloatingPointError) as error:
-        print(f"jepa {options.command}: {error}", file=sys.stderr)
-        return 2
+    return COMMANDS[options.command](options)
 
 
+# Imported in the functions: without the packages of the extra `trainer` there is then an error that
+# says what to install.
 def _train(options: argparse.Namespace) -> int:
-    from jepa import launch
+    from jepa import config, launch
 
     settings = config.load(options.config, options.overrides)
     trainer = launch.train(settings, options.output)
@@ -72,7 +74,7 @@ def _probe(options: argparse.Namespace) -> int:
 
 
 def _surprise(options: argparse.Namespace) -> int:
-    from jepa import intuition, launch, surprise_report
+    from jepa import config, intuition, launch, surprise_report
 
     settings, method, step = launch.restore(options.run)
     if settings.method != "vjepa":
@@ -88,7 +90,7 @@ def _surprise(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from jepa import compare
+    from jepa import compare, config
 
     overrides = [word for word in options.configs if "=" in word]
     names = [word for word in options.configs if "=" not in word]
