@@ -5,7 +5,6 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
-export PYTHONPATH := $(CURDIR)/python
 # Quick to build, and its PTX runs on every later card; a wheel takes setup.py's whole list.
 export VICREG_KERNELS_ARCHS ?= 80
 
@@ -20,7 +19,7 @@ $(VENV)/packages: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)" "setuptools>=70.1" wheel
 	VICREG_KERNELS_BUILD=python $(BIN)/python -m pip install -q --disable-pip-version-check \
-	    --no-build-isolation --config-settings editable_mode=compat -e ".[triton,demo,trainer,test,lint]"
+	    --no-build-isolation -e ".[triton,trainer,test,lint]"
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps timm==1.0.31
 	touch $@
 
@@ -33,7 +32,9 @@ $(VENV)/libraries: $(VENV)/packages $(SOURCES)
 
 setup: $(VENV)/libraries
 
+# Anew: a physics run that is there would be gone on with.
 demo: setup
+	rm -rf runs/demo
 	$(BIN)/python -m jepa.demo --output runs/demo
 
 test: setup

@@ -1,19 +1,22 @@
-"""The trainer: its parts one by one, and the demo from end to end in a few steps."""
+"""The demo from end to end in a few steps, and its parts: views, images, probe, measurements."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from jepa import augment, data, demo, memory, parity, plain, probe, table, timing, train, vicreg
+from jepa import augment, build, config, data, launch, memory, plain, probe, source, timing
+from jepa.demo import __main__ as demo
+from jepa.demo import parity, physics, table
+from jepa.trainer import Ranks, Trainer
 from PIL import Image
+from safetensors.torch import load_file
 
 import vicreg_kernels
-
-CPU = torch.device("cpu")
 
 
 def generator(seed: int) -> torch.Generator:
@@ -55,6 +58,12 @@ def test_views_depend_on_the_seed_alone_and_stay_images():
     assert view.dtype == images.dtype
     assert view.min() >= 0
     assert view.max() <= 1
+
+
+def test_views_are_made_where_the_images_are():
+    """The trainer's generator is a CPU one, also for images on a GPU; meta tells devices apart."""
+    images = torch.empty(4, 1, 8, 8, device="meta")
+    assert augment.Augment()(images, generator(0)).device.type == "meta"
 
 
 def test_every_image_has_its_own_draw():
@@ -140,61 +149,26 @@ def test_image_folder_says_what_is_wrong(tmp_path):
 # Training
 
 
-def test_batches_give_each_image_once_an_epoch():
-    images = torch.arange(10.0).view(10, 1, 1, 1)
-    source = train.batches(images, 3, seed=0)
-    epochs = [torch.cat([next(source) for _ in range(3)]).flatten() for _ in range(2)]
-    assert all(len(epoch.unique()) == 9 for epoch in epochs)
-    assert not torch.equal(*epochs)
-    with pytest.raises(ValueError, match="batch: got 11, takes 2 to 10"):
-        next(train.batches(images, 11, seed=0))
+def small(words: tuple[str, ...] = ()) -> config.Config:
+    shape = ("training.batch=128", "model.expander=[64, 128]", "optimizer.rate=2e-3")
+    return config.load("vicreg_digits", (*shape, *words))
 
 
-def test_schedule_rises_then_falls_to_nothing():
-    schedule = train.Schedule(steps=100, learning_rate=1.0, warmup=0.1)
-    rates = [schedule.rate(step) for step in range(100)]
-    assert rates[9] == max(rates) == 1.0
-    assert rates[:10] == sorted(rates[:10])
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[99] < 1e-3
-
-
-def short_run(loss_name: str, seed: int, steps: int, dim: int = 64) -> tuple[train.Trainer, list]:
-    train_set, _ = data.split(data.digits(), 0)
-    method = vicreg.build(1, dim, 64, vicreg.loss_named(loss_name), seed)
-    trainer = train.Trainer(method, train.Schedule(steps), CPU, seed)
-    return trainer, train.fit(trainer, train_set.images, 128, seed, "test").losses
-
-
-def test_runs_repeat_by_seed_and_follow_each_other():
-    fused, again, other = (short_run("fused", seed, 6)[1] for seed in (0, 0, 1))
-    assert fused == again
-    assert fused != other
-    reference = short_run("reference", 0, 6)[1]
-    np.testing.assert_allclose(fused[0], reference[0], rtol=1e-6)
-    # AdamW's first steps are near the gradients' signs, so that rounding grows fast.
-    np.testing.assert_allclose(fused, reference, rtol=5e-3)
-
-
-def test_training_teaches_the_encoder():
-    train_set, test_set = data.split(data.digits(), 0)
-    trainer, losses = short_run("fused", 0, 80, dim=128)
+def test_training_teaches_the_encoder(tmp_path):
+    made = small(("training.steps=80",))
+    sets = data.split(data.digits(), 0)
+    method = build.method(made, 1)
+    untrained = probe.calibrated(method, sets[0].images)
+    losses: list[float] = []
+    trainer = Trainer(made, method, Ranks(), tmp_path)
+    trainer.fit(source.ImageSource(sets[0], 128, 0), lambda step, loss, s: losses.append(loss))
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
 
-    def score(encoder):
-        features = [probe.features(encoder, part.images) for part in (train_set, test_set)]
-        return probe.probe(*features, train_set, test_set, seed=0, draws=4).few_labels
+    def score(found):
+        seen = [launch.features(found, part.images) for part in sets]
+        return probe.probe(*seen, *sets, seed=0, draws=4).few_labels
 
-    fresh = vicreg.build(1, 128, 64, plain.vicreg_loss, 0).encoder
-    untrained = score(probe.calibrated(fresh, train_set.images))
-    assert score(trainer.method.encoder) > untrained + 0.02
-
-
-def test_a_loss_that_is_not_finite_stops_the_run():
-    method = vicreg.build(1, 8, 8, lambda x, y: (x - y).sum() * float("nan"), 0)
-    trainer = train.Trainer(method, train.Schedule(2), CPU, 0)
-    with pytest.raises(FloatingPointError, match="step 0 is nan"):
-        train.fit(trainer, data.digits().images[:32], 16, 0, "test")
+    assert score(method) > score(untrained) + 0.02
 
 
 # Probe
@@ -216,11 +190,11 @@ def test_few_takes_so_many_of_each_class():
 
 
 def test_calibration_sets_the_copys_statistics():
-    encoder = vicreg.build(1, 8, 8, plain.vicreg_loss, 0).encoder
-    images = data.digits().images[:200]
-    calibrated = probe.calibrated(encoder, images)
+    method = build.method(small(), 1)
+    encoder, images = method.encoder, data.digits().images[:200]
+    found = probe.calibrated(method, images).encoder
     assert torch.equal(encoder[1].running_mean, torch.zeros(32))
-    torch.testing.assert_close(calibrated[1].running_mean, encoder[0](images).mean(dim=(0, 2, 3)))
+    torch.testing.assert_close(found[1].running_mean, encoder[0](images).mean(dim=(0, 2, 3)))
 
 
 # Measuring
@@ -245,7 +219,7 @@ def test_worst_keeps_not_a_number():
 
 
 def test_peak_memory_sees_what_is_freed_again():
-    peak = memory.PeakMemory(CPU)
+    peak = memory.PeakMemory(torch.device("cpu"))
     held = torch.ones(64 << 20, dtype=torch.uint8)
     del held
     assert 63 << 20 <= peak.extra() <= 80 << 20
@@ -254,7 +228,7 @@ def test_peak_memory_sees_what_is_freed_again():
 def test_interleaved_takes_turns():
     calls: list[str] = []
     actions = {name: lambda name=name: calls.append(name) for name in "ab"}
-    seconds = timing.interleaved(actions, CPU, rounds=3, warmup=1)
+    seconds = timing.interleaved(actions, torch.device("cpu"), rounds=3, warmup=1)
     assert "".join(calls) == "abababab"
     assert [len(taken) for taken in seconds.values()] == [3, 3]
     assert timing.median_ratio([4.0, 6.0, 100.0], [2.0, 2.0, 1.0]) == 3.0
@@ -263,43 +237,45 @@ def test_interleaved_takes_turns():
 # The whole
 
 
-SMALL = ["--steps", "4", "--batch", "32", "--dim", "48", "--hidden", "16"]
-
-
-@pytest.fixture
-def one_thread(monkeypatch):
-    """For the demo's own processes: so little work is slower on two."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-def test_demo_compares_both_losses(tmp_path, capsys, one_thread):
-    demo.main([*SMALL, "--output", str(tmp_path / "out")])
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+def test_the_digits_are_compared(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # so little work is slower on two
+    out = tmp_path / "out"
+    words = ["training.steps=4", "training.save_every=2", "training.batch=32"]
+    words += ["model.expander=[16, 48]", "--only", "digits", "--output", str(out)]
+    assert demo.main(words) == 0
+    results = json.loads((out / "results.json").read_text())
     losses = results["training"]["losses"]
+    assert [len(curve) for curve in losses.values()] == [4, 4]
     np.testing.assert_allclose(losses["fused"][0], losses["reference"][0], rtol=1e-6)
-    assert len(losses["fused"]) == 4
+    # AdamW's first steps are near the gradients' signs, so that rounding grows fast.
     assert results["training"]["curves_apart"]["largest"] < 5e-3
-    assert results["parity"]["moments"] == 4
+    assert results["parity"]["moments"] == 3
     for error in (results["parity"]["worst"][k] for k in ("loss_between", "gradient_between")):
         assert 0 <= error < 1e-4
+    # Three moments, not one three times.
+    assert len({moment["loss_truth"]["reference"] for moment in results["parity"]["each"]}) == 3
     for measured in (results["throughput"]["step"], results["throughput"]["loss"]):
         assert all(rate > 0 for rate in measured["images_per_second"].values())
-    assert all(size > 1 << 20 for size in results["memory"]["training_peak_bytes"].values())
-    with Image.open(tmp_path / "out" / "vicreg_digits.png") as picture:
+    assert all(size > 1 << 20 for size in results["memory"]["training"].values())
+    with Image.open(out / "vicreg_digits.png") as picture:
         assert picture.format == "PNG"
         assert len(np.unique(np.asarray(picture.convert("L")))) > 50
-    for name in ("fused", "reference"):
-        assert (tmp_path / "out" / f"encoder_{name}.pt").exists()
+    encoders = [load_file(out / f"encoder_{name}.safetensors") for name in losses]
+    untrained = build.method(small(), 1).encoder.state_dict()
+    for name in ("0.weight", "6.weight"):
+        assert (encoders[0][name] - encoders[1][name]).abs().mean() < 1e-4
+        assert (encoders[0][name] - untrained[name]).abs().max() > 1e-3
 
     printed = capsys.readouterr().out
     rows = {
         line[: table.LABEL].strip(): line[table.LABEL :].split() for line in printed.split("\n")
     }
     assert max(len(line) for line in table.render(results).split("\n")) <= table.WIDTH == 100
+    assert all(line[table.LABEL - 1] == " " for line in printed.split("\n") if " lower " in line)
     for label in (
         "training step",
         "loss alone, forward + backward",
-        "loss alone, above its two inputs",
+        "training, all of it",
         "loss, fused against reference",
         "gradient, fused against reference",
         "loss curves, largest difference at a step",
@@ -310,47 +286,67 @@ def test_demo_compares_both_losses(tmp_path, capsys, one_thread):
         assert shown == f"{100 * results['probe'][who]['few_labels']:.1f}"
 
 
-def test_demo_runs_one_loss(tmp_path, capsys, one_thread):
-    demo.main([*SMALL, "--loss", "reference", "--output", str(tmp_path)])
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results["training"]["losses"]) == ["reference"]
-    assert results["parity"] is None
-    assert results["environment"]["backend"] is None
-    assert "fused" not in capsys.readouterr().out
+def test_the_physics_are_drawn(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(physics, "in_own_process", lambda function, *words: function(*words))
+    monkeypatch.setattr(physics, "QUADRUPLETS", 1)
+    words = ["training.steps=1", "training.batch=2", "model.depth=1", "model.dim=48",
+             "model.predictor_depth=1", "model.predictor_dim=48", "data.videos=2"]  # fmt: skip
+    words += ["--only", "physics", "--output", str(tmp_path)]
+    assert demo.main(words) == 0
+    printed = capsys.readouterr().out
+    for kind, least in (("png", 20_000), ("gif", 50_000)):
+        assert str(tmp_path / f"permanence.{kind}") in printed
+        assert (tmp_path / f"permanence.{kind}").stat().st_size > least
+    assert f"jepa surprise {tmp_path / 'vjepa_physics'}" in printed
+    assert any(f"permanence: {share} % of 1" in printed for share in (0, 50, 100))
+    assert launch.restore(tmp_path / "vjepa_physics")[2] == 1
+
+
+def exit_code(words: list[str]) -> object:
+    try:
+        return demo.main(words)
+    except SystemExit as stopped:  # argparse's
+        return stopped.code
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("words", "message"),
     [
-        (["--steps", "0"], "--steps: got '0', takes an integer from 1"),
-        (["--batch", "one"], "--batch: got 'one', takes an integer from 2"),
-        (["--batch", "5000"], "--batch: got 5000, takes at most 1438"),
-        (["--dim", "1"], "--dim: got '1'"),
-        (["--seed", "-1"], "--seed: got '-1'"),
-        (["--loss", "barlow"], "--loss: invalid choice: 'barlow'"),
-        (["--backend", "metal"], "--backend: invalid choice: 'metal'"),
-        (["--backend", "cuda"], "backend='cuda' cannot run vicreg here"),
-        (["--backend", "cpu", "--loss", "reference"], "--backend: names the fused loss's"),
-        (["--device", "tpu9"], "--device: got 'tpu9'"),
-        (["--device", "meta"], "--device: got 'meta', takes cpu or cuda"),
-        (["--device", "cuda:99"], "--device: got 'cuda:99', but torch sees"),
-        (["--images", "no/such/folder"], "takes a folder"),
+        (["training.steps=3"], "training.steps=3: takes --only"),
+        (["--only", "sound"], "--only: invalid choice: 'sound'"),
         (["--output", __file__], "a file; takes a folder"),
+        (["--only", "digits", "training.steps=0"], "training.steps: got 0"),
+        (["--only", "digits", "method=lejepa"], "method: got 'lejepa', the demo takes 'vicreg'"),
+        (["--only", "digits", "kernels=reference"], "kernels: got 'reference', the demo trains"),
+        (["--only", "digits", "backend=cuda"], "backend='cuda' cannot run vicreg here"),
+        (["--only", "digits", "training.device=tpu9"], "training.device: got 'tpu9'"),
+        (["--only", "digits", "data.kind=images", "data.path=none"], "takes a folder"),
+        (["--only", "physics", "model.heads=0"], "model.heads: got 0"),
     ],
 )
-def test_bad_options_are_named(options, message, capsys, tmp_path, monkeypatch):
+def test_mistakes_are_named(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        demo.main(options)
-    assert stopped.value.code == 2
+    assert exit_code(words) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
+def test_a_gpu_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    made = small(("training.device=cuda:99",))
+    with pytest.raises(ValueError, match="got 'cuda:99', but torch sees 2 GPUs"):
+        Trainer(made, build.method(made, 1), Ranks(), tmp_path)
+
+
+def test_a_package_that_is_missing_is_named_with_its_extra(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jepa.demo", None)
+    assert demo.main(["--only", "digits"]) == 2
+    assert "pip install 'vicreg-kernels[trainer]'" in capsys.readouterr().err
+
+
 def test_a_memory_too_small_to_be_seen_gives_no_ratio():
     for reference, fused in ((0.0, 8.0), (8.0, 0.0)):
-        ratio = table._ratio({"reference": reference, "fused": fused})
-        assert table._times(ratio, "less", "more") == ""
-    assert (
-        table._times(table._ratio({"reference": 1.0, "fused": 4.0}), "less", "more") == "4.0x more"
-    )
+        assert table.less({"reference": reference, "fused": fused}) == ""
+    assert table.less({"reference": 1.0, "fused": 4.0}) == "4.0x more"
+    assert table.less({"reference": 8.0, "fused": 4.0}) == "2.0x less"
+    assert table.less({"reference": 8.0, "fused": 8.1}) == "1.0x"

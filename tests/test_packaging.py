@@ -33,6 +33,16 @@ print(library.CPU_MISSING)
 print(sum("plain PyTorch on CPUs" in str(w.message) for w in caught))
 """
 
+# The command `jepa` where a package of its extra is missing.
+COMMAND = """
+import contextlib, importlib.metadata, io, sys
+sys.modules["yaml"] = None
+(command,) = importlib.metadata.entry_points(group="console_scripts", name="jepa")
+with contextlib.redirect_stderr(io.StringIO()) as said:
+    code = command.load()(["train", "vicreg_digits", "--output", "x"])
+print(code, said.getvalue())
+"""
+
 
 def build_wheel(tmp_path: Path, **environment: str) -> tuple[Path, str]:
     """A wheel of a clean copy of the sources; the copy, so that nothing built here leaks in."""
@@ -41,11 +51,9 @@ def build_wheel(tmp_path: Path, **environment: str) -> tuple[Path, str]:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "csrc", source / "csrc")
-    shutil.copytree(
-        ROOT / "vicreg_kernels",
-        source / "vicreg_kernels",
-        ignore=shutil.ignore_patterns("*.so", "build_report.json", "__pycache__"),
-    )
+    ignored = shutil.ignore_patterns("*.so", "build_report.json", "__pycache__")
+    for name in ("vicreg_kernels", "python"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
     out = tmp_path / "wheels"
     done = subprocess.run(
         [
@@ -100,10 +108,16 @@ def test_without_a_compiler_the_wheel_is_pure_python_and_says_so(tmp_path: Path)
     wheel, output = build_wheel(tmp_path, CXX="no-such-compiler", CUDA_HOME="/nowhere")
     assert wheel.name.endswith("-py3-none-any.whl")
     assert output.count("built as pure Python: no C++ compiler was found") >= 1
-    lines = run_installed(wheel, tmp_path, CHECK)
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for path in (ROOT / "python").rglob("jepa/**/*"):
+        if path.suffix in (".py", ".yaml"):
+            assert str(path.relative_to(ROOT / "python")) in names
+    lines = run_installed(wheel, tmp_path, CHECK + COMMAND)
     assert lines[1] == "reference True"
     assert lines[2].startswith("_C.abi3.so was not built: no C++ compiler was found")
     assert lines[3] == "1"  # said once
+    assert lines[4].startswith("2 jepa: import of yaml")
+    assert "pip install 'vicreg-kernels[trainer]'" in lines[4]
 
 
 def test_asking_for_cuda_without_nvcc_fails_instead_of_falling_back(tmp_path: Path) -> None:

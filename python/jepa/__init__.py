@@ -1,5 +1,5 @@
 """A thin trainer for joint-embedding models, on the public API of vicreg_kernels.
 
-A method (`vicreg.VICReg`; others sit beside it) turns a batch of images into a loss; `train` runs
-any method; `probe` says what its encoder learned; `demo` compares two losses on real images.
+`config` says what a run is made of, `methods` holds what can be trained, `launch` trains it;
+`probe` and `surprise` say what was learned; `demo` shows it all.
 """

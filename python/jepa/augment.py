@@ -29,11 +29,14 @@ class Augment:
     erase: float = 0.5
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """images: [N, C, H, W] in [0, 1], on the generator's device -> a view like it."""
+        """images: [N, C, H, W] in [0, 1] -> a view like it.
+
+        Drawn on the generator's device: a CPU one gives the same views on every device.
+        """
         return self._erase(self._tones(self._warp(images, generator), generator), generator)
 
     def _warp(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        angle, log_zoom, shear, down, right = _uniform(5, len(images), generator)  # each [N]
+        angle, log_zoom, shear, down, right = _uniform(5, images, generator)  # each [N]
         angle = angle * math.radians(self.rotation)
         zoom = torch.exp(log_zoom * math.log(self.zoom))
         shear = shear * self.shear
@@ -48,14 +51,15 @@ class Augment:
         return functional.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
 
     def _tones(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        contrast, noise = _uniform(2, len(images), generator).view(2, -1, 1, 1, 1)
-        grain = torch.randn(images.shape, generator=generator, device=images.device)
+        contrast, noise = _uniform(2, images, generator).view(2, -1, 1, 1, 1)
+        grain = torch.randn(images.shape, generator=generator, device=generator.device)
+        grain = grain.to(images.device)
         images = images * (1 + self.contrast * contrast) + self.noise * noise.abs() * grain
         return images.clamp(0.0, 1.0)
 
     def _erase(self, images: Tensor, generator: torch.Generator) -> Tensor:
         height, width = images.shape[-2:]
-        top, left, tall, wide = _uniform(4, len(images), generator).add(1).div(2)  # in [0, 1)
+        top, left, tall, wide = _uniform(4, images, generator).add(1).div(2)  # in [0, 1)
         tall, wide = self.erase * tall, self.erase * wide
         inside_rows = _inside(top * (1 - tall), tall, height)  # [N, H]
         inside_columns = _inside(left * (1 - wide), wide, width)  # [N, W]
@@ -63,9 +67,10 @@ class Augment:
         return images.masked_fill(erased, 0.0)
 
 
-def _uniform(count: int, images: int, generator: torch.Generator) -> Tensor:
-    """[count, images], each in [-1, 1)."""
-    return 2 * torch.rand(count, images, generator=generator, device=generator.device) - 1
+def _uniform(count: int, images: Tensor, generator: torch.Generator) -> Tensor:
+    """[count, N], each in [-1, 1), on the images' device."""
+    drawn = torch.rand(count, len(images), generator=generator, device=generator.device)
+    return 2 * drawn.to(images.device) - 1
 
 
 def _inside(start: Tensor, extent: Tensor, pixels: int) -> Tensor:

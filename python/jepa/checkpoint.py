@@ -24,7 +24,7 @@ FORMAT = "jepa-checkpoint/1"
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ValueError):
     """Says which file is not a checkpoint that this run can go on from, and why."""
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from jepa import checkpoint, config
-from jepa.options import integer
+from jepa.options import integer, reported
 
 
 def parser() -> argparse.ArgumentParser:
+    from jepa import config
+
     found = argparse.ArgumentParser(prog="jepa", description=__doc__)
     commands = found.add_subparsers(dest="command", required=True)
     one = commands.add_parser("train", help="train a recipe, or go on with a run")
@@ -41,16 +41,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    return reported("jepa", lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
     options = parser().parse_args(argv)
-    try:
-        return COMMANDS[options.command](options)
-    except (ImportError, ValueError, checkpoint.CheckpointError, FloatingPointError) as error:
-        print(f"jepa {options.command}: {error}", file=sys.stderr)
-        return 2
+    return COMMANDS[options.command](options)
 
 
+# Imported in the functions: without the packages of the extra `trainer` there is then an error that
+# says what to install.
 def _train(options: argparse.Namespace) -> int:
-    from jepa import launch
+    from jepa import config, launch
 
     settings = config.load(options.config, options.overrides)
     steps = launch.train(settings, options.output)
@@ -104,9 +106,9 @@ def _surprise(options: argparse.Namespace) -> int:
     return 0
 
 
-def _video_run(run: Path) -> tuple[str, config.Config, Any]:
+def _video_run(run: Path) -> tuple[str, Any, Any]:
     """Its name in a table, its configuration, its method."""
-    from jepa import launch
+    from jepa import config, launch
 
     settings, method, step = launch.restore(run)
     if settings.method not in config.ON_VIDEO:
@@ -116,7 +118,7 @@ def _video_run(run: Path) -> tuple[str, config.Config, Any]:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from jepa import compare
+    from jepa import compare, config
 
     overrides = [word for word in options.configs if "=" in word]
     names = [word for word in options.configs if "=" not in word]

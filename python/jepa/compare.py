@@ -33,11 +33,16 @@ class Compared:
     apart: float
 
 
-def _trainer(settings: Config, name: str, folder: Path, channels: int) -> Trainer:
+def with_kernels(settings: Config, name: str) -> Config:
+    """The same run with the kernels called `name`; a backend is the fused ones'."""
     values = describe(settings) | {"kernels": name}
     if name == "reference":
         values["backend"] = None
-    made = parse(values)
+    return parse(values)
+
+
+def _trainer(settings: Config, name: str, folder: Path, channels: int) -> Trainer:
+    made = with_kernels(settings, name)
     return Trainer(made, build.method(made, channels), Ranks(), folder)
 
 

@@ -141,6 +141,8 @@ class Log:
             row |= {"samples_per_second": rate, **self._collapse(step)}
             self.bar.update(self.task, figures=f"loss {loss:.4f}  {rate:.0f} samples/s")
         self.bar.update(self.task, completed=step)
+        if not self.console.is_terminal and step % max(1, self.settings.training.steps // 10) == 0:
+            self.console.print(f"step {step} of {self.settings.training.steps}, loss {loss:.4f}")
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         if self.writer is not None:
@@ -222,6 +224,11 @@ def restore(folder: Path) -> tuple[Config, nn.Module, int]:
     path = checkpoint.newest(folder / "checkpoints")
     if path is None:
         raise checkpoint.CheckpointError(f"{folder}: holds no checkpoint of a run")
+    return load(path)
+
+
+def load(path: Path) -> tuple[Config, nn.Module, int]:
+    """What `restore` gives, of one checkpoint."""
     tensors, step, state = checkpoint.load(path)
     settings = config.parse(state["config"])
     method = build.method(settings, state["channels"])
@@ -230,4 +237,4 @@ def restore(folder: Path) -> tuple[Config, nn.Module, int]:
     return settings, method.eval(), step
 
 
-__all__ = ["Diverged", "features", "images", "restore", "source", "train"]
+__all__ = ["Diverged", "features", "images", "load", "restore", "source", "train"]

@@ -1,8 +1,9 @@
-"""Types of command-line options."""
+"""What the command lines share: types of options, and errors without a traceback."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 
 
@@ -19,3 +20,15 @@ def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def reported(program: str, run: Callable[[], int]) -> int:
+    """run()'s exit code; what the user can mend is a line on stderr, and the code 2."""
+    try:
+        return run()
+    except ModuleNotFoundError as error:
+        text = f"{error}: pip install 'vicreg-kernels[trainer]'"
+    except (ImportError, ValueError, FloatingPointError) as error:
+        text = str(error)
+    print(f"{program}: {text}", file=sys.stderr)
+    return 2

@@ -20,22 +20,17 @@ class ProbeAccuracy:
 
 
 @torch.no_grad()
-def features(encoder: nn.Module, images: Tensor, batch: int = 512) -> Tensor:
-    """[N, C, H, W] -> [N, F] on the CPU, with the encoder in evaluation mode."""
-    encoder.eval()
-    return torch.cat([encoder(part).cpu() for part in images.split(batch)])
-
-
-@torch.no_grad()
-def calibrated(encoder: nn.Module, images: Tensor) -> nn.Module:
-    """A copy whose batch-norm statistics are those of `images`: what an untrained one lacks."""
-    encoder = copy.deepcopy(encoder).train()
-    norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+def calibrated(method: nn.Module, images: Tensor) -> nn.Module:
+    """A copy whose encoder's batch-norm statistics are those of `images`: what an untrained one
+    lacks.
+    """
+    method = copy.deepcopy(method).train()
+    norms = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain average, not a moving one
-    encoder(images)
-    return encoder
+    method.features(images.to(next(method.parameters()).device))
+    return method
 
 
 def accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:

@@ -43,6 +43,17 @@ class Ranks:
         return True if self.ranks > 1 else None
 
 
+def device_of(config: Config) -> torch.device:
+    """Raises ValueError for what is no CPU or GPU, and for a GPU that is not there."""
+    name, gpus = config.training.device, torch.cuda.device_count()
+    kind, _, index = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or not (index.isdigit() or name == "cuda")):
+        raise ValueError(f"training.device: got {name!r}, takes cpu, cuda or cuda:<n>")
+    if kind == "cuda" and int(index or 0) >= gpus:
+        raise ValueError(f"training.device: got {name!r}, but torch sees {gpus} GPUs")
+    return torch.device(name)
+
+
 class Trainer:
     """config's method, its optimizer, and how many steps they have taken."""
 
@@ -58,7 +69,7 @@ class Trainer:
                 "training.compile: got 'reduce-overhead', takes one process, not "
                 f"{ranks.ranks} ranks"
             )
-        self.device = torch.device(config.training.device)
+        self.device = device_of(config)
         self.method.to(self.device)
         if config.training.compile:
             compile_method(method, cuda_graphs=config.training.compile == "reduce-overhead")

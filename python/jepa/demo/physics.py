@@ -1,0 +1,48 @@
+"""A V-JEPA trained on physics videos for two minutes, and its surprise at an impossible one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from jepa import config, intuition, launch, surprise_report
+from jepa.config import Config
+from jepa.memory import in_own_process
+
+STEPS, VIDEOS = 650, 2000
+PROPERTY = "permanence"
+QUADRUPLETS = 10
+
+
+def settings(output: Path, overrides: Sequence[str]) -> Config:
+    own = (
+        f"training.steps={STEPS}",
+        f"data.videos={VIDEOS}",
+        f"data.path={json.dumps(str(output / 'physics_videos'))}",
+    )
+    return config.load("vjepa_physics", [*own, *overrides])
+
+
+def run(made: Config, output: Path) -> None:
+    folder = output / "vjepa_physics"
+    in_own_process(_train, made, folder)
+    accuracy = in_own_process(_surprise, folder, output)
+    picture, moving = (output / f"{PROPERTY}.{kind}" for kind in ("png", "gif"))
+    print(f"surprise where a thing vanishes or appears: {picture}, {moving}")
+    print(
+        f"{PROPERTY}: {100 * accuracy:.0f} % of {QUADRUPLETS} quadruplets told apart after "
+        f"{made.training.steps} steps (chance is 50 %); all properties: jepa surprise {folder}"
+    )
+
+
+def _train(made: Config, folder: Path) -> None:
+    launch.train(made, folder)
+
+
+def _surprise(folder: Path, output: Path) -> float:
+    """Draws one pair; the relative accuracy over a few quadruplets."""
+    _, method, _ = launch.restore(folder)
+    surprise_report.draw_pair(method, PROPERTY, output)
+    (scores,) = intuition.scores(intuition.of_method(method), QUADRUPLETS, (PROPERTY,))
+    return scores["mean"].accuracy
