@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import vicreg_kernels as vk
 from jepa import checkpoint, schedule
-from jepa.config import Config, describe
+from jepa.config import Config, describe, parse
 from jepa.optimizers import build as build_optimizer
 from jepa.source import Share, mixed
 
@@ -174,7 +174,8 @@ class Trainer:
         if path is None:
             return 0
         tensors, step, state = checkpoint.load(path)
-        mine, theirs = describe(self.config), state.get("config", {})
+        mine = describe(self.config)
+        theirs = describe(parse(state["config"]))  # settings that came later have their defaults
         for section in ("method", "data", "model", "loss", "optimizer", "seed"):
             if mine[section] != theirs.get(section):
                 raise checkpoint.CheckpointError(
