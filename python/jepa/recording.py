@@ -39,7 +39,8 @@ class Recording:
     def __getitem__(self, places: slice) -> NDArray[np.uint8]:
         wanted = range(*places.indices(len(self)))
         with self._named():
-            return np.stack(self._frames(wanted))
+            found = self._frames(wanted)
+        return np.array(found, np.uint8).reshape(-1, self.size, self.size, 3)
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -66,11 +67,13 @@ class PyAV(Recording):
     @cached_property
     def _packets(self) -> int:
         """The frames that the file promises: its packets are counted, not decoded."""
+        count = 0
         with self._open() as container:
-            packets = [p for p in container.demux(container.streams.video[0]) if p.size]
-        if any(packet.is_corrupt for packet in packets):
-            raise ValueError("it is truncated")
-        return sum(not packet.is_discard for packet in packets)
+            for packet in container.demux(container.streams.video[0]):
+                if packet.is_corrupt:
+                    raise ValueError("it is truncated")
+                count += packet.size > 0 and not packet.is_discard
+        return count
 
     shown: int | None = None  # frames, where they turned out to be fewer than the packets
 
@@ -82,7 +85,9 @@ class PyAV(Recording):
         with self._open() as container:
             for number, frame in enumerate(container.decode(video=0)):
                 if number in wanted:
-                    found.append(square(frame.to_image(), self.size))
+                    # as torchcodec does of itself: a telephone's videos lie on their side
+                    upright = frame.to_image().rotate(frame.rotation, expand=True)
+                    found.append(square(upright, self.size))
                 if number == wanted[-1]:
                     return found
         self.shown = number + 1

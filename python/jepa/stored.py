@@ -230,9 +230,10 @@ def torchvision(name: str, root: Path, size: int, download: bool) -> tuple[Store
     """
     try:
         sets = importlib.import_module("torchvision.datasets")
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:  # not there, or made for another torch
         raise ImportError(
-            f"data.kind=torchvision needs torchvision: pip install torchvision ({error})"
+            "data.kind: torchvision cannot be imported, pip install the torchvision that was made "
+            f"for torch {torch.__version__} ({error})"
         ) from error
     kind = getattr(sets, name, None)
     words = inspect.signature(kind).parameters if inspect.isclass(kind) else {}
