@@ -125,7 +125,7 @@ def test_shards_train_and_are_probed(shards, tmp_path, capsys):
     # a checkpoint from before a setting was there goes on: the setting has its default
     (state,) = Path(run).glob("checkpoints/*/state.json")
     held = json.loads(state.read_text())
-    del held["config"]["data"]["decoder"]
+    del held["state"]["config"]["data"]["decoder"]
     state.write_text(json.dumps(held))
     assert cli.main(["train", "vicreg_digits", *words, "--output", run]) == 0
     assert "going on from step 2" in capsys.readouterr().err
