@@ -145,6 +145,7 @@ def test_shards_train_and_are_probed(shards, tmp_path, capsys):
     ("files", "message"),
     [
         ({"0.txt": b""}, r"a\.tar': sample '0' has \.txt, takes one of .*\.png"),
+        ({"0.left.png": picture(0)}, r"a\.tar': sample '0' has \.left\.png, takes one of"),
         ({"0.png": b"", "0.PNG": b""}, r"a\.tar': holds '0.PNG' twice"),
         ({"0.png": b"no image"}, r"a\.tar', sample '0' is not an image Pillow reads"),
         ({"0.png": picture(0), "0.cls": b"cat"}, r"a\.tar', sample '0': has no label"),
@@ -206,7 +207,7 @@ def test_shards_are_named_by_folder_braces_and_stars(pattern, found, tars_named)
     ],
 )
 def test_shards_that_are_not_there_are_named(pattern, message, tars_named):
-    with pytest.raises(ValueError, match=r"data\.path: got .*" + message):
+    with pytest.raises(ValueError, match=r"data\.path or data\.test: got .*" + message):
         tars.paths(pattern)
 
 
@@ -239,6 +240,9 @@ class WithLabels(ByTrain):
         super().__init__(root, train)
         self.labels = np.array(self.targets)
         del self.targets
+
+    def __getitem__(self, at):
+        return super().__getitem__(at)[0], None  # read for its picture alone
 
 
 class Boxes(ByTrain):

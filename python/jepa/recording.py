@@ -117,22 +117,22 @@ class TorchCodec(Recording):
 @cache
 def decoder(name: str) -> type[Recording]:
     """pyav, torchcodec, or auto: torchcodec where it can be loaded, else PyAV. Says once which."""
-    found, why = PyAV, ""
+    found: type[Recording] = PyAV
+    why = ""
     if name != "pyav":
         try:
             import torchcodec.decoders
 
             found, why = TorchCodec, f" {torchcodec.__version__}"
-        except ImportError as error:
-            missing, cause = "is not installed", error
-        except (OSError, RuntimeError) as error:  # no FFmpeg, or it is made for another torch
-            missing, cause = f"cannot be loaded: {str(error).splitlines()[0]}", error
-        if found is PyAV:
+        except (ImportError, OSError, RuntimeError) as error:
+            missing = "is not installed"
+            if not isinstance(error, ModuleNotFoundError):  # no FFmpeg, or made for another torch
+                missing = f"cannot be loaded: {str(error).splitlines()[0]}"
             if name == "torchcodec":
                 raise ImportError(
                     f"data.decoder: got 'torchcodec', which {missing} (pip install torchcodec, "
                     "and FFmpeg's shared libraries)"
-                ) from cause
+                ) from error
             why = f"; torchcodec {missing}"
     if found is PyAV:
         try:

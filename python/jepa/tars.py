@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+WHERE = "data.path or data.test"
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -35,9 +37,9 @@ def paths(pattern: str | Path) -> list[Path]:
             found = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
             names += [one for one in found if os.path.isfile(one)]
             if not found or not os.path.isfile(found[0]):
-                raise ValueError(f"data.path: got {text!r}, but {name!r} is no file")
+                raise ValueError(f"{WHERE}: got {text!r}, but {name!r} is no file")
     if not names:
-        raise ValueError(f"data.path: got {text!r}, takes a folder that holds *.tar shards")
+        raise ValueError(f"{WHERE}: got {text!r}, takes a folder that holds *.tar shards")
     return [Path(name) for name in dict.fromkeys(names)]
 
 
@@ -55,7 +57,7 @@ def _expanded(pattern: str) -> list[str]:
     else:
         options = found[1].split(",")
     if not options or (len(options) == 1 and not numbers):
-        raise ValueError(f"data.path: got {pattern!r}, braces take {{000..127}} or {{a,b}}")
+        raise ValueError(f"{WHERE}: got {pattern!r}, braces take {{000..127}} or {{a,b}}")
     before, after = pattern[: found.start()], pattern[found.end() :]
     return [one for option in options for one in _expanded(f"{before}{option}{after}")]
 
