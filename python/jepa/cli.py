@@ -62,11 +62,19 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _probe(options: argparse.Namespace) -> int:
-    from jepa import launch, monitor, probe
+    import torch
+
+    from jepa import config, launch, monitor, probe, source
 
     settings, method, step = launch.restore(options.run)
+    if settings.is_video:
+        raise config.ConfigError(f"run: trained {settings.method}, probe takes a run on images")
+    workers = settings.data.workers
     train, test = launch.images(settings)
-    seen, held_out = (launch.features(method, part.images) for part in (train, test))
+    seen, held_out = (
+        torch.cat([launch.features(method, batch) for batch in source.in_order(part, 256, workers)])
+        for part in (train, test)
+    )
     score = probe.probe(seen, held_out, train, test, seed=settings.seed)
     spread = monitor.spread(seen)
     print(

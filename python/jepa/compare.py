@@ -50,7 +50,7 @@ def batch_of(settings: Config) -> torch.Tensor:
     """What a step takes: its speed does not depend on what is in the pictures."""
     data, generator = settings.data, torch.Generator().manual_seed(settings.seed)
     shape: tuple[int, ...] = (settings.training.batch, 3, data.size, data.size)
-    if data.is_video:
+    if settings.is_video:
         shape = (*shape[:2], data.frames, *shape[2:])
     if data.kind == "digits":
         shape = (shape[0], 1, *shape[2:])

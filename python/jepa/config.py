@@ -22,6 +22,17 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 
 
+# The settings that only some kinds of data take.
+KINDS = {
+    "path": ("images", "torchvision", "videos", "webdataset", "physics"),
+    "test": ("images", "webdataset"),
+    "name": ("torchvision",),
+    "download": ("torchvision",),
+    "decoder": ("videos", "webdataset"),
+    "videos": ("physics",),
+}
+
+
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
@@ -29,13 +40,21 @@ class Settings(BaseModel):
 class Data(Settings):
     """What is trained on.
 
-    kind: digits (scikit-learn's), images (a folder of class folders), videos (a folder of clips),
-    shards (WebDataset tars of clips), physics (simulated, without end). size: edge in pixels that
-    images and frames are resized to; frames, stride: of a clip and between its frames.
+    kind: digits (scikit-learn's), images (a folder of class folders), torchvision (its set `name`),
+    videos (a folder of clips), webdataset (tars of images or clips, whichever the method takes),
+    physics (simulated: `videos` of them). path: a folder; of tars also {000..127}, {a,b} and *.
+    test: the held-out images as path gives the others; without it, a fifth of them. size: edge in
+    pixels that images and frames are resized to; frames, stride: of a clip and between its frames;
+    decoder: of video files, auto is torchcodec where it can be loaded; workers: processes that
+    read.
     """
 
-    kind: Literal["digits", "images", "videos", "shards", "physics"] = "digits"
+    kind: Literal["digits", "images", "torchvision", "videos", "webdataset", "physics"] = "digits"
     path: Path | None = None
+    test: Path | None = None
+    name: str | None = None
+    download: bool = False
+    decoder: Literal["auto", "pyav", "torchcodec"] = "auto"
     size: Positive = 32
     frames: Positive = 1
     stride: Positive = 1
@@ -43,14 +62,19 @@ class Data(Settings):
     workers: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
-    def _path_where_needed(self) -> Data:
-        if self.kind in ("images", "videos", "shards") and self.path is None:
+    def _of_its_kind(self) -> Data:
+        if self.path is None and self.kind in KINDS["path"] and self.kind != "physics":
             raise ValueError(f"path: missing, takes a folder with kind={self.kind!r}")
+        if self.name is None and self.kind == "torchvision":
+            raise ValueError("name: missing, takes a set of torchvision's, such as CIFAR10")
+        for key, kinds in KINDS.items():
+            given = getattr(self, key)
+            if self.kind not in kinds and given != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key}: got {str(given)!r}, but it is of kind {' and '.join(kinds)}, not of "
+                    f"{self.kind!r}"
+                )
         return self
-
-    @property
-    def is_video(self) -> bool:
-        return self.kind in ("videos", "shards", "physics")
 
 
 class Model(Settings):
@@ -146,20 +170,26 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        on_video = self.method in ON_VIDEO
-        if on_video != self.data.is_video:
-            takes = "videos" if on_video else "images"
+        kinds = ("videos", "webdataset", "physics")
+        if not self.is_video:
+            kinds = ("digits", "images", "torchvision", "webdataset")
+        if self.data.kind not in kinds:
+            takes = f"{'videos' if self.is_video else 'images'}: {', '.join(kinds)}"
             raise ValueError(f"data.kind: got {self.data.kind!r}, {self.method} takes {takes}")
-        if (on_video or self.method == "ijepa") and self.model.encoder != "vit":
+        if (self.is_video or self.method == "ijepa") and self.model.encoder != "vit":
             raise ValueError(f"model.encoder: got 'conv', {self.method} takes 'vit'")
         self._taken()
         if self.kernels == "reference" and self.backend is not None:
             raise ValueError("backend: names the fused kernels', takes none with 'reference'")
         return self
 
+    @property
+    def is_video(self) -> bool:
+        return self.method in ON_VIDEO
+
     def _taken(self) -> None:
         """No setting is ignored in silence."""
-        on_video = self.method in ON_VIDEO
+        on_video = self.is_video
         predictive = on_video or self.method == "ijepa"
         if self.loss.views != 2 and self.method != "lejepa":
             raise ValueError(f"loss.views: got {self.loss.views}, {self.method} takes 2")
@@ -175,8 +205,12 @@ class Config(Settings):
             raise ValueError(f"training.checkpointing: is of predicted tokens, not {self.method}'s")
         if self.model.activation != "gelu" and predictive:
             raise ValueError(f"model.activation: got 'relu', {self.method} takes 'gelu'")
-        if (self.data.frames, self.data.stride) != (1, 1) and not self.data.is_video:
+        if (self.data.frames, self.data.stride) != (1, 1) and not on_video:
             raise ValueError("data.frames, data.stride: are of videos, images take 1 and 1")
+        if self.data.decoder != "auto" and not on_video:
+            raise ValueError(f"data.decoder: is of videos, {self.method} takes 'auto'")
+        if self.data.test is not None and on_video:
+            raise ValueError(f"data.test: is of images, for `jepa probe`; {self.method} takes none")
         if self.model.sees != "clip" and not on_video:
             raise ValueError(f"model.sees: is of videos, {self.method} takes 'clip'")
         if self.model.tubelet != 1 and not on_video:

@@ -1,14 +1,18 @@
-"""Labelled images as one tensor: scikit-learn's digits, or a folder of the user's own."""
+"""Labelled images as one tensor: scikit-learn's digits, or a folder of one's own; the split."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+from jepa import stored
+
+Set = TypeVar("Set", "Images", stored.Stored)
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,14 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def channels(self) -> int:
+        return self.images.shape[1]
+
+    def __getitem__(self, numbers: Sequence[int]) -> Tensor:
+        """float32 [B, C, H, W]."""
+        return self.images[list(numbers)]
 
     def subset(self, index: Tensor) -> Images:
         return replace(self, images=self.images[index], labels=self.labels[index])
@@ -45,47 +57,14 @@ def digits() -> Images:
 def image_folder(path: str | Path, size: int = 32) -> Images:
     """The images of `path`/<class>/*, cut to their central square and resized to `size`, as RGB.
 
-    All of them are held in memory: 4 * 3 * size^2 bytes an image.
-
-    Raises ValueError where the folder is not one of at least two class folders with images.
+    All of them are held in memory: 4 * 3 * size^2 bytes an image; `stored.Folder` reads them as
+    they are asked for. Raises ValueError as that does.
     """
-    try:
-        import numpy as np
-        from PIL import Image, ImageOps, UnidentifiedImageError
-    except ImportError as error:
-        raise ImportError(
-            f"an image folder needs Pillow and numpy: pip install pillow numpy ({error})"
-        ) from error
-    root = Path(path)
-    if not root.is_dir():
-        raise ValueError(f"images: got {str(root)!r}, takes a folder with one sub-folder a class")
-    if size < 4:
-        raise ValueError(f"size: got {size}, takes at least 4 pixels")
-    files = {
-        folder.name: sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES)
-        for folder in sorted(root.iterdir())
-        if folder.is_dir()
-    }
-    classes = tuple(name for name, found in files.items() if found)
-    if len(classes) < 2:
-        raise ValueError(
-            f"images: got {str(root)!r} with {len(classes)} sub-folders that hold images, "
-            f"takes at least 2 (one a class; files ending in {', '.join(SUFFIXES)})"
-        )
-    pixels, labels = [], []
-    for label, name in enumerate(classes):
-        for file in files[name]:
-            try:
-                with Image.open(file) as opened:
-                    square = ImageOps.fit(opened.convert("RGB"), (size, size))
-            except (UnidentifiedImageError, OSError) as error:
-                raise ValueError(f"images: {file} is not an image Pillow reads: {error}") from error
-            pixels.append(np.asarray(square, dtype=np.float32).transpose(2, 0, 1) / 255.0)
-            labels.append(label)
-    return Images(root.name, torch.from_numpy(np.stack(pixels)), torch.tensor(labels), classes)
+    found = stored.stored(Path(path).name, stored.Folder(path), size)
+    return Images(found.name, found[range(len(found))], found.labels, found.classes)
 
 
-def split(data: Images, seed: int, test_fraction: float = 0.2) -> tuple[Images, Images]:
+def split(data: Set, seed: int, test_fraction: float = 0.2) -> tuple[Set, Set]:
     """A (training, test) pair with every class cut in the same proportion, fixed by `seed`."""
     generator = torch.Generator().manual_seed(seed)
     train, test = [], []
@@ -101,6 +80,13 @@ def split(data: Images, seed: int, test_fraction: float = 0.2) -> tuple[Images, 
         test.append(members[:held_out])
         train.append(members[held_out:])
     return data.subset(torch.cat(train)), data.subset(torch.cat(test))
+
+
+def split_blind(data: Set, seed: int, test_fraction: float = 0.2) -> tuple[Set, Set]:
+    """The same without a look at the classes, which an unlabelled set lacks."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    held_out = max(1, round(test_fraction * len(data)))
+    return data.subset(order[held_out:]), data.subset(order[:held_out])
 
 
 def resized(data: Images, size: int) -> Images:

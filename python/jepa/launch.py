@@ -18,31 +18,45 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from jepa import build, checkpoint, config, data, ending, monitor, parallel
+from jepa import build, checkpoint, config, data, ending, monitor, parallel, stored
 from jepa.config import Config
 from jepa.source import Clips, ClipSource, ImageSource
 from jepa.trainer import Diverged, Ranks, Trainer
 
 
-def images(settings: config.Config) -> tuple[data.Images, data.Images]:
-    """(training, test) of a run on images."""
-    if settings.data.kind == "digits":
+def images(settings: Config) -> tuple[Any, Any]:
+    """(training, held out) of a run on images."""
+    given, seed = settings.data, settings.seed
+    if given.kind == "digits":
         found = data.digits()
-        if settings.data.size != 8:
-            found = data.resized(found, settings.data.size)
-    else:
-        found = data.image_folder(settings.data.path, settings.data.size)
-    return data.split(found, settings.seed)
+        return data.split(found if given.size == 8 else data.resized(found, given.size), seed)
+    assert given.path is not None
+    if given.kind == "torchvision":
+        assert given.name is not None
+        return stored.torchvision(given.name, given.path, given.size, given.download)
+    of = stored.Folder if given.kind == "images" else stored.Shards
+    whole = stored.stored(given.path.name, of(given.path), given.size)
+    if given.test is not None:
+        held_out = stored.stored(given.test.name, of(given.test), given.size)
+        if held_out.classes != whole.classes:
+            raise ValueError(
+                f"data.test: {given.test} has the classes {held_out.classes}, takes data.path's "
+                f"{whole.classes}"
+            )
+        return whole, held_out
+    return data.split(whole, seed) if whole.classes else data.split_blind(whole, seed)
 
 
 def source(settings: Config) -> Any:
-    batch, seed = settings.training.batch, settings.seed
-    if not settings.data.is_video:
-        return ImageSource(images(settings)[0], batch, seed)
+    batch, seed, workers = settings.training.batch, settings.seed, settings.data.workers
+    if not settings.is_video:
+        # I-JEPA's masks are drawn apart from the images, so a rank reads its own alone.
+        whole = settings.method != "ijepa"
+        return ImageSource(images(settings)[0], batch, seed, workers, whole)
     from jepa import videos
 
     clips = Clips(videos.of(settings), settings.data.frames, settings.data.stride)
-    return ClipSource(clips, batch, seed, settings.data.workers)
+    return ClipSource(clips, batch, seed, workers)
 
 
 @contextmanager
@@ -82,17 +96,17 @@ def in_turn(own: Ranks, make: Callable[[], Any]) -> Any:
 
 
 class Spread:
-    """How a fixed batch's features are spread, at the steps that are logged; of images alone."""
+    """How a fixed batch's features are spread, at the steps that are logged."""
 
     def __init__(self, settings: Config, method: nn.Module, found: Any) -> None:
         self.settings, self.method = settings.training, method
-        self.probe = found.images.images[:256] if isinstance(found, ImageSource) else None
+        self.probe = found.sample(32 if settings.is_video else 256)
 
     def due(self, step: int) -> bool:
         return step % self.settings.log_every == 0 or step == self.settings.steps
 
     def __call__(self, step: int) -> monitor.Spread | None:
-        if self.probe is None or not self.due(step):
+        if not self.due(step):
             return None
         return monitor.spread(features(self.method, self.probe))
 

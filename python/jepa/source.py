@@ -4,15 +4,15 @@ resumed run needs no state, and every rank takes its own rows of the same batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from itertools import count
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-
-from jepa.data import Images
 
 
 def mixed(*parts: int) -> int:
@@ -43,9 +43,13 @@ class Plan:
         """[batch] indices."""
         per_epoch = self.samples // self.batch
         epoch, place = divmod(step, per_epoch)
-        generator = torch.Generator().manual_seed(mixed(self.seed, 1, epoch))
-        order = torch.randperm(self.samples, generator=generator)
+        order = _order(self.samples, mixed(self.seed, 1, epoch))
         return order[place * self.batch : (place + 1) * self.batch]
+
+
+@lru_cache(maxsize=2)  # of a million samples it takes longer than a step
+def _order(samples: int, seed: int) -> Tensor:
+    return torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass(frozen=True)
@@ -60,27 +64,70 @@ class Share:
         return rows[self.rank * size : (self.rank + 1) * size]
 
 
-class ImageSource:
-    """Batches [B, C, H, W] of images in memory."""
+class _Steps:
+    """Which samples every step from `start` on takes, a rank's share of them."""
 
-    def __init__(self, images: Images, batch: int, seed: int) -> None:
-        self.images, self.plan = images, Plan(len(images), batch, seed)
-        self.channels = images.images.shape[1]
+    def __init__(self, plan: Plan, start: int, share: Share) -> None:
+        self.plan, self.start, self.share = plan, start, share
+
+    def of(self, step: int) -> list[Any]:
+        return self.plan.rows(step).tolist()
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for step in count(self.start):
+            yield self.share.of(self.of(step))
+
+
+class _ClipSteps(_Steps):
+    """With where in its video each clip begins, in [0, 1)."""
+
+    def of(self, step: int) -> list[tuple[int, float]]:
+        generator = torch.Generator().manual_seed(mixed(self.plan.seed, 2, step))
+        where = torch.rand(self.plan.batch, generator=generator).tolist()
+        return list(zip(super().of(step), where, strict=True))
+
+
+class ImageSource:
+    """Batches [B, C, H, W] of images, in memory or stored; `images[rows]` gives some of them.
+
+    whole: every rank takes all rows, as it must where views are drawn for the whole batch.
+    """
+
+    def __init__(
+        self, images: Any, batch: int, seed: int, workers: int = 0, whole: bool = True
+    ) -> None:
+        self.images, self.plan, self.workers = images, Plan(len(images), batch, seed), workers
+        self.channels, self.whole = images.channels, whole
 
     def batches(self, start: int, share: Share) -> Iterator[Tensor]:
-        """The batches of step `start` and after, without end; all rows: views are drawn for the
-        whole batch.
-        """
-        step = start
-        while True:
-            yield self.images.images[self.plan.rows(step)]
-            step += 1
+        """The batches of step `start` and after, without end."""
+        steps = _Steps(self.plan, start, Share() if self.whole else share)
+        return iter(_loader(self.images, steps, self.workers))
+
+    def sample(self, most: int) -> Tensor:
+        """At most so many images, evenly over the set: it may be in the order of its classes."""
+        count = min(most, len(self.images))
+        return self.images[torch.linspace(0, len(self.images) - 1, count).long().tolist()]
+
+
+def in_order(images: Any, batch: int, workers: int) -> Iterator[Tensor]:
+    """All images, a batch at a time."""
+    rows = range(len(images))
+    return iter(_loader(images, [rows[i : i + batch] for i in rows[::batch]], workers))
+
+
+def _loader(images: Any, steps: Iterable[Any], workers: int) -> Any:
+    """Without the DataLoader's own batches: a whole one is asked for at once."""
+    return DataLoader(images, sampler=cast(Any, steps), batch_size=None, num_workers=workers)
 
 
 class Clips(Dataset[Tensor]):
-    """float32 [C, frames, H, W] in [0, 1] at (video, first frame) of videos uint8 [F, H, W, C]."""
+    """float32 [C, frames, H, W] in [0, 1] at (video, first frame) of videos uint8 [F, H, W, C].
 
-    def __init__(self, videos: Sequence[Any], frames: int, stride: int) -> None:
+    A video is an array, or anything else that has a length and gives its frames by slices.
+    """
+
+    def __init__(self, videos: Any, frames: int, stride: int) -> None:
         self.videos, self.frames, self.stride = videos, frames, stride
 
     def __len__(self) -> int:
@@ -88,31 +135,21 @@ class Clips(Dataset[Tensor]):
 
     def __getitem__(self, at: tuple[int, float]) -> Tensor:
         index, where = at
-        video = torch.as_tensor(self.videos[index])
+        video = self.videos[index]
         span = (self.frames - 1) * self.stride + 1
-        if video.shape[0] < span:
-            raise ValueError(
-                f"data.frames: video {index} has {video.shape[0]} frames, a clip takes {span}"
-            )
-        first = min(int(where * (video.shape[0] - span + 1)), video.shape[0] - span)
-        clip = video[first : first + span : self.stride]
-        return clip.permute(3, 0, 1, 2).float() / 255.0
-
-
-class _Steps:
-    """The samples of every step from `start` on, a rank's share of them."""
-
-    def __init__(self, plan: Plan, start: int, share: Share) -> None:
-        self.plan, self.start, self.share = plan, start, share
-
-    def __iter__(self) -> Iterator[list[tuple[int, float]]]:
-        step = self.start
         while True:
-            generator = torch.Generator().manual_seed(mixed(self.plan.seed, 2, step))
-            where = torch.rand(self.plan.batch, generator=generator).tolist()
-            pairs = list(zip(self.plan.rows(step).tolist(), where, strict=True))
-            yield self.share.of(pairs)
-            step += 1
+            length = len(video)
+            if length < span:
+                name = getattr(video, "name", f"video {index}")
+                raise ValueError(
+                    f"data.frames: {name} has {length} frames, a clip takes {span} "
+                    f"({self.frames}, {self.stride} apart)"
+                )
+            first = min(int(where * (length - span + 1)), length - span)
+            clip = torch.as_tensor(video[first : first + span : self.stride])
+            # A file may show fewer frames than it promises; its length is known better now.
+            if len(clip) == self.frames:
+                return clip.permute(3, 0, 1, 2).float() / 255.0
 
 
 class ClipSource:
@@ -122,13 +159,12 @@ class ClipSource:
         self.clips, self.plan, self.workers = clips, Plan(len(clips), batch, seed), workers
         self.channels = 3
 
+    def sample(self, most: int) -> Tensor:
+        """The first clip of at most so many videos, evenly over the set."""
+        count = min(most, len(self.clips))
+        rows = torch.linspace(0, len(self.clips) - 1, count).long().tolist()
+        return torch.stack([self.clips[row, 0.0] for row in rows])
+
     def batches(self, start: int, share: Share) -> Iterator[Tensor]:
-        steps: Any = _Steps(self.plan, start, share)
-        return iter(
-            DataLoader(
-                self.clips,
-                batch_sampler=steps,
-                num_workers=self.workers,
-                persistent_workers=self.workers > 0,
-            )
-        )
+        steps: Any = _ClipSteps(self.plan, start, share)
+        return iter(DataLoader(self.clips, batch_sampler=steps, num_workers=self.workers))

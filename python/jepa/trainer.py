@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import vicreg_kernels as vk
 from jepa import checkpoint, parallel, schedule
 from jepa.compiled import compile_method
-from jepa.config import Config, describe
+from jepa.config import Config, describe, parse
 from jepa.masks import Masks
 from jepa.optimizers import build as build_optimizer
 from jepa.source import Share, mixed
@@ -229,7 +229,8 @@ class Trainer:
 
     def _take_up(self, path: Path) -> None:
         tensors, step, state = checkpoint.load(path)
-        mine, theirs = describe(self.config), state.get("config", {})
+        mine = describe(self.config)
+        theirs = describe(parse(state["config"]))  # settings that came later have their defaults
         for section in ("method", "data", "model", "loss", "optimizer", "seed"):
             if mine[section] != theirs.get(section):
                 raise checkpoint.CheckpointError(

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from jepa import tars
 from jepa.physics.quadruplets import quadruplet
 from jepa.physics.videos import possible
 
@@ -163,39 +164,21 @@ class Entry:
 def index_of(path: str | Path) -> list[Entry]:
     """A shard's samples. Raises ValueError where it is truncated or no shard of ours."""
     path = Path(path)
-    damaged = f"shard {str(path)!r} is truncated or damaged ({{}}); delete it and write it again"
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        # tarfile itself takes an archive that ends between two members for whole.
-        file.seek(max(0, size - 1024))
-        if size == 0 or size % tarfile.RECORDSIZE or any(file.read()):
-            raise ValueError(damaged.format(f"{size} bytes, without the end of an archive"))
-    try:
-        with tarfile.open(path, "r:") as shard:
-            members = {one.name: (one.offset_data, one.size) for one in shard.getmembers()}
-    except tarfile.TarError as error:
-        raise ValueError(damaged.format(error)) from error
+    if path.stat().st_size % tarfile.RECORDSIZE:
+        raise tars.damaged(path, "no whole number of records")
     entries = []
-    for name in members:
-        key, suffix = name.split(".", 1)
-        if suffix == "npz":
-            if f"{key}.json" not in members:
-                raise ValueError(damaged.format(f"no {key}.json"))
-            entries.append(Entry(path, key, members[name], members[f"{key}.json"]))
-    if 2 * len(entries) != len(members):
-        raise ValueError(damaged.format("a sample has no .npz"))
+    for sample in tars.index(path):
+        if set(sample.files) != {"npz", "json"}:
+            raise tars.damaged(path, f"sample {sample.key} has {sorted(sample.files)}")
+        entries.append(Entry(path, sample.key, sample.files["npz"], sample.files["json"]))
     return entries
 
 
 def read(entry: Entry) -> tuple[NDArray[np.uint8], dict[str, Any]]:
     """The video (possible: [T, 64, 64, 3], quadruplet: [4, T, 64, 64, 3]) and its record."""
-    with entry.path.open("rb") as file:
-        parts = []
-        for offset, size in (entry.video, entry.record):
-            file.seek(offset)
-            parts.append(file.read(size))
+    video, record = (tars.read(entry.path, place) for place in (entry.video, entry.record))
     try:
-        with np.load(io.BytesIO(parts[0])) as packed:
-            return packed["video"], json.loads(parts[1])
+        with np.load(io.BytesIO(video)) as packed:
+            return packed["video"], json.loads(record)
     except Exception as error:  # zipfile, zlib, numpy and json each have their own
         raise ValueError(f"shard {str(entry.path)!r}: sample {entry.key}: {error}") from error
