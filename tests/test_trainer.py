@@ -220,6 +220,9 @@ def test_a_loss_that_is_not_finite_leaves_its_batch(tmp_path):
         (["training.checkpointing=true"], "training.checkpointing: is ijepa's"),
         (["data.frames=4"], "data.frames, data.stride"),
         (["model.tubelet=2"], "model.tubelet: is vjepa's"),
+        (["training.parallel=fsdp"], "training.parallel: got 'fsdp', which shards transformers"),
+        (["training.parallel=fsdp", "model.encoder=vit", "optimizer.name=lars"], "'lars'"),
+        (["training.parallel=fsdp", "model.encoder=vit", "training.compile=true"], "compile takes"),
     ],
 )
 def test_wrong_settings_are_named(words, message):

@@ -127,6 +127,12 @@ def test_a_run_goes_on_with_other_ranks(trained, tmp_path):
     torch.testing.assert_close(figures(fewer, "loss"), whole[2:], rtol=1e-5, atol=0)
 
 
+def test_shards_take_several_processes(tmp_path):
+    made = training_ranks.settings("ijepa_shards", tmp_path, 2)
+    with pytest.raises(ValueError, match=r"training\.parallel: got 'fsdp' in one process"):
+        launch.train(made, tmp_path)
+
+
 def until(run: Ranks, found: Callable[[], bool], seconds: float = TIMEOUT) -> None:
     deadline = time.monotonic() + seconds
     while not found():

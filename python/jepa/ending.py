@@ -26,8 +26,8 @@ import torch.distributed as dist
 from jepa import checkpoint
 
 # Seconds: for the end of another process to be seen after a collective has failed; for the other
-# ranks to say that they are alive; for the main thread to leave before the process is ended.
-SEEN, ALIVE, LEAVE = 3.0, 6.0, 3.0
+# ranks to say that they are alive; for the main thread to leave after SIGTERM; for SIGTERM to come.
+SEEN, ALIVE, LEAVE, TOLD = 3.0, 6.0, 3.0, 10.0
 FAILED = 1
 
 
@@ -126,11 +126,12 @@ class Watch:
             others = isinstance(error, RuntimeError) and self._others_ended()
             if not others:
                 with contextlib.suppress(RuntimeError):
-                    self.store.set(f"failed/{self.rank}", f"{type(error).__name__}: {error}")
+                    line = (str(error).splitlines() or [""])[0]
+                    self.store.set(f"failed/{self.rank}", f"{type(error).__name__}: {line}")
                 return
         self.speak()
         sys.stdout.flush()
-        self.told.wait(LEAVE)  # torchrun then counts the rank that ended, not this one, as failed
+        self.told.wait(TOLD)  # torchrun then counts the rank that ended, not this one, as failed
         os._exit(FAILED)
 
     def _others_ended(self) -> bool:
