@@ -2,7 +2,7 @@
 
 torchrun ends the others with SIGTERM, unless their next collective has failed already. Neither says
 why; and the main thread may be waiting for a device that never answers. So a thread of each process
-watches the other ones of its host and its own SIGTERM, and the lowest rank that is left speaks.
+watches the other ones of its host and its own SIGTERM, and the first that knows speaks for all.
 """
 
 from __future__ import annotations
@@ -128,6 +128,7 @@ class Watch:
                 with contextlib.suppress(RuntimeError):
                     line = (str(error).splitlines() or [""])[0]
                     self.store.set(f"failed/{self.rank}", f"{type(error).__name__}: {line}")
+                self.spoken = True  # its own traceback says it
                 return
         self.speak()
         sys.stdout.flush()
@@ -141,7 +142,7 @@ class Watch:
             return bool(self.changed.wait_for(lambda: self.how, timeout=SEEN))
 
     def speak(self) -> None:
-        """Once, by the lowest rank that is left."""
+        """Once, by one of the ranks that are left."""
         with self.lock:
             if self.spoken:
                 return
@@ -149,7 +150,10 @@ class Watch:
             with contextlib.suppress(RuntimeError):
                 self.store.set(f"alive/{self.rank}", "")
             failed, ended = self._failed(), self._ended()
-            if self.rank == min(set(range(self.ranks)) - failed.keys() - ended.keys()):
+            first = True
+            with contextlib.suppress(RuntimeError):
+                first = self.store.add("spoken", 1) == 1
+            if first:
                 print(self.message(failed, ended), file=sys.stderr, flush=True)
 
     def _failed(self) -> dict[int, str]:
