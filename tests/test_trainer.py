@@ -216,6 +216,9 @@ def test_a_loss_that_is_not_finite_leaves_its_batch(tmp_path):
             ["method=ijepa", "model.encoder=vit", "model.activation=relu"],
             "model.activation: got 'relu', ijepa takes 'gelu'",
         ),
+        (["training.parallel=fsdp"], "training.parallel: got 'fsdp', which shards transformers"),
+        (["training.parallel=fsdp", "model.encoder=vit", "optimizer.name=lars"], "'lars'"),
+        (["training.parallel=fsdp", "model.encoder=vit", "training.compile=true"], "compile takes"),
     ],
 )
 def test_wrong_settings_are_named(words, message):

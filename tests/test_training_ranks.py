@@ -24,7 +24,7 @@ import training_ranks
 from jepa import checkpoint, launch
 
 ROOT = Path(__file__).parent.parent
-TIMEOUT = 150  # what takes longer hangs; a busy machine takes 60 s for what takes 5
+TIMEOUT = 300  # what takes longer hangs; a busy machine takes a minute for what takes seconds
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
     reason="needs gloo",
@@ -125,6 +125,12 @@ def test_a_run_goes_on_with_other_ranks(trained, tmp_path):
     fewer = begun(trained / "two" / "vjepa_shards", tmp_path / "fewer")
     launch.train(training_ranks.settings("vjepa_shards", trained, 1), fewer)
     torch.testing.assert_close(figures(fewer, "loss"), whole[2:], rtol=1e-5, atol=0)
+
+
+def test_shards_take_several_processes(tmp_path):
+    made = training_ranks.settings("ijepa_shards", tmp_path, 2)
+    with pytest.raises(ValueError, match=r"training\.parallel: got 'fsdp' in one process"):
+        launch.train(made, tmp_path)
 
 
 def until(run: Ranks, found: Callable[[], bool], seconds: float = TIMEOUT) -> None:

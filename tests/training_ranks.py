@@ -44,7 +44,7 @@ def settings(name: str, root: Path, ranks: int) -> config.Config:
             "method": method,
             "data": data,
             "model": model,
-            "optimizer": {"rate": 1e-3, "clip": 0.5},
+            "optimizer": {"rate": 1e-3, "clip": 0.5, "momentum": 0.5},
             "training": training | (on_ranks if ranks > 1 else {}),
         }
     )

@@ -2,7 +2,7 @@
 
 torchrun ends the others with SIGTERM, unless their next collective has failed already. Neither says
 why; and the main thread may be waiting for a device that never answers. So a thread of each process
-watches the other ones of its host and its own SIGTERM, and the lowest rank that is left speaks.
+watches the other ones of its host and its own SIGTERM, and the first that knows speaks for all.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import torch.distributed as dist
 from jepa import checkpoint
 
 # Seconds: for the end of another process to be seen after a collective has failed; for the other
-# ranks to say that they are alive; for the main thread to leave before the process is ended.
-SEEN, ALIVE, LEAVE = 3.0, 6.0, 3.0
+# ranks to say that they are alive; for the main thread to leave after SIGTERM; for SIGTERM to come.
+SEEN, ALIVE, LEAVE, TOLD = 3.0, 6.0, 3.0, 10.0
 FAILED = 1
 
 
@@ -126,11 +126,13 @@ class Watch:
             others = isinstance(error, RuntimeError) and self._others_ended()
             if not others:
                 with contextlib.suppress(RuntimeError):
-                    self.store.set(f"failed/{self.rank}", f"{type(error).__name__}: {error}")
+                    line = (str(error).splitlines() or [""])[0]
+                    self.store.set(f"failed/{self.rank}", f"{type(error).__name__}: {line}")
+                self.spoken = True  # its own traceback says it
                 return
         self.speak()
         sys.stdout.flush()
-        self.told.wait(LEAVE)  # torchrun then counts the rank that ended, not this one, as failed
+        self.told.wait(TOLD)  # torchrun then counts the rank that ended, not this one, as failed
         os._exit(FAILED)
 
     def _others_ended(self) -> bool:
@@ -140,7 +142,7 @@ class Watch:
             return bool(self.changed.wait_for(lambda: self.how, timeout=SEEN))
 
     def speak(self) -> None:
-        """Once, by the lowest rank that is left."""
+        """Once, by one of the ranks that are left."""
         with self.lock:
             if self.spoken:
                 return
@@ -148,7 +150,10 @@ class Watch:
             with contextlib.suppress(RuntimeError):
                 self.store.set(f"alive/{self.rank}", "")
             failed, ended = self._failed(), self._ended()
-            if self.rank == min(set(range(self.ranks)) - failed.keys() - ended.keys()):
+            first = True
+            with contextlib.suppress(RuntimeError):
+                first = self.store.add("spoken", 1) == 1
+            if first:
                 print(self.message(failed, ended), file=sys.stderr, flush=True)
 
     def _failed(self) -> dict[int, str]:

@@ -37,6 +37,8 @@ def distribute(method: nn.Module, settings: Training, ranks: int) -> nn.Module:
             )
         return method
     device = torch.device(settings.device)
+    if device.index is not None:
+        raise ValueError(f"training.device: got {settings.device!r} on {ranks} ranks, takes 'cuda'")
     synchronised(method, device)
     if settings.parallel == "ddp":
         return DDP(method, **{_BUFFERS: False})

@@ -118,10 +118,11 @@ class Trainer:
 
     def _of_statistics(self, batch: Tensor, generator: torch.Generator) -> Tensor:
         pieces, share = self.config.training.accumulate, self.ranks.share
-        views = self.method.views(batch.to(self.device), generator)
+        views = self.method.views(batch, generator)  # where the generator is: on the CPU
         loss = partial(self.method.loss, process_group=self.ranks.group)
         # A rank's share of each piece: batch norm then sees the pieces that one process sees.
-        micro = zip(*([share.of(v) for v in view.chunk(pieces)] for view in views), strict=True)
+        parts = ([share.of(v).to(self.device) for v in view.chunk(pieces)] for view in views)
+        micro = zip(*parts, strict=True)
         if pieces > 1:
             return vk.accumulate(loss, self.model, list(micro))
         value = loss(*(self.model(view) for view in next(micro)))
