@@ -18,7 +18,7 @@ from jepa.trainer import Diverged, Ranks, Trainer
 from jepa.vit import ViT
 
 ROOT = Path(__file__).parent.parent
-METHODS = ("vicreg", "vicreg_jepa", "lejepa", "ijepa", "vjepa", "pixels")
+METHODS = ("vicreg", "vicreg_jepa", "lejepa", "ijepa", "vjepa", "vjepa_causal", "pixels")
 
 
 def settings(method: str, steps: int = 6, **training):
@@ -39,6 +39,8 @@ def settings(method: str, steps: int = 6, **training):
     if method in config.ON_VIDEO:
         values["data"] = {"kind": "physics", "size": 64, "frames": 4, "path": "unused"}
         values["model"] |= {"patch": 16, "tubelet": 2}
+        if method in config.CAUSAL:
+            values["model"]["sees"] = "frame"
         values["training"] |= {"batch": 8}
     return config.parse(values)
 
@@ -208,7 +210,7 @@ def test_a_loss_that_is_not_finite_leaves_its_batch(tmp_path):
         (["kernels=reference", "backend=cpu"], "backend: names the fused"),
         (["steps"], "override: got 'steps'"),
         (["loss.views=4"], "loss.views: got 4, vicreg takes 2"),
-        (["loss.future=0.5"], "loss.future: is of videos"),
+        (["loss.future=0.5"], "loss.future: is vjepa's"),
         (["training.checkpointing=true"], "training.checkpointing: is of predicted tokens"),
         (["data.frames=4"], "data.frames, data.stride"),
         (["model.tubelet=2"], "model.tubelet: is of videos"),

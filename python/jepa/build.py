@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from jepa import kernels as choice
 from jepa.augment import Augment
-from jepa.config import ON_VIDEO, Config
-from jepa.masks import VideoMasks
+from jepa.config import CAUSAL, ON_VIDEO, Config
+from jepa.masks import VideoMasks, following
+from jepa.methods.causal import CausalVJEPA, Pixels
 from jepa.methods.ijepa import IJEPA
 from jepa.methods.lejepa import LeJEPA
-from jepa.methods.pixels import Pixels
 from jepa.methods.vicreg import VICReg
 from jepa.methods.vicreg_jepa import VICRegJEPA
 from jepa.methods.vjepa import VJEPA
@@ -87,7 +87,7 @@ def _predictive(config: Config, kernels: choice.Kernels, channels: int) -> nn.Mo
         model.predictor_dim,
         model.predictor_depth,
         model.predictor_heads,
-        position,
+        "both" if config.method in CAUSAL else position,
         targets=patch if config.method == "pixels" else None,
     )
     for part in (encoder, predictor):
@@ -95,10 +95,12 @@ def _predictive(config: Config, kernels: choice.Kernels, channels: int) -> nn.Mo
     draw = VideoMasks(future=config.loss.future, frames_seen=config.loss.frames_seen)
     video_loss = {"still": config.loss.still, "spread": config.loss.spread}
     if config.method == "pixels":
-        return Pixels(encoder, predictor, kernels, draw, **video_loss)
+        return Pixels(encoder, predictor, kernels, following, **video_loss)
     shared = {"momentum": config.optimizer.momentum, "steps": config.training.steps}
     if config.method == "vjepa":
         return VJEPA(encoder, predictor, kernels, draw, **shared, **video_loss)
+    if config.method == "vjepa_causal":
+        return CausalVJEPA(encoder, predictor, kernels, following, **shared, **video_loss)
     return IJEPA(encoder, predictor, kernels, **shared)
 
 

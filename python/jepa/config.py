@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 RECIPES = Path(__file__).with_name("recipes")
 
 # Methods that take videos; the others take images.
-ON_VIDEO = ("vjepa", "pixels")
+ON_VIDEO = ("vjepa", "vjepa_causal", "pixels")
+# Of these, those that foresee frame by frame.
+CAUSAL = ("vjepa_causal", "pixels")
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -158,7 +160,7 @@ class Training(Settings):
 class Config(Settings):
     """kernels: "fused" (vicreg_kernels) or "reference" (plain PyTorch as published)."""
 
-    method: Literal["vicreg", "vicreg_jepa", "ijepa", "vjepa", "lejepa", "pixels"]
+    method: Literal["vicreg", "vicreg_jepa", "ijepa", "vjepa", "lejepa", "vjepa_causal", "pixels"]
     kernels: Literal["fused", "reference"] = "fused"
     backend: Literal["reference", "cpu", "triton", "cuda"] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -193,8 +195,8 @@ class Config(Settings):
         predictive = on_video or self.method == "ijepa"
         if self.loss.views != 2 and self.method != "lejepa":
             raise ValueError(f"loss.views: got {self.loss.views}, {self.method} takes 2")
-        if self.loss.future and not on_video:
-            raise ValueError(f"loss.future: is of videos, {self.method} takes 0")
+        if self.loss.future and self.method != "vjepa":
+            raise ValueError(f"loss.future: is vjepa's, {self.method} takes 0")
         if (self.loss.still, self.loss.spread) != (1, 0) and not on_video:
             raise ValueError(f"loss.still, loss.spread: are of videos, {self.method} takes 1 and 0")
         if self.loss.spread and self.training.accumulate > 1:
@@ -213,6 +215,8 @@ class Config(Settings):
             raise ValueError(f"data.test: is of images, for `jepa probe`; {self.method} takes none")
         if self.model.sees != "clip" and not on_video:
             raise ValueError(f"model.sees: is of videos, {self.method} takes 'clip'")
+        if self.method in CAUSAL and self.model.sees != "frame":
+            raise ValueError(f"model.sees: got 'clip', {self.method} takes 'frame'")
         if self.model.tubelet != 1 and not on_video:
             raise ValueError(f"model.tubelet: is of videos, {self.method} takes 1")
         if self.training.parallel == "fsdp":

@@ -87,6 +87,12 @@ class Fused:
         rule = vk.Ragged(offsets.to(sequences.x.device), max_length=longest)
         return lambda module, x: module(x, mask=rule, rope=turn)
 
+    def attend_causal(self, grid: Grid, frames: int) -> Attend:
+        """Rotary attention over the first token frames of a grid, dense, to no later frame."""
+        turn = vk.Rope3d((frames, grid.height, grid.width))
+        rule = vk.FrameCausal(grid.frame.tokens)
+        return lambda module, x: module(x, mask=rule, rope=turn)
+
     def mean(self, sequences: Sequences) -> Tensor:
         """The mean of each sequence's tokens, [P, D]."""
         assert sequences.offsets is not None
@@ -202,6 +208,16 @@ class Reference:
             # Padding sees itself, so that no row of the softmax is empty.
             keep = (keep & (frame[:, :, None] == frame[:, None])) | own
         return partial(plain.attention, index=index, keep=keep, grid=rope)
+
+    def attend_causal(self, grid: Grid, frames: int) -> Attend:
+        part = Grid(frames, grid.height, grid.width)
+
+        def attend(module: vk.MaskedAttention, x: Tensor) -> Tensor:
+            frame = torch.arange(part.tokens, device=x.device) // part.frame.tokens
+            keep = frame[None, :, None] >= frame[None, None]
+            return plain.attention(module, x, index=None, keep=keep, grid=part)
+
+        return attend
 
     def mean(self, sequences: Sequences) -> Tensor:
         assert sequences.keep is not None

@@ -134,6 +134,13 @@ class VideoMasks:
         return tubes(grid, batch, generator, self.blocks[which])
 
 
+def following(grid: Grid, batch: int, generator: torch.Generator) -> Masks:
+    """Every token frame but the last is seen, every one but the first predicted."""
+    del generator  # nothing is drawn
+    every, plane = torch.arange(grid.tokens), grid.frame.tokens
+    return Masks([every[:-plane]] * batch, [[every[plane:]] * batch])
+
+
 # Of the range of pixels: what changes by less is noise.
 CHANGE = 0.15
 

@@ -16,11 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from jepa import masks
-from jepa.kernels import encode, predict
-
-CONTEXTS = (2, 4, 6, 8, 10)
-
 
 @dataclass(frozen=True)
 class Curve:
@@ -47,22 +42,18 @@ class Curve:
 
 @torch.no_grad()
 def window_errors(method: Any, clips: Tensor, seen: Sequence[int]) -> list[Tensor]:
-    """clips [B, C, F, H, W] -> for each number of token frames seen, [B, token frames after them]:
+    """clips [B, C, F, H, W] -> for each number of token frames seen, [B, token frames foreseen]:
     the mean L1 of each.
     """
-    grid = method.encoder.grid
-    plane = grid.height * grid.width
+    plane = method.encoder.grid.frame.tokens
     wanted = method.targets(clips)
     if method.normalise:
         wanted = F.layer_norm(wanted, wanted.shape[-1:])
     found = []
-    for frames in seen:
-        drawn = masks.future(grid, len(clips), frames)
-        context = encode(method.encoder, method.kernels, clips, drawn.context)
-        predicted = predict(method.predictor, method.kernels, context, drawn)
-        predicted = predicted.reshape(len(clips), -1, predicted.shape[-1])
-        apart = (predicted - wanted[:, frames * plane :]).abs().mean(dim=-1)
-        found.append(apart.unflatten(1, (-1, plane)).mean(dim=-1))
+    for frames, predicted in zip(seen, method.foreseen(clips, seen), strict=True):
+        first = frames * plane
+        apart = predicted - wanted[:, first : first + predicted.shape[1]]
+        found.append(apart.abs().mean(dim=-1).unflatten(1, (-1, plane)).mean(dim=-1))
     return found
 
 
@@ -70,7 +61,7 @@ def window_errors(method: Any, clips: Tensor, seen: Sequence[int]) -> list[Tenso
 def curves(
     method: Any,
     videos: Tensor,
-    contexts: Sequence[int] = CONTEXTS,
+    contexts: Sequence[int] | None = None,
     *,
     stride: int = 1,
     step: int = 2,
@@ -78,12 +69,13 @@ def curves(
 ) -> list[Curve]:
     """videos: uint8 [N, F, H, W, C], F at least the model's clip.
 
-    contexts: in the model's frames. stride: frames of the video between the model's, as it was
-    trained; step: frames of the video between windows.
+    contexts: in the model's frames; None: the method's. stride: frames of the video between the
+    model's, as it was trained; step: frames of the video between windows.
     """
     grid, tubelet = method.encoder.grid, method.encoder.patch_embed.size[0]
     frames = grid.frames * tubelet
     span = (frames - 1) * stride + 1
+    contexts = method.contexts if contexts is None else contexts
     count, length = videos.shape[:2]
     if length < span:
         raise ValueError(f"videos: got {length} frames, takes at least the model's {span}")

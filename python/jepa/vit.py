@@ -84,11 +84,6 @@ class Transformer(nn.Module):
         return self.norm(x)
 
 
-def spread(pixels: Tensor) -> Tensor:
-    """Pixels in [0, 1] about 0, so that a patch weighs as much as its position."""
-    return (pixels - 0.5) / 0.25
-
-
 class PatchEmbed(nn.Module):
     """[B, C, frames, height, width] -> [B, T, dim], tubelets of `size`; images: a frame of one."""
 
@@ -104,8 +99,14 @@ class PatchEmbed(nn.Module):
         x = x.reshape(batch, channels, frames // t, t, height // h, h, width // w, w)
         return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
 
+    def pixels(self, x: Tensor) -> Tensor:
+        """The patches as the projection takes them: pixels in [0, 1] spread about 0, so that a
+        patch weighs as much as its position.
+        """
+        return (self.patches(x) - 0.5) / 0.25
+
     def forward(self, x: Tensor) -> Tensor:
-        x = self.patches(spread(x))  # and a product: the same numbers as the convolution
+        x = self.pixels(x)  # and a product: the same numbers as the convolution
         return nn.functional.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -161,7 +162,8 @@ class ViT(Transformer):
 class Predictor(Transformer):
     """Predicts target tokens' embeddings from context tokens': narrower, with a mask token.
 
-    features: of the context's tokens; targets: of what is predicted, None: the same.
+    features: of the context's tokens; targets: of what is predicted, None: the same. position: as
+    the encoder's, or "both".
     """
 
     def __init__(
@@ -179,18 +181,18 @@ class Predictor(Transformer):
         self.predictor_embed = nn.Linear(features, dim)
         self.mask_token = nn.Parameter(torch.zeros(dim))
         self.predictor_proj = nn.Linear(dim, targets or features)
-        table = sincos(grid, dim) if position == "sincos" else torch.zeros(0)
+        table = torch.zeros(0) if position == "rope" else sincos(grid, dim)
         self.register_buffer("pos_embed", table, persistent=False)
         initialise(self)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     @property
     def rope(self) -> Grid | None:
-        return self.grid if self.position == "rope" else None
+        return self.grid if self.position in ("rope", "both") else None
 
     @property
     def table(self) -> Tensor | None:
-        return self.pos_embed if self.position == "sincos" else None
+        return self.pos_embed if self.position in ("sincos", "both") else None
 
 
 def sincos(grid: Grid, dim: int) -> Tensor:
@@ -206,16 +208,15 @@ def sincos(grid: Grid, dim: int) -> Tensor:
 
 
 def initialise(module: nn.Module) -> None:
-    """Truncated normal weights of 0.02, no biases; what is added to the residual stream shrinks
-    with depth, as in I-JEPA and V-JEPA.
+    """Truncated normal weights of 1 / sqrt(inputs), no biases; what is added to the residual stream
+    shrinks with depth, as in I-JEPA and V-JEPA. Their 0.02 is about that at their width; a narrow
+    model learns several times slower from it.
     """
     for child in module.modules():
         if isinstance(child, nn.Linear | nn.Conv3d):
-            nn.init.trunc_normal_(child.weight, std=0.02)
+            nn.init.trunc_normal_(child.weight, std=child.weight[0].numel() ** -0.5)
             if child.bias is not None:
                 nn.init.zeros_(child.bias)
-        if isinstance(child, nn.Conv3d):  # patches are small here: 0.02 would leave them unseen
-            nn.init.trunc_normal_(child.weight, std=child.weight[0].numel() ** -0.5)
     for depth, block in enumerate(getattr(module, "blocks", ()), start=1):
         block.attn.proj.weight.data.div_((2 * depth) ** 0.5)
         block.mlp.fc2.weight.data.div_((2 * depth) ** 0.5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,12 @@ class Predictive(nn.Module):
 
     kind = "l1"
     normalise = True
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """The context lengths of surprise, in frames: the published ones that the clip has."""
+        frames, tubelet = self.encoder.grid.frames, self.encoder.patch_embed.size[0]
+        return tuple(n for n in (2, 4, 6, 8, 10) if n % tubelet == 0 and n < frames * tubelet)
 
     def __init__(
         self,
@@ -68,11 +74,24 @@ class Predictive(nn.Module):
         loss = weight * self.kernels.prediction_loss(
             predicted, wanted, drawn.targets, self.kind, self.normalise
         )
-        if self.spread > 0:
-            tokens = self.kernels.rows(context)
-            variance, covariance = self.kernels.variance_covariance(tokens, process_group)
-            loss = loss + self.spread * (variance + covariance / 25)
-        return loss
+        return loss + self.spreading(self.kernels.rows(context), process_group)
+
+    def spreading(self, tokens: Tensor, process_group: Any) -> Tensor | float:
+        """Of tokens [N, D]."""
+        if self.spread == 0:
+            return 0.0
+        variance, covariance = self.kernels.variance_covariance(tokens, process_group)
+        return self.spread * (variance + covariance / 25)
+
+    def foreseen(self, x: Tensor, seen: Sequence[int]) -> list[Tensor]:
+        """What follows each number of token frames seen, to the end of the clips, [B, T', D]."""
+        found = []
+        for frames in seen:
+            drawn = masks.future(self.encoder.grid, len(x), frames)
+            context = encode(self.encoder, self.kernels, x, drawn.context)
+            predicted = predict(self.predictor, self.kernels, context, drawn)
+            found.append(predicted.reshape(len(x), -1, predicted.shape[-1]))
+        return found
 
     def after_step(self) -> None:
         """Without a teacher there is nothing to do."""
