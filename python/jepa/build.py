@@ -89,6 +89,7 @@ def _predictive(config: Config, kernels: choice.Kernels, channels: int) -> nn.Mo
         model.predictor_heads,
         "both" if config.method in CAUSAL else position,
         targets=patch if config.method == "pixels" else None,
+        local=config.method in CAUSAL,
     )
     for part in (encoder, predictor):
         part.checkpointing = config.training.checkpointing

@@ -262,7 +262,7 @@ class Reference:
         if normalise:
             wanted = F.layer_norm(wanted, wanted.shape[-1:])
         wanted = plain.gather(wanted.repeat(len(targets), 1, 1), index)[keep]
-        loss = F.smooth_l1_loss if kind == "smooth_l1" else F.l1_loss
+        loss = {"smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss, "mse": F.mse_loss}[kind]
         return loss(predictions[keep], wanted)
 
     def teacher(self, module: nn.Module, momentum: float, steps: int) -> nn.Module:

@@ -66,17 +66,37 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class Local(nn.Module):
+    """Adds a 3 x 3 convolution over a token's frame and the one before it: what moves comes from
+    next door, which attention finds only after long training. [B, T, dim] of whole frames.
+    """
+
+    def __init__(self, dim: int, frame: Grid) -> None:
+        super().__init__()
+        self.frame, self.conv = frame, nn.Conv3d(dim, dim, (2, 3, 3), padding=(0, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = x.transpose(1, 2).unflatten(2, (-1, self.frame.height, self.frame.width))
+        before = nn.functional.pad(frames, (0, 0, 0, 0, 1, 0))  # none before the first
+        return x + self.conv(before).flatten(2).transpose(1, 2)
+
+
 class Transformer(nn.Module):
-    """Blocks and a last norm; checkpointing: recompute each block in the backward."""
+    """Blocks, each after a convolution where `local` has them, and a last norm; checkpointing:
+    recompute each block in the backward.
+    """
 
     def __init__(self, dim: int, heads: int, depth: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.local = nn.ModuleList()
         self.checkpointing = False
 
     def run(self, x: Tensor, attend: Attend) -> Tensor:
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
+            if self.local:
+                x = self.local[i](x)
             if self.checkpointing and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(block, x, attend, use_reentrant=False)
             else:
@@ -163,7 +183,7 @@ class Predictor(Transformer):
     """Predicts target tokens' embeddings from context tokens': narrower, with a mask token.
 
     features: of the context's tokens; targets: of what is predicted, None: the same. position: as
-    the encoder's, or "both".
+    the encoder's, or "both". local: a convolution before each block, for dense frames.
     """
 
     def __init__(
@@ -175,8 +195,11 @@ class Predictor(Transformer):
         heads: int,
         position: str = "sincos",
         targets: int | None = None,
+        local: bool = False,
     ) -> None:
         super().__init__(dim, heads, depth)
+        if local:
+            self.local.extend(Local(dim, grid.frame) for _ in range(depth))
         self.grid, self.position = grid, position
         self.predictor_embed = nn.Linear(features, dim)
         self.mask_token = nn.Parameter(torch.zeros(dim))

@@ -4,6 +4,10 @@
 The encoder sees each frame by itself, so no frame's embedding tells of another one, and what is
 foreseen can only come from the predictor's memory. What is predicted is the change from the frame
 before: a still world is foreseen from the start.
+
+The loss is squared. V-JEPA's absolute one asks for the median, and of a thing that may be in one of
+several places the median says that it is in none: until motion is foreseen to within a token, there
+is nothing to be gained by foreseeing it at all, and training stays there.
 """
 
 from __future__ import annotations
@@ -22,7 +26,9 @@ from jepa.methods.predictive import Predictive
 
 
 class Causal(Predictive):
-    """encoder: with sees="frame"; predictor: with position="both"."""
+    """encoder: with sees="frame"; predictor: with position="both" and local."""
+
+    kind = "mse"
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -73,7 +79,7 @@ class Causal(Predictive):
 class CausalVJEPA(Causal, IJEPA):
     """Predicts the teacher's embeddings."""
 
-    kind = "l1"
+    kind = "mse"
 
     def present(self, x: Tensor, tokens: Tensor) -> Tensor:
         return F.layer_norm(tokens, tokens.shape[-1:])
