@@ -8,10 +8,10 @@ SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.
 # Quick to build, and its PTX runs on every later card; a wheel takes setup.py's whole list.
 export VICREG_KERNELS_ARCHS ?= 80
 
-.PHONY: setup demo test audit lint bench gpu docs clean help
+.PHONY: setup demo physics test audit lint bench gpu docs clean help
 
 help:
-	@echo "make setup | demo | test | audit | lint | bench | gpu | docs | clean"
+	@echo "make setup | demo | physics | test | audit | lint | bench | gpu | docs | clean"
 
 # torch first and alone: the compiled libraries take their headers from it. timm, for the tests of
 # its EMA, without its own requirements, which would bring another torch along.
@@ -36,6 +36,12 @@ setup: $(VENV)/libraries
 demo: setup
 	rm -rf runs/demo
 	$(BIN)/python -m jepa.demo --output runs/demo
+
+# The whole of the physics test: a model of embeddings and one of pixels, 11 minutes each on two cores.
+physics: setup
+	$(BIN)/jepa train vjepa_causal_physics --output runs/vjepa_causal_physics
+	$(BIN)/jepa train pixels_physics --output runs/pixels_physics
+	$(BIN)/jepa surprise runs/vjepa_causal_physics --beside runs/pixels_physics
 
 test: setup
 	$(BIN)/python -m pytest -m "not gpu and not thorough" -n 2 --dist loadfile

@@ -2,7 +2,8 @@
 
 For a bare machine: its own python3 with torch, triton and pytest, nvcc, no network, no virtual
 environment, perhaps no git. In order of importance: build (or load what is carried), parity tests,
-each op's benchmark as far as its seconds go, compute-sanitizer, the cases that are left, ncu. Logs,
+each op's benchmark as far as its seconds go, compute-sanitizer, the trainer fused against plain,
+the cases that are left, ncu. Logs,
 JSON and summary.md go to $OUT, by default bench/results/<device>/; the summary is printed last.
 
 Exit status: 0 all well, 1 something failed or did not fit the budget, 2 no GPU.
@@ -16,6 +17,7 @@ import re
 import shlex
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +33,12 @@ SECONDS = {
     "sigreg": 28, "barlow": 26, "vicregl": 24, "attention": 45, "ema": 24, "tokens": 26,
     "jepa_step": 30, "vicreg": 35,
 }  # fmt: skip
+# What the trainer gains, compiled against compiled: V-JEPA at its published size, then the others.
+COMPARED = (
+    ("vjepa_large_videos",),
+    ("vicreg_digits", "vicreg_jepa_digits", "lejepa_digits", "training.device=cuda"),
+    ("ijepa_digits", "vjepa_physics", "training.device=cuda", "training.compile=true"),
+)
 # Of these for the imports and the case that is under way when no further one is started.
 LAST_CASE = 14
 
@@ -121,6 +129,15 @@ def make_stages(out: Path, capability: str, build: str) -> list[Stage]:
             every=True,
             # Each tensor its own allocation, so that an access past its end is seen.
             environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        ),
+        Stage(
+            "trainer",
+            [[python, "-m", "jepa", "compare", "--rounds", "5", *words] for words in COMPARED],
+            150,
+            "trainer.log",
+            every=True,
+            missing=None if find_spec("pydantic") else "the extra 'trainer' is not installed",
+            environment={"PYTHONPATH": str(ROOT / "python")},
         ),
         Stage(
             "the other cases",

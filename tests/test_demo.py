@@ -297,9 +297,9 @@ def test_the_physics_are_drawn(tmp_path, capsys, monkeypatch):
     for kind, least in (("png", 20_000), ("gif", 50_000)):
         assert str(tmp_path / f"permanence.{kind}") in printed
         assert (tmp_path / f"permanence.{kind}").stat().st_size > least
-    assert f"jepa surprise {tmp_path / 'vjepa_physics'}" in printed
+    assert f"jepa surprise {tmp_path / 'vjepa_causal_physics'}" in printed
     assert any(f"permanence: {share} % of 1" in printed for share in (0, 50, 100))
-    assert launch.restore(tmp_path / "vjepa_physics")[2] == 1
+    assert launch.restore(tmp_path / "vjepa_causal_physics")[2] == 1
 
 
 def exit_code(words: list[str]) -> object:

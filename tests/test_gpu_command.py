@@ -195,6 +195,7 @@ def test_dry_run_lists_the_stages_in_order(tmp_path):
         "tests",
         *(f"benchmark of {op}" for op in bench.OPS),
         "compute-sanitizer",
+        "trainer",
         "the other cases",
         "ncu",
     ]

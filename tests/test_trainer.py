@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from jepa import build, checkpoint, config, data, monitor, schedule, source
+from jepa import build, checkpoint, config, data, masks, monitor, schedule, source
 from jepa import kernels as kernel_choice
+from jepa.plain import variance_covariance as plain_terms
 from jepa.trainer import Diverged, Ranks, Trainer
-from jepa.vit import ViT
+from jepa.vit import Grid, ViT
 
 ROOT = Path(__file__).parent.parent
 METHODS = ("vicreg", "vicreg_jepa", "lejepa", "ijepa", "vjepa", "vjepa_causal", "pixels")
@@ -269,6 +270,47 @@ def test_the_monitor_names_what_collapses():
     assert "redundancy" in text
     z[:, 3] = 1.0
     assert monitor.spread(z).warnings() == ["1 of 16 dimensions are constant"]
+
+
+def test_what_changes_is_always_predicted():
+    """One token of one frame differs: it, and its place before and after, where it is new again."""
+    grid = Grid(4, 2, 2)
+    patches = torch.zeros(1, 16, 5)
+    patches[0, 2 * 4 + 1, 3] = 0.2
+    assert masks.changing(patches, grid).nonzero()[:, 1].tolist() == [5, 9, 13]
+    patches[0, 2 * 4 + 1, 3] = 0.1  # noise
+    assert not masks.changing(patches, grid).any()
+    drawn = masks.following(grid, 1, torch.Generator())
+    keep = torch.zeros(1, 16, dtype=torch.bool)
+    keep[0, [1, 5, 13]] = True
+    some = masks.chosen(drawn, keep)
+    assert some.targets[0][0].tolist() == [5, 13]  # the first frame is never a target
+    assert masks.chosen(drawn, torch.zeros_like(keep)).tokens() == drawn.tokens() == 12
+
+
+def test_spread_is_the_variance_and_covariance_of_the_contexts_tokens(tmp_path):
+    plain, spread = (
+        build.method(config.parse(config.describe(settings("vjepa")) | {"loss": loss}), 3)
+        for loss in ({}, {"spread": 2.0})
+    )
+    clips = torch.rand(4, 3, 4, 64, 64)
+    drawn = plain.draw(4, torch.Generator().manual_seed(0))
+    tokens = kernel_choice.encode(plain.encoder, plain.kernels, clips, drawn.context).x
+    variance, covariance = plain_terms(tokens)
+    expected = plain(clips, drawn, 0.5) + 2 * (variance + covariance / 25)
+    torch.testing.assert_close(spread(clips, drawn, 0.5), expected)
+
+
+def test_nothing_is_foreseen_from_later_frames():
+    made = config.describe(settings("vjepa_causal"))
+    made["data"]["frames"] = 8
+    method = build.method(config.parse(made), 3).eval()
+    clips = torch.rand(2, 3, 8, 64, 64)
+    changed = clips.clone()
+    changed[:, :, 4:] = torch.rand(2, 3, 4, 64, 64)
+    before, after = (method.foreseen(x, [1, 2, 3]) for x in (clips, changed))
+    torch.testing.assert_close(before[:2], after[:2])
+    assert not torch.allclose(before[2], after[2])
 
 
 @pytest.mark.parametrize("kernels", ["fused", "reference"])

@@ -19,7 +19,9 @@ STEPS = 200
 
 def small(method: str, kernels: str) -> config.Config:
     made = config.describe(settings(method, steps=STEPS, kernels=kernels, save_every=STEPS))
-    made["training"]["batch"] = {"ijepa": 8, "vjepa": 4}.get(method, 32)
+    made["training"]["batch"] = 4 if made["method"] in config.ON_VIDEO else 32
+    if method == "ijepa":
+        made["training"]["batch"] = 8
     made["loss"]["slices"] = 32
     made["optimizer"]["momentum"] = 0.9  # the teacher follows, or it would not matter
     made["model"] |= {"dim": 32, "heads": 2, "depth": 1, "predictor_dim": 32, "predictor_heads": 2}

@@ -28,14 +28,18 @@ RUNS: dict[str, tuple[str, dict, dict, dict]] = {
     "ijepa_shards": ("ijepa", VIT, {}, {"parallel": "fsdp"}),
     "vjepa": ("vjepa", VIT, {}, {}),
     "vjepa_shards": ("vjepa", VIT, {}, SHARDS),
+    "vjepa_causal": ("vjepa_causal", VIT | {"sees": "frame"}, {}, {}),
+    "pixels_shards": ("pixels", VIT | {"sees": "frame"}, {}, {"parallel": "fsdp"}),
 }
 
 
 def settings(name: str, root: Path, ranks: int) -> config.Config:
     """Of the run `name` in one process, or on ranks."""
     method, model, training, on_ranks = RUNS[name]
-    data = {"kind": "digits", "size": 8}
-    if method == "vjepa":
+    data, loss = {"kind": "digits", "size": 8}, {}
+    if method in config.CAUSAL:
+        loss = {"still": 0.3, "spread": 1.0}
+    if method in config.ON_VIDEO:
         data = {"kind": "physics", "size": 64, "frames": 4, "videos": 8, "path": root / "videos"}
         model = model | {"patch": 16, "tubelet": 2}
     training = {"steps": 4, "batch": 8, "save_every": 2, "log_every": 2} | training
@@ -44,6 +48,7 @@ def settings(name: str, root: Path, ranks: int) -> config.Config:
             "method": method,
             "data": data,
             "model": model,
+            "loss": loss,
             "optimizer": {"rate": 1e-3, "clip": 0.5, "momentum": 0.5},
             "training": training | (on_ranks if ranks > 1 else {}),
         }

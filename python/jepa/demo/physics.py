@@ -10,7 +10,7 @@ from jepa import config, intuition, launch, surprise_report
 from jepa.config import Config
 from jepa.memory import in_own_process
 
-STEPS, VIDEOS = 650, 2000
+STEPS, VIDEOS = 700, 2000
 PROPERTY = "permanence"
 QUADRUPLETS = 10
 
@@ -21,11 +21,11 @@ def settings(output: Path, overrides: Sequence[str]) -> Config:
         f"data.videos={VIDEOS}",
         f"data.path={json.dumps(str(output / 'physics_videos'))}",
     )
-    return config.load("vjepa_physics", [*own, *overrides])
+    return config.load("vjepa_causal_physics", [*own, *overrides])
 
 
 def run(made: Config, output: Path) -> None:
-    folder = output / "vjepa_physics"
+    folder = output / "vjepa_causal_physics"
     in_own_process(_train, made, folder)
     accuracy = in_own_process(_surprise, folder, output)
     picture, moving = (output / f"{PROPERTY}.{kind}" for kind in ("png", "gif"))
@@ -42,7 +42,8 @@ def _train(made: Config, folder: Path) -> None:
 
 def _surprise(folder: Path, output: Path) -> float:
     """Draws one pair; the relative accuracy over a few quadruplets."""
-    _, method, _ = launch.restore(folder)
-    surprise_report.draw_pair(method, PROPERTY, output)
-    (scores,) = intuition.scores(intuition.of_method(method), QUADRUPLETS, (PROPERTY,))
-    return scores["mean"].accuracy
+    made, method, _ = launch.restore(folder)
+    surprise_report.draw_pair(method, PROPERTY, output, stride=made.data.stride)
+    surprise_of = intuition.of_method(method, made.data.stride)
+    clips = intuition.quadruplets(PROPERTY, QUADRUPLETS)
+    return intuition.scores(surprise_of, clips, PROPERTY)["mean"].accuracy

@@ -33,6 +33,7 @@ class Causal(Predictive):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.predictor.predictor_proj.weight.data.mul_(0.1)  # begins near "nothing changes"
+        self.predictor.mask_token.requires_grad_(False)  # no token is masked
 
     @property
     def contexts(self) -> tuple[int, ...]:
