@@ -301,6 +301,13 @@ def test_spread_is_the_variance_and_covariance_of_the_contexts_tokens(tmp_path):
     torch.testing.assert_close(spread(clips, drawn, 0.5), expected)
 
 
+def test_the_backend_that_is_named_is_taken_everywhere():
+    made = config.parse(config.describe(settings("ijepa")) | {"backend": "reference"})
+    method = build.method(made, 1)
+    found = {part.backend for part in method.modules() if hasattr(part, "backend")}
+    assert found == {"reference"}
+
+
 def test_nothing_is_foreseen_from_later_frames():
     made = config.describe(settings("vjepa_causal"))
     made["data"]["frames"] = 8

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import vicreg_kernels as vk
 from jepa import kernels as choice
 from jepa.augment import Augment
 from jepa.config import CAUSAL, ON_VIDEO, Config
@@ -37,6 +38,9 @@ def method(config: Config, channels: int) -> nn.Module:
     """On the CPU, in training mode, for images or clips of so many channels."""
     torch.manual_seed(config.seed)
     made = _method(config, channels)
+    for part in made.modules():
+        if isinstance(part, vk.MaskedAttention):
+            part.backend = config.backend
     made.channels = channels  # what a checkpoint needs to build it again
     return made
 
