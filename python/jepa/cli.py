@@ -109,7 +109,7 @@ def _surprise(options: argparse.Namespace) -> int:
     found = surprise_report.test(models, options.quadruplets, output)
     print(surprise_report.table(found, options.quadruplets))
     for property in PROPERTIES:
-        surprise_report.draw_pair(method, property, output, stride=stride)
+        surprise_report.draw_quadruplet(method, property, output, stride=stride)
     print(f"pictures of every property: {output}")
     return 0
 

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from jepa.surprise import Curve
 
-COLOURS = {"possible": "#30638e", "impossible": "#d1495b", "video": "#d1495b"}
+COLOURS = {
+    "same past": "#30638e",
+    "impossible": "#d1495b",
+    "exchanged": "#d1495b",
+    "same future": "#8d99ae",
+    "video": "#d1495b",
+}
 
 
 def _axes(rows: int, frames: int, curves: dict[str, Curve]) -> Any:
@@ -57,7 +63,7 @@ def picture(
         axis.spines[:].set_visible(False)
     if moment is not None:
         below.axvline(moment, color="#444444", linestyle="--", linewidth=1)
-        below.annotate("they part here", (moment, below.get_ylim()[1]), fontsize=9, va="top")
+        below.annotate(" they part here", (moment, below.get_ylim()[1]), fontsize=9, va="top")
     below.legend(frameon=False, loc="upper left")
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=110)

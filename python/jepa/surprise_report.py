@@ -73,13 +73,13 @@ def table(found: Found, count: int) -> str:
     )
 
 
-def draw_pair(method: Any, property: str, output: Path, *, stride: int, seed: int = 0) -> None:
-    """An impossible video and the possible one that shares its past: PNG and GIF."""
+def draw_quadruplet(method: Any, property: str, output: Path, *, stride: int, seed: int = 0) -> None:
+    """An impossible video between the possible ones that share its past and its future: PNG, GIF."""
     made = quadruplet(property, seed)
-    both = torch.from_numpy(made.videos[[0, 2]].copy())
-    curves = surprise.curves(method, both, stride=stride, step=1)
-    names = ("possible", "impossible")
-    clips = dict(zip(names, both, strict=True))
+    three = torch.from_numpy(made.videos[[0, 2, 1]].copy())
+    curves = surprise.curves(method, three, stride=stride, step=1)
+    names = ("same past", "exchanged" if made.possible[2] else "impossible", "same future")
+    clips = dict(zip(names, three, strict=True))
     found = dict(zip(names, curves, strict=True))
     surprise_figure.picture(
         clips, found, output / f"{property}.png", property, made.first_difference

@@ -43,7 +43,7 @@ def _train(made: Config, folder: Path) -> None:
 def _surprise(folder: Path, output: Path) -> float:
     """Draws one pair; the relative accuracy over a few quadruplets."""
     made, method, _ = launch.restore(folder)
-    surprise_report.draw_pair(method, PROPERTY, output, stride=made.data.stride)
+    surprise_report.draw_quadruplet(method, PROPERTY, output, stride=made.data.stride)
     surprise_of = intuition.of_method(method, made.data.stride)
     clips = intuition.quadruplets(PROPERTY, QUADRUPLETS)
     return intuition.scores(surprise_of, clips, PROPERTY)["mean"].accuracy
