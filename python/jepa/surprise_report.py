@@ -73,8 +73,10 @@ def table(found: Found, count: int) -> str:
     )
 
 
-def draw_quadruplet(method: Any, property: str, output: Path, *, stride: int, seed: int = 0) -> None:
-    """An impossible video between the possible ones that share its past and its future: PNG, GIF."""
+def draw_quadruplet(
+    method: Any, property: str, output: Path, *, stride: int, seed: int = 0
+) -> None:
+    """An impossible video and the possible ones that share its past and its future: PNG, GIF."""
     made = quadruplet(property, seed)
     three = torch.from_numpy(made.videos[[0, 2, 1]].copy())
     curves = surprise.curves(method, three, stride=stride, step=1)
