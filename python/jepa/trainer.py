@@ -91,7 +91,7 @@ class Trainer:
             # The gradients above were the last that is read of the step before: its memory is free.
             torch.compiler.cudagraph_mark_step_begin()
         torch.manual_seed(mixed(self.config.seed, 3, self.step, self.ranks.rank) % 2**63)
-        # Views are drawn where the images are, masks on the host.
+        # Views are drawn on the device, masks on the host.
         where = self.device if hasattr(self.method, "views") else "cpu"
         generator = torch.Generator(where).manual_seed(mixed(self.config.seed, 4, self.step))
         with self._precision():
@@ -118,11 +118,10 @@ class Trainer:
 
     def _of_statistics(self, batch: Tensor, generator: torch.Generator) -> Tensor:
         pieces, share = self.config.training.accumulate, self.ranks.share
-        views = self.method.views(batch, generator)  # where the generator is: on the CPU
+        views = self.method.views(batch.to(self.device), generator)
         loss = partial(self.method.loss, process_group=self.ranks.group)
         # A rank's share of each piece: batch norm then sees the pieces that one process sees.
-        parts = ([share.of(v).to(self.device) for v in view.chunk(pieces)] for view in views)
-        micro = zip(*parts, strict=True)
+        micro = zip(*([share.of(v) for v in view.chunk(pieces)] for view in views), strict=True)
         if pieces > 1:
             return vk.accumulate(loss, self.model, list(micro))
         value = loss(*(self.model(view) for view in next(micro)))

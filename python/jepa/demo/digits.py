@@ -130,7 +130,13 @@ def _about(made: Config) -> dict[str, Any]:
 
 def sets_of(made: Config) -> tuple[Images, Images]:
     """(training, held out), whole in memory."""
-    return launch.images(made)
+    train, test = (
+        part
+        if isinstance(part, Images)
+        else Images(part.name, part[range(len(part))], part.labels, part.classes)
+        for part in launch.images(made)
+    )
+    return train, test
 
 
 def _train(made: Config, folder: Path) -> int:
