@@ -92,6 +92,8 @@ def animation(videos: dict[str, Tensor], curves: dict[str, Curve], path: Path) -
             one = Image.fromarray(video[frame].numpy()).resize((edge, edge), Image.NEAREST)
             canvas.paste(one, (i * (edge + gap), 0))
         draw = ImageDraw.Draw(canvas)
+        for i, name in enumerate(videos):
+            draw.text((i * (edge + gap) + 6, 6), name, fill=COLOURS[name], font_size=16)
         for name, curve in curves.items():
             values = curve.over_time.numpy()[: frame + 1]
             points = [point(i, v) for i, v in enumerate(values) if np.isfinite(v)]
