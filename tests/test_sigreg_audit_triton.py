@@ -13,6 +13,9 @@ import audit_triton
 import pytest
 from audit_triton import ARCHITECTURES, MATRIX, Recorder
 
+# Minutes of compiling.
+pytestmark = pytest.mark.thorough
+
 KERNELS = (
     "directions_kernel",
     "sums_kernel",

@@ -12,6 +12,9 @@ import audit_triton
 import pytest
 from audit_triton import ARCHITECTURES, MATRIX, Recorder
 
+# Minutes of compiling.
+pytestmark = pytest.mark.thorough
+
 KERNELS = (
     "statistics_kernel",
     "merge_kernel",
