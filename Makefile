@@ -44,7 +44,7 @@ physics: setup
 	$(BIN)/jepa surprise runs/vjepa_causal_physics --beside runs/pixels_physics
 
 test: setup
-	$(BIN)/python -m pytest -m "not gpu and not thorough" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not gpu and not thorough" -n 2 --dist loadfile
 
 # What takes minutes of compiling: the GPU kernels for every architecture (`make test` compiles them
 # for one), and the CUDA sources under sanitizers.

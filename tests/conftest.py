@@ -37,12 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU")
 
 
-# Files of few and long tests: begun last, one of two workers would wait for them.
-LONG = ("audit", "sanitized", "emulator", "ranks", "packaging", "demo", "trainer", "jepa", "triton")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not any(word in item.path.name for word in LONG))  # stable
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")

@@ -28,11 +28,13 @@ def settings(method: str, steps: int = 6, **training):
         "method": method,
         "kernels": kernels,
         "data": {"kind": "digits", "size": 8},
-        "model": {"encoder": "conv", "dim": 32, "expander": [48, 64], "predictor_dim": 32},
+        "model": {"encoder": "conv", "dim": 32, "expander": [48, 64]},
         "optimizer": {"rate": 1e-3},
         "training": {"steps": steps, "batch": 32, "save_every": 2, **training},
     }
-    if method in ("ijepa", *config.ON_VIDEO):
+    if method == "vicreg_jepa":
+        values["model"]["predictor_dim"] = 32
+    if method in config.PREDICTIVE:
         values["model"] = {
             "encoder": "vit", "dim": 48, "depth": 2, "heads": 3, "patch": 2,
             "predictor_dim": 48, "predictor_depth": 1, "predictor_heads": 3,
@@ -210,15 +212,9 @@ def test_a_loss_that_is_not_finite_leaves_its_batch(tmp_path):
         (["optimizer=3"], "optimizer: got 3"),
         (["kernels=reference", "backend=cpu"], "backend: names the fused"),
         (["steps"], "override: got 'steps'"),
-        (["loss.views=4"], "loss.views: got 4, vicreg takes 2"),
-        (["loss.future=0.5"], "loss.future: is vjepa's"),
-        (["training.checkpointing=true"], "training.checkpointing: is of predicted tokens"),
-        (["data.frames=4"], "data.frames, data.stride"),
-        (["model.tubelet=2"], "model.tubelet: is of videos"),
-        (
-            ["method=ijepa", "model.encoder=vit", "model.activation=relu"],
-            "model.activation: got 'relu', ijepa takes 'gelu'",
-        ),
+        (["seed=1", "training.steps=2", "seed=2"], "seed: given 2 times"),
+        (["model.depth=2"], "model.depth: got 2, but it is of model.encoder 'vit'"),
+        (["optimizer.name=lars", "optimizer.betas=[0.8,0.9]"], "optimizer.betas: got"),
         (["training.parallel=fsdp"], "training.parallel: got 'fsdp', which shards transformers"),
         (["training.parallel=fsdp", "model.encoder=vit", "optimizer.name=lars"], "'lars'"),
         (["training.parallel=fsdp", "model.encoder=vit", "training.compile=true"], "compile takes"),
@@ -227,6 +223,52 @@ def test_a_loss_that_is_not_finite_leaves_its_batch(tmp_path):
 def test_wrong_settings_are_named(words, message):
     with pytest.raises(config.ConfigError, match=message):
         config.load("vicreg_digits", words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data.frames=1"], "data.frames: got 1, vjepa_causal takes at least two token frames"),
+        (["model.sees=clip"], "model.sees: got 'clip', vjepa_causal takes 'frame'"),
+        (["training.accumulate=2"], "training.accumulate: takes 1 with loss.spread"),
+        (["method=vjepa", "loss.future=0.5", "loss.frames_seen=[1,8]"], "clip's 8 token frames"),
+        (["method=vjepa", "loss.future=0.5", "loss.frames_seen=[3,2]"], "takes least and most"),
+    ],
+)
+def test_wrong_settings_of_videos_are_named(words, message):
+    with pytest.raises(config.ConfigError, match=message):
+        config.load("vjepa_causal_physics", words)
+
+
+@pytest.mark.parametrize("key", config.TAKEN_BY)
+def test_a_setting_that_a_method_does_not_take_is_refused(key):
+    """The method takes the default alone, and those of TAKEN_BY take more."""
+    section, name = key.split(".")
+    default = type(getattr(config.load("vicreg_digits"), section)).model_fields[name].default
+    others = {"clip": "frame", "gelu": "relu", "auto": "pyav", None: "held_out"}
+    if isinstance(default, tuple):
+        other = [default[0] + 1, default[1] + 1]
+    elif isinstance(default, bool):
+        other = not default
+    elif isinstance(default, int):
+        other = 2 * default
+    elif isinstance(default, float):
+        other = (default + 1) / 2 if default != 1 else 0.5
+    else:
+        other = others[default]
+    for method in METHODS:
+        values = config.describe(settings(method))
+        if method in config.ON_VIDEO:
+            values["data"]["frames"] = 16  # enough for any
+        values[section] |= {name: 16 if name == "frames" else other}
+        if method in config.TAKEN_BY[key]:
+            kind = {"data.test": "images", "data.decoder": "videos"}.get(key)
+            if kind:
+                values["data"] |= {"kind": kind, "path": "somewhere"}
+            config.parse(values)
+        else:
+            with pytest.raises(config.ConfigError, match=rf"{name}: got"):
+                config.parse(values)
 
 
 def test_recipes_are_whole():

@@ -22,9 +22,13 @@ def small(method: str, kernels: str) -> config.Config:
     made["training"]["batch"] = 4 if made["method"] in config.ON_VIDEO else 32
     if method == "ijepa":
         made["training"]["batch"] = 8
-    made["loss"]["slices"] = 32
-    made["optimizer"]["momentum"] = 0.9  # the teacher follows, or it would not matter
-    made["model"] |= {"dim": 32, "heads": 2, "depth": 1, "predictor_dim": 32, "predictor_heads": 2}
+    made["model"]["dim"] = 32
+    if method == "lejepa":
+        made["loss"]["slices"] = 32
+    if method in config.PREDICTIVE:
+        made["model"] |= {"heads": 2, "depth": 1, "predictor_dim": 32, "predictor_heads": 2}
+    if method in config.TAKEN_BY["optimizer.momentum"]:
+        made["optimizer"]["momentum"] = 0.9  # the teacher follows, or it would not matter
     return config.parse(made)
 
 

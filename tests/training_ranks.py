@@ -10,11 +10,11 @@ from pathlib import Path
 import torch.distributed as dist
 from jepa import config, launch
 
-VIT = {
-    "encoder": "vit", "dim": 48, "depth": 2, "heads": 3, "patch": 4,
-    "predictor_dim": 48, "predictor_depth": 1, "predictor_heads": 3, "expander": [48, 64],
-}  # fmt: skip
-CONV = VIT | {"encoder": "conv"}
+EXPANDER = {"expander": [48, 64]}
+CONV = {"encoder": "conv", "dim": 48, **EXPANDER}
+VIT = {"encoder": "vit", "dim": 48, "depth": 2, "heads": 3, "patch": 4}
+JEPA = VIT | {"predictor_dim": 48, "predictor_depth": 1, "predictor_heads": 3}
+FRAMES = JEPA | {"sees": "frame"}
 # Shards, with all that touches them: pieces, recomputed blocks, clipped gradients.
 SHARDS = {"parallel": "fsdp", "accumulate": 2, "checkpointing": True}
 
@@ -22,21 +22,23 @@ SHARDS = {"parallel": "fsdp", "accumulate": 2, "checkpointing": True}
 RUNS: dict[str, tuple[str, dict, dict, dict]] = {
     "vicreg": ("vicreg", CONV, {}, {}),
     "vicreg_pieces": ("vicreg", CONV, {"accumulate": 2}, {}),
-    "vicreg_jepa": ("vicreg_jepa", CONV, {}, {}),
+    "vicreg_jepa": ("vicreg_jepa", CONV | {"predictor_dim": 48}, {}, {}),
     "lejepa": ("lejepa", CONV, {}, {}),
-    "vicreg_shards": ("vicreg", VIT, {}, {"parallel": "fsdp"}),
-    "ijepa_shards": ("ijepa", VIT, {}, {"parallel": "fsdp"}),
-    "vjepa": ("vjepa", VIT, {}, {}),
-    "vjepa_shards": ("vjepa", VIT, {}, SHARDS),
-    "vjepa_causal": ("vjepa_causal", VIT | {"sees": "frame"}, {}, {}),
-    "pixels_shards": ("pixels", VIT | {"sees": "frame"}, {}, {"parallel": "fsdp"}),
+    "vicreg_shards": ("vicreg", VIT | EXPANDER, {}, {"parallel": "fsdp"}),
+    "ijepa_shards": ("ijepa", JEPA, {}, {"parallel": "fsdp"}),
+    "vjepa": ("vjepa", JEPA, {}, {}),
+    "vjepa_shards": ("vjepa", JEPA, {}, SHARDS),
+    "vjepa_causal": ("vjepa_causal", FRAMES, {}, {}),
+    "pixels_shards": ("pixels", FRAMES, {}, {"parallel": "fsdp"}),
 }
 
 
 def settings(name: str, root: Path, ranks: int) -> config.Config:
     """Of the run `name` in one process, or on ranks."""
     method, model, training, on_ranks = RUNS[name]
-    data, loss = {"kind": "digits", "size": 8}, {}
+    data, loss, optimizer = {"kind": "digits", "size": 8}, {}, {"rate": 1e-3, "clip": 0.5}
+    if method in config.TAKEN_BY["optimizer.momentum"]:
+        optimizer["momentum"] = 0.5
     if method in config.CAUSAL:
         loss = {"still": 0.3, "spread": 1.0}
     if method in config.ON_VIDEO:
@@ -49,7 +51,7 @@ def settings(name: str, root: Path, ranks: int) -> config.Config:
             "data": data,
             "model": model,
             "loss": loss,
-            "optimizer": {"rate": 1e-3, "clip": 0.5, "momentum": 0.5},
+            "optimizer": optimizer,
             "training": training | (on_ranks if ranks > 1 else {}),
         }
     )

@@ -14,9 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 RECIPES = Path(__file__).with_name("recipes")
 
-# Methods that take videos; the others take images.
+# Methods with a loss of batch statistics; those that predict tokens; of these, those of videos (the
+# others are of images), and those that foresee frame by frame.
+STATISTICAL = ("vicreg", "vicreg_jepa", "lejepa")
 ON_VIDEO = ("vjepa", "vjepa_causal", "pixels")
-# Of these, those that foresee frame by frame.
+PREDICTIVE = ("ijepa", *ON_VIDEO)
 CAUSAL = ("vjepa_causal", "pixels")
 
 Positive = Annotated[int, Field(ge=1)]
@@ -32,6 +34,23 @@ KINDS = {
     "download": ("torchvision",),
     "decoder": ("videos", "webdataset"),
     "videos": ("physics",),
+}
+
+# The settings that only some methods take.
+TAKEN_BY = {
+    "data.test": (*STATISTICAL, "ijepa"),
+    **dict.fromkeys(("data.frames", "data.stride", "data.decoder"), ON_VIDEO),
+    **dict.fromkeys(("model.tubelet", "model.sees", "loss.still", "loss.spread"), ON_VIDEO),
+    **dict.fromkeys(("model.expander", "model.activation"), STATISTICAL),
+    "model.predictor_dim": ("vicreg_jepa", *PREDICTIVE),
+    **dict.fromkeys(("model.predictor_depth", "model.predictor_heads"), PREDICTIVE),
+    **dict.fromkeys(
+        ("loss.invariance", "loss.variance", "loss.covariance"), ("vicreg", "vicreg_jepa")
+    ),
+    **dict.fromkeys(("loss.sigreg", "loss.slices", "loss.views"), ("lejepa",)),
+    **dict.fromkeys(("loss.future", "loss.frames_seen"), ("vjepa",)),
+    "optimizer.momentum": ("ijepa", "vjepa", "vjepa_causal"),
+    "training.checkpointing": PREDICTIVE,
 }
 
 
@@ -178,7 +197,7 @@ class Config(Settings):
         if self.data.kind not in kinds:
             takes = f"{'videos' if self.is_video else 'images'}: {', '.join(kinds)}"
             raise ValueError(f"data.kind: got {self.data.kind!r}, {self.method} takes {takes}")
-        if (self.is_video or self.method == "ijepa") and self.model.encoder != "vit":
+        if self.method in PREDICTIVE and self.model.encoder != "vit":
             raise ValueError(f"model.encoder: got 'conv', {self.method} takes 'vit'")
         self._taken()
         if self.kernels == "reference" and self.backend is not None:
@@ -191,36 +210,40 @@ class Config(Settings):
 
     def _taken(self) -> None:
         """No setting is ignored in silence."""
-        on_video = self.is_video
-        predictive = on_video or self.method == "ijepa"
-        if self.loss.views != 2 and self.method != "lejepa":
-            raise ValueError(f"loss.views: got {self.loss.views}, {self.method} takes 2")
-        if self.loss.future and self.method != "vjepa":
-            raise ValueError(f"loss.future: is vjepa's, {self.method} takes 0")
-        if (self.loss.still, self.loss.spread) != (1, 0) and not on_video:
-            raise ValueError(f"loss.still, loss.spread: are of videos, {self.method} takes 1 and 0")
+        for key, methods in TAKEN_BY.items():
+            if self.method not in methods:
+                self._untouched(key, f"it is of {', '.join(methods)}, not of {self.method}")
+        if self.model.encoder == "conv":
+            for key in ("model.depth", "model.heads", "model.patch"):
+                self._untouched(key, "it is of model.encoder 'vit', not of 'conv'")
+        if self.optimizer.name == "lars":
+            self._untouched("optimizer.betas", "it is of optimizer.name 'adamw', not of 'lars'")
+        if self.method in CAUSAL and self.model.sees != "frame":
+            raise ValueError(f"model.sees: got 'clip', {self.method} takes 'frame'")
+        frames, (least, most) = self.data.frames // self.model.tubelet, self.loss.frames_seen
+        if self.method in CAUSAL and frames < 2:
+            raise ValueError(
+                f"data.frames: got {self.data.frames}, {self.method} takes at least two token "
+                f"frames of {self.model.tubelet}"
+            )
+        if self.loss.future and not least <= most < frames:
+            raise ValueError(
+                f"loss.frames_seen: got {(least, most)}, takes least and most below the clip's "
+                f"{frames} token frames"
+            )
         if self.loss.spread and self.training.accumulate > 1:
             raise ValueError("training.accumulate: takes 1 with loss.spread, which is of the batch")
         if self.training.compile == "reduce-overhead":
-            self._captured(predictive)
-        if self.training.checkpointing and not predictive:
-            raise ValueError(f"training.checkpointing: is of predicted tokens, not {self.method}'s")
-        if self.model.activation != "gelu" and predictive:
-            raise ValueError(f"model.activation: got 'relu', {self.method} takes 'gelu'")
-        if (self.data.frames, self.data.stride) != (1, 1) and not on_video:
-            raise ValueError("data.frames, data.stride: are of videos, images take 1 and 1")
-        if self.data.decoder != "auto" and not on_video:
-            raise ValueError(f"data.decoder: is of videos, {self.method} takes 'auto'")
-        if self.data.test is not None and on_video:
-            raise ValueError(f"data.test: is of images, for `jepa probe`; {self.method} takes none")
-        if self.model.sees != "clip" and not on_video:
-            raise ValueError(f"model.sees: is of videos, {self.method} takes 'clip'")
-        if self.method in CAUSAL and self.model.sees != "frame":
-            raise ValueError(f"model.sees: got 'clip', {self.method} takes 'frame'")
-        if self.model.tubelet != 1 and not on_video:
-            raise ValueError(f"model.tubelet: is of videos, {self.method} takes 1")
+            self._captured()
         if self.training.parallel == "fsdp":
             self._shardable()
+
+    def _untouched(self, key: str, why: str) -> None:
+        section, name = key.split(".")
+        settings = getattr(self, section)
+        given = getattr(settings, name)
+        if given != type(settings).model_fields[name].default:
+            raise ValueError(f"{key}: got {given!r}, but {why}")
 
     def _shardable(self) -> None:
         got = "training.parallel: got 'fsdp'"
@@ -231,12 +254,12 @@ class Config(Settings):
         if self.training.compile:
             raise ValueError(f"{got}; training.compile takes 'ddp'")
 
-    def _captured(self, predictive: bool) -> None:
+    def _captured(self) -> None:
         """What a CUDA graph would compute wrongly or not at all."""
         key, training = "training.compile: got 'reduce-overhead'", self.training
         if not training.device.startswith("cuda"):
             raise ValueError(f"{key} on {training.device!r}, takes a CUDA device")
-        if predictive:
+        if self.method in PREDICTIVE:
             raise ValueError(f"{key}, {self.method}'s batches change their shape: takes true")
         if training.accumulate > 1:
             raise ValueError(f"{key} with accumulate {training.accumulate}, takes accumulate 1")
@@ -253,7 +276,8 @@ def recipes() -> list[str]:
 def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     """A recipe's name or a YAML file, with `key=value` or `section.key=value` put over it.
 
-    Raises ConfigError naming the key.
+    Raises ConfigError naming the key; also where it is given twice, as a shell does that expands
+    braces.
     """
     path = Path(source)
     if path.suffix not in (".yaml", ".yml"):
@@ -266,9 +290,23 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"config: {path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"config: {path} holds a {type(values).__name__}, takes keys and values")
+    keys = [_key(word) for word in overrides]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ConfigError(f"{key}: given {keys.count(key)} times, takes one (quote braces)")
     for word in overrides:
         _put(values, word)
     return parse(values)
+
+
+def layered(words: Sequence[str], over: Sequence[str]) -> list[str]:
+    """Overrides, those of `over` in place of `words`' of the same key."""
+    given = {_key(word) for word in over}
+    return [*(word for word in words if _key(word) not in given), *over]
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0]
 
 
 def parse(values: dict[str, Any]) -> Config:

@@ -57,7 +57,7 @@ def of_method(method: Any, stride: int) -> SurpriseOf:
     """A trained model's surprise; stride: frames of the video between those that it takes."""
 
     def found(videos: Tensor) -> dict[str, list[float]]:
-        curves = surprise.curves(method, videos, stride=stride, step=1)
+        curves = surprise.curves(method, videos, stride=stride)
         return {"mean": [c.mean for c in curves], "maximum": [c.maximum for c in curves]}
 
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from jepa.stored import square
 
 
-class Recording:
+class Recording(ABC):
     """A video's frames by slices, uint8 [F, size, size, 3]: the central square of each.
 
     source: a file, or a file's content. Raises ValueError by `name` where it cannot be decoded.
@@ -49,11 +50,13 @@ class Recording:
         except Exception as error:  # both decoders raise many kinds
             raise ValueError(f"{self.name}: cannot be decoded ({error})") from error
 
+    @abstractmethod
     def _length(self) -> int:
-        raise NotImplementedError
+        """How many frames it shows."""
 
+    @abstractmethod
     def _frames(self, wanted: range) -> list[NDArray[np.uint8]]:
-        raise NotImplementedError
+        """Each [size, size, 3], in the order of `wanted`."""
 
 
 class PyAV(Recording):

@@ -64,7 +64,7 @@ def curves(
     contexts: Sequence[int] | None = None,
     *,
     stride: int = 1,
-    step: int = 2,
+    step: int = 1,
     batch: int = 16,
 ) -> list[Curve]:
     """videos: uint8 [N, F, H, W, C], F at least the model's clip.
@@ -79,6 +79,8 @@ def curves(
     count, length = videos.shape[:2]
     if length < span:
         raise ValueError(f"videos: got {length} frames, takes at least the model's {span}")
+    if not contexts:
+        raise ValueError(f"contexts: a clip of {frames} frames is too short for any")
     for context in contexts:
         if context % tubelet or not 0 < context < frames:
             raise ValueError(

@@ -79,7 +79,7 @@ def draw_quadruplet(
     """An impossible video and the possible ones that share its past and its future: PNG, GIF."""
     made = quadruplet(property, seed)
     three = torch.from_numpy(made.videos[[0, 2, 1]].copy())
-    curves = surprise.curves(method, three, stride=stride, step=1)
+    curves = surprise.curves(method, three, stride=stride)
     names = ("same past", "exchanged" if made.possible[2] else "impossible", "same future")
     clips = dict(zip(names, three, strict=True))
     found = dict(zip(names, curves, strict=True))
@@ -91,7 +91,7 @@ def draw_quadruplet(
 
 def draw_video(method: Any, path: Path, size: int, output: Path, *, stride: int) -> None:
     video = videos.decode(path, size)
-    (curve,) = surprise.curves(method, video[None], stride=stride, step=1)
+    (curve,) = surprise.curves(method, video[None], stride=stride)
     clip, found = {"video": video}, {"video": curve}
     surprise_figure.picture(clip, found, output / f"{path.stem}.png", path.name, None)
     surprise_figure.animation(clip, found, output / f"{path.stem}.gif")

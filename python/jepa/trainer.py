@@ -134,6 +134,7 @@ class Trainer:
         own = whole // self.ranks.ranks
         if len(batch) == whole:
             batch = self.ranks.share.of(batch)
+        batch = batch.to(self.device)
         drawn, tokens = self._masks(batch, generator)
         size = own // pieces
         total = torch.zeros((), device=self.device)
@@ -143,7 +144,7 @@ class Trainer:
             weight = part.tokens() * self.ranks.ranks / tokens
             last = piece == pieces - 1
             with self._one_reduction(last):
-                some = batch[begin : begin + size].to(self.device)
+                some = batch[begin : begin + size]
                 value = self.model(some, part, weight, self.ranks.group)
                 value.backward()
             total += value.detach()

@@ -35,7 +35,7 @@ PER_CLASS = 10
 
 
 def settings(output: Path, overrides: Sequence[str]) -> Config:
-    made = config.load("vicreg_digits", [*SETTINGS, *overrides])
+    made = config.load("vicreg_digits", config.layered(SETTINGS, overrides))
     if made.method != "vicreg":
         raise ConfigError(f"method: got {made.method!r}, the demo takes 'vicreg'")
     if made.kernels != "fused":

@@ -21,7 +21,7 @@ def settings(output: Path, overrides: Sequence[str]) -> Config:
         f"data.videos={VIDEOS}",
         f"data.path={json.dumps(str(output / 'physics_videos'))}",
     )
-    return config.load("vjepa_causal_physics", [*own, *overrides])
+    return config.load("vjepa_causal_physics", config.layered(own, overrides))
 
 
 def run(made: Config, output: Path) -> None:

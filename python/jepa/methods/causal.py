@@ -12,6 +12,7 @@ is nothing to be gained by foreseeing it at all, and training stays there.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,9 +42,9 @@ class Causal(Predictive):
         tubelet = self.encoder.patch_embed.size[0]
         return tuple(n * tubelet for n in range(2, self.encoder.grid.frames))
 
+    @abstractmethod
     def present(self, x: Tensor, tokens: Tensor) -> Tensor:
         """[B, T, D]: what is predicted, of the frames of `tokens`."""
-        raise NotImplementedError
 
     def following(self, tokens: Tensor, present: Tensor) -> Tensor:
         """[B, T, D]: each frame's next one, of tokens [B, T, features] of whole frames."""
@@ -54,14 +55,18 @@ class Causal(Predictive):
         h = self.predictor.run(h, self.kernels.attend_causal(grid, frames))
         return present + self.predictor.predictor_proj(h)
 
+    def _seen(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of every token frame that another one follows: its tokens, and what is foreseen."""
+        seen = x[:, :, : -self.encoder.patch_embed.size[0]]
+        tokens = encode(self.encoder, self.kernels, seen, None)
+        return tokens, self.following(tokens, self.present(seen, tokens))
+
     def forward(
         self, x: Tensor, drawn: masks.Masks, weight: float = 1.0, process_group: Any = None
     ) -> Tensor:
         """x [B, C, F, H, W]; the loss as in Predictive."""
         wanted = self.targets(x)
-        seen = x[:, :, : -self.encoder.patch_embed.size[0]]
-        tokens = encode(self.encoder, self.kernels, seen, None)
-        following = self.following(tokens, self.present(seen, tokens))
+        tokens, following = self._seen(x)
         plane = self.encoder.grid.frame.tokens
         predicted = self.kernels.take(following, [p - plane for p in drawn.targets[0]]).x
         loss = weight * self.kernels.prediction_loss(
@@ -71,8 +76,7 @@ class Causal(Predictive):
 
     def foreseen(self, x: Tensor, seen: Sequence[int]) -> list[Tensor]:
         """The next token frame after each number of them, [B, plane, D]."""
-        tokens = encode(self.encoder, self.kernels, x, None)
-        following = self.following(tokens, self.present(x, tokens))
+        _, following = self._seen(x)
         plane = self.encoder.grid.frame.tokens
         return [following[:, (n - 1) * plane : n * plane] for n in seen]
 

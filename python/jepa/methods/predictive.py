@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from jepa.vit import Grid, Predictor, ViT
 Draw = Callable[[Grid, int, torch.Generator], masks.Masks]
 
 
-class Predictive(nn.Module):
+class Predictive(nn.Module, ABC):
     """Predicts the embeddings of hidden tokens from the seen ones'.
 
     kind: of loss; normalise: whether targets are layer-normed; `targets` is what is predicted.
@@ -53,9 +54,9 @@ class Predictive(nn.Module):
         """Of a step's whole batch; generator: a CPU one."""
         return self.masks(self.encoder.grid, batch, generator)
 
+    @abstractmethod
     def targets(self, x: Tensor) -> Tensor:
         """[B, T, D] of images or clips, without a gradient."""
-        raise NotImplementedError
 
     def narrowed(self, drawn: masks.Masks, clips: Tensor, chance: Tensor) -> masks.Masks:
         """Without the still tokens left out; chance: uniform [B, T]."""
