@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from jepa import build, intuition, masks, surprise
+from jepa import build, config, intuition, masks, surprise
 from jepa.kernels import encode, predict
 from test_trainer import settings
 from torch.nn import functional as F
@@ -35,6 +35,25 @@ def test_one_window_is_the_l1_to_the_layer_normed_teacher(method):
     assert curve.values[:, :2].isnan().all()
     torch.testing.assert_close(curve.values[0, 2:], expected.expand(2))
     assert curve.mean == pytest.approx(float(expected))
+
+
+def test_a_causal_model_is_surprised_by_the_next_token_frame():
+    made = config.describe(settings("vjepa_causal"))
+    made["data"]["frames"] = 8
+    causal = build.method(config.parse(made), 3).eval()
+    clip = videos(1, 8)
+    (curve,) = surprise.curves(causal, clip)
+    assert curve.contexts == (4, 6)
+    assert curve.values.isfinite().nonzero().tolist() == [[0, 4], [0, 5], [1, 6], [1, 7]]
+    x = clip.permute(0, 4, 1, 2, 3) / 255.0
+    with torch.no_grad():
+        tokens = encode(causal.encoder, causal.kernels, x[:, :, :6], None)
+        following = causal.following(tokens, F.layer_norm(tokens, tokens.shape[-1:]))
+        teacher = encode(causal.teacher.module, causal.kernels, x, None)
+    wanted = F.layer_norm(teacher, teacher.shape[-1:])[0, 48:]  # the last of four pairs of frames
+    torch.testing.assert_close(curve.values[1, 7], (following[0, 32:] - wanted).abs().mean())
+    with pytest.raises(ValueError, match="a clip of 4 frames is too short for any"):
+        surprise.curves(build.method(settings("vjepa_causal"), 3), clip)
 
 
 def test_a_frame_has_the_mean_of_the_windows_that_predict_it(method):

@@ -330,6 +330,22 @@ def test_what_changes_is_always_predicted():
     assert masks.chosen(drawn, torch.zeros_like(keep)).tokens() == drawn.tokens() == 12
 
 
+def test_still_tokens_are_left_out_of_a_step(tmp_path):
+    """In a clip in which one token of the last frames lights up, it alone is predicted."""
+    values = config.describe(settings("vjepa_causal", batch=2))
+    values["data"]["frames"] = 8
+    values["loss"]["still"] = 0.0
+    made = config.parse(values)
+    trainer = Trainer(made, build.method(made, 3), Ranks(), tmp_path)
+    clips = torch.full((2, 3, 8, 64, 64), 0.5)
+    clips[:, :, 6:, 16:32, 32:48] = 1.0
+    seen = []
+    trainer.method.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1].targets))
+    trainer.take(clips)
+    changing = [(frame * 16) + 4 + 2 for frame in (2, 3)]  # before it and then
+    assert [places.tolist() for places in seen[0][0]] == [changing, changing]
+
+
 def test_spread_is_the_variance_and_covariance_of_the_contexts_tokens(tmp_path):
     plain, spread = (
         build.method(config.parse(config.describe(settings("vjepa")) | {"loss": loss}), 3)
