@@ -14,7 +14,7 @@ namespace common {
 inline void bmm(const Tensor& a, const Tensor& b, const Tensor& out) {
   using torch::stable::detail::from;
   const auto call = [](const char* overload, StableIValue* stack) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         torch_call_dispatcher("aten::bmm", overload, stack, TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);
   };

@@ -81,7 +81,7 @@ void check_knots(const std::vector<double>& knots) {
 void same_dtype_bmm(const Tensor& a, const Tensor& b, const Tensor& out) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);
 }
