@@ -5,8 +5,6 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
-# Quick to build, and its PTX runs on every later card; a wheel takes setup.py's whole list.
-export VICREG_KERNELS_ARCHS ?= 80
 
 .PHONY: setup demo physics test audit lint bench gpu docs clean help
 
@@ -23,11 +21,9 @@ $(VENV)/packages: pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps timm==1.0.31
 	touch $@
 
-# Without CUDA in torch _C_cuda could not be loaded; its sources are compiled by their audits.
+# Beside a torch without CUDA this builds the CPU library alone; the audits compile the CUDA sources.
 $(VENV)/libraries: $(VENV)/packages $(SOURCES)
-	VICREG_KERNELS_BUILD=$${VICREG_KERNELS_BUILD:-$$($(BIN)/python -c \
-	    "import torch; print('auto' if torch.version.cuda else 'cpu')")} \
-	    $(BIN)/python setup.py -q build_ext --inplace
+	$(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 
 setup: $(VENV)/libraries
