@@ -44,7 +44,7 @@ class Plan:
     and an add are two), the floor that is reported; 0 where it does not count.
     compiled: contenders that torch.compile builds in their first call (`bench.measure.compiled`).
     peers: other packages' own code, perhaps slow: not captured as a CUDA graph. Both are measured
-    one by one, after all others.
+    one by one, after all others (bench/groups.py).
     elsewhere: steps run in other processes, whose memory is not counted.
     skipped: contender -> why it cannot take part in this case, here (not installed, no such
     device, no memory for it); it has no step then.

@@ -1,8 +1,9 @@
-"""Measures one case: the cheap contenders as one group, then each dear one beside ours.
+"""Measures one case: ours and plain PyTorch as one group, then each other contender beside ours.
 
 A group's members are warmed up and then interleaved; its rows are handed on as soon as they are
-timed, before anything else of the case runs. So whatever a torch.compile does for minutes, and
-whatever a contender breaks, what was measured before it is kept.
+timed, before anything else of the case runs. So whatever a torch.compile or Triton's compiler takes
+minutes for, and whatever a contender breaks, what was measured before it is kept. The order: plain
+PyTorch, ours on other backends, what torch.compile builds, other packages.
 """
 
 from __future__ import annotations
@@ -125,9 +126,14 @@ class Measurement:
         Raises Poisoned, after which no contender can be measured in this process.
         """
         names = list(wanted)
-        dear = [n for n in names if n in (*self.plan.compiled, *self.plan.peers)]
-        groups = [[n for n in names if n not in dear], *([n] for n in dear)]
-        groups = [group for group in groups if group]
+        alone = [
+            name
+            for kind in (OURS, self.plan.compiled, self.plan.peers)
+            for name in names
+            if name in kind
+        ]
+        first = [name for name in names if name not in alone]
+        groups = [group for group in (first, *([name] for name in alone)) if group]
         # Ours is beside each.
         shares = [len({"ours", *group} & set(names)) for group in groups]
         for i, (group, share) in enumerate(zip(groups, shares, strict=True)):

@@ -85,8 +85,10 @@ def test_ours_is_measured_on_each_backend_of_a_gpu(gpu, monkeypatch):
     work = measured(both, ("ours", "ours_triton", "eager"))
     backends = {row["contender"]: (row["backend"], row["launches"]) for row in work.rows}
     assert backends == {"ours": ("cuda", 7), "ours_triton": ("triton", 7), "eager": (None, None)}
-    assert work.rows[1]["ratio"] > 0
-    assert work.rows[1]["target"] is None
+    assert [row["contender"] for row in work.rows] == ["ours", "eager", "ours_triton"]
+    assert work.rows[2]["ratio"] > 0
+    assert work.rows[2]["graph_ratio"] > 0
+    assert work.rows[2]["target"] is None
     halves = groups.with_backends(case, plan, groups.every_backend(GPU), GPU, torch.float16)
     assert halves.skipped["ours_triton"] == "RuntimeError: not in halves"
     monkeypatch.setattr(dispatch, "missing", lambda name, *_: f"no {name} here")
