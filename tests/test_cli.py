@@ -90,6 +90,7 @@ def test_info_asks_each_op_for_each_kind_of_gpu(gpus, capsys):
     assert found["configurations"]["cuda:0"].startswith("general ones")
     assert found["configurations"]["cuda:2"].startswith("measured 2026-01-02: ")
     gpus[:] = ["Some GPU"]
+    configs.forget()
     assert cli.info()["backends"]["vicreg"].keys() == {"cpu", "cuda"}, "one kind needs no number"
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
