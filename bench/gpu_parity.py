@@ -35,7 +35,9 @@ TEST_SECONDS = 60.0
 # Of the stage's time, kept for the memory-hungry tests, which run alone after all others.
 ALONE = 0.2
 COLLECTING = 60.0
-MARKED = re.compile(r"mark\.gpu\b|^def test_\w+\([^)]*\bfused\b", re.MULTILINE)
+MARKED = re.compile(
+    r"^(pytestmark = |@)pytest\.mark\.gpu\b|^def test_\w+\([^)]*\bfused\b", re.MULTILINE
+)
 
 
 @dataclass
@@ -125,6 +127,8 @@ def environment(plan: Plan, with_packages: bool, triton: bool) -> dict[str, str]
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "OMP_NUM_THREADS": "2",
+        # None of the machine's own pytest plugins: they take seconds to import, and may interfere.
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         **(plan.triton if triton else {}),
     }
 

@@ -22,8 +22,11 @@ import pytest
 
 from bench.gpu_records import finished
 
-# Tests that need most of the GPU's memory: past 2^31 elements, and those that count peaks.
-MEMORY = re.compile(r"two_to_the_31|far_offsets|peak_memory")
+# Tests that need most of the GPU's memory: past 2^31 elements, those that count peaks, and SIGReg's
+# real shapes, whose float64 reference holds every angle.
+MEMORY = re.compile(
+    r"two_to_the_31|far_offsets|peak_memory|test_sigreg_gpu\.py::test_real_shapes"
+)
 # After one of these every later call of the process fails too.
 POISONED = re.compile(
     r"CUDA error: (?!out of memory)|CUBLAS_STATUS_EXECUTION_FAILED"
@@ -35,7 +38,7 @@ STDERR = os.dup(2)
 
 def part_of(item: pytest.Item) -> str:
     """One of PARTS: memory-hungry tests, then those with triton in their name, then all others."""
-    if item.get_closest_marker("gpu_memory") or MEMORY.search(item.name.split("[")[0]):
+    if item.get_closest_marker("gpu_memory") or MEMORY.search(item.nodeid.split("[")[0]):
         return "memory"
     return "triton" if "triton" in item.nodeid else "cuda"
 

@@ -98,15 +98,24 @@ def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _gone(process: subprocess.Popen[bytes]) -> bool:
-    """Whether the process and its whole group have ended."""
-    process.poll()
+    """Whether the process and its whole group have ended. Members that nobody reaps, as in a
+    container without an init, have ended too.
+    """
+    if process.poll() is None:
+        return False
     try:
         os.killpg(process.pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):
         return True
-    except PermissionError:
-        return process.returncode is not None
-    return False
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # after the name in parentheses: state, parent, group
+            state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+        except (OSError, ValueError):
+            continue
+        if int(group) == process.pid and state not in "ZX":
+            return False
+    return True
 
 
 def start(
@@ -115,7 +124,7 @@ def start(
     """Starts a command whose output goes to the end of the log; None where there is none such."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
-        out.write(f"$ {' '.join(command)}\n".encode())
+        out.write(f"$ {' '.join(' '.join(command).split())}\n".encode())
         out.flush()
         try:
             return subprocess.Popen(
@@ -194,10 +203,11 @@ def run_commands(stage: Stage, log: Path, seconds: float, root: Path) -> Verdict
         left = len(waiting) + len(running)
         of = "" if len(stage.commands) == 1 else f", {left} of {len(stage.commands)} commands left"
         why.append(f"stopped at its limit of {seconds:.0f} s{of}")
-    checked = stage.check(output) if stage.check else None
+    said = "\n".join(line for line in output.splitlines() if not line.startswith("$ "))
+    checked = stage.check(said) if stage.check else None
     if checked:
         why.append(checked)
-    notes = re.findall(stage.notes, output, re.MULTILINE) if stage.notes else []
+    notes = re.findall(stage.notes, said, re.MULTILINE) if stage.notes else []
     return Verdict(FAIL if why else PASS, "; ".join(why), output, notes=notes)
 
 
