@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -226,6 +227,36 @@ def command_of(options: argparse.Namespace) -> list[str]:
     return [*command, "--tests", *tests]
 
 
+def watched(
+    command: list[str], root: Path, environment: dict[str, str], seconds: float
+) -> tuple[int, str]:
+    """Runs the command as the machine does: all of it is killed after so many seconds. The exit
+    status and what it printed, which is printed here as it comes.
+    """
+    process = subprocess.Popen(
+        command,
+        cwd=root,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        text=True,
+        errors="replace",
+    )
+    assert process.stdout is not None
+    timer = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
+    timer.start()
+    lines = []
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            print(line, end="", flush=True)
+        return process.wait(), "".join(lines)
+    finally:
+        timer.cancel()
+
+
 def rehearse(options: argparse.Namespace, root: Path) -> int:
     """0: the machine's rules were kept, injected failures shown, and all else passed; else 1."""
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as name:
@@ -245,22 +276,8 @@ def rehearse(options: argparse.Namespace, root: Path) -> int:
         environment |= {"OUT": str(out), "PYTHONDONTWRITEBYTECODE": "1"}
         command = isolated(command_of(options), tools, environment)
         begun = time.monotonic()
-        process = subprocess.Popen(
-            command,
-            cwd=work,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            printed = process.communicate(timeout=KILLED_AFTER)[0].decode(errors="replace")
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            printed = process.communicate()[0].decode(errors="replace")
+        code, printed = watched(command, work, environment, KILLED_AFTER)
         seconds = time.monotonic() - begun
-        print(printed, flush=True)
         wrong = brought_back(out, printed)
         if size > TREE_BYTES:
             wrong.append(f"the tree has {size >> 20} MiB, of at most {TREE_BYTES >> 20}")
@@ -268,9 +285,9 @@ def rehearse(options: argparse.Namespace, root: Path) -> int:
             wrong.append(f"it took {seconds:.0f} s of {options.budget:.0f}")
         text = (out / SUMMARY).read_text() if (out / SUMMARY).exists() else ""
         if options.inject:
-            wrong += missed(options.inject, process.returncode, text)
-        elif process.returncode:
-            wrong.append(f"the command {stages.describe(process.returncode)}")
+            wrong += missed(options.inject, code, text)
+        elif code:
+            wrong.append(f"the command {stages.describe(code)}")
         for line in wrong:
             print(f"rehearsal: {line}")
         kept = os.environ.get("OUT")
