@@ -136,6 +136,7 @@ def inject(root: Path, kinds: Sequence[str]) -> None:
         for path in sorted((root / "csrc").rglob("*.cpp")):
             path.write_text(f'#include "injected_by_the_rehearsal.h"\n{path.read_text()}')
     bodies = [INJECTED[kind] for kind in kinds if kind in INJECTED]
+    (root / REHEARSED).parent.mkdir(exist_ok=True)
     (root / REHEARSED).write_text("\n\n".join([TESTS, *bodies, LAST_TEST]))
 
 
