@@ -25,6 +25,8 @@ class Config:
     product: (tile, depth, warps, stages); programs a multiprocessor wanted from the split.
     strips: (rows, columns, warps).
     gradient: (rows, columns, depth, warps, stages).
+    tma_product, tma_gradient: (rows, columns, depth, warps, stages, tiles in a band) of the
+    products with TMA operands (tma.py); None where the others are used.
     """
 
     statistics: tuple[int, int, int]
@@ -33,6 +35,8 @@ class Config:
     occupancy: int
     strips: tuple[int, int, int]
     gradient: tuple[int, int, int, int, int]
+    tma_product: tuple[int, int, int, int, int, int] | None = None
+    tma_gradient: tuple[int, int, int, int, int, int] | None = None
 
 
 @cache
@@ -52,6 +56,8 @@ def _config(row: dict[str, Any]) -> Config:
         occupancy=row["occupancy"],
         strips=tuple(row["strips"]),
         gradient=tuple(row["gradient"]),
+        tma_product=tuple(row["tma_product"]) if "tma_product" in row else None,
+        tma_gradient=tuple(row["tma_gradient"]) if "tma_product" in row else None,
     )
 
 
@@ -59,12 +65,31 @@ def _config(row: dict[str, Any]) -> Config:
 def nearest(device: str, format: str, rows: int, dim: int) -> Config:
     """The configuration of the nearest shape in octaves, on the same side of N = D first."""
 
+    family = "single" if format in ("fp32", "tf32") else "half"
+    return _nearest([e for e in _rows(device) if e[0] == family], rows, dim)
+
+
+@cache
+def nearest_tma(device: str, rows: int, dim: int) -> Config:
+    """The same among the rows with TMA tiles; `tma_side` says that there are any."""
+    return _nearest([e for e in _rows(device) if e[2].tma_product is not None], rows, dim)
+
+
+def _nearest(entries: list[tuple[str, tuple[int, int], Config]], rows: int, dim: int) -> Config:
     def distance(entry: tuple[str, tuple[int, int], Config]) -> tuple[bool, float]:
         n, d = entry[1]
         return (n < d) != (rows < dim), abs(math.log2(n / rows)) + abs(math.log2(d / dim))
 
-    family = "single" if format in ("fp32", "tf32") else "half"
-    return min((e for e in _rows(device) if e[0] == family), key=distance)[2]
+    return min(entries, key=distance)[2]
+
+
+@cache
+def tma_side(device: str) -> int | None:
+    """The least min(N, D) at which the products with TMA operands are used: that of the table's
+    smallest shape with tiles for them. None: they are not used.
+    """
+    sides = (min(shape) for _, shape, config in _rows(device) if config.tma_product is not None)
+    return min(sides, default=None)
 
 
 def shipped() -> list[tuple[str, str, tuple[int, int], Config]]:
