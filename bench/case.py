@@ -44,6 +44,7 @@ class Plan:
     compiled: contenders that torch.compile builds in their first call (`bench.measure.compiled`).
     peers: other packages' own code, perhaps slow: not captured as a CUDA graph.
     elsewhere: steps run in other processes, whose memory is not counted.
+    host: what counts is the time until a step returns, not until the device is done.
     skipped: contender -> why it cannot take part in this case, here (not installed, no such
     device, no memory for it); it has no step then.
     """
@@ -56,6 +57,7 @@ class Plan:
     skipped: dict[str, str] = field(default_factory=dict)
     peers: tuple[str, ...] = ()
     elsewhere: bool = False
+    host: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Case:
     targets: device type -> contender -> the least ratio of its time to ours. dtypes: device type ->
     the dtypes that are measured there and that the targets hold for; a device that is absent is
     measured only when the case is named. quick: part of the run of a minute on the CPU. floor: on
-    cuda, the most that ours may take as a multiple of its floor.
+    cuda, the most that ours may take as a multiple of its floor. most_ms: the most milliseconds
+    that ours may take, on any device.
     """
 
     name: str
@@ -76,3 +79,4 @@ class Case:
     )
     quick: bool = False
     floor: float | None = None
+    most_ms: float | None = None

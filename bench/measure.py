@@ -62,7 +62,24 @@ class DeviceClock:
         return start.elapsed_time(end)
 
 
-def make_clock(device: torch.device) -> Callable[[Step], float]:
+class HostClock:
+    """Milliseconds until a call returns; the device's queue is empty when it starts."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def __call__(self, step: Step) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        return (time.perf_counter() - start) * 1e3
+
+
+def make_clock(device: torch.device, host: bool = False) -> Callable[[Step], float]:
+    """host: of the calls alone, whatever the device still does."""
+    if host:
+        return HostClock(device)
     return DeviceClock(device) if device.type == "cuda" else WallClock()
 
 

@@ -77,12 +77,13 @@ def measure_case(
             if name == "ours":
                 traceback.print_exc()
             reasons[name] = reason_of(error)
-    samples = measure.interleave(steps, measure.make_clock(device), budget, estimates)
+    clock = measure.make_clock(device, plan.host)
+    samples = measure.interleave(steps, clock, budget, estimates)
     replays = {}
     if cuda:
         found = {n: measure.capture(s) for n, s in steps.items() if n not in plan.peers}
         captured = {n: s for n, s in found.items() if s is not None}
-        replays = measure.interleave(captured, measure.make_clock(device), budget / 2, estimates)
+        replays = measure.interleave(captured, clock, budget / 2, estimates)
     targets: dict[str, float | None] = {"ours": case.floor if cuda else None}
     targets |= case.targets.get(device.type, {})
     if dtype not in case.dtypes.get(device.type, ()):
@@ -101,6 +102,7 @@ def measure_case(
             "contender": name,
             "backend": plan.backend if ours else None,
             "target": targets.get(name),
+            "most_ms": case.most_ms if ours else None,
             "rounds": sum(s is not None for s in samples[name]),
             "ms": asdict(times),
             "ratio": ratio(samples, name),
