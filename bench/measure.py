@@ -76,10 +76,7 @@ class HostClock:
         return (time.perf_counter() - start) * 1e3
 
 
-def make_clock(device: torch.device, host: bool = False) -> Callable[[Step], float]:
-    """host: of the calls alone, whatever the device still does."""
-    if host:
-        return HostClock(device)
+def make_clock(device: torch.device) -> Callable[[Step], float]:
     return DeviceClock(device) if device.type == "cuda" else WallClock()
 
 

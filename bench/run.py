@@ -77,7 +77,7 @@ def measure_case(
             if name == "ours":
                 traceback.print_exc()
             reasons[name] = reason_of(error)
-    clock = measure.make_clock(device, plan.host)
+    clock = (measure.HostClock if plan.host else measure.make_clock)(device)
     samples = measure.interleave(steps, clock, budget, estimates)
     replays = {}
     if cuda:
