@@ -56,8 +56,9 @@ def with_backends(
             torch.manual_seed(0)
             try:
                 steps[name] = case.build(device, dtype, backend).steps["ours"]
-            except RuntimeError as error:  # the op cannot run there
+            except Exception as error:  # the op cannot run there, or what it needs does not compile
                 reason = reason_of(error)
+                check_alive(device, error)
         if reason is not None:
             skipped[name] = reason
     every = {name: step for name, step in plan.steps.items() if name == "ours"} | steps
