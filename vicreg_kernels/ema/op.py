@@ -13,13 +13,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vicreg_kernels import dispatch
+from vicreg_kernels import calls, dispatch
 from vicreg_kernels.ema import backends, checks
 from vicreg_kernels.library import NAMESPACES
-
-_PLAIN = (Tensor, nn.Parameter)
 
 _LIBRARY = torch.library.Library("vicreg_kernels", "FRAGMENT")
 _LIBRARY.define(
@@ -31,12 +29,13 @@ _LIBRARY.define(
 
 @torch.library.impl(_LIBRARY, "ema_update_", "CompositeExplicitAutograd")
 def _update(*args: Any) -> None:
-    if not _run(*args, False):
+    if not _run(False, *args):
         checks.check_overlap(*args[:3])
-        _run(*args, True)
+        _run(True, *args)
 
 
 def _run(
+    checked: bool,
     targets: list[Tensor],
     onlines: list[Tensor],
     shadows: list[Tensor],
@@ -47,7 +46,6 @@ def _run(
     step_tensor: Tensor | None,
     step: int,
     backend: str,
-    checked: bool,
 ) -> bool:
     """checked: the lists are known to be fit. Otherwise False, and nothing is written, where the
     kernel, which looks at them itself, cannot tell that they are.
@@ -154,7 +152,7 @@ def ema_update_(
         step_tensor,
         step,
     )
-    if _is_plain(targets[0]) and _update_directly(targets, onlines, copies, settings, backend):
+    if calls.direct(targets[0]) and _update_directly(targets, onlines, copies, settings, backend):
         return
 
     checks.check_lists(targets, onlines, copies)
@@ -169,20 +167,11 @@ def ema_update_(
         torch.ops.vicreg_kernels.ema_update_(targets, onlines, copies or [], *settings, name)
 
 
-def _is_plain(z: object) -> bool:
-    """Whether an op called on z runs its kernel and nothing else: nobody traces or wraps."""
-    return (
-        type(z) in _PLAIN
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
-
-
 def _update_directly(
     targets: list[Tensor],
     onlines: list[Tensor],
     shadows: list[Tensor] | None,
-    settings: tuple[Any, ...],
+    settings: Any,
     backend: str | None,
 ) -> bool:
     """The update past the dispatcher and the checks in Python, which would take longer than the
@@ -201,8 +190,8 @@ def _update_directly(
         return False
     dispatch.log_choice("ema_update_", name, backend, first.device, (len(targets),))
     try:
-        with torch.no_grad():
-            return _run(targets, onlines, shadows or [], *settings, name, False)
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+            return _run(False, targets, onlines, shadows or [], *settings, name)  # type: ignore[call-arg]
     except (RuntimeError, TypeError):
         checks.check_lists(targets, onlines, shadows)  # the dispatcher's words name no tensor
         raise
