@@ -8,5 +8,5 @@ OPS = tuple(
     for op in ("sigreg", "barlow", "vicregl", "attention", "ema", "tokens", "jepa_step", "vicreg")
     if Path(__file__).with_name(f"{op}.py").exists()
 )
-# Those, and what only a CPU is measured on.
-ALL = (*OPS, "ranks")
+# Those, what the calls of all of them cost the host, and what only a CPU is measured on.
+ALL = (*OPS, "host", "ranks")

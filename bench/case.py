@@ -46,6 +46,7 @@ class Plan:
     peers: other packages' own code, perhaps slow: not captured as a CUDA graph. Both are measured
     one by one, after all others (bench/groups.py).
     elsewhere: steps run in other processes, whose memory is not counted.
+    host: what counts is the time until a step returns, not until the device is done.
     skipped: contender -> why it cannot take part in this case, here (not installed, no such
     device, no memory for it); it has no step then.
     """
@@ -58,6 +59,7 @@ class Plan:
     skipped: dict[str, str] = field(default_factory=dict)
     peers: tuple[str, ...] = ()
     elsewhere: bool = False
+    host: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,9 @@ class Case:
     targets: device type -> contender -> the least ratio of its time to ours. dtypes: device type ->
     the dtypes that are measured there and that the targets hold for; a device that is absent is
     measured only when the case is named. quick: part of the run of a minute on the CPU. floor: on
-    cuda, the most that ours may take as a multiple of its floor. each_backend: whether ours is
-    measured on each backend of a GPU, which a step of several ops has no single one of.
+    cuda, the most that ours may take as a multiple of its floor. most_ms: the most milliseconds
+    that ours may take, on any device. each_backend: whether ours is measured on each backend of a
+    GPU, which a step of several ops has no single one of.
     """
 
     name: str
@@ -79,4 +82,5 @@ class Case:
     )
     quick: bool = False
     floor: float | None = None
+    most_ms: float | None = None
     each_backend: bool = True

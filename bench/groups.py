@@ -56,8 +56,9 @@ def with_backends(
             torch.manual_seed(0)
             try:
                 steps[name] = case.build(device, dtype, backend).steps["ours"]
-            except RuntimeError as error:  # the op cannot run there
+            except Exception as error:  # the op cannot run there, or what it needs does not compile
                 reason = reason_of(error)
+                check_alive(device, error)
         if reason is not None:
             skipped[name] = reason
     every = {name: step for name, step in plan.steps.items() if name == "ours"} | steps
@@ -197,7 +198,7 @@ class Measurement:
     def _interleave(
         self, steps: dict[str, measure.Step], budget: float
     ) -> dict[str, list[float | None]]:
-        clock = measure.make_clock(self.device)
+        clock = (measure.HostClock if self.plan.host else measure.make_clock)(self.device)
         return measure.interleave(steps, clock, budget, self._estimates)
 
     def _row(self, name: str, samples: dict[str, list[float | None]]) -> dict[str, Any]:
@@ -209,6 +210,7 @@ class Measurement:
             "contender": name,
             "backend": backend if is_ours(name) else None,
             "target": self._target(name),
+            "most_ms": self.case.most_ms if name == "ours" else None,
             "rounds": sum(s is not None for s in samples[name]),
             "ms": asdict(times),
             "ratio": ratio(samples, name),

@@ -62,6 +62,20 @@ class DeviceClock:
         return start.elapsed_time(end)
 
 
+class HostClock:
+    """Milliseconds until a call returns; the device's queue is empty when it starts."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def __call__(self, step: Step) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        return (time.perf_counter() - start) * 1e3
+
+
 def make_clock(device: torch.device) -> Callable[[Step], float]:
     return DeviceClock(device) if device.type == "cuda" else WallClock()
 

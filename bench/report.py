@@ -125,6 +125,9 @@ def remarks(run: dict[str, Any]) -> list[str]:
     ]
     for row in run["rows"]:
         where, target = f"missed: {row['case']} {row['dtype']}", row["target"]
+        most, took = row.get("most_ms"), row["ms"]["p50"]
+        if most is not None and took > most:
+            lines.append(f"{where}: {took:.3g} ms, at most {most:g} ms")
         if target is None:
             continue
         if row["contender"] == "ours":  # the better of its two times, against its floor

@@ -56,7 +56,8 @@ def device_timer(device: torch.device, seconds: float) -> Timer:
 @contextmanager
 def configured(table: Table, config: Any) -> Iterator[Callable[[], None]]:
     """The table's kernels are launched with config; the function given checks that they asked."""
-    shipped, asked = getattr(table.module, table.lookup), []
+    shipped = {name: getattr(table.module, name) for name in table.lookups}
+    asked = []
 
     def given(*key: Any) -> Any:
         asked.append(key)
@@ -64,14 +65,16 @@ def configured(table: Table, config: Any) -> Iterator[Callable[[], None]]:
 
     def check() -> None:
         if not asked:
-            name = f"{table.module.__name__}.{table.lookup}"
-            raise RuntimeError(f"the kernels were launched without asking {name}")
+            names = " or ".join(f"{table.module.__name__}.{name}" for name in table.lookups)
+            raise RuntimeError(f"the kernels were launched without asking {names}")
 
-    setattr(table.module, table.lookup, given)
+    for name in shipped:
+        setattr(table.module, name, given)
     try:
         yield check
     finally:
-        setattr(table.module, table.lookup, shipped)
+        for name, function in shipped.items():
+            setattr(table.module, name, function)
 
 
 def step_with(table: Table, config: Any, step: Step) -> Step:
@@ -105,6 +108,8 @@ def tune(table: Table, problem: Problem, step: Step, shared: int, timer: Timer) 
     step_with(table, general, step)()
     skipped: dict[str, str] = {}
     for field, values in table.candidates[problem.format].items():
+        if not table.used(problem, field):
+            continue
         trials = {"as before": best}
         for value in values:
             name = f"{field} {value}"

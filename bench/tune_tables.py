@@ -9,7 +9,7 @@ candidate that takes more than it promises fails to launch and is left out by na
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -49,17 +49,19 @@ class Problem:
 
 @dataclass(frozen=True)
 class Table:
-    """An op's table: the module whose function `lookup` the launchers ask, the rows that are
+    """An op's table: the module whose functions `lookups` the launchers ask, the rows that are
     measured on a device, and by format the values of each field, in the order they are tuned.
 
     shared(problem, field, value): bytes of shared memory that a launch with it takes at least.
+    used(problem, field): whether the row's kernels look at it.
     """
 
     module: ModuleType
-    lookup: str
+    lookups: tuple[str, ...]
     problems: Callable[[str], list[Problem]]
     candidates: dict[str, dict[str, tuple[Any, ...]]]
-    shared: Callable[[Problem, str, Any], int] = field(default=lambda problem, name, value: 0)
+    shared: Callable[[Problem, str, Any], int] = lambda problem, name, value: 0
+    used: Callable[[Problem, str], bool] = lambda problem, name: True
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,9 @@ def _products_shared(problem: Problem, name: str, value: Any) -> int:
     if name == "gradient":  # the square matrix is float32 in memory
         rows, columns, depth, _, stages = value
         return stages * depth * (4 * rows + problem.itemsize * columns)
+    if name in _TMA:
+        rows, columns, depth, _, stages, _ = value
+        return stages * depth * (rows + columns) * problem.itemsize
     return 0
 
 
@@ -131,9 +136,33 @@ _PRODUCTS: dict[str, dict[str, tuple[Any, ...]]] = {
         "product": ((64, 16, 4, 3), (64, 32, 4, 3), (128, 16, 8, 3), (128, 32, 8, 2)),
     },
 }  # fmt: skip
+# Products with TMA operands, of half precision: rows, columns, depth, warps, stages, band.
+_TMA: dict[str, tuple[Any, ...]] = {
+    "tma_product": ((128, 128, 64, 4, 3, 8), (128, 128, 64, 8, 3, 8), (128, 128, 64, 8, 4, 8)),
+    "tma_gradient": (
+        (128, 128, 64, 4, 3, 16), (128, 128, 64, 8, 3, 16), (128, 128, 64, 8, 4, 16),
+        (128, 256, 64, 8, 3, 8), (128, 256, 64, 8, 3, 16),
+    ),
+}  # fmt: skip
+
+
+def _vicreg_used(problem: Problem, name: str) -> bool:
+    """bfloat16 rows that have TMA tiles take these in the place of the others."""
+    tma = problem.general.tma_product is not None
+    if name in _TMA:
+        return tma
+    return not tma or name not in ("product", "gradient", "occupancy")
+
+
 _STATISTICS = {"statistics": ((16, 64, 4), (32, 32, 4), (32, 64, 4), (32, 64, 8))}
 _VICREG = {
-    format: {**products, **_STATISTICS, "strips": ((8, 64, 4), (8, 128, 4)), "occupancy": (1, 2)}
+    format: {
+        **(_TMA if format == "half" else {}),
+        **products,
+        **_STATISTICS,
+        "strips": ((8, 64, 4), (8, 128, 4)),
+        "occupancy": (1, 2),
+    }
     for format, products in _PRODUCTS.items()
 }
 
@@ -226,11 +255,18 @@ _ATTENTION: dict[str, dict[str, tuple[Any, ...]]] = {
 }  # fmt: skip
 
 TABLES = {
-    "vicreg": Table(vicreg_configs, "nearest", _vicreg_problems, _VICREG, _products_shared),
-    "attention": Table(
-        attention_configs, "nearest", _attention_problems, _ATTENTION, _attention_shared
+    "vicreg": Table(
+        vicreg_configs,
+        ("nearest", "nearest_tma"),
+        _vicreg_problems,
+        _VICREG,
+        _products_shared,
+        _vicreg_used,
     ),
-    "barlow": Table(barlow_configs, "choose", _barlow_problems, _BARLOW, _products_shared),
+    "attention": Table(
+        attention_configs, ("nearest",), _attention_problems, _ATTENTION, _attention_shared
+    ),
+    "barlow": Table(barlow_configs, ("choose",), _barlow_problems, _BARLOW, _products_shared),
 }
 
 # ------------------------------------------------------------------------------------- thresholds

@@ -124,8 +124,8 @@ def _calls():
     def views(*shape):
         return torch.randn(shape), torch.randn(shape)
 
-    def attend(tokens):
-        q = torch.randn(1, 1, tokens, 16)
+    def attend(tokens, dtype=torch.bfloat16):
+        q = torch.randn(1, 1, tokens, 16).to(dtype)
         return vk.masked_attention(q, q, q)
 
     x, index = torch.randn(2, T, 8), torch.arange(2).expand(2, 2)
@@ -145,7 +145,10 @@ def _calls():
         "vicregl": [
             (0, lambda: vk.vicregl_loss(list(views(3, 6)), maps, grids, num_matches=(2, 1)))
         ],
-        "attention": [(T, lambda: attend(T)), (300, lambda: attend(300))],
+        "attention": [
+            *((n, lambda n=n: attend(n)) for n in (T, 256, 257, 300)),
+            (T, lambda: attend(T, torch.float32)),
+        ],
         "rope": [(0, lambda: vk.apply_rope(torch.randn(1, 1, T, 16), rope))],
         "tokens": [
             (0, lambda: vk.gather_tokens(x, index)),
@@ -161,6 +164,8 @@ def _calls():
 def test_the_report_and_the_op_choose_alike(measured_gpu, monkeypatch, op):
     """What an op asks `choose` in a call, asked again for a GPU, is what `choices` says of it."""
     assert _calls().keys() == dispatch.registered.keys()
+    measured_gpu["triton_from"]["barlow"] = {"half": 300}
+    configs.write(configs.path_of("Some GPU"), measured_gpu)
     real, asked = dispatch.choose, []
 
     def choose(op, backend, device, dtype, side=None, unfit=None):

@@ -106,9 +106,25 @@ class TestInterpreter:
         for _ in range(3):
             assert_matches_reference("triton", [t], [o], [], 0.9)
         launcher.update([t], [o], [], None, 0.9, False, 0, None, 0)
-        _, block, rows = next(reversed(tables.recent))
+        _, blocks, work = next(reversed(tables.recent))
         launcher.update([t], [o], [], None, 0.9, False, 0, None, 0)
-        assert tables.find(rows, block, t.device)[0] is tables.find(rows, block, t.device)[0]
+        assert tables.find(work, blocks, t.device)[0] is tables.find(work, blocks, t.device)[0]
         for k in range(40):
-            tables.find(((k, k, k, 1, 0, 0),), 256, t.device)
+            row = ((("fp32", "fp32"), True, False), (k, k, k, 8, 0, 0, 0))
+            tables.find((row,), blocks, t.device)
         assert len(tables.recent) == launcher._MOST_TABLES
+
+    def test_a_call_of_every_mix_keeps_one_table(self):
+        """Graphs are captured after one call with the same tensors: its table must be there still,
+        however many kinds of tensors it had.
+        """
+        from vicreg_kernels.ema import triton as launcher
+
+        lists = ema_tensors.every_dtype([(300,), (3, 4, 5)])
+        launcher.update(*lists, None, 0.9, False, 0, None, 0)
+        assert len(launcher._tables.recent) == 1
+        (kept,) = launcher._tables.recent.values()
+        launcher.update(*lists, None, 0.9, False, 0, None, 0)
+        (again,) = launcher._tables.recent.values()
+        assert again is kept
+        assert len(kept[1]) > launcher._MOST_TABLES

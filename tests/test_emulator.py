@@ -40,6 +40,7 @@ def test_barriers(program, seed):
     assert numbers(program, "reverse", seed) == blocks.flip(1).flatten().tolist()
     sums = torch.arange(1.0, 65.0).repeat(6)
     assert numbers(program, "prefix_sums", seed) == sums.tolist()
+    assert numbers(program, "votes", seed) == [1.0] * 96 + [0.0] * 96 + [1.0] * 96
 
 
 def test_a_missing_barrier_shows(program):

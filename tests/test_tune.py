@@ -64,7 +64,7 @@ def table(*problems, **candidates) -> Table:
         return value[0] * 1000 if name == "product" else 0
 
     return Table(
-        vicreg_configs, "nearest", lambda device: [*problems], {"half": candidates}, shared
+        vicreg_configs, ("nearest",), lambda device: [*problems], {"half": candidates}, shared
     )
 
 
@@ -313,7 +313,7 @@ for op, table in tune_tables.TABLES.items():
         build = lambda bench=bench: tune_tables._loss_step(bench, (8, 20), "cpu", "single")
     problem = tune_tables.Problem("single", shapes[op], general, build, "cpu")
     name, values = next(iter(table.candidates["single"].items()))
-    few = tune_tables.Table(table.module, table.lookup, lambda device: [problem],
+    few = tune_tables.Table(table.module, table.lookups, lambda device: [problem],
                             {"single": {name: values[:2]}}, table.shared)
     last = f"{name} {[v for v in values[:2] if v != getattr(general, name)][-1]}"
     timer = lambda steps: {n: 1.0 if n in (last, "best") else 2.0 for n in steps}

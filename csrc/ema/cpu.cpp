@@ -19,8 +19,6 @@
 namespace ema {
 namespace {
 
-using common::ScalarType;
-
 // A multiple of kGroup. Longer blocks are slower with streamed shadows: 1024 by a quarter.
 constexpr int64_t kBlock = 512;
 constexpr int64_t kLeastElements = 1 << 16;  // a second thread is worth its start from here on
@@ -38,7 +36,7 @@ struct Job {
   char* target;
   const char* online;
   char* shadow;  // null: none
-  ScalarType target_dtype, online_dtype, shadow_dtype;
+  Code target_dtype, online_dtype, shadow_dtype;
   uint32_t tensor;
   int64_t elements, first_block, layout;  // layout: -1 where all is one run of memory
 };
@@ -78,13 +76,11 @@ VICREG_VECTOR void interpolate_run(float* target, const float* online, Blend ble
   interpolate_row(target + i, online + i, blend, count - i, target + i);
 }
 
-int64_t item_size(ScalarType dtype) { return dtype == ScalarType::Float ? 4 : 2; }
-
 // `scratch` unless the row is float32 already.
-const float* widen(const void* row, ScalarType dtype, int64_t count, float* scratch) {
-  if (dtype == ScalarType::Float) return static_cast<const float*>(row);
+const float* widen(const void* row, Code dtype, int64_t count, float* scratch) {
+  if (dtype == kFloat) return static_cast<const float*>(row);
   const auto* bits = static_cast<const uint16_t*>(row);
-  if (dtype == ScalarType::BFloat16) {
+  if (dtype == kBFloat16) {
     widen_bfloat16(bits, count, scratch);
   } else {
     widen_float16(bits, count, scratch);
@@ -92,10 +88,10 @@ const float* widen(const void* row, ScalarType dtype, int64_t count, float* scra
   return scratch;
 }
 
-void narrow(const float* from, int64_t count, ScalarType dtype, void* to) {
-  if (dtype == ScalarType::Float) {
+void narrow(const float* from, int64_t count, Code dtype, void* to) {
+  if (dtype == kFloat) {
     if (to != from) std::memcpy(to, from, count * sizeof(float));
-  } else if (dtype == ScalarType::BFloat16) {
+  } else if (dtype == kBFloat16) {
     narrow_bfloat16(from, count, static_cast<uint16_t*>(to));
   } else {
     narrow_float16(from, count, static_cast<uint16_t*>(to));
@@ -121,7 +117,7 @@ void update_row(const Job& job, const Blend& blend, const Rounding& rounding, in
   alignas(64) float wide_online[kBlock], wide_target[kBlock];
   const float* other = widen(online, job.online_dtype, count, wide_online);
   const float* result = wide_target;
-  if (job.target_dtype == ScalarType::Float) {
+  if (job.target_dtype == kFloat) {
     float* own = static_cast<float*>(target);
     interpolate_row(own, other, blend, count, own);
     result = own;
@@ -132,7 +128,7 @@ void update_row(const Job& job, const Blend& blend, const Rounding& rounding, in
       alignas(64) uint16_t random[kBlock];
       auto* bits = static_cast<uint16_t*>(target);
       draw_row(rounding.seed, rounding.step, job.tensor, first, count, random);
-      if (job.target_dtype == ScalarType::BFloat16) {
+      if (job.target_dtype == kBFloat16) {
         round_bfloat16(wide_target, random, count, bits);
       } else {
         round_float16(wide_target, random, count, bits);
@@ -211,8 +207,8 @@ void update_strided(const Job& job, const Layout& layout, const Blend& blend,
 // Elements [first, last) of a job.
 void update_range(const Job& job, const std::vector<Layout>& layouts, const Blend& blend,
                   const Rounding& rounding, int64_t first, int64_t last, bool streaming) {
-  if (job.layout < 0 && job.shadow == nullptr && job.target_dtype == ScalarType::Float &&
-      job.online_dtype == ScalarType::Float) {
+  if (job.layout < 0 && job.shadow == nullptr && job.target_dtype == kFloat &&
+      job.online_dtype == kFloat) {
     // In one go: the end of a loop every kBlock elements costs 5 % of the memory's speed.
     float* own = reinterpret_cast<float*>(job.target) + first;
     interpolate_run(own, reinterpret_cast<const float*>(job.online) + first, blend, last - first);
@@ -240,37 +236,33 @@ void update_range(const Job& job, const std::vector<Layout>& layouts, const Blen
 
 }  // namespace
 
-void update(std::vector<Tensor> targets, std::vector<Tensor> onlines, std::vector<Tensor> shadows,
-            std::optional<Tensor>, double momentum, bool stochastic, int64_t seed,
-            std::optional<Tensor>, int64_t step) {
+void update(const Lists& lists, std::optional<Tensor>, double momentum, bool stochastic,
+            int64_t seed, std::optional<Tensor>, int64_t step) {
   const Blend mix = blend(momentum);
   const Rounding rounding = {stochastic, static_cast<uint64_t>(seed), static_cast<uint64_t>(step)};
   std::vector<Job> jobs;
   std::vector<Layout> layouts;
-  jobs.reserve(targets.size());
+  jobs.reserve(lists.count());
   int64_t blocks = 0, all = 0;
-  for (size_t i = 0; i < targets.size(); ++i) {
-    const Tensor* shadow = shadows.empty() ? nullptr : &shadows[i];
-    const int64_t elements = targets[i].numel();
-    if (elements == 0) continue;
+  for (size_t i = 0; i < lists.count(); ++i) {
+    const View &target = lists.target(i), &online = lists.online(i);
+    const View* shadow = lists.shadow(i);
+    if (target.elements == 0) continue;
     int64_t layout = -1;
-    if (!targets[i].is_contiguous() || !onlines[i].is_contiguous() ||
-        (shadow != nullptr && !shadow->is_contiguous())) {
-      layouts.push_back(make_layout(targets[i], onlines[i], shadow));
+    if (!target.contiguous || !online.contiguous || (shadow != nullptr && !shadow->contiguous)) {
+      layouts.push_back(make_layout(target, online, shadow));
       if (layouts.back().flat()) {
         layouts.pop_back();
       } else {
         layout = static_cast<int64_t>(layouts.size()) - 1;
       }
     }
-    const ScalarType dtype = targets[i].scalar_type();
-    jobs.push_back({static_cast<char*>(targets[i].mutable_data_ptr()),
-                    static_cast<const char*>(onlines[i].const_data_ptr()),
-                    shadow ? static_cast<char*>(shadow->mutable_data_ptr()) : nullptr, dtype,
-                    onlines[i].scalar_type(), shadow ? shadow->scalar_type() : dtype,
-                    static_cast<uint32_t>(i), elements, blocks, layout});
-    blocks += (elements + kBlock - 1) / kBlock;
-    all += elements;
+    jobs.push_back({static_cast<char*>(target.data), static_cast<const char*>(online.data),
+                    shadow ? static_cast<char*>(shadow->data) : nullptr, target.dtype, online.dtype,
+                    shadow ? shadow->dtype : target.dtype, static_cast<uint32_t>(i),
+                    target.elements, blocks, layout});
+    blocks += (target.elements + kBlock - 1) / kBlock;
+    all += target.elements;
   }
   torch::stable::parallel_for(0, blocks, all < kLeastElements ? blocks : 1, [&](int64_t begin, int64_t end) {
     auto job = std::upper_bound(jobs.begin(), jobs.end(), begin,

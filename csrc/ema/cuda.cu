@@ -49,8 +49,6 @@ constexpr int kAtOnce = 16;    // elements a thread has in flight
 constexpr int kPass = kThreads * kAtOnce;
 constexpr int kDims = 6;       // of strided tensors; more are split on the host
 
-enum Code : uint8_t { kFloat, kBFloat16, kFloat16, kNone };
-
 struct Scalars {
   const void* momentum_at;  // null: `mix` holds
   const int64_t* step_at;   // null: `step` holds
@@ -304,12 +302,6 @@ namespace {
 using common::ScalarType;
 using namespace kernels;
 
-Code code_of(ScalarType dtype) {
-  return dtype == ScalarType::Float ? kFloat : dtype == ScalarType::BFloat16 ? kBFloat16 : kFloat16;
-}
-
-int64_t item_size(Code code) { return code == kFloat ? 4 : 2; }
-
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // Collects tensors and launches whenever a table is full.
@@ -317,16 +309,14 @@ class Launcher {
  public:
   Launcher(const common::Queue& queue, const Scalars& scalars) : queue_(queue), scalars_(scalars) {}
 
-  void add(const Tensor& target, const Tensor& online, const Tensor* shadow, uint32_t tensor) {
-    const int64_t elements = target.numel();
+  void add(const View& target, const View& online, const View* shadow, uint32_t tensor) {
+    const int64_t elements = target.elements;
     if (elements == 0) return;
-    Kinds kinds = {code_of(target.scalar_type()), code_of(online.scalar_type()),
-                   shadow ? code_of(shadow->scalar_type()) : kNone, false};
-    void* to = target.mutable_data_ptr();
-    const void* from = online.const_data_ptr();
-    void* copy = shadow ? shadow->mutable_data_ptr() : nullptr;
-    if (!(target.is_contiguous() && online.is_contiguous() &&
-          (shadow == nullptr || shadow->is_contiguous()))) {
+    Kinds kinds = {target.dtype, online.dtype, shadow ? shadow->dtype : kNone, false};
+    void* to = target.data;
+    const void* from = online.data;
+    void* copy = shadow ? shadow->data : nullptr;
+    if (!(target.contiguous && online.contiguous && (shadow == nullptr || shadow->contiguous))) {
       const Layout layout = make_layout(target, online, shadow);
       if (!layout.flat()) {
         StridedEntry entry = {to, from, copy, elements, 0, {}, 0, tensor, kinds, 0};
@@ -402,11 +392,9 @@ class Launcher {
 
 }  // namespace
 
-void update(std::vector<Tensor> targets, std::vector<Tensor> onlines, std::vector<Tensor> shadows,
-            std::optional<Tensor> momentum_tensor, double momentum, bool stochastic, int64_t seed,
-            std::optional<Tensor> step_tensor, int64_t step) {
-  if (targets.empty()) return;
-  const common::Queue queue(targets[0]);
+void update(const Lists& lists, std::optional<Tensor> momentum_tensor, double momentum,
+            bool stochastic, int64_t seed, std::optional<Tensor> step_tensor, int64_t step) {
+  const common::Queue queue(lists.first());
   Scalars scalars = {};
   scalars.mix = blend(momentum);
   scalars.stochastic = stochastic;
@@ -418,9 +406,8 @@ void update(std::vector<Tensor> targets, std::vector<Tensor> onlines, std::vecto
   }
   if (step_tensor) scalars.step_at = static_cast<const int64_t*>(step_tensor->const_data_ptr());
   Launcher launcher(queue, scalars);
-  for (size_t i = 0; i < targets.size(); ++i) {
-    launcher.add(targets[i], onlines[i], shadows.empty() ? nullptr : &shadows[i],
-                 static_cast<uint32_t>(i));
+  for (size_t i = 0; i < lists.count(); ++i) {
+    launcher.add(lists.target(i), lists.online(i), lists.shadow(i), static_cast<uint32_t>(i));
   }
   launcher.flush();
   launcher.flush_strided();

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "common/tensors.h"
+#include "ema/lists.h"
 
 namespace ema {
 
@@ -30,14 +30,13 @@ struct Layout {
 };
 
 // shadow: null where there is none.
-inline Layout make_layout(const common::Tensor& target, const common::Tensor& online,
-                          const common::Tensor* shadow) {
-  const auto sizes = target.sizes(), strides = target.strides(), others = online.strides();
-  const auto thirds = shadow ? shadow->strides() : strides;
+inline Layout make_layout(const View& target, const View& online, const View* shadow) {
+  const int64_t* thirds = shadow ? shadow->strides : target.strides;
   Layout layout;
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    if (sizes[d] == 1) continue;
-    layout.dims[layout.count++] = {sizes[d], strides[d], others[d], thirds[d]};
+  for (int64_t d = 0; d < target.dims; ++d) {
+    if (target.sizes[d] == 1) continue;
+    layout.dims[layout.count++] = {target.sizes[d], target.strides[d], online.strides[d],
+                                   thirds[d]};
   }
   std::stable_sort(layout.dims, layout.dims + layout.count,
                    [](const Dim& a, const Dim& b) { return a.target > b.target; });

@@ -55,7 +55,10 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 
-#define __syncthreads() emulator::Scheduler::instance().wait_block(__FILE__, __LINE__)
+#define __syncthreads() \
+  static_cast<void>(emulator::Scheduler::instance().wait_block(__FILE__, __LINE__))
+#define __syncthreads_and(predicate) \
+  static_cast<int>(emulator::Scheduler::instance().wait_block(__FILE__, __LINE__, (predicate) != 0))
 #define __syncwarp(...) emulator::warp_barrier(__FILE__, __LINE__ __VA_OPT__(, ) __VA_ARGS__)
 #define __shfl_sync(...) emulator::shuffle(__FILE__, __LINE__, __VA_ARGS__)
 #define __shfl_xor_sync(...) emulator::shuffle_xor(__FILE__, __LINE__, __VA_ARGS__)

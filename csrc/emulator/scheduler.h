@@ -61,6 +61,7 @@ struct Thread {
   const char* file = "";
   int line = 0;
   unsigned mask = 0;  // of the warp operation it waits in
+  bool vote = true;   // at the block's barrier it waits at
 };
 
 // What the lanes of a warp hand each other.
@@ -106,7 +107,12 @@ class Scheduler {
   }
 
 
-  void wait_block(const char* file, int line) { wait(Wait::kBlock, 0, file, line); }
+  // Returns whether every thread of the block voted for.
+  bool wait_block(const char* file, int line, bool vote = true) {
+    threads_[current_].vote = vote;
+    wait(Wait::kBlock, 0, file, line);
+    return agreed_;
+  }
 
   // Every lane of `mask` gives a value; returns what each of them gave, by lane.
   const uint64_t* exchange(unsigned mask, uint64_t value, const char* file, int line) {
@@ -218,7 +224,11 @@ class Scheduler {
         return false;
       }
     }
-    for (unsigned t = 0; t < count_; ++t) threads_[t].wait = Wait::kNone;
+    agreed_ = true;
+    for (unsigned t = 0; t < count_; ++t) {
+      agreed_ = agreed_ && threads_[t].vote;
+      threads_[t].wait = Wait::kNone;
+    }
     return true;
   }
 
@@ -297,6 +307,7 @@ class Scheduler {
   std::vector<SharedArray> shared_;
   size_t count_ = 0, dynamic_ = 0, dynamic_used_ = 0, shared_bytes_ = 0;
   unsigned current_ = 0;
+  bool agreed_ = true;
   std::string error_;
 };
 

@@ -57,6 +57,19 @@ __global__ void prefix_sums(float* values) {
   own[i] = sums[i];
 }
 
+// Of 96 threads: all vote for, all but one, and all again.
+__global__ void votes(float* values) {
+  values[threadIdx.x] = static_cast<float>(__syncthreads_and(1));
+  values[96 + threadIdx.x] = static_cast<float>(__syncthreads_and(threadIdx.x != 70));
+  values[192 + threadIdx.x] = static_cast<float>(__syncthreads_and(7));
+}
+
+void run_votes() {
+  std::vector<float> values(3 * 96);
+  emulator::launch(1, 96, 0, [&] { votes(values.data()); });
+  print(values);
+}
+
 void run_prefix_sums() {
   std::vector<float> values(6 * 64, 1.f);
   const dim3 grid(3, 2), block(16, 4);
@@ -264,6 +277,7 @@ int main(int, char** arguments) {
       {"reverse", run_reverse<true>},
       {"reverse_without_barrier", run_reverse<false>},
       {"prefix_sums", run_prefix_sums},
+      {"votes", run_votes},
       {"exchanges", run_exchanges},
       {"arrivals", run_arrivals},
       {"unwritten", run_unwritten},

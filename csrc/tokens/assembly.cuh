@@ -13,6 +13,13 @@ struct List {
 
   __device__ __forceinline__ int64_t operator[](int64_t i) const { return index[begin + i]; }
 
+  // Whether no entry at `from`, `from` + kThreads, ... is less than the one before it.
+  __device__ __forceinline__ bool rises(int64_t from) const {
+    bool all = true;
+    for (int64_t i = from; i < count; i += kThreads) all = all && (*this)[i - 1] <= (*this)[i];
+    return all;
+  }
+
   // How many entries lie below `position`; with `equal`, also those at it.
   __device__ __forceinline__ int64_t below(int64_t position, bool equal, bool sorted) const {
     if (!sorted) {
@@ -66,7 +73,6 @@ struct Sequences {
 // first where positions are equal. Sorted lists, which are what masks give, take a binary search;
 // others are counted through, 2 S comparisons a token.
 __global__ void __launch_bounds__(kThreads) order_tokens(Sequences q) {
-  SHARED_ARRAY(int, sorted, 2);
   int64_t block;
   const int64_t s = q.blocks.divide(blockIdx.x, block);
   const bool packed = q.context.offsets != nullptr;
@@ -77,16 +83,9 @@ __global__ void __launch_bounds__(kThreads) order_tokens(Sequences q) {
   const List target = {q.target_index, t_begin, t_end > t_begin ? t_end - t_begin : 0};
   const int64_t all = context.count + target.count;
 
-  if (threadIdx.x < 2) sorted[threadIdx.x] = 1;
-  __syncthreads();
-  for (int64_t i = threadIdx.x + 1; i < context.count; i += kThreads) {
-    if (context[i] < context[i - 1]) sorted[0] = 0;
-  }
-  for (int64_t i = threadIdx.x + 1; i < target.count; i += kThreads) {
-    if (target[i] < target[i - 1]) sorted[1] = 0;
-  }
-  __syncthreads();
-  const bool context_sorted = sorted[0] != 0, target_sorted = sorted[1] != 0;
+  // The barriers take the votes, so that no two threads write one place of shared memory.
+  const bool context_sorted = __syncthreads_and(context.rises(threadIdx.x + 1));
+  const bool target_sorted = __syncthreads_and(target.rises(threadIdx.x + 1));
 
   const int64_t base = packed ? c_begin + t_begin : 0;
   const int64_t begin = packed ? base : s * all;

@@ -32,7 +32,8 @@ from vicreg_kernels.barlow.triton_products import (
     loss_kernel,
 )
 from vicreg_kernels.barlow.triton_statistics import merge_kernel, statistics_kernel
-from vicreg_kernels.vicreg.triton import _device, operand_format
+from vicreg_kernels.vicreg.tma import device as _device
+from vicreg_kernels.vicreg.triton import operand_format
 
 
 class _Problem:

@@ -158,6 +158,10 @@ def parse(raw: Mapping[str, Any], kind: type[C], keys: Mapping[str, Any], where:
 
 
 def _value(raw: Any, hint: Any, where: str) -> Any:
+    if type(None) in get_args(hint):
+        if raw is None:
+            return None
+        (hint,) = (each for each in get_args(hint) if each is not type(None))
     lengths = get_args(hint)
     if lengths:
         whole = isinstance(raw, list) and len(raw) == len(lengths)

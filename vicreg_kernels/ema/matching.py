@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -44,18 +44,20 @@ def named_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tenso
     )
 
 
-def untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor once, under its first name; also where load_state_dict(assign=True) has made two
+def ties(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """A tensor's later names -> its first one; also where load_state_dict(assign=True) has made two
     parameters of one memory.
     """
-
-    def place(z: Tensor) -> Any:
-        if torch.compiler.is_compiling() or hasattr(z, "to_local") or z.numel() == 0:
-            return id(z)
-        return z.data_ptr(), z.shape, z.stride()
-
     first: dict[Any, str] = {}
-    return {name: z for name, z in tensors.items() if first.setdefault(place(z), name) == name}
+    earlier = {name: first.setdefault(place(z), name) for name, z in tensors.items()}
+    return {name: one for name, one in earlier.items() if one != name}
+
+
+def place(z: Tensor) -> Any:
+    """Equal for tensors that are the same, or the same view of one memory."""
+    if torch.compiler.is_compiling() or hasattr(z, "to_local") or z.numel() == 0:
+        return id(z)
+    return z.data_ptr(), z.shape, z.stride()
 
 
 def local(name: str, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,30 +100,45 @@ def check_names(kind: str, teacher: dict[str, Tensor], student: dict[str, Tensor
             )
 
 
-@dataclass
 class Tree:
-    """A module's parts, and where each of its tensors is kept: (dict, key), parameters first.
+    """A module's parts, and where each of its tensors is kept.
 
-    Looking names up takes a millisecond for a ViT, so it is done once for each pair of trees; the
-    tensors are read anew each time, because optimizers and fully_shard replace them.
+    Looking names up takes a millisecond for a ViT, so it is done once for each pair of trees, and
+    what it depends on is compared in every update: which parts and which names there are. The
+    tensors are read anew each time, because optimizers and fully_shard replace them; none is held.
     """
 
-    parts: list[nn.Module] = field(default_factory=list)
-    entries: int = 0
+    def __init__(self, root: nn.Module) -> None:
+        named = list(root.named_modules(remove_duplicate=False))
+        kept = [(part._parameters, part._buffers) for _, part in named]
+        everything = [part._modules for _, part in named] + [d for pair in kept for d in pair]
+        self._empty = [d for d in everything if not d]
+        self._children: list[dict[str, Any]] = [p._modules for _, p in named if p._modules]
+        self._as_seen = [dict(d) for d in self._children]
+        self._tensors = [d for pair in kept for d in pair if d]
+        self._keys = list(chain.from_iterable(self._tensors))
+        self._sizes = list(map(len, self._tensors))
+        self._values = [d.values() for d in self._tensors]
+        # Of parameters and of buffers: plain name -> place in `tensors()`.
+        self.places: tuple[dict[str, int], dict[str, int]] = ({}, {})
+        self.absent: list[int] = []  # places of what is registered as None
+        index = 0
+        for (name, _), pair in zip(named, kept, strict=True):
+            for places, tensors in zip(self.places, pair, strict=True):
+                for key, z in tensors.items():
+                    if z is None:
+                        self.absent.append(index)
+                    else:
+                        places[plain_name(f"{name}.{key}" if name else key)] = index
+                    index += 1
 
-    @classmethod
-    def of(cls, root: nn.Module) -> Tree:
-        parts = [root]
-        for part in parts:
-            parts.extend([child for child in part._modules.values() if child is not None])
-        return cls(parts, sum([len(p._parameters) + len(p._buffers) for p in parts]))
+    def unchanged(self) -> bool:
+        return (
+            not any(self._empty)
+            and self._children == self._as_seen
+            and list(chain.from_iterable(self._tensors)) == self._keys
+            and list(map(len, self._tensors)) == self._sizes
+        )
 
-    def places(self) -> dict[int, tuple[dict[str, Any], str]]:
-        """By the tensor's identity."""
-        found: dict[int, tuple[dict[str, Any], str]] = {}
-        for part in self.parts:
-            for kept in (part._parameters, part._buffers):
-                for key, z in kept.items():
-                    if z is not None:
-                        found.setdefault(id(z), (kept, key))
-        return found
+    def tensors(self) -> list[Any]:
+        return list(chain.from_iterable(self._values))

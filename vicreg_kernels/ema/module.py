@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from vicreg_kernels.ema.op import ema_update_
 from vicreg_kernels.ema.schedule import Schedule
 
 BUFFERS = ("copy", "average", "ignore")
+_PLAIN = {Tensor, nn.Parameter}
+# Of each root: the tensors to average, and those to copy.
+Rows = Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]
 
 
 class EMA(nn.Module):
@@ -108,6 +112,11 @@ class EMA(nn.Module):
             return self.schedule.at(int(self.step))
         return self.schedule.at_tensor(self.step)
 
+    def roots(self, student: nn.Module) -> list[nn.Module]:
+        """The models whose tensors belong together: the teacher, the student and the shadow."""
+        shadow = self.shadow
+        return [self.module, student] if shadow is None else [self.module, student, shadow]
+
     @torch.no_grad()
     def update(self, module: nn.Module, momentum: float | Tensor | None = None) -> None:
         """One step towards `module`, the student. momentum: None takes the schedule's.
@@ -116,26 +125,41 @@ class EMA(nn.Module):
         sharding; then nothing has been changed.
         """
         student = matching.unwrap(module)
-        if torch.compiler.is_compiling():
-            pairs = _Match(self, student)
-        else:
-            if self._match is None or not self._match.holds(self, student):
-                self._match = _Match(self, student)
-            pairs = self._match
-        targets, onlines, shadows, copies = pairs.tensors()
+        momentum = self.momentum() if momentum is None else momentum
+        step = self.step
+        compiling = torch.compiler.is_compiling()
+        match = None if compiling else self._match
+        rows = match.rows() if match is not None and match.holds(self, student) else None
+        if match is not None and rows is not None:
+            try:
+                self._average(match.local(rows), momentum, step)
+            except (TypeError, ValueError):  # nothing is written; perhaps others match by now
+                rows = None
+        if rows is None:
+            match = _Match(self, student)
+            self._match = None if compiling else match
+            rows = match.rows()
+            assert rows is not None
+            self._average(match.local(rows), momentum, step)
+        teacher, sources, *shadow = (copied for _, copied in rows)
+        for copies in (teacher, *shadow):
+            for target, source in zip(copies, sources, strict=True):
+                target.copy_(source)
+        step.add_(1)
+
+    def _average(
+        self, lists: Sequence[Sequence[Tensor]], momentum: float | Tensor, step: Tensor
+    ) -> None:
         ema_update_(
-            targets,
-            onlines,
-            self.momentum() if momentum is None else momentum,
-            shadows=shadows or None,
+            lists[0],
+            lists[1],
+            momentum,
+            shadows=(lists[2] if len(lists) > 2 else None) or None,
             rounding=self.rounding,
             seed=self.seed,
-            step=self.step,
+            step=step,
             backend=self.backend,
         )
-        for target, source in copies:
-            target.copy_(source)
-        self.step += 1
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_match": None}  # it refers to the student
@@ -163,62 +187,87 @@ def _teacher(student: nn.Module, dtype: torch.dtype | None, also_buffers: bool) 
 
 
 class _Match:
-    """Which tensors of the teacher, the student and the shadow belong together."""
+    """Which tensors of the teacher, the student and the shadow belong together.
+
+    Made by name; later calls find the tensors by their places. Where those no longer hold what the
+    match was made for, `rows` is None, and it is made anew.
+    """
 
     def __init__(self, ema: EMA, student: nn.Module) -> None:
-        roots = [ema.module, student] + ([ema.shadow] if ema.shadow is not None else [])
-        self.roots = [root for root in roots if root is not None]
-        self.trees: list[matching.Tree] = []
+        self.roots = ema.roots(student)
+        # A traced graph has no use for the places.
+        compiling = torch.compiler.is_compiling()
+        self.trees = [] if compiling else [matching.Tree(root) for root in self.roots]
         named = [matching.named_tensors(root) for root in self.roots]
-        kinds = ("parameters", "buffers") if ema.buffer_rule != "ignore" else ("parameters",)
-        averaged: list[tuple[str, list[Tensor]]] = []  # name, the tensor of each root
-        copied: list[tuple[str, list[Tensor]]] = []
-        for k, kind in enumerate(kinds):
+        self.averaged: list[str] = []
+        self.copied: list[str] = []
+        picks: list[tuple[list[int], list[int]]] = [([], []) for _ in self.trees]
+        found: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in named]
+        self.ties: list[tuple[int, int]] = []  # places of a teacher's tensor's two names
+        self.by_dtype: list[int] = []  # which of the copied ones would be averaged if they floated
+        for k in (0, 1) if ema.buffer_rule != "ignore" else (0,):
+            kind = ("parameters", "buffers")[k]
             for other in named[1:]:
                 matching.check_names(kind, named[0][k], other[k])
-            for name, z in matching.untied(named[0][k]).items():
-                averages = z.is_floating_point() or z.is_complex()
-                averages = averages and (k == 0 or ema.buffer_rule == "average")
-                group = averaged if averages else copied
-                group.append((name, [tensors[k][name] for tensors in named]))
-        self.averaged = [name for name, _ in averaged]
-        self.fixed: list[list[Tensor]] | None = None
-        if torch.compiler.is_compiling():  # a traced graph has no use for the dictionaries
-            self.fixed = [z for _, z in averaged + copied]
-            return
-        self.trees = [matching.Tree.of(root) for root in self.roots]
-        places = [tree.places() for tree in self.trees]
-        self.slots = [
-            [place[id(z)] for place, z in zip(places, tensors, strict=True)]
-            for _, tensors in averaged + copied
-        ]
+            ties = matching.ties(named[0][k])
+            averages = k == 0 or ema.buffer_rule == "average"
+            for name, z in named[0][k].items():
+                if name in ties:
+                    if self.trees:
+                        places = self.trees[0].places[k]
+                        self.ties.append((places[ties[name]], places[name]))
+                    continue
+                copies = not (averages and _floats(z))
+                if copies and averages:
+                    self.by_dtype.append(len(self.copied))
+                (self.copied if copies else self.averaged).append(name)
+                for pick, tree in zip(picks, self.trees, strict=True):
+                    pick[copies].append(tree.places[k][name])
+                for each, tensors in zip(found, named, strict=True):
+                    each[copies].append(tensors[k][name])
+        self.fixed: Rows | None = found if compiling else None
+        self.plain = not any([z.is_complex() for z in found[0][0] + found[1][0]])
+        self.picks = [tuple(map(_picker, pair)) for pair in picks]
 
     def holds(self, ema: EMA, student: nn.Module) -> bool:
-        """Whether these are still the roots, and their parts the same."""
-        roots = [ema.module, student] + ([ema.shadow] if ema.shadow is not None else [])
-        return roots == self.roots and [matching.Tree.of(root) for root in roots] == self.trees
+        """Whether these are still the roots, and their parts and names the same."""
+        return ema.roots(student) == self.roots and all([t.unchanged() for t in self.trees])
 
-    def tensors(
-        self,
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
-        """Targets, online tensors and shadows of the average; (target, source) of copies."""
-        rows: Sequence[list[Tensor]]
+    def rows(self) -> Rows | None:
+        """Of each root: the tensors to average, and those to copy."""
         if self.fixed is not None:
-            rows = self.fixed
-        else:
-            rows = [[kept[key] for kept, key in slots] for slots in self.slots]
-        count = len(self.averaged)
-        targets, onlines, shadows = [], [], []
-        for name, row in zip(self.averaged, rows, strict=False):
-            target, online = matching.local(name, row[0], row[1])
-            targets.append(target)
-            onlines.append(online)
-            if len(row) > 2:
-                shadows.append(matching.local(name, row[2], row[1])[0])
-        copies = [
-            (target, row[1])
-            for row in rows[count:]
-            for target in (row[0], *row[2:])
-            if target is not None
-        ]
-        return targets, onlines, shadows, copies
+            return self.fixed
+        flat = [tree.tensors() for tree in self.trees]
+        for tree, values in zip(self.trees, flat, strict=True):
+            if any([values[place] is not None for place in tree.absent]):
+                return None
+        rows = [(a(values), c(values)) for (a, c), values in zip(self.picks, flat, strict=True)]
+        teacher, copied = flat[0], rows[0][1]
+        for one, other in self.ties:
+            a, b = teacher[one], teacher[other]
+            if a is not b and (a is None or b is None or matching.place(a) != matching.place(b)):
+                return None
+        return None if any([_floats(copied[i]) for i in self.by_dtype]) else rows
+
+    def local(self, rows: Rows) -> list[Sequence[Tensor]]:
+        """The tensors to average, as the op takes them: shards of this rank, reals of complexes."""
+        lists = [averaged for averaged, _ in rows]
+        if self.plain and all([_PLAIN.issuperset(map(type, tensors)) for tensors in lists]):
+            return lists
+        teacher, student, *shadow = lists
+        pairs = list(map(matching.local, self.averaged, teacher, student))
+        local = [[t for t, _ in pairs], [s for _, s in pairs]]
+        for tensors in shadow:
+            both = map(matching.local, self.averaged, tensors, student)
+            local.append([t for t, _ in both])
+        return [*local]
+
+
+def _floats(z: Tensor) -> bool:
+    return z.is_floating_point() or z.is_complex()
+
+
+def _picker(places: list[int]) -> Callable[[list[Any]], Sequence[Any]]:
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda values: [values[place] for place in places]

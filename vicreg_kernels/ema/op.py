@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vicreg_kernels import dispatch
+from vicreg_kernels import calls, dispatch
 from vicreg_kernels.ema import backends, checks
+from vicreg_kernels.library import NAMESPACES
 
 _LIBRARY = torch.library.Library("vicreg_kernels", "FRAGMENT")
 _LIBRARY.define(
@@ -26,7 +28,14 @@ _LIBRARY.define(
 
 
 @torch.library.impl(_LIBRARY, "ema_update_", "CompositeExplicitAutograd")
-def _update(
+def _update(*args: Any) -> None:
+    if not _run(False, *args):
+        checks.check_overlap(*args[:3])
+        _run(True, *args)
+
+
+def _run(
+    checked: bool,
     targets: list[Tensor],
     onlines: list[Tensor],
     shadows: list[Tensor],
@@ -37,18 +46,28 @@ def _update(
     step_tensor: Tensor | None,
     step: int,
     backend: str,
-) -> None:
+) -> bool:
+    """checked: the lists are known to be fit. Otherwise False, and nothing is written, where the
+    kernel, which looks at them itself, cannot tell that they are.
+    """
     if momentum_tensor is not None and momentum_tensor.device.type == "cpu":
         momentum, momentum_tensor = momentum_tensor.item(), None
         checks.check_momentum("momentum", momentum)
     if step_tensor is not None and step_tensor.device.type == "cpu":
         step, step_tensor = int(step_tensor.item()), None
         checks.check_step(step)
-    checks.check_overlap(targets, onlines, shadows)
-    backends.load(backend)(
-        targets, onlines, shadows, momentum_tensor, momentum, stochastic, seed, step_tensor, step
-    )
-    torch.autograd.graph.increment_version([*targets, *shadows])
+    lists = targets, onlines, shadows
+    settings = momentum_tensor, momentum, stochastic, seed, step_tensor, step
+    kernel = backends.load(backend)
+    if backend in NAMESPACES:
+        if not kernel(*lists, *settings, checked):
+            return False
+    elif checked:
+        kernel(*lists, *settings)
+    else:
+        return False
+    torch.autograd.graph.increment_version([*targets, *shadows] if shadows else targets)
+    return True
 
 
 @torch.library.register_fake("vicreg_kernels::ema_update_")
@@ -100,7 +119,6 @@ def ema_update_(
     onlines = checks.as_list("onlines", onlines)
     copies = None if shadows is None else checks.as_list("shadows", shadows)
     dispatch.check_backend(backend)
-    checks.check_lists(targets, onlines, copies)
     checks.check_rounding(rounding, seed)
     device = targets[0].device if targets else torch.device("cpu")
 
@@ -124,8 +142,20 @@ def ema_update_(
     else:
         checks.check_step(step)
     if not targets:
+        checks.check_lists(targets, onlines, copies)
+        return
+    settings = (
+        momentum_tensor,
+        float(momentum),
+        rounding == "stochastic",
+        seed,
+        step_tensor,
+        step,
+    )
+    if calls.direct(targets[0]) and _update_directly(targets, onlines, copies, settings, backend):
         return
 
+    checks.check_lists(targets, onlines, copies)
     everything = (*targets, *onlines, *(copies or ()))
     dtypes = {z.dtype for z in everything}
     widest = torch.float64 if torch.float64 in dtypes else targets[0].dtype
@@ -134,15 +164,34 @@ def ema_update_(
         dispatch.log_choice("ema_update_", name, backend, device, (len(targets),))
     # Only where it is needed: a compiled graph that fails inside leaves gradients switched off.
     with torch.no_grad() if any(z.requires_grad for z in everything) else nullcontext():
-        torch.ops.vicreg_kernels.ema_update_(
-            targets,
-            onlines,
-            copies or [],
-            momentum_tensor,
-            float(momentum),
-            rounding == "stochastic",
-            seed,
-            step_tensor,
-            step,
-            name,
-        )
+        torch.ops.vicreg_kernels.ema_update_(targets, onlines, copies or [], *settings, name)
+
+
+def _update_directly(
+    targets: list[Tensor],
+    onlines: list[Tensor],
+    shadows: list[Tensor] | None,
+    settings: Any,
+    backend: str | None,
+) -> bool:
+    """The update past the dispatcher and the checks in Python, which would take longer than the
+    kernel; False where a compiled kernel does not run at once. Nothing has been written then.
+    """
+    first = targets[0]
+    if first.dtype not in dispatch.FUSED_DTYPES:
+        return False
+    name = dispatch.choose("ema_update_", backend, first.device.type, first.dtype)
+    if name not in NAMESPACES:
+        return False
+    try:
+        if any([z.grad_fn is not None for z in targets + (shadows or [])]):
+            return False
+    except AttributeError:  # no tensor
+        return False
+    dispatch.log_choice("ema_update_", name, backend, first.device, (len(targets),))
+    try:
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+            return _run(False, targets, onlines, shadows or [], *settings, name)  # type: ignore[call-arg]
+    except (RuntimeError, TypeError):
+        checks.check_lists(targets, onlines, shadows)  # the dispatcher's words name no tensor
+        raise

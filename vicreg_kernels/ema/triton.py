@@ -1,10 +1,10 @@
-"""The launcher of the EMA op's Triton kernel: one launch for all tensors of one mix of dtypes.
+"""The launcher of the EMA op's Triton kernel: one launch for all tensors of one pair of dtypes.
 
-A launch cannot take hundreds of pointers, so they lie in a small table on the device, which is
-built at the first call with these tensors (a copy of some KB from the host) and kept for the next
-ones. A captured CUDA graph reads the table at each replay, so one that a capture has used is never
-freed; a capture that finds none is an error, because its copy could not be replayed. GPU times: not
-measured yet.
+A launch cannot take hundreds of pointers, so those of a call lie in one small table on the device,
+which is built at the first call with these tensors (a copy of some KB from the host) and kept for
+the next ones. A captured CUDA graph reads the table at each replay, so one that a capture has used
+is never freed; a capture that finds none is an error, because its copy could not be replayed. GPU
+times: not measured yet.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,9 @@ BLOCK = 4096  # elements a program: 16 a thread, 64 bytes and more in flight
 STRIDED_BLOCK = 1024
 WARPS = 8
 _KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+SHADOWS = {dtype: code for code, dtype in enumerate(_KINDS, start=1)}  # 0: there is none
 VECTOR = 8  # elements that two or one 16-byte accesses take, whatever the dtype
+FIELDS = 7  # of a row before its dims
 _MOST_TABLES = 16
 
 
@@ -45,17 +47,35 @@ def _dims(target: Tensor, online: Tensor, shadow: Tensor | None) -> list[tuple[i
     return [] if dims in ([], [(target.numel(), 1, 1, 1)]) else dims
 
 
+class Launch(NamedTuple):
+    """Tensors of one pair of dtypes and one kind of layout: where their rows and the places of the
+    launch's programs begin in the table, how many programs there are, and the rows' dims.
+    """
+
+    kinds: tuple[str, str]
+    aligned: bool
+    strided: bool
+    rows: int
+    blocks: int
+    programs: int
+    dims: int
+
+
+# What a launch is about: target's and online's kind, aligned, strided; and a tensor's row.
+Work = tuple[tuple[tuple[str, str], bool, bool], tuple[int, ...]]
+Made = tuple[Tensor, list[Launch]]
+
+
 class _Tables:
     """The tables of the last calls, and for good those that a CUDA graph has captured."""
 
     def __init__(self) -> None:
-        self.recent: OrderedDict[Any, tuple[Tensor, Tensor]] = OrderedDict()
-        self.captured: dict[Any, tuple[Tensor, Tensor]] = {}
+        self.recent: OrderedDict[Any, Made] = OrderedDict()
+        self.captured: dict[Any, Made] = {}
 
-    def find(
-        self, rows: tuple[tuple[int, ...], ...], block: int, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        key = (device, block, rows)
+    def find(self, work: tuple[Work, ...], blocks: tuple[int, int], device: torch.device) -> Made:
+        """blocks: elements a program, flat and strided."""
+        key = (device, blocks, work)
         on_gpu = device.type == "cuda"
         capturing = on_gpu and torch.cuda.is_current_stream_capturing()
         made = self.captured.get(key) or self.recent.get(key)
@@ -65,7 +85,7 @@ class _Tables:
                     "ema_update_ with backend='triton' inside a CUDA graph capture: call it with"
                     " these tensors once before the capture, which cannot copy their addresses"
                 )
-            made = _make_tables(rows, block, device)
+            made = _make_table(work, blocks, device)
             self.recent[key] = made
             if len(self.recent) > _MOST_TABLES:
                 self.recent.popitem(last=False)
@@ -75,20 +95,34 @@ class _Tables:
             if key in self.recent:
                 self.recent.move_to_end(key)
             if on_gpu:
-                for part in made:
-                    part.record_stream(torch.cuda.current_stream(device))
+                made[0].record_stream(torch.cuda.current_stream(device))
         return made
 
 
-def _make_tables(
-    rows: tuple[tuple[int, ...], ...], block: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The rows, int64, and for each program its row << 32 | its block of elements."""
-    table = torch.tensor(rows, dtype=torch.int64)
-    counts = (table[:, 3] + block - 1) // block
-    row = torch.arange(len(rows)).repeat_interleave(counts)
-    place = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
-    return table.to(device), (row << 32 | place).to(device)
+def _make_table(work: tuple[Work, ...], blocks: tuple[int, int], device: torch.device) -> Made:
+    """int64, for each launch: its rows, dims filled up with ones of size 1, and for each of its
+    programs row << 32 | block of elements.
+    """
+    parts: list[Tensor] = []
+    launches = []
+    begin = 0
+    for (kinds, aligned, strided), group in groupby(
+        sorted(work, key=lambda item: item[0]), key=lambda item: item[0]
+    ):
+        rows = [row for _, row in group]
+        length = max(map(len, rows))
+        table = torch.tensor([[*r, *(1, 0, 0, 0) * ((length - len(r)) // 4)] for r in rows])
+        block = blocks[strided]
+        counts = (table[:, 3] + block - 1) // block
+        row = torch.arange(len(rows)).repeat_interleave(counts)
+        place = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+        parts += [table.flatten(), row << 32 | place]
+        middle = begin + table.numel()
+        launches.append(
+            Launch(kinds, aligned, strided, begin, middle, len(row), (length - FIELDS) // 4)
+        )
+        begin = middle + len(row)
+    return torch.cat(parts).to(device), launches
 
 
 _tables = _Tables()
@@ -106,7 +140,7 @@ def update(
     step: int,
 ) -> None:
     """As reference.update."""
-    work = []
+    work: list[Work] = []
     for index, (target, online) in enumerate(zip(targets, onlines, strict=True)):
         if target.numel() == 0:
             continue
@@ -116,44 +150,44 @@ def update(
         if not all(z.is_contiguous() for z in three):
             dims = _dims(target, online, shadow)
         addresses = [z.data_ptr() for z in three]
-        kinds = tuple(_KINDS[z.dtype] for z in three[:2])
-        kinds += ("none" if shadow is None else _KINDS[shadow.dtype],)
+        kinds = _KINDS[target.dtype], _KINDS[online.dtype]
+        copied = 0 if shadow is None else SHADOWS[shadow.dtype]
         whole = 0  # elements that vectors take
         if not dims and all(address % 16 == 0 for address in addresses):
             whole = target.numel() // VECTOR * VECTOR
         if whole:
-            work.append(((kinds, True, 0), (*addresses, whole, index, 0)))
+            work.append(((kinds, True, False), (*addresses, whole, index, 0, copied)))
         if whole < target.numel():
             rest = [a + whole * z.element_size() for a, z in zip(addresses, three, strict=True)]
             flat = tuple(number for dim in dims for number in dim)
-            row = (*rest, target.numel() - whole, index, whole, *flat)
-            work.append(((kinds, False, len(dims)), row))
+            row = (*rest, target.numel() - whole, index, whole, copied, *flat)
+            work.append(((kinds, False, bool(dims)), row))
     if not work:
         return
-    work.sort(key=lambda item: item[0])
     device = targets[0].device
     near = 1.0 - momentum < 0.5
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        for (kinds, aligned, dims_count), group in groupby(work, key=lambda item: item[0]):
-            block = STRIDED_BLOCK if dims_count else BLOCK
-            table, blocks = _tables.find(tuple(row for _, row in group), block, device)
-            update_kernel[(blocks.numel(),)](
+        table, launches = _tables.find(tuple(work), (BLOCK, STRIDED_BLOCK), device)
+        for launch in launches:
+            update_kernel[(launch.programs,)](
                 table,
-                blocks,
                 table if momentum_tensor is None else momentum_tensor,
+                table if step_tensor is None else step_tensor,
                 1.0 - momentum if near else -momentum,
                 int(near),
                 seed,
-                step if step_tensor is None else step_tensor,
-                TARGET=kinds[0],
-                ONLINE=kinds[1],
-                SHADOW=kinds[2],
-                STOCHASTIC=stochastic and kinds[0] != "fp32",
+                step,
+                launch.rows,
+                launch.blocks,
+                launch.dims,
+                TARGET=launch.kinds[0],
+                ONLINE=launch.kinds[1],
+                STOCHASTIC=stochastic and launch.kinds[0] != "fp32",
                 DEVICE_MOMENTUM=momentum_tensor is not None,
                 DEVICE_STEP=step_tensor is not None,
-                ALIGNED=aligned,
-                DIMS=dims_count,
-                BLOCK=block,
+                ALIGNED=launch.aligned,
+                STRIDED=launch.strided,
+                BLOCK=STRIDED_BLOCK if launch.strided else BLOCK,
                 num_warps=WARPS,
                 enable_fp_fusion=False,
             )

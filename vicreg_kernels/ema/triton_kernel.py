@@ -1,4 +1,8 @@
-"""The EMA op's one Triton kernel: table in, tensors of one mix of dtypes updated in place.
+"""The EMA op's one Triton kernel: table in, tensors of one pair of dtypes updated in place.
+
+What a tensor's row says at run time costs no compilation: the shadow's dtype, the dimensions and
+their number. The dtypes of target and online tensor are compiled for, because a branch between two
+loads would make the second wait for the first.
 
 bfloat16 is read and written as integers, with the rounding of formula.h, because Triton's
 interpreter rounds it otherwise. The launcher forbids fused multiply-adds, so that every backend has
@@ -104,45 +108,59 @@ def _random(seed, step, index, first, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _write_shadow(address, at, value, mask, kind, ALIGNED: tl.constexpr):
+    """kind: triton.py's SHADOWS; 0: there is none."""
+    if kind == 1:
+        _write(address, at, value, mask, "fp32", ALIGNED)
+    elif kind == 2:
+        _write(address, at, value, mask, "bf16", ALIGNED)
+    elif kind == 3:
+        _write(address, at, value, mask, "fp16", ALIGNED)
+
+
+@triton.jit(do_not_specialize=["near", "seed", "step", "rows", "blocks", "dims"])
 def update_kernel(
-    table,
-    blocks,
+    table,  # int64: rows of this launch from `rows` on, its programs' places from `blocks` on
     momentum,
+    step_at,
     factor,
-    near,
-    seed,
-    step,
+    near: tl.int32,
+    seed: tl.int64,
+    step: tl.int64,
+    rows: tl.int64,
+    blocks: tl.int64,
+    dims: tl.int32,
     TARGET: tl.constexpr,
     ONLINE: tl.constexpr,
-    SHADOW: tl.constexpr,  # "none": there is none
     STOCHASTIC: tl.constexpr,
     DEVICE_MOMENTUM: tl.constexpr,
     DEVICE_STEP: tl.constexpr,
     ALIGNED: tl.constexpr,
-    DIMS: tl.constexpr,  # 0: each tensor is one run of memory
+    STRIDED: tl.constexpr,  # False: each tensor is one run of memory, and dims is 0
     BLOCK: tl.constexpr,
 ):
-    FIELDS: tl.constexpr = 6 + 4 * DIMS  # addresses, elements, index, number of the first, dims
-    place = tl.load(blocks + tl.program_id(0))
-    row = table + (place >> 32) * FIELDS
+    place = tl.load(table + blocks + tl.program_id(0))
+    # addresses, elements, index, number of the first, kind of the shadow, dims
+    row = table + rows + (place >> 32) * (7 + 4 * dims)
     first = (place & 0xFFFFFFFF) * BLOCK
     target, online, shadow = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     elements, index, number = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+    kind = tl.load(row + 6)
     if ALIGNED:
         elements = tl.multiple_of(elements, 8)  # so that a mask does not cut a vector
     element = first + tl.arange(0, BLOCK)
     mask = element < elements
     at_target, at_online, at_shadow = element, element, element
-    if DIMS > 0:
+    if STRIDED:
         at_target, at_online, at_shadow = element * 0, element * 0, element * 0
         rest = element
-        for d in tl.static_range(DIMS):  # the innermost first
-            size = tl.load(row + 6 + 4 * d)
+        for d in range(dims):  # the innermost first
+            size = tl.load(row + 7 + 4 * d)
             coordinate = rest % size
             rest = rest // size
-            at_target += coordinate * tl.load(row + 7 + 4 * d)
-            at_online += coordinate * tl.load(row + 8 + 4 * d)
-            at_shadow += coordinate * tl.load(row + 9 + 4 * d)
+            at_target += coordinate * tl.load(row + 8 + 4 * d)
+            at_online += coordinate * tl.load(row + 9 + 4 * d)
+            at_shadow += coordinate * tl.load(row + 10 + 4 * d)
 
     if DEVICE_MOMENTUM:
         m = tl.load(momentum).to(tl.float64)
@@ -155,10 +173,9 @@ def update_kernel(
     o = _read(online, at_online, mask, ONLINE, ALIGNED)
     result = tl.where(is_near, t, o) + scale * (o - t)
     if STOCHASTIC:
-        now = tl.load(step) if DEVICE_STEP else tl.full([], step, tl.int64)
+        now = tl.load(step_at) if DEVICE_STEP else tl.full([], step, tl.int64)
         random = _random(seed, now, index, number + first, BLOCK)
         kept = _write_stochastic(target, at_target, result, random, mask, TARGET, ALIGNED)
     else:
         kept = _write(target, at_target, result, mask, TARGET, ALIGNED)
-    if SHADOW != "none":
-        _write(shadow, at_shadow, kept, mask, SHADOW, ALIGNED)
+    _write_shadow(shadow, at_shadow, kept, mask, kind, ALIGNED)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vicreg_kernels import dispatch
 from vicreg_kernels.library import NAMESPACES, exact
+from vicreg_kernels.vicreg import tma
 
 dispatch.register("vicreg", dispatch.SQUARE)
 
@@ -50,6 +51,7 @@ def empty_saved(x: Tensor, views: int, backend: str) -> tuple[Tensor, ...]:
     gram = rows < dim
     side = rows if gram else dim
     deflated = min(DEFLATED_COLUMNS, dim) if gram else 0
+    operands = backend == "triton" and tma.saves_operands(x)  # the gradient's product's, as it is
 
     def new(*shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
@@ -57,8 +59,8 @@ def empty_saved(x: Tensor, views: int, backend: str) -> tuple[Tensor, ...]:
     return (
         new(4),
         new(views, groups, 3, dim),
-        new(views, groups, side, side),
+        new(views, groups, side, side, dtype=x.dtype if operands else torch.float32),
         new(views, groups, deflated, rows),
         new(views, groups, deflated, dtype=torch.int64),
-        new(views, groups, rows, dim, dtype=x.dtype) if backend == "cuda" else new(0),
+        new(views, groups, rows, dim, dtype=x.dtype) if backend == "cuda" or operands else new(0),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,8 @@ class Config:
     product: (tile, depth, warps, stages); programs a multiprocessor wanted from the split.
     strips: (rows, columns, warps).
     gradient: (rows, columns, depth, warps, stages).
+    tma_product, tma_gradient: (rows, columns, depth, warps, stages, tiles in a band) of the
+    products with TMA operands (tma.py); None where the others are used.
     """
 
     statistics: tuple[int, int, int]
@@ -34,6 +37,8 @@ class Config:
     occupancy: int
     strips: tuple[int, int, int]
     gradient: tuple[int, int, int, int, int]
+    tma_product: tuple[int, int, int, int, int, int] | None = None
+    tma_gradient: tuple[int, int, int, int, int, int] | None = None
 
 
 KEYS = {"shape": tuple[int, int]}
@@ -52,26 +57,46 @@ def _same_side(row: measured.Row, rows: int, dim: int) -> bool:
     return (n < d) == (rows < dim)
 
 
+def _measured(device: str) -> tuple[measured.Row, ...]:
+    return measured.rows(device, "vicreg", Config, KEYS)
+
+
 @measured.cached
 def nearest(device: str, format: str, rows: int, dim: int) -> Config:
     """The configuration of the nearest shape in octaves, on the same side of N = D first: of the
     device's measured ones where it has any on that side, else of the general ones.
     """
     family = "single" if format in ("fp32", "tf32") else "half"
-    own = measured.rows(device, "vicreg", Config, KEYS)
-    fit = [r for r in own if r.format == family and _same_side(r, rows, dim)]
+    return _nearest(device, lambda row: row.format == family, rows, dim)
 
+
+@measured.cached
+def nearest_tma(device: str, rows: int, dim: int) -> Config:
+    """The same among the rows with TMA tiles; `tma_side` says that there are any."""
+    return _nearest(device, lambda row: row.config.tma_product is not None, rows, dim)
+
+
+def _nearest(device: str, takes: Callable[[measured.Row], bool], rows: int, dim: int) -> Config:
     def distance(row: measured.Row) -> tuple[bool, float]:
         n, d = row.key["shape"]
         apart = abs(math.log2(n / rows)) + abs(math.log2(d / dim))
         return not _same_side(row, rows, dim), apart
 
-    return min(fit or (r for r in _general() if r.format == family), key=distance).config
+    own = [row for row in _measured(device) if takes(row) and _same_side(row, rows, dim)]
+    return min(own or filter(takes, _general()), key=distance).config
+
+
+@measured.cached
+def tma_side(device: str) -> int | None:
+    """The least min(N, D) at which the products with TMA operands are used: that of the general
+    table's smallest shape with tiles for them. None: they are not used.
+    """
+    sides = (min(row.key["shape"]) for row in _general() if row.config.tma_product is not None)
+    return min(sides, default=None)
 
 
 def shipped() -> list[tuple[str, str, tuple[int, int], Config]]:
     """Every row, general and measured: (device, format, shape, configuration)."""
     found = [("default", row) for row in _general()]
-    for device in measured.devices():
-        found += [(device, row) for row in measured.rows(device, "vicreg", Config, KEYS)]
+    found += [(device, row) for device in measured.devices() for row in _measured(device)]
     return [(device, row.format, row.key["shape"], row.config) for device, row in found]

@@ -1,42 +1,32 @@
 """Launchers of the VICReg op's Triton kernels.
 
 Launches: forward 4 on the Gram side and for few rows (statistics, product, strips, terms; one less
-where the D x D product needs no split), 5 where rows are many enough to split the statistics;
-backward 1. Nothing waits for the device, and allocation depends on shapes alone, so both can be
-captured in a CUDA graph. With N < D a view's rows are read twice forward and once backward from
-memory, where the triangle's tiles share them through L2. GPU times: not measured yet.
+where the D x D product needs no split), one more where rows are many enough to split the
+statistics, one more with TMA operands (centring; tma.py says where); backward 1. Nothing waits for
+the device, and allocation depends on shapes alone, so both can be captured in a CUDA graph. With
+N < D a view's rows are read twice forward and once backward from memory, where the triangle's tiles
+share them through L2. GPU times: not measured yet.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vicreg_kernels.vicreg import backends, configs
-from vicreg_kernels.vicreg.triton_products import (
-    gradient_kernel,
-    product_kernel,
-    strips_kernel,
-    terms_kernel,
-)
+from vicreg_kernels.vicreg import backends, configs, tma
+from vicreg_kernels.vicreg.triton_gradient import gradient_kernel
+from vicreg_kernels.vicreg.triton_products import product_kernel, strips_kernel, terms_kernel
 from vicreg_kernels.vicreg.triton_statistics import merge_kernel, statistics_kernel
-
-# What the interpreter, which has no multiprocessors, is launched for.
-_INTERPRETED_PROCESSORS = 4
-
-
-@cache
-def _device(index: int | None) -> tuple[str, int, int]:
-    """(name, multiprocessors, compute capability's major number)."""
-    if index is None:
-        return "default", _INTERPRETED_PROCESSORS, 9
-    properties = torch.cuda.get_device_properties(index)
-    return properties.name, properties.multi_processor_count, properties.major
+from vicreg_kernels.vicreg.triton_tma import (
+    centre_kernel,
+    symmetric_kernel,
+    tiled_gradient_kernel,
+)
 
 
 def operand_format(dtype: torch.dtype, capability: int) -> tuple[str, str, str]:
@@ -69,13 +59,17 @@ class _Problem:
         self.taken = min(backends.DEFLATED_COLUMNS, self.dim)
         self.degrees = float(self.rows - (1 if unbiased else 0))
         on_gpu = x.device.type == "cuda"
-        name, self.processors, capability = _device(x.device.index if on_gpu else None)
+        name, self.processors, capability = tma.device(x.device.index if on_gpu else None)
         self.format, self.forward_precision, self.backward_precision = operand_format(
             x.dtype, capability
         )
         if self.format == "bf16" and x.device.type == "cpu":
             self.format = "bf16 in fp32"  # see triton_operands.py
-        self.config = configs.nearest(name, self.format, self.rows, self.dim)
+        self.tma = tma.takes(x)
+        if self.tma:
+            self.config = configs.nearest_tma(name, self.rows, self.dim)
+        else:
+            self.config = configs.nearest(name, self.format, self.rows, self.dim)
         self.strides = (*x.stride(), *self.y.stride())
 
     def on_device(self) -> AbstractContextManager[Any]:
@@ -109,6 +103,87 @@ def _splits(p: _Problem, tiles: int) -> tuple[int, int]:
     return triton.cdiv(p.length, chunk), chunk
 
 
+# Rows and columns of a tile of the centring pass, its warps, and tiles of rows a program does: the
+# candidates' merge, about 3 us, once for 128 x 128 elements.
+_CENTRE = (16, 128, 4, 8)
+
+
+class _Columns:
+    """What the Gram side's statistics tell its product: candidates for the columns of largest
+    scatter, and what the product tells `strips_kernel`: the columns taken, and the others' sum.
+    """
+
+    def __init__(self, p: _Problem, blocks: int, diagonal: Tensor) -> None:
+        planes = p.planes if p.gram else 0
+        self.blocks, self.diagonal = blocks, diagonal
+        self.candidates = p.empty(planes, blocks, 5)
+        self.candidate_index = p.empty(planes, blocks, 4, dtype=torch.int32)
+        self.taken = p.empty(planes, 4, p.rows)
+        # At least 64, so that one kernel serves up to 16 blocks of columns.
+        self.width = max(64, triton.next_power_of_2(4 * blocks))
+
+
+class _Product:
+    """The symmetric product of a forward: its grid, where it puts the matrix and the sums."""
+
+    def __init__(self, p: _Problem) -> None:
+        if p.tma:
+            assert p.config.tma_product is not None
+            height, width, *_ = p.config.tma_product
+            across = triton.cdiv(p.side, width)
+            self.tiles = width // height * (across * (across + 1) // 2)
+            self.splits, self.chunk = 1, p.length
+        else:
+            across = triton.cdiv(p.side, p.config.product[0])
+            self.tiles = across * (across + 1) // 2
+            self.splits, self.chunk = _splits(p, self.tiles)
+        self.whole = not p.gram and self.splits == 1
+
+    def launch(
+        self, p: _Problem, columns: _Columns, moments: Tensor, out: Tensor, sums: Tensor,
+        index: Tensor,
+    ) -> None:  # fmt: skip
+        tile, depth, warps, stages = p.config.product
+        product_kernel[(p.planes * self.splits * self.tiles,)](
+            p.x, p.y, moments, out, sums, columns.candidates, columns.candidate_index, index,
+            columns.taken, columns.diagonal,
+            p.groups, p.rows, p.dim, columns.blocks, self.splits, self.chunk, *p.strides, p.degrees,
+            GRAM=p.gram, WHOLE=self.whole, FORMAT=p.format, PRECISION=p.forward_precision,
+            TAKEN=p.taken, WIDTH=columns.width,
+            TILE=tile, DEPTH=depth, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+    def launch_tma(
+        self, p: _Problem, columns: _Columns, moments: Tensor, out: Tensor, sums: Tensor,
+        index: Tensor, centred: Tensor,
+    ) -> None:  # fmt: skip
+        height, width, warps, steps = _CENTRE
+        row_blocks = triton.cdiv(p.rows, height * steps)
+        centre_kernel[(p.planes * row_blocks * triton.cdiv(p.dim, width),)](
+            p.x, p.y, moments, centred, columns.candidates, columns.candidate_index, index,
+            columns.taken, columns.diagonal,
+            p.groups, p.rows, p.dim, columns.blocks, row_blocks, *p.strides,
+            GRAM=p.gram, FORMAT=p.format, TAKEN=p.taken, WIDTH=columns.width,
+            ROWS=height, COLUMNS=width, STEPS=steps, num_warps=warps,
+        )  # fmt: skip
+        assert p.config.tma_product is not None
+        height, width, depth, warps, stages, band = p.config.tma_product
+        a, b = ((height, depth), (width, depth)) if p.gram else ((depth, height), (depth, width))
+        symmetric_kernel[(p.planes * self.tiles,)](
+            _described(centred, a), _described(centred, b),
+            _described(out, (height, width)), _described(out, (width, height)), sums,
+            p.side, p.length, p.degrees,
+            GRAM=p.gram, FORMAT=p.format, ROWS=height, COLUMNS=width, DEPTH=depth, BAND=band,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+
+def _described(planes: Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    """A TMA descriptor of contiguous [..., R, C] as [planes, R, C], with tiles of one plane."""
+    flat = planes.view(-1, *planes.shape[-2:])
+    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [1, *block])
+
+
 def forward(
     x: Tensor,
     y: Tensor | None,
@@ -121,15 +196,11 @@ def forward(
     """The six tensors of op.py for x, y: [G, N, D]."""
     p = _Problem(x, y, unbiased)
     saved = backends.empty_saved(x, p.views, "triton")
-    terms, moments, squares, deflated, index, _ = saved
+    terms, moments, squares, deflated, index, centred = saved
     height, width, warps = p.config.statistics
     blocks = triton.cdiv(p.dim, width)
     row_blocks, block_rows = _row_blocks(p, blocks)
-    tile, depth, product_warps, stages = p.config.product
-    across = triton.cdiv(p.side, tile)
-    tiles = across * (across + 1) // 2
-    splits, chunk = _splits(p, tiles)
-    whole = not p.gram and splits == 1
+    product = _Product(p)
     strip, strip_width, strip_warps = p.config.strips
     strips = triton.cdiv(p.side, strip)
 
@@ -138,41 +209,43 @@ def forward(
     counts = (
         p.groups * row_blocks * blocks if p.views == 2 else 0,
         p.planes * blocks,
-        p.planes * (tiles if whole else strips),
+        p.planes * (product.tiles if product.whole else strips),
     )
     differences, hinges, sums, diagonal = p.empty(
         sum(counts) + p.planes, dtype=torch.float64
     ).split((*counts, p.planes))
-    candidates = p.empty(p.planes if p.gram else 0, blocks, 5)
-    candidate_index = p.empty(p.planes if p.gram else 0, blocks, 4, dtype=torch.int32)
-    taken = p.empty(p.planes if p.gram else 0, 4, p.rows)
-    parts = squares if splits == 1 else p.empty(p.planes, splits, p.side, p.side)
+    columns = _Columns(p, blocks, diagonal)
+    # The product writes `squares` where nothing is to be added to it in float32.
+    direct = product.splits == 1 and (product.whole or squares.dtype == torch.float32)
+    parts = squares if direct else p.empty(p.planes, product.splits, p.side, p.side)
 
     with p.on_device():
         statistics_kernel[(p.groups * row_blocks * blocks,)](
-            p.x, p.y, moments, partials, hinges, differences, candidates, candidate_index,
+            p.x, p.y, moments, partials, hinges, differences,
+            columns.candidates, columns.candidate_index,
             p.groups, p.rows, p.dim, row_blocks, block_rows, *p.strides, p.degrees, margin, eps,
             VIEWS=p.views, GRAM=p.gram, FINAL=row_blocks == 1, FORMAT=p.format,
             ROWS=height, COLUMNS=width, num_warps=warps,
         )  # fmt: skip
         if row_blocks > 1:
             merge_kernel[(p.planes * blocks,)](
-                p.x, p.y, moments, partials, hinges, candidates, candidate_index,
+                p.x, p.y, moments, partials, hinges, columns.candidates, columns.candidate_index,
                 p.groups, p.rows, p.dim, row_blocks, block_rows,
                 x.stride(0), x.stride(2), p.y.stride(0), p.y.stride(2), p.degrees, margin, eps,
                 GRAM=p.gram, ROWS=height, COLUMNS=width, num_warps=warps,
             )  # fmt: skip
-        product_kernel[(p.planes * splits * tiles,)](
-            p.x, p.y, moments, parts, sums, candidates, candidate_index, index, taken, diagonal,
-            p.groups, p.rows, p.dim, blocks, splits, chunk, *p.strides, p.degrees,
-            GRAM=p.gram, WHOLE=whole, FORMAT=p.format, PRECISION=p.forward_precision,
-            TAKEN=p.taken, WIDTH=triton.next_power_of_2(4 * blocks),
-            TILE=tile, DEPTH=depth, num_warps=product_warps, num_stages=stages,
-        )  # fmt: skip
-        if not whole:
+        if p.tma:
+            stored = centred.numel() > 0
+            operands = centred if stored else p.empty(p.planes, p.rows, p.dim, dtype=x.dtype)
+            product.launch_tma(p, columns, moments, parts, sums, index, operands)
+        else:
+            product.launch(p, columns, moments, parts, sums, index)
+        if not product.whole:
             strips_kernel[(p.planes * strips,)](
-                parts, squares, sums, taken, deflated, diagonal, p.side, splits, p.degrees,
-                GRAM=p.gram, TAKEN=p.taken, STRIP=strip, WIDTH=strip_width, num_warps=strip_warps,
+                parts, squares, sums, columns.taken, deflated, diagonal, p.side, product.splits,
+                p.degrees, GRAM=p.gram, TAKEN=p.taken,
+                ROUND=p.format == "bf16 in fp32" and squares.dtype == x.dtype,
+                STRIP=strip, WIDTH=strip_width, num_warps=strip_warps,
             )  # fmt: skip
         terms_kernel[(1,)](
             terms, differences, hinges, sums, *counts,
@@ -203,19 +276,34 @@ def backward(
     p = _Problem(x, y, unbiased)
     grad_x = x.new_empty(x.shape if need_x else (0,))
     grad_y = x.new_empty(x.shape if need_y else (0,))
-    height, width, depth, warps, stages = p.config.gradient
-    tiles = triton.cdiv(p.rows, height) * triton.cdiv(p.dim, width)
     planes = p.groups * (need_x + need_y)
     if planes == 0:
         return grad_x, grad_y
+    shared = (
+        p.groups, p.rows, p.dim, 0 if need_x else p.groups, int(grads.numel() == 4), *p.strides,
+        2.0 * scales[0] / x.numel(), scales[1] / (p.groups * p.dim),
+        4.0 * scales[2] / (p.groups * p.degrees * p.degrees), *weights, p.degrees, margin, eps,
+    )  # fmt: skip
     with p.on_device():
-        gradient_kernel[(planes * tiles,)](
-            grads, p.x, p.y, moments, squares, deflated, index, grad_x, grad_y,
-            p.groups, p.rows, p.dim, 0 if need_x else p.groups, *p.strides,
-            2.0 * scales[0] / x.numel(), scales[1] / (p.groups * p.dim),
-            4.0 * scales[2] / (p.groups * p.degrees * p.degrees), *weights, p.degrees, margin, eps,
-            VIEWS=p.views, GRAM=p.gram, EACH=grads.numel() == 4, TAKEN=p.taken,
-            FORMAT=p.format, PRECISION=p.backward_precision,
-            ROWS=height, COLUMNS=width, DEPTH=depth, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+        if tma.saves_operands(x):
+            assert p.config.tma_gradient is not None
+            height, width, depth, warps, stages, band = p.config.tma_gradient
+            tiles = triton.cdiv(p.rows, height) * triton.cdiv(p.dim, width)
+            a, b = (squares, centred) if p.gram else (centred, squares)
+            tiled_gradient_kernel[(planes * tiles,)](
+                _described(a, (height, depth)), _described(b, (depth, width)),
+                grads, p.x, p.y, moments, deflated, index, grad_x, grad_y, *shared,
+                VIEWS=p.views, GRAM=p.gram, TAKEN=p.taken, FORMAT=p.format,
+                ROWS=height, COLUMNS=width, DEPTH=depth, BAND=band,
+                num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+        else:
+            height, width, depth, warps, stages = p.config.gradient
+            tiles = triton.cdiv(p.rows, height) * triton.cdiv(p.dim, width)
+            gradient_kernel[(planes * tiles,)](
+                grads, p.x, p.y, moments, squares, deflated, index, grad_x, grad_y, *shared,
+                VIEWS=p.views, GRAM=p.gram, TAKEN=p.taken,
+                FORMAT=p.format, PRECISION=p.backward_precision,
+                ROWS=height, COLUMNS=width, DEPTH=depth, num_warps=warps, num_stages=stages,
+            )  # fmt: skip
     return grad_x, grad_y

@@ -1,4 +1,4 @@
-"""The products of the VICReg op in Triton: the symmetric one forward, the gradient's backward.
+"""The forward product of the VICReg op in Triton, its sum of squares, and the four terms.
 
 A plane is one view of one group; planes are numbered view * groups + group. Views are centred as
 their tiles are loaded, so no centred copy is stored. With m = min(N, D), sums of squares are taken
@@ -12,13 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vicreg_kernels.vicreg.triton_operands import (
-    narrow,
-    operand,
-    square_operand,
-    value,
-    view_operand,
-)
+from vicreg_kernels.vicreg.triton_operands import narrow, operand
 
 
 @triton.jit
@@ -66,7 +60,7 @@ def largest_columns(candidates, candidate_index, blocks, TAKEN: tl.constexpr, WI
     return chosen, tl.sum(own * own + rest, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "blocks", "splits"])
 def product_kernel(
     x, y, moments, out, sums, candidates, candidate_index, index, taken, diagonal,
     groups, rows, dim, blocks, splits, chunk,
@@ -173,12 +167,13 @@ def product_kernel(
         tl.store(mirror, tl.trans(acc), mask=tl.trans(valid))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def strips_kernel(
     parts, squares, sums, taken, deflated, diagonal,
     side, splits,
     degrees,
-    GRAM: tl.constexpr, TAKEN: tl.constexpr, STRIP: tl.constexpr, WIDTH: tl.constexpr,
+    GRAM: tl.constexpr, TAKEN: tl.constexpr, ROUND: tl.constexpr,
+    STRIP: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """STRIP rows of one plane's square matrix: adds the splits, stores, sums squared covariances.
 
@@ -186,6 +181,8 @@ def strips_kernel(
     matrix of the others, `squares` = Kr + Z_T Z_T^T, `deflated` row k = Kr z_k + sum over the other
     taken i of z_i (z_i . z_k), and the sum gains 2 z_k^T Kr z_k and the taken columns' own products
     and loses `diagonal`. parts: [planes, splits, m, m], or `squares` itself with one split.
+    squares: float32, or bfloat16 where the gradient's product takes it so. ROUND: the interpreter
+    truncates to bfloat16.
 
     Reads 4 splits m^2 bytes a plane and writes 4 m^2, from and to L2 at the sizes that are split.
     """
@@ -223,6 +220,7 @@ def strips_kernel(
             applied += tl.sum(m[:, None, :] * z[None, :, :], axis=2)
             cross += tl.sum(z[:, None, :] * z[None, :, :], axis=2)
             m += tl.sum(own[:, :, None] * z[None, :, :], axis=1)
+        m = narrow(m, squares, "bf16 in fp32" if ROUND else "fp32")
         tl.store(squares + p * plane_size + at, m, mask=keep)
 
     answer = tl.sum(total).to(tl.float64)
@@ -248,7 +246,7 @@ def total(values, count, BLOCK: tl.constexpr):
     return tl.sum(acc, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["difference_count", "hinge_count", "sum_count"])
 def terms_kernel(
     terms, differences, hinges, sums,
     difference_count, hinge_count, sum_count,
@@ -266,114 +264,3 @@ def terms_kernel(
     tl.store(terms + 1, invariance.to(tl.float32))
     tl.store(terms + 2, variance.to(tl.float32))
     tl.store(terms + 3, covariance.to(tl.float32))
-
-
-@triton.jit
-def gradient_kernel(
-    grads, x, y, moments, squares, deflated, index, grad_x, grad_y,
-    groups, rows, dim, first_plane,
-    sx_g, sx_n, sx_d, sy_g, sy_n, sy_d,
-    invariance_factor, variance_factor, covariance_factor, w0, w1, w2,
-    degrees, margin, eps,
-    VIEWS: tl.constexpr, GRAM: tl.constexpr, EACH: tl.constexpr, TAKEN: tl.constexpr,
-    FORMAT: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """One tile of the gradient of one plane: the product K Zc (GRAM) or Zc S, then
-
-        a_inv (x - y) - a_var [std < margin] zc / (degrees std) + a_cov (product - d zc)
-
-    where d is the column's scatter on the Gram side, so that i = j drops out, and 0 on the other;
-    taken columns have theirs in `deflated`. EACH: grads holds those of the four terms, else of the
-    loss. There d multiplies the operand's value, as the product did: what rounding is left is that
-    of d, no larger than that of the square operand. 2 N D m operations a view; reads 3 N D elements
-    and writes N D, while the square matrix stays in L2.
-    """
-    degrees = tl.cast(degrees, tl.float32)
-    margin = tl.cast(margin, tl.float32)
-    eps = tl.cast(eps, tl.float32)
-    down = tl.cdiv(rows, ROWS)
-    across = tl.cdiv(dim, COLUMNS)
-    tile = tl.program_id(0) % (down * across)
-    plane = first_plane + tl.program_id(0) // (down * across)
-    # Neighbours share the operand that is not the square matrix.
-    i = tile % down if GRAM else tile // across
-    j = tile // down if GRAM else tile % across
-    p = plane.to(tl.int64)
-    g = (plane % groups).to(tl.int64)
-    is_x = plane < groups
-    z = tl.where(is_x, x + g * sx_g, y + g * sy_g)
-    s_n = tl.where(is_x, sx_n, sy_n).to(tl.int64)
-    s_d = tl.where(is_x, sx_d, sy_d).to(tl.int64)
-    side = rows if GRAM else dim
-    square_ptr = squares + p * side * side
-    mean_ptr = moments + p * 3 * dim
-
-    row = i * ROWS + tl.arange(0, ROWS)
-    column = j * COLUMNS + tl.arange(0, COLUMNS)
-    tall = row.to(tl.int64)
-    wide = column.to(tl.int64)
-    some_rows = (row < rows)[:, None]
-    some_columns = (column < dim)[None, :]
-    origin, offset = load_mean(mean_ptr, dim, column, column < dim)
-    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    if GRAM:
-        for start in range(0, rows, DEPTH):
-            r = start + tl.arange(0, DEPTH)
-            inside = r < rows
-            square_at = square_ptr + tall[:, None] * rows + r[None, :]
-            a = tl.load(square_at, mask=some_rows & inside[None, :], other=0.0)
-            z_at = z + r.to(tl.int64)[:, None] * s_n + wide[None, :] * s_d
-            b = tl.load(z_at, mask=inside[:, None] & some_columns, other=0.0).to(tl.float32)
-            b = tl.where(inside[:, None], (b - origin[None, :]) - offset[None, :], 0.0)
-            a = square_operand(a, FORMAT)
-            b = view_operand(b, FORMAT)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    else:
-        for start in range(0, dim, DEPTH):
-            r = start + tl.arange(0, DEPTH)
-            inside = r < dim
-            z_at = z + tall[:, None] * s_n + r.to(tl.int64)[None, :] * s_d
-            a = tl.load(z_at, mask=some_rows & inside[None, :], other=0.0).to(tl.float32)
-            o, f = load_mean(mean_ptr, dim, r, inside)
-            a = tl.where(inside[None, :], (a - o[None, :]) - f[None, :], 0.0)
-            square_at = square_ptr + r.to(tl.int64)[:, None] * dim + column[None, :]
-            b = tl.load(square_at, mask=inside[:, None] & some_columns, other=0.0)
-            a = view_operand(a, FORMAT)
-            b = square_operand(b, FORMAT)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
-
-    g0 = tl.load(grads)
-    a_inv = g0 * tl.cast(w0, tl.float32)
-    a_var = g0 * tl.cast(w1, tl.float32)
-    a_cov = g0 * tl.cast(w2, tl.float32)
-    if EACH:
-        a_inv += tl.load(grads + 1)
-        a_var += tl.load(grads + 2)
-        a_cov += tl.load(grads + 3)
-    a_var *= tl.cast(variance_factor, tl.float32)
-    a_cov *= tl.cast(covariance_factor, tl.float32)
-
-    scatter = tl.load(mean_ptr + 2 * dim + column, mask=column < dim, other=1.0)
-    std = tl.sqrt(scatter / degrees + eps)
-    slope = tl.where(std >= margin, 0.0, a_var / (degrees * std))  # a NaN passes
-    keep = some_rows & some_columns
-    own_at = z + tall[:, None] * s_n + wide[None, :] * s_d
-    own = tl.load(own_at, mask=keep, other=0.0).to(tl.float32)
-    centred = (own - origin[None, :]) - offset[None, :]
-    if GRAM:
-        acc -= scatter[None, :] * value(centred, FORMAT)
-        for k in tl.static_range(TAKEN):
-            at = p * TAKEN + k
-            exact = tl.load(deflated + at * rows + tall, mask=row < rows, other=0.0)
-            acc = tl.where((column == tl.load(index + at))[None, :], exact[:, None], acc)
-    grad = a_cov * acc - slope[None, :] * centred
-    if VIEWS == 2:
-        other = tl.where(is_x, y + g * sy_g, x + g * sx_g)
-        o_n = tl.where(is_x, sy_n, sx_n).to(tl.int64)
-        o_d = tl.where(is_x, sy_d, sx_d).to(tl.int64)
-        other_at = other + tall[:, None] * o_n + wide[None, :] * o_d
-        opposite = tl.load(other_at, mask=keep, other=0.0).to(tl.float32)
-        grad += a_inv * tl.cast(invariance_factor, tl.float32) * (own - opposite)
-    target = tl.where(is_x, grad_x, grad_y) + (g * rows + tall[:, None]) * dim + wide[None, :]
-    tl.store(target, narrow(grad, grad_x, FORMAT), mask=keep)

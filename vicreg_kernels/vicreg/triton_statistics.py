@@ -87,7 +87,7 @@ def used_scatter(
     return tl.sum(acc, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "row_blocks", "block_rows"])
 def statistics_kernel(
     x, y, moments, partials, hinges, differences, candidates, candidate_index,
     groups, rows, dim, row_blocks, block_rows,
@@ -125,7 +125,7 @@ def statistics_kernel(
     y_mean = tl.zeros((ROWS, COLUMNS), tl.float32)
     y_scatter = tl.zeros((ROWS, COLUMNS), tl.float32)
     difference = tl.zeros((ROWS, COLUMNS), tl.float32)
-    first = r * block_rows
+    first = tl.multiple_of(r * block_rows, ROWS)  # one block, or blocks of whole tiles
     last = tl.minimum(first + block_rows, rows)
     for n in range(first, last, ROWS):
         row = n + tl.arange(0, ROWS)
@@ -177,7 +177,7 @@ def statistics_kernel(
             tl.store(at + dim, b_scatter, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "rows", "row_blocks", "block_rows"])
 def merge_kernel(
     x, y, moments, partials, hinges, candidates, candidate_index,
     groups, rows, dim, row_blocks, block_rows,
