@@ -283,8 +283,9 @@ def judge(plan: Plan, tests: dict[str, str], jobs: Sequence[Job], bad: dict[str,
     for job in jobs:
         left = sum(test not in ended for test in job.tests)
         if left:
-            title = f"{job.title} {job.part}"
-            notes.append(f"{left} of {len(job.tests)} not reached: {title}, {job.note}")
+            why = job.note or "it was not started"
+            what = f"{job.title} {job.part}, {why}"
+            notes.append(f"{left} of {len(job.tests)} not reached: {what}")
     skips = Counter(line["reason"] for line in ended.values() if line["outcome"] == "skipped")
     notes += [f"{count} skipped: {reason}" for reason, count in skips.most_common(8)]
     unproved = [
