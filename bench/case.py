@@ -1,5 +1,4 @@
-"""What an op gives the benchmarks: one file, `bench/<op>.py`, its name in `bench.OPS`, and the
-seconds of its stage in `bench.gpu.SECONDS`.
+"""What an op gives the benchmarks: one file, `bench/<op>.py`, and its name in `bench.OPS`.
 
 The file is imported only where the op is measured, and holds
 

@@ -94,7 +94,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ops", help=f"of {','.join(gpu_stages.OPS)}; default: all")
     parser.add_argument("--tests", nargs="+", default=["tests"], help="files of tests")
     parser.add_argument(
-        "--test-seconds", type=float, default=gpu_parity.TEST_SECONDS, help="limit of a test (60)"
+        "--test-seconds", type=float, default=gpu_parity.TEST_SECONDS, help="limit of a test (90)"
     )
     parser.add_argument("--dry-run", action="store_true", help="list the stages, run nothing")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)

@@ -31,7 +31,10 @@ RESTARTS = 5
 # Of each process: its CUDA context, its modules and Triton's compiler, and its tests' tensors.
 HOST_GIB, DEVICE_GIB = 5, 6
 # Seconds a test may take; with Triton's or Inductor's compilations in it.
-TEST_SECONDS = 60.0
+TEST_SECONDS = 90.0
+# Of the GPU's memory, for each of the processes that share it. A test that has not enough is run
+# again alone.
+FRACTION = 0.25
 # Of the stage's time, kept for the memory-hungry tests, which run alone after all others.
 ALONE = 0.2
 COLLECTING = 60.0
@@ -42,8 +45,8 @@ MARKED = re.compile(
 
 @dataclass
 class Plan:
-    """How the tests are run. device: cpu where a run is rehearsed. word: only tests with it in
-    their name. packages: a folder that the trainer's tests have on their path. folder: where
+    """How the tests are run. device: cpu where a run is rehearsed. word: only tests whose name has
+    this pattern. packages: a folder that the trainer's tests have on their path. folder: where
     records and junit files go. triton: environment variables of Triton's tests.
     """
 
@@ -180,7 +183,9 @@ class Pool:
     def start(self, job: Job, fraction: float) -> None:
         job.starts += 1
         job.log = self.plan.folder / f"{job.slug}.log"
-        words = ["--gpu-part", job.part, "--gpu-records", str(self.records(job))]
+        tests = self.plan.folder / f"{job.slug}.json"
+        tests.write_text(json.dumps(job.tests))
+        words = ["--gpu-tests", str(tests), "--gpu-records", str(self.records(job))]
         words += ["--gpu-limit", str(self.plan.test_seconds), "--gpu-fraction", f"{fraction:.3f}"]
         words += [f"--junitxml={self.plan.folder / job.slug}.{job.starts}.xml"]
         late = any(word in job.title for word in LAST) or job.title == "all"
@@ -249,6 +254,13 @@ class Pool:
         self.running = []
 
 
+def too_large(pool: Pool, jobs: Sequence[Job]) -> list[str]:
+    """Tests that failed since the GPU's memory was shared."""
+    lines = [line for job in jobs for line in read(pool.records(job))]
+    failed = {line["test"]: line["reason"] for line in lines if line.get("outcome") == "failed"}
+    return [test for test, reason in failed.items() if "out of memory" in reason.lower()]
+
+
 def judge(plan: Plan, tests: dict[str, str], jobs: Sequence[Job], bad: dict[str, str]) -> Verdict:
     """Every collected test as what it came to, and what that says of the stage.
 
@@ -271,8 +283,9 @@ def judge(plan: Plan, tests: dict[str, str], jobs: Sequence[Job], bad: dict[str,
     for job in jobs:
         left = sum(test not in ended for test in job.tests)
         if left:
-            title = f"{job.title} {job.part}"
-            notes.append(f"{left} of {len(job.tests)} not reached: {title}, {job.note}")
+            why = job.note or "it was not started"
+            what = f"{job.title} {job.part}, {why}"
+            notes.append(f"{left} of {len(job.tests)} not reached: {what}")
     skips = Counter(line["reason"] for line in ended.values() if line["outcome"] == "skipped")
     notes += [f"{count} skipped: {reason}" for reason, count in skips.most_common(8)]
     unproved = [
@@ -311,7 +324,13 @@ def run(plan: Plan, log: Path, seconds: float, say: Callable[[str], Any]) -> Ver
     say(f"  {len(tests)} tests in {len(jobs)} processes, {plan.workers} at a time")
     pool = Pool(plan, say)
     kept = ALONE * (until - time.monotonic()) if alone else 0.0
-    pool.run(together, plan.workers, until - kept, 0.9 / plan.workers)
+    pool.run(together, plan.workers, until - kept, max(FRACTION, 0.9 / plan.workers))
+    again = too_large(pool, together)
+    if again:
+        say(f"  {len(again)} tests had not enough memory and run again alone")
+        alone.append(make_jobs(dict.fromkeys(again, "memory"))[0])
+        alone[-1].title = "again"
+        jobs += alone[-1:]
     pool.run(alone, 1, until, 1.0)
     output = log.read_text(errors="replace") if log.exists() else ""
     verdict = judge(plan, tests, jobs, failures | pool.deaths)

@@ -1,11 +1,12 @@
 """A pytest plugin: which tests a process of `make gpu` runs, and what became of each.
 
     python3 -m pytest -p bench.gpu_select --gpu-list tests.json tests
-    python3 -m pytest -p bench.gpu_select --gpu-part cuda --gpu-records one.jsonl tests/test_x.py
+    python3 -m pytest -p bench.gpu_select --gpu-tests some.json --gpu-records one.jsonl tests
 
-Every test has exactly one part (`part_of`), so that no test is lost between the parts. The records
-are written line by line as tests begin and end: those of a process that dies name the test it died
-in. A process that is started again with the same records goes on with the tests that have none.
+Every test has exactly one part (`part_of`), so that no test is lost between the parts. some.json is
+a list of the node ids that a process runs, all without it. The records are written line by line as
+tests begin and end: those of a process that dies name the test it died in. A process that is
+started again with the same records goes on with the tests that have none.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def chosen(item: pytest.Item, device: str) -> bool:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gpu")
     group.addoption("--gpu-device", default="cuda", help="cpu: what stands in for a GPU")
-    group.addoption("--gpu-part", help="one of cuda, triton, memory; default: all")
-    group.addoption("--gpu-word", default="", help="only tests with this in their name")
+    group.addoption("--gpu-tests", help="a file with the node ids of the tests to run")
+    group.addoption("--gpu-word", default="", help="only tests whose name has this pattern")
     group.addoption("--gpu-list", help="write the tests and their parts to this file, run none")
     group.addoption("--gpu-records", help="write what becomes of each test to this file")
     group.addoption("--gpu-limit", type=float, default=0.0, help="seconds a test")
@@ -73,15 +74,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    part, records = config.getoption("gpu_part"), config.getoption("gpu_records")
-    word, device = config.getoption("gpu_word"), config.getoption("gpu_device")
+    wanted, records = config.getoption("gpu_tests"), config.getoption("gpu_records")
+    only = set(json.loads(Path(wanted).read_text())) if wanted else None
+    word, device = re.compile(config.getoption("gpu_word")), config.getoption("gpu_device")
     done = finished(Path(records)) if records else set()
     keep = [
         item
         for item in items
         if chosen(item, device)
-        and (part is None or part_of(item) == part)
-        and word in item.name
+        and (only is None or item.nodeid in only)
+        and word.search(item.name)
         and item.nodeid not in done
     ]
     kept = set(keep)

@@ -35,6 +35,8 @@ WEIGHTS = {"vicreg": 1.6, "attention": 1.6}
 # Of a benchmark's seconds for ending it, for its imports, and for the case that is under way when
 # no further one is started.
 LAST_CASE = 9.0
+# Names of tests that capture CUDA graphs or replay them on poisoned memory.
+GRAPHS = "test_graph_|a_graph|cuda_graph|captur"
 # What the trainer gains, compiled against compiled: V-JEPA at its published size, then the others.
 COMPARED = (
     ("vjepa_large_videos",),
@@ -356,7 +358,7 @@ def weighted(setting: Setting, name: str) -> list[tuple[float, Stage]]:
         ]
     backend = setting.compiled_backend
     return [
-        (50, parity_stage(setting, "graphs", "graph")),
+        (50, parity_stage(setting, "graphs", GRAPHS)),
         (85, sanitizer_stage(setting, "memcheck", backend)),
         (65, sanitizer_stage(setting, "racecheck", backend)),
         (45, sanitizer_stage(setting, "initcheck", backend)),

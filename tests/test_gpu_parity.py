@@ -18,6 +18,7 @@ import pytest
 from bench import gpu_parity
 from bench.gpu_parity import Plan
 from bench.gpu_records import PARTS
+from bench.gpu_stages import GRAPHS
 from bench.stages import FAIL, PASS, SKIPPED, Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,19 +73,32 @@ def test_files_that_mark_tests_are_found_by_their_text(collected):
     assert gpu_parity.uncollected(plan, fewer) == ["tests/test_trainer_gpu.py"]
 
 
-def test_memory_hungry_tests_run_alone(collected):
-    chosen, _ = collected
-    hungry = set()
+def named(chosen: dict[str, str], said: re.Pattern[str]) -> set[str]:
+    """The gpu tests whose source says this."""
+    found = set()
     for file in {test.split("::")[0] for test in chosen}:
         text = (ROOT / file).read_text()
         for node in ast.parse(text).body:
-            if isinstance(node, ast.FunctionDef) and HUNGRY.search(
+            if isinstance(node, ast.FunctionDef) and said.search(
                 ast.get_source_segment(text, node) or ""
             ):
-                hungry.add(f"{file}::{node.name}")
+                found.add(f"{file}::{node.name}")
+    return found & {test.split("[")[0] for test in chosen}
+
+
+def test_memory_hungry_tests_run_alone(collected):
+    chosen, _ = collected
+    hungry = named(chosen, HUNGRY)
     assert len(hungry) >= 8
     parts = {test.split("[")[0]: part for test, part in chosen.items()}
-    assert {name: parts[name] for name in hungry & parts.keys() if parts[name] != "memory"} == {}
+    assert {name: parts[name] for name in hungry if parts[name] != "memory"} == {}
+
+
+def test_the_stage_of_graphs_has_every_test_that_captures_one(collected):
+    chosen, _ = collected
+    capturing = named(chosen, re.compile(r"CUDAGraph\("))
+    assert len(capturing) >= 8
+    assert [name for name in capturing if not re.search(GRAPHS, name.split("::")[1])] == []
 
 
 def test_cuda_comes_before_triton_and_memory_last(collected):
@@ -167,11 +181,27 @@ def test_a_poisoned_context_costs_one_test(tmp_path, monkeypatch):
     assert "illegal memory access" in verdict.failures["tests/test_one.py::test_bad"]
 
 
+def test_what_has_not_enough_memory_beside_others_runs_again_alone(tmp_path, monkeypatch):
+    body = (
+        "import pathlib\n"
+        "seen = pathlib.Path(__file__).with_suffix('.seen')\n"
+        "def test_large():\n"
+        "    if not seen.exists():\n"
+        "        seen.touch()\n"
+        "        raise RuntimeError('CUDA out of memory. Tried to allocate 9 GiB')\n"
+        "def test_too_large(): raise RuntimeError('CUDA out of memory.')\n"
+        "def test_other(): pass\n"
+    )
+    verdict = run(tmp_path, monkeypatch, one=body)
+    assert verdict.reason == "2 passed, 1 failed"
+    assert list(verdict.failures) == ["tests/test_one.py::test_too_large"]
+
+
 def test_the_stage_keeps_its_seconds_and_says_what_it_did_not_reach(tmp_path, monkeypatch):
     body = "def test_slow(): time.sleep(600)\ndef test_later(): pass\n"
     start = time.monotonic()
-    verdict = run(tmp_path, monkeypatch, seconds=12, limit=500, one=body)
-    assert time.monotonic() - start < 13
+    verdict = run(tmp_path, monkeypatch, seconds=20, limit=500, one=body)
+    assert time.monotonic() - start < 21
     assert verdict.status == FAIL
     assert verdict.reason == "1 stopped, 1 not reached"
     assert "time was up" in verdict.failures["tests/test_one.py::test_slow"]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -14,17 +15,18 @@ from pathlib import Path
 import pytest
 
 from bench import gpu, gpu_rehearse
-from vicreg_kernels import library
 
 ROOT = Path(__file__).resolve().parents[1]
+KINDS = ("build", "hang", "crash", "parity")
 
 
-@pytest.mark.skipif(library.CPU_MISSING is not None, reason="the CPU library is not built")
 def test_a_rehearsal_with_failures(tmp_path):
-    """Everything else is done: the other tests, the figures, and a library that was carried."""
-    words = ["--rehearse", "--ops", "tokens", "--tests", "tests/test_sigreg_memory.py"]
-    words += ["--test-seconds", "15", "--carry", "vicreg_kernels/_C.abi3.so"]
-    for kind in ("hang", "crash", "parity"):
+    """A build, a hang, a crash and a wrong result: each is shown, and everything else is done. The
+    rehearsal's own verdict is that it was so.
+    """
+    words = ["--rehearse", "--ops", "tokens", "--tests", "tests/test_ema_reference.py"]
+    words += ["--test-seconds", "15"]
+    for kind in KINDS:
         words += ["--inject", kind]
     done = subprocess.run(
         [sys.executable, "-m", "bench.gpu", "gpu", *words],
@@ -38,14 +40,15 @@ def test_a_rehearsal_with_failures(tmp_path):
     assert text.startswith("# FAIL: bench.gpu gpu on the CPU")
     lines = text.splitlines()
     (parity,) = [line for line in lines if " parity, " in line]
-    assert parity.startswith("- FAIL")
-    assert parity.endswith(" passed, 1 failed, 1 crashed, 1 hung")
+    # a test that needs the library, which was not built, proves nothing
+    skipped = "1 skipped; all skipped: test_ema_reference cuda"
+    assert parity.endswith(f": 4 passed, 1 failed, 1 crashed, 1 hung, {skipped}")
     assert any(line.startswith("- PASS figures of tokens") for line in lines)
-    assert any(line.startswith("- tokens ") and " cpu " in line for line in lines), "a figure"
+    assert any(re.match(r"- tokens .*: reference [\d.]+ ms", line) for line in lines), "a figure"
     with tarfile.open(tmp_path / "results.tar.gz") as archive:
         names = archive.getnames()
         log = archive.extractfile("tests/parity/test-rehearsed-cuda.log").read().decode()
-    assert "records/tokens.json" in names
+    assert {"records/tokens.json", "logs/build.log", "summary.md"} <= set(names)
     assert "in test_graph_injected_hang" in log, "where it hung"
     assert any(name.endswith(".xml") for name in names)
 
@@ -140,7 +143,6 @@ GOOD = """\
 - tests/test_rehearsed.py::test_graph_injected_hang: hung: it took more than 4 s
 - tests/test_rehearsed.py::test_graph_injected_parity: AssertionError: Scalars are not close!
 """
-KINDS = ("build", "hang", "crash", "parity")
 
 
 def test_injected_failures_must_be_shown():
