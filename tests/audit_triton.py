@@ -49,7 +49,9 @@ class Recorder:
 
 
 def specialise(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, dict]:
-    """What Triton's launcher would compile: 1 is a constant, a multiple of 16 is marked."""
+    """What Triton's launcher would compile: 1 is a constant, a multiple of 16 is marked, unless the
+    kernel says that it is not specialised on; a tuple is one of floats.
+    """
     import torch
     from triton.compiler import ASTSource
 
@@ -61,19 +63,21 @@ def specialise(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> 
     options = {k: keywords.pop(k) for k in names if k in keywords}
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **keywords}
     signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
+    for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
         value = values[name]
-        aligned = True
-        if name in keywords or (isinstance(value, int) and value == 1):
+        aligned = not parameter.do_not_specialize
+        if name in keywords or value is None or (aligned and isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
             signature[name] = types[value.dtype]
+        elif isinstance(value, tuple):
+            signature[name], aligned = ("fp32",) * len(value), False
         elif isinstance(value, float):
             signature[name], aligned = "fp32", False
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0
+            aligned = aligned and value % 16 == 0
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes), options

@@ -145,10 +145,15 @@ def check_directions(
 ) -> None:
     """The reference's, within a few roundings of the largest entry."""
     now = torch.tensor(step, device=device)
-    found = kernels.directions(now, seed, dim, slices)
     wanted = reference.directions(now, seed, dim, slices)
+    like = torch.empty(0, device=device)
+    found = kernels.directions(like, now, 0, seed, dim, slices)
     assert found.shape == wanted.shape == (dim, slices)
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=5e-7)
+    assert torch.equal(kernels.directions(like, None, step, seed, dim, slices), found)
+    for half in (torch.bfloat16, torch.float16):
+        narrow = kernels.directions(like.to(half), now, 0, seed, dim, slices)
+        assert torch.equal(narrow, found.to(half))
 
 
 def same_finiteness(backend: str, bad: float) -> None:

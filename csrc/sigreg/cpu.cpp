@@ -85,9 +85,11 @@ class Block {
 
 }  // namespace
 
-Tensor directions(Tensor step, int64_t seed, int64_t dim, int64_t slices) {
-  Tensor out = common::empty(step, {dim, slices}, ScalarType::Float);
-  const uint64_t at = static_cast<uint64_t>(*static_cast<const int64_t*>(step.const_data_ptr()));
+Tensor directions(Tensor like, std::optional<Tensor> step, int64_t number, int64_t seed,
+                  int64_t dim, int64_t slices) {
+  Tensor out = common::empty(like, {dim, slices}, ScalarType::Float);
+  const uint64_t at = static_cast<uint64_t>(
+      step ? *static_cast<const int64_t*>(step->const_data_ptr()) : number);
   float* target = static_cast<float*>(out.mutable_data_ptr());
   const int64_t grain = worth(dim * kLanes);
   torch::stable::parallel_for(0, divide_up(slices, kLanes), grain, [&](int64_t from, int64_t to) {
@@ -97,7 +99,8 @@ Tensor directions(Tensor step, int64_t seed, int64_t dim, int64_t slices) {
                    target);
     }
   });
-  return out;
+  const ScalarType dtype = like.scalar_type();
+  return dtype == ScalarType::Float ? out : torch::stable::to(out, dtype);
 }
 
 std::tuple<Tensor, Tensor> sums(Tensor z, Tensor directions, std::vector<double> knots) {
@@ -193,6 +196,14 @@ std::tuple<Tensor, Tensor> statistic(Tensor sums, std::vector<double> knots,
   for (const double value : partial) total += value;
   *static_cast<float*>(loss.mutable_data_ptr()) = static_cast<float>(share * total);
   return {loss, out};
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor z, Tensor directions, std::vector<double> knots,
+                                           std::vector<double> weights, double count,
+                                           double factor) {
+  const auto [own, projections] = sums(z, directions, knots);
+  const auto [loss, coefficients] = statistic(own, knots, weights, count, factor, 1.0);
+  return {loss, coefficients, projections};
 }
 
 Tensor gradient(Tensor grad, Tensor coefficients, Tensor projections, Tensor directions,

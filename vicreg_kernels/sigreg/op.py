@@ -27,7 +27,8 @@ OP = "sigreg_loss"
 
 _LIBRARY = torch.library.Library("vicreg_kernels", "FRAGMENT")
 _LIBRARY.define(
-    "sigreg_directions(Tensor step, int seed, SymInt dim, SymInt slices, str backend) -> Tensor"
+    "sigreg_directions(Tensor like, Tensor? step, SymInt number, int seed, SymInt dim,"
+    " SymInt slices, str backend) -> Tensor"
 )
 # drawn: seed and step of the directions, where they are known; only compared among ranks.
 _LIBRARY.define(
@@ -41,8 +42,10 @@ _LIBRARY.define(
 
 
 @torch.library.impl(_LIBRARY, "sigreg_directions", "CompositeExplicitAutograd")
-def _directions(step: Tensor, seed: int, dim: int, slices: int, backend: str) -> Tensor:
-    return backends.directions(backend)(step, seed, dim, slices)
+def _directions(
+    like: Tensor, step: Tensor | None, number: int, seed: int, dim: int, slices: int, backend: str
+) -> Tensor:
+    return backends.directions(backend)(like, step, number, seed, dim, slices)
 
 
 @torch.library.impl(_LIBRARY, "sigreg_forward", "CompositeExplicitAutograd")
@@ -57,17 +60,16 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels = backends.load(backend)
-    rows, ranks, among = z.shape[1], 1, None
-    if group is not None:
-        among = distributed.by_name(group)
-        each = _agree(among, z, directions, knots, weights, times_rows, drawn)
-        rows, ranks = sum(each), len(each)
+    if group is None:
+        count = float(z.shape[1])
+        return kernels.forward(z, directions, knots, weights, count, count if times_rows else 1.0)
+    among = distributed.by_name(group)
+    each = _agree(among, z, directions, knots, weights, times_rows, drawn)
+    count, ranks = float(sum(each)), float(len(each))
     sums, projections = kernels.sums(z, directions, knots)
-    if among is not None:
-        distributed.sum_ranks_(OP, among, sums)
-    factor = float(rows) if times_rows else 1.0
-    loss, coefficients = kernels.statistic(sums, knots, weights, float(rows), factor, float(ranks))
-    return loss, coefficients, projections
+    distributed.sum_ranks_(OP, among, sums)
+    factor = count if times_rows else 1.0
+    return *kernels.statistic(sums, knots, weights, count, factor, ranks), projections
 
 
 @torch.library.impl(_LIBRARY, "sigreg_backward", "CompositeExplicitAutograd")
@@ -84,8 +86,10 @@ def _backward(
 
 
 @torch.library.register_fake("vicreg_kernels::sigreg_directions")
-def _directions_fake(step: Tensor, seed: int, dim: int, slices: int, backend: str) -> Tensor:
-    return step.new_empty((dim, slices), dtype=torch.float32)
+def _directions_fake(
+    like: Tensor, step: Tensor | None, number: int, seed: int, dim: int, slices: int, backend: str
+) -> Tensor:
+    return like.new_empty((dim, slices))
 
 
 @torch.library.register_fake("vicreg_kernels::sigreg_forward")
@@ -192,10 +196,14 @@ class _Gradient(torch.autograd.Function):
         raise RuntimeError("the fused SIGReg differentiates once; backend='reference' to any order")
 
 
-def _step_tensor(step: int | Tensor | None, device: torch.device) -> Tensor:
-    if isinstance(step, Tensor):
-        return step
-    return torch.full((), step or 0, dtype=torch.int64, device=device)
+def _draw(
+    like: Tensor, step: int | Tensor | None, seed: int, dim: int, slices: int, backend: str
+) -> Tensor:
+    """Directions of like's dtype on its device."""
+    tensor, number = (step, 0) if isinstance(step, Tensor) else (None, step or 0)
+    return torch.ops.vicreg_kernels.sigreg_directions(
+        like.detach(), tensor, number, seed, dim, slices, backend
+    )
 
 
 def sigreg_directions(
@@ -236,9 +244,8 @@ def sigreg_directions(
             where = torch.device("cuda", torch.cuda.current_device())
     check_step(step, where)
     name = dispatch.choose("sigreg_directions", backend, where.type, torch.float32)
-    return torch.ops.vicreg_kernels.sigreg_directions(
-        _step_tensor(step, where), seed, dim, slices, name
-    )
+    like = torch.empty(0, dtype=torch.float32, device=where)
+    return _draw(like, step, seed, dim, slices, name)
 
 
 def sigreg_loss(
@@ -322,10 +329,9 @@ def sigreg_loss(
     drawn: list[int] = []
     if directions is None:
         drawn = [seed] if isinstance(step, Tensor) else [seed, step or 0]
-        directions = torch.ops.vicreg_kernels.sigreg_directions(
-            _step_tensor(step, z.device), seed, z.shape[-1], settings.slices, name
-        )
-    directions = directions.to(z.dtype)
+        directions = _draw(z, step, seed, z.shape[-1], settings.slices, name)
+    else:
+        directions = directions.to(z.dtype)
     rule = settings.variant
     if name == "reference":
         return _reference(grouped, directions, settings, drawn, group)
