@@ -59,7 +59,7 @@ def specialise(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> 
         torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16",
         torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32",
     }  # fmt: skip
-    names = ("num_warps", "num_stages", "enable_fp_fusion")
+    names = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
     options = {k: keywords.pop(k) for k in names if k in keywords}
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **keywords}
     signature, constants, attributes = {}, {}, {}

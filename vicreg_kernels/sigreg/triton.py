@@ -191,6 +191,8 @@ def _sums(z: Tensor, directions: Tensor, knots: Sequence[float]) -> tuple[Tensor
     done = torch.empty(1, dtype=torch.int32, device=z.device)
     (s_g, s_n, s_d), (a_d, a_m) = z.stride(), directions.stride()
     unit = _unit(z, (dim, slices, s_g, s_n, a_d), (s_d, a_m))
+    # Left to itself, Triton 3.6's ptxas takes 64 there for sm_80 and spills a value.
+    registers = {} if k.pairs or z.dtype == torch.float32 else {"maxnreg": 128}
     with _on_device(z):
         sums_kernel[(groups * row_blocks * triton.cdiv(slices, width),)](
             z, directions, projections, parts, done,
@@ -199,7 +201,7 @@ def _sums(z: Tensor, directions: Tensor, knots: Sequence[float]) -> tuple[Tensor
             PAIRS=k.pairs, HALF=k.half, MANY=k.chunks > 1, UNIT=unit,
             FORMAT=format, PRECISION=precision,
             ROWS=height, COLUMNS=width, DEPTH=depth, WIDE=32 * warps // width,
-            num_warps=warps, num_stages=stages,
+            num_warps=warps, num_stages=stages, **registers,
         )  # fmt: skip
     return parts, projections, done
 
