@@ -18,7 +18,7 @@ from shapes import LAYOUTS, randn
 from sigreg_cases import KNOTS, check
 from tolerances import differentiate, relative_error
 
-from vicreg_kernels import dispatch
+from vicreg_kernels import dispatch, units
 from vicreg_kernels.sigreg import backends, sigreg_loss
 
 INTERPRETING = dispatch.interpreting()
@@ -68,11 +68,9 @@ class TestInterpreter:
 
     def test_sizes_in_units_of_16_bytes(self, kernels):
         """The same bits whether strides are known to be whole units or not."""
-        from vicreg_kernels.sigreg import triton as launchers
-
         z, a = randn(2, 70, 24), sigreg_cases.unit(24, 40)
         general = randn(2, 70, 48)[..., ::2].copy_(z), randn(24, 41)[:, :40].copy_(a)
-        assert [launchers._unit(z, (24, 40)), launchers._unit(z, (24,), (2,))] == [4, 1]
+        assert [units.unit(z, (24, 40)), units.unit(z, (24,), (2,))] == [4, 1]
         args = KNOTS["17"], sigreg_cases.weights(KNOTS["17"]), 70.0, 70.0
         runs = [kernels.forward(*given, *args) for given in ((z, a), general)]
         for one, other in zip(*runs, strict=True):

@@ -41,6 +41,11 @@ int64_t worth(int64_t size) { return std::max<int64_t>(1, (int64_t{1} << 17) / s
 
 int64_t threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
 
+// Memory for `size` floats, or, as an empty tensor costs the host 2 us too, none: `like` again.
+Tensor scratch(const Tensor& like, int64_t size) {
+  return size == 0 ? like : common::empty(like, {size}, ScalarType::Float);
+}
+
 // [begin, end) cut into pieces of `size`: the i-th.
 struct Piece {
   Piece(int64_t index, int64_t size, int64_t end)
@@ -123,8 +128,7 @@ std::tuple<Tensor, Tensor> sums(Tensor z, Tensor directions, std::vector<double>
     std::vector<double> running;
     const int64_t copied_z = left.single() ? 0 : kRowChunk * dim;
     const int64_t copied_a = right.single() ? 0 : dim * width;
-    const Tensor z_scratch = common::empty(p, {copied_z}, ScalarType::Float);
-    const Tensor a_scratch = common::empty(p, {copied_a}, ScalarType::Float);
+    const Tensor z_scratch = scratch(p, copied_z), a_scratch = scratch(p, copied_a);
     for (int64_t task = from; task < to; ++task) {
       const int64_t g = task / across;
       const Piece columns(task % across, width, slices);
@@ -169,7 +173,7 @@ std::tuple<Tensor, Tensor> statistic(Tensor sums, std::vector<double> knots,
                                      std::vector<double> weights, double count, double factor,
                                      double ranks) {
   const int64_t groups = sums.size(0), knot_count = sums.size(2), slices = sums.size(3);
-  Tensor loss = common::empty(sums, {1}, ScalarType::Float);
+  Tensor loss = common::empty(sums, {}, ScalarType::Float);
   Tensor out = common::empty(sums, {groups, 2, knot_count, slices}, ScalarType::Float);
   const float* const source = static_cast<const float*>(sums.const_data_ptr());
   float* const target = static_cast<float*>(out.mutable_data_ptr());
@@ -229,8 +233,7 @@ Tensor gradient(Tensor grad, Tensor coefficients, Tensor projections, Tensor dir
     const Tensor slope = common::empty(projections, {height, width}, ScalarType::Float);
     float* const slope_at = static_cast<float*>(slope.mutable_data_ptr());
     const int64_t copied = single ? 0 : dim * width, narrowed = single ? 0 : height * dim;
-    const Tensor a_scratch = common::empty(projections, {copied}, ScalarType::Float);
-    const Tensor wide = common::empty(projections, {narrowed}, ScalarType::Float);
+    const Tensor a_scratch = scratch(projections, copied), wide = scratch(projections, narrowed);
     for (int64_t task = from; task < to; ++task) {
       const int64_t g = task / down;
       const Piece piece(task % down, height, rows);

@@ -160,14 +160,14 @@ Parts column_sums(const Queue& queue, const Tensor& projections, const std::vect
   return parts;
 }
 
-// -> loss [1], coefficients [G, 2, K, M].
+// -> loss, 0-d, coefficients [G, 2, K, M].
 std::tuple<Tensor, Tensor> terms(const Queue& queue, const Parts& parts,
                                  const std::vector<double>& knots,
                                  const std::vector<double>& weights, double count, double factor,
                                  double ranks) {
   const int64_t groups = parts.sums.size(1), slices = parts.sums.size(4);
   const int64_t number = static_cast<int64_t>(knots.size());
-  const Tensor loss = common::empty(parts.sums, {1}, ScalarType::Float);
+  const Tensor loss = common::empty(parts.sums, {}, ScalarType::Float);
   const Tensor coefficients =
       common::empty(parts.sums, {groups, 2, number, slices}, ScalarType::Float);
   const double scale = factor / (static_cast<double>(groups) * slices);

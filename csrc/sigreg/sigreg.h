@@ -20,17 +20,17 @@ Tensor directions(Tensor like, std::optional<Tensor> step, int64_t number, int64
 // z [G, N, D], directions [D, M] -> sums [G, 2, K, M], projections [G, N, M], float32.
 std::tuple<Tensor, Tensor> sums(Tensor z, Tensor directions, std::vector<double> knots);
 
-// -> loss [1], coefficients [G, 2, K, M], float32.
+// -> loss, 0-d, coefficients [G, 2, K, M], float32.
 std::tuple<Tensor, Tensor> statistic(Tensor sums, std::vector<double> knots,
                                      std::vector<double> weights, double count, double factor,
                                      double ranks);
 
-// sums and statistic for one rank: -> loss [1], coefficients [G, 2, K, M], projections [G, N, M].
+// sums and statistic for one rank: -> loss, 0-d, coefficients [G, 2, K, M], projections [G, N, M].
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor z, Tensor directions, std::vector<double> knots,
                                            std::vector<double> weights, double count,
                                            double factor);
 
-// -> the gradient of z, [G, N, D] in directions' dtype. grad: float32 [1].
+// -> the gradient of z, [G, N, D] in directions' dtype. grad: float32, one element.
 Tensor gradient(Tensor grad, Tensor coefficients, Tensor projections, Tensor directions,
                 std::vector<double> knots);
 

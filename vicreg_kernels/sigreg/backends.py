@@ -20,11 +20,11 @@ class Kernels:
 
     directions(like, step or None, number, seed, dim, slices) -> [dim, slices] of like's dtype and
         device, columns of length 1; number: the step where there is no tensor of it;
-    forward(z, A, knots, weights, count, factor) -> (loss [1], coefficients, p), of the next two for
+    forward(z, A, knots, weights, count, factor) -> (loss, coefficients, p), of the next two for
         one rank;
     sums(z, A, knots) -> (float32 [G, 2, K, M]: over rows, of cos(t p) and sin(t p); p [G, N, M]);
-    statistic(sums, knots, weights, count, factor, ranks) -> (loss [1], coefficients [G, 2, K, M]);
-    gradient(grad [1], coefficients, p, A, knots) -> [G, N, D] in A's dtype.
+    statistic(sums, knots, weights, count, factor, ranks) -> (loss, coefficients [G, 2, K, M]);
+    gradient(grad, coefficients, p, A, knots) -> [G, N, D] in A's dtype.
     """
 
     directions: Callable[..., Tensor]

@@ -28,6 +28,7 @@ from vicreg_kernels.sigreg.triton_kernels import (
     waves_kernel,
 )
 from vicreg_kernels.sigreg.triton_sums import sums_kernel
+from vicreg_kernels.units import unit as unit_of
 
 # What the interpreter, which has no multiprocessors, is launched for.
 _INTERPRETED_PROCESSORS = 4
@@ -141,13 +142,6 @@ def _rule(knots: tuple[float, ...], weights: tuple[float, ...]) -> tuple[float, 
     return *knots, *behind, *weights, *behind, *targets, *behind
 
 
-def _unit(like: Tensor, sizes: Sequence[int], steps: Sequence[int] = ()) -> int:
-    """The elements of 16 bytes of `like`, if they divide `sizes` and every step is 1; else 1."""
-    unit = 16 // like.element_size()
-    fits = all(step == 1 for step in steps) and all(size % unit == 0 for size in sizes)
-    return unit if fits else 1
-
-
 def _tile(
     choices: Sequence[tuple[int, ...]], z: Tensor, groups: int, rows: int, columns: int
 ) -> tuple[int, ...]:
@@ -190,7 +184,7 @@ def _sums(z: Tensor, directions: Tensor, knots: Sequence[float]) -> tuple[Tensor
     parts = torch.empty(row_blocks, groups, 2, count, slices, device=z.device)
     done = torch.empty(1, dtype=torch.int32, device=z.device)
     (s_g, s_n, s_d), (a_d, a_m) = z.stride(), directions.stride()
-    unit = _unit(z, (dim, slices, s_g, s_n, a_d), (s_d, a_m))
+    unit = unit_of(z, (dim, slices, s_g, s_n, a_d), (s_d, a_m))
     # Left to itself, Triton 3.6's ptxas takes 64 there for sm_80 and spills a value.
     registers = {} if k.pairs or z.dtype == torch.float32 else {"maxnreg": 128}
     with _on_device(z):
@@ -232,11 +226,11 @@ def _statistic(
     row_blocks, groups, _, number, slices = parts.shape
     high, width, warps = STATISTIC
     programs = groups * number * triton.cdiv(slices, width)
-    loss = torch.empty(1, device=parts.device)
+    loss = torch.empty((), device=parts.device)
     coefficients = torch.empty(parts.shape[1:], device=parts.device)
     shares = torch.empty(programs, dtype=torch.float64, device=parts.device)
     scale = factor / (groups * slices)
-    rule, unit = _rule(tuple(knots), tuple(weights)), _unit(parts, (slices,))
+    rule, unit = _rule(tuple(knots), tuple(weights)), unit_of(parts, (slices,))
     with _on_device(parts):
         statistic_kernel[(programs,)](
             parts, done, shares, loss, coefficients,
@@ -255,7 +249,7 @@ def statistic(
     factor: float,
     ranks: float,
 ) -> tuple[Tensor, Tensor]:
-    """Float32 (loss [1], coefficients [G, 2, K, M] of its gradient by p, times ranks)."""
+    """Float32 (loss, 0-d, coefficients [G, 2, K, M] of its gradient by p, times ranks)."""
     done = torch.zeros(1, dtype=torch.int32, device=sums.device)
     return _statistic(sums[None], done, knots, weights, count, factor, ranks)
 
@@ -280,7 +274,7 @@ def gradient(
     directions: Tensor,
     knots: Sequence[float],
 ) -> Tensor:
-    """The gradient of z, [G, N, D] in directions' dtype. grad: float32 [1]."""
+    """The gradient of z, [G, N, D] in directions' dtype. grad: float32 of one element."""
     groups, rows, slices = projections.shape
     dim, (a_d, a_m) = directions.shape[0], directions.stride()
     k = _knots(tuple(knots))
@@ -296,7 +290,7 @@ def gradient(
         PRODUCT, projections, groups, rows, dim
     )
     with _on_device(projections):
-        row_blocks, unit = triton.cdiv(rows, height), _unit(waves, (slices,))
+        row_blocks, unit = triton.cdiv(rows, height), unit_of(waves, (slices,))
         waves_kernel[(groups * row_blocks * triton.cdiv(slices, width),)](
             grad, coefficients, projections, waves,
             rows, slices // unit, row_blocks, len(knots), k.turns,
@@ -304,7 +298,7 @@ def gradient(
             ROWS=height, COLUMNS=width, num_warps=warps,
         )  # fmt: skip
         row_blocks = triton.cdiv(rows, tile_rows)
-        unit = _unit(directions, (dim, slices, a_d), (a_m,))
+        unit = unit_of(directions, (dim, slices, a_d), (a_m,))
         product_kernel[(groups * row_blocks * triton.cdiv(dim, tile_columns),)](
             waves, directions, out,
             rows, dim // unit, slices // unit, row_blocks, a_d // unit, a_m,
