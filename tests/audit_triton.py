@@ -52,7 +52,7 @@ class Recorder:
 
 def specialise(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, dict]:
     """What Triton's launcher would compile: 1 is a constant, a multiple of 16 is marked, but not
-    of what the kernel does not specialise on.
+    of what the kernel does not specialise on; a tuple is one of floats.
     """
     import torch
     from triton.compiler import ASTSource
@@ -62,14 +62,14 @@ def specialise(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> 
         torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16",
         torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32",
     }  # fmt: skip
-    names = ("num_warps", "num_stages", "enable_fp_fusion")
+    names = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
     options = {k: keywords.pop(k) for k in names if k in keywords}
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **keywords}
     signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
+    for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
         value = values[name]
-        aligned = special = not kernel.params[i].do_not_specialize
-        if name in keywords or (special and isinstance(value, int) and value == 1):
+        aligned = special = not parameter.do_not_specialize
+        if name in keywords or value is None or (special and isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
@@ -78,6 +78,8 @@ def specialise(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> 
             block = ", ".join(map(str, value.block_shape))
             signature[name] = f"tensordesc<{types[value.base.dtype][1:]}[{block}]>"
             aligned = False
+        elif isinstance(value, tuple):
+            signature[name], aligned = ("fp32",) * len(value), False
         elif isinstance(value, float):
             signature[name], aligned = "fp32", False
         else:

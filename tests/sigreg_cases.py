@@ -134,8 +134,8 @@ def check_statistic(
     angles = p.detach().unsqueeze(-1) * torch.tensor(knots).double()
     a, b = coefficients.double().transpose(2, 3).unsqueeze(2).unbind(1)
     found = (a * angles.cos() + b * angles.sin()).sum(-1)
-    assert loss.shape == (1,)
-    torch.testing.assert_close(loss[0].double(), truth.detach(), rtol=1e-6, atol=0)
+    assert loss.shape == ()
+    torch.testing.assert_close(loss.double(), truth.detach(), rtol=1e-6, atol=0)
     error = (found - slope).abs().max() / slope.abs().max()
     assert error <= 1e-5, f"coefficients: {error:.1e}"
 
@@ -145,10 +145,15 @@ def check_directions(
 ) -> None:
     """The reference's, within a few roundings of the largest entry."""
     now = torch.tensor(step, device=device)
-    found = kernels.directions(now, seed, dim, slices)
     wanted = reference.directions(now, seed, dim, slices)
+    like = torch.empty(0, device=device)
+    found = kernels.directions(like, now, 0, seed, dim, slices)
     assert found.shape == wanted.shape == (dim, slices)
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=5e-7)
+    assert torch.equal(kernels.directions(like, None, step, seed, dim, slices), found)
+    for half in (torch.bfloat16, torch.float16):
+        narrow = kernels.directions(like.to(half), now, 0, seed, dim, slices)
+        assert torch.equal(narrow, found.to(half))
 
 
 def same_finiteness(backend: str, bad: float) -> None:

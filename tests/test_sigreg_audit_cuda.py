@@ -5,7 +5,7 @@ from __future__ import annotations
 import audit_cuda
 import pytest
 
-KERNELS = 21
+KERNELS = 22
 
 
 @pytest.mark.parametrize("architecture", audit_cuda.ARCHITECTURES)

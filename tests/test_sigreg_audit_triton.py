@@ -21,7 +21,6 @@ KERNELS = (
     "sums_kernel",
     "finish_kernel",
     "statistic_kernel",
-    "loss_kernel",
     "waves_kernel",
     "product_kernel",
 )
@@ -59,6 +58,7 @@ def _cases() -> Iterator[Case]:
         for knots in ("41", "free"):
             yield Case(arch, "bfloat16", "sums_kernel", knots, SMALL)
         yield Case(arch, "float32", "waves_kernel", "free", SMALL)
+        yield Case(arch, "float32", "statistic_kernel", "41", SMALL)
 
 
 CASES = list(_cases())
@@ -73,19 +73,18 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     names = (*KERNELS, "_device")
     kept = {name: getattr(launchers, name) for name in names}
     rows, dim, slices = case.shape
-    groups = 2 if case.kernel == "loss_kernel" else 1
     dtype, knots = getattr(torch, case.dtype), KNOTS[case.knots]
     try:
         for name in KERNELS:
             setattr(launchers, name, Recorder(kept[name], found))
         launchers._device = lambda index: (132, case.arch // 10)
-        z = torch.empty(groups, rows, dim, dtype=dtype, device="meta")
+        z = torch.empty(1, rows, dim, dtype=dtype, device="meta")
         step = torch.empty((), dtype=torch.int64, device="meta")
-        a = launchers.directions(step, 2**40, dim, slices).to(dtype)
-        sums, projections = launchers.sums(z, a, knots)
+        a = launchers.directions(z, step, 0, 2**40, dim, slices)
+        launchers.sums(z, a, knots)
         weights = [math.exp(-0.5 * t * t) for t in knots]
-        loss, coefficients = launchers.statistic(sums, knots, weights, float(rows), 1.0, 1.0)
-        launchers.gradient(loss, coefficients, projections, a, knots)
+        loss, coefficients, p = launchers.forward(z, a, knots, weights, float(rows), 1.0)
+        launchers.gradient(loss, coefficients, p, a, knots)
     finally:
         for name, value in kept.items():
             setattr(launchers, name, value)
@@ -106,7 +105,7 @@ def test_kernel(case: Case, compiled: dict[str, Any]) -> None:
         assert found["matrix"] == [MATRIX[case.arch]]
     else:
         assert found["matrix"] == []
-    if case.kernel not in ("directions_kernel", "loss_kernel", "finish_kernel"):
+    if case.kernel not in ("directions_kernel", "finish_kernel"):
         assert found["wide_loads"] > 0, "every load is narrower than 16 bytes"
 
 

@@ -17,9 +17,9 @@ shapes = [(1, 2, 1, 1), (1, 3, 2, 15), (2, 5, 7, 16), (1, 33, 3, 17), (2, 129, 6
           (1, 260, 5, 65)]
 step = torch.tensor(7)
 for seed in (0, -1):
-    op.sigreg_directions(step, seed, 6, 33)
+    op.sigreg_directions(torch.ones(1), None, 7, seed, 6, 33)
 for groups, rows, dim, slices in shapes:
-    a = op.sigreg_directions(step, 3, dim, slices)
+    a = op.sigreg_directions(torch.ones(1), step, 0, 3, dim, slices)
     assert (a - reference.directions(step, 3, dim, slices)).abs().max() < 1e-6
     for knots in rules:
         weights = [0.5 / (1.0 + t) for t in knots]
@@ -32,7 +32,7 @@ for groups, rows, dim, slices in shapes:
             wide = z.double().requires_grad_()
             truth = reference.loss(wide, own.double(), knots, weights, rows, rows)
             truth.backward()
-            torch.testing.assert_close(loss[0].double(), truth.detach(), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(loss.double(), truth.detach(), rtol=1e-4, atol=1e-6)
             error = (grad.double() - wide.grad).norm() / wide.grad.norm()
             assert error < (1e-4 if dtype == torch.float32 else 1e-2), (rows, knots, dtype, error)
 print("clean", flush=True)

@@ -18,7 +18,7 @@ from shapes import LAYOUTS, randn
 from sigreg_cases import KNOTS, check
 from tolerances import differentiate, relative_error
 
-from vicreg_kernels import dispatch
+from vicreg_kernels import dispatch, units
 from vicreg_kernels.sigreg import backends, sigreg_loss
 
 INTERPRETING = dispatch.interpreting()
@@ -52,19 +52,34 @@ class TestInterpreter:
         monkeypatch.setattr(launchers, "SUMS", ((32, 32, 16, 16, 3),))
         monkeypatch.setattr(launchers, "PRODUCT", ((32, 16, 32, 4, 3),))
         monkeypatch.setattr(launchers, "WAVES", (32, 32, 4))
-        monkeypatch.setattr(launchers, "STATISTIC", (32, 4))
+        monkeypatch.setattr(launchers, "STATISTIC", (2, 32, 4))
         monkeypatch.setattr(launchers, "DIRECTIONS", (8, 8, 4))
 
     @pytest.fixture
     def kernels(self) -> backends.Kernels:
         return backends.load("triton")
 
-    # N, D, M: one of each, odd, prime, off the tiles by one.
+    # N, D, M: one of each, odd, prime, off the tiles by one, and whole 16 bytes.
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("shape", [(9, 1, 3), (3, 17, 1), (33, 16, 33)], ids=str)
+    @pytest.mark.parametrize("shape", [(9, 1, 3), (3, 17, 1), (33, 16, 33), (100, 24, 40)], ids=str)
     def test_shapes(self, shape, dtype):
         rows, dim, slices = shape
         check("triton", randn(rows, dim, dtype=dtype).requires_grad_(), slices)
+
+    def test_sizes_in_units_of_16_bytes(self, kernels):
+        """The same bits whether strides are known to be whole units or not."""
+        z, a = randn(2, 70, 24), sigreg_cases.unit(24, 40)
+        general = randn(2, 70, 48)[..., ::2].copy_(z), randn(24, 41)[:, :40].copy_(a)
+        assert [units.unit(z, (24, 40)), units.unit(z, (24,), (2,))] == [4, 1]
+        args = KNOTS["17"], sigreg_cases.weights(KNOTS["17"]), 70.0, 70.0
+        runs = [kernels.forward(*given, *args) for given in ((z, a), general)]
+        for one, other in zip(*runs, strict=True):
+            assert torch.equal(one, other)
+        _, coefficients, p = runs[0]
+        found = [
+            kernels.gradient(torch.ones(1), coefficients, p, d, args[0]) for d in (a, general[1])
+        ]
+        assert torch.equal(*found)
 
     @pytest.mark.parametrize("variant", ["lejepa", "eb_jepa"])
     def test_groups_and_variants(self, variant):

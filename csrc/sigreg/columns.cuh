@@ -1,8 +1,8 @@
-// Column sums of cos(t p) and sin(t p) over the rows of the projections, and the statistic of them.
+// Column sums of cos(t p) and sin(t p) over the rows of the projections.
 //
 // A lane keeps a column and its block's eight warps share the rows, so that a row's loads fall
 // together, every sum stays in a register and threads meet once a block. Blocks of rows leave
-// partial sums, [row blocks, G, 2, K, M], which are added in their order.
+// partial sums, [row blocks, G, 2, K, M], which are added in their order (statistic.cuh).
 #pragma once
 
 #include "sigreg/circle.cuh"
@@ -31,7 +31,15 @@ struct Sums {
   const float* projections;  // [G, N, M]
   float* out;                // [row blocks, G, 2, K, M]
   int64_t knots, chunks;
+  unsigned* done;  // what knot_terms counts its blocks in: set to 0
 };
+
+// Blocks of 256 threads whose registers fit a multiprocessor at once: at most 80 a thread, or 64.
+// As many are launched, so that all run together, whatever their number: 4 where 3 fit would take
+// two turns, the second a third full.
+template <int P>
+constexpr int kResident = P < 6 ? 4 : 3;
+constexpr int kSingleResident = 4;
 
 // Block i of the launch: chunk i % chunks of the knots, then as common::place.
 __device__ __forceinline__ Place place(const Cut& cut, int64_t block) {
@@ -77,9 +85,10 @@ __device__ __forceinline__ float shared_sum(const float* shared, int i) {
 // and eight. One sincos a projection and chunk, of t_0, and one more for the centres of the chunks
 // after the first.
 template <int P>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident<P>)
     paired_sums(Sums s, Cut cut, Centres centres) {
   SHARED_ARRAY(float, shared, (4 * P + 2) * kThreads);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *s.done = 0u;
   const int chunk = static_cast<int>(blockIdx.x % s.chunks), warp = threadIdx.x / kLanes;
   const Place at = place(cut, blockIdx.x / s.chunks);
   const int64_t column = at.tile * kLanes + threadIdx.x % kLanes;
@@ -131,8 +140,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Knots of any spacing, a sincos each.
-__global__ void __launch_bounds__(kThreads) single_sums(Sums s, Cut cut, Table knots) {
+__global__ void __launch_bounds__(kThreads, kSingleResident)
+    single_sums(Sums s, Cut cut, Table knots) {
   SHARED_ARRAY(float, shared, 2 * kChunk * kThreads);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *s.done = 0u;
   const int64_t chunk = blockIdx.x % s.chunks;
   const Place at = place(cut, blockIdx.x / s.chunks);
   const int warp = threadIdx.x / kLanes, first = static_cast<int>(chunk) * kChunk;
@@ -159,50 +170,6 @@ __global__ void __launch_bounds__(kThreads) single_sums(Sums s, Cut cut, Table k
     store_sums(s, cut, at, first + k, column, shared_sum(shared, 2 * k),
                shared_sum(shared, 2 * k + 1));
   }
-}
-
-// out[i] = the sum over row blocks of partials[r, i], in order.
-__global__ void __launch_bounds__(kThreads)
-    finish_sums(const float* partials, int64_t row_blocks, int64_t count, float* out) {
-  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (i >= count) return;
-  float total = 0.f;
-#pragma unroll 4
-  for (int64_t r = 0; r < row_blocks; ++r) total += partials[r * count + i];
-  out[i] = total;
-}
-
-struct Rule {
-  double knots[kMostKnots], targets[kMostKnots], weights[kMostKnots];  // targets: phi
-  double count, scale;  // scale: of the gradient, ranks factor / (G M)
-};
-
-// A thread a knot of a slice: its two coefficients, and losses[block], sums of the statistic's
-// terms.
-__global__ void __launch_bounds__(kThreads)
-    knot_terms(const float* sums, int64_t knots, int64_t slices, Rule rule, float* coefficients,
-               double* losses) {
-  const int64_t tiles = (slices + kThreads - 1) / kThreads;
-  const int64_t m = blockIdx.x % tiles * kThreads + threadIdx.x, rest = blockIdx.x / tiles;
-  const int64_t k = rest % knots, g = rest / knots;
-  double loss = 0.0;
-  if (m < slices) {
-    const int64_t cosines = (2 * g * knots + k) * slices + m, sines = cosines + knots * slices;
-    const KnotTerm term = knot_term(sums[cosines], sums[sines], rule.knots[k], rule.targets[k],
-                                    rule.weights[k], rule.count, rule.scale);
-    loss = term.loss;
-    coefficients[cosines] = static_cast<float>(term.a);
-    coefficients[sines] = static_cast<float>(term.b);
-  }
-  loss = block_sum(loss);
-  if (threadIdx.x == 0) losses[blockIdx.x] = loss;
-}
-
-// One block.
-__global__ void __launch_bounds__(kThreads)
-    total_loss(const double* losses, int64_t count, double factor, float* loss) {
-  const double total = sum_of(losses, count);
-  if (threadIdx.x == 0) *loss = static_cast<float>(factor * total);
 }
 
 }  // namespace kernels

@@ -41,6 +41,11 @@ int64_t worth(int64_t size) { return std::max<int64_t>(1, (int64_t{1} << 17) / s
 
 int64_t threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
 
+// Memory for `size` floats, or, as an empty tensor costs the host 2 us too, none: `like` again.
+Tensor scratch(const Tensor& like, int64_t size) {
+  return size == 0 ? like : common::empty(like, {size}, ScalarType::Float);
+}
+
 // [begin, end) cut into pieces of `size`: the i-th.
 struct Piece {
   Piece(int64_t index, int64_t size, int64_t end)
@@ -85,9 +90,11 @@ class Block {
 
 }  // namespace
 
-Tensor directions(Tensor step, int64_t seed, int64_t dim, int64_t slices) {
-  Tensor out = common::empty(step, {dim, slices}, ScalarType::Float);
-  const uint64_t at = static_cast<uint64_t>(*static_cast<const int64_t*>(step.const_data_ptr()));
+Tensor directions(Tensor like, std::optional<Tensor> step, int64_t number, int64_t seed,
+                  int64_t dim, int64_t slices) {
+  Tensor out = common::empty(like, {dim, slices}, ScalarType::Float);
+  const uint64_t at = static_cast<uint64_t>(
+      step ? *static_cast<const int64_t*>(step->const_data_ptr()) : number);
   float* target = static_cast<float*>(out.mutable_data_ptr());
   const int64_t grain = worth(dim * kLanes);
   torch::stable::parallel_for(0, divide_up(slices, kLanes), grain, [&](int64_t from, int64_t to) {
@@ -97,7 +104,8 @@ Tensor directions(Tensor step, int64_t seed, int64_t dim, int64_t slices) {
                    target);
     }
   });
-  return out;
+  const ScalarType dtype = like.scalar_type();
+  return dtype == ScalarType::Float ? out : torch::stable::to(out, dtype);
 }
 
 std::tuple<Tensor, Tensor> sums(Tensor z, Tensor directions, std::vector<double> knots) {
@@ -120,8 +128,7 @@ std::tuple<Tensor, Tensor> sums(Tensor z, Tensor directions, std::vector<double>
     std::vector<double> running;
     const int64_t copied_z = left.single() ? 0 : kRowChunk * dim;
     const int64_t copied_a = right.single() ? 0 : dim * width;
-    const Tensor z_scratch = common::empty(p, {copied_z}, ScalarType::Float);
-    const Tensor a_scratch = common::empty(p, {copied_a}, ScalarType::Float);
+    const Tensor z_scratch = scratch(p, copied_z), a_scratch = scratch(p, copied_a);
     for (int64_t task = from; task < to; ++task) {
       const int64_t g = task / across;
       const Piece columns(task % across, width, slices);
@@ -166,7 +173,7 @@ std::tuple<Tensor, Tensor> statistic(Tensor sums, std::vector<double> knots,
                                      std::vector<double> weights, double count, double factor,
                                      double ranks) {
   const int64_t groups = sums.size(0), knot_count = sums.size(2), slices = sums.size(3);
-  Tensor loss = common::empty(sums, {1}, ScalarType::Float);
+  Tensor loss = common::empty(sums, {}, ScalarType::Float);
   Tensor out = common::empty(sums, {groups, 2, knot_count, slices}, ScalarType::Float);
   const float* const source = static_cast<const float*>(sums.const_data_ptr());
   float* const target = static_cast<float*>(out.mutable_data_ptr());
@@ -195,6 +202,14 @@ std::tuple<Tensor, Tensor> statistic(Tensor sums, std::vector<double> knots,
   return {loss, out};
 }
 
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor z, Tensor directions, std::vector<double> knots,
+                                           std::vector<double> weights, double count,
+                                           double factor) {
+  const auto [own, projections] = sums(z, directions, knots);
+  const auto [loss, coefficients] = statistic(own, knots, weights, count, factor, 1.0);
+  return {loss, coefficients, projections};
+}
+
 Tensor gradient(Tensor grad, Tensor coefficients, Tensor projections, Tensor directions,
                 std::vector<double> knots) {
   const int64_t groups = projections.size(0), rows = projections.size(1);
@@ -218,8 +233,7 @@ Tensor gradient(Tensor grad, Tensor coefficients, Tensor projections, Tensor dir
     const Tensor slope = common::empty(projections, {height, width}, ScalarType::Float);
     float* const slope_at = static_cast<float*>(slope.mutable_data_ptr());
     const int64_t copied = single ? 0 : dim * width, narrowed = single ? 0 : height * dim;
-    const Tensor a_scratch = common::empty(projections, {copied}, ScalarType::Float);
-    const Tensor wide = common::empty(projections, {narrowed}, ScalarType::Float);
+    const Tensor a_scratch = scratch(projections, copied), wide = scratch(projections, narrowed);
     for (int64_t task = from; task < to; ++task) {
       const int64_t g = task / down;
       const Piece piece(task % down, height, rows);

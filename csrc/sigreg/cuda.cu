@@ -38,6 +38,7 @@
 // result is scaled back.
 #include <algorithm>
 #include <array>
+#include <optional>
 
 #include "common/bmm.h"
 #include "common/launch.h"
@@ -47,6 +48,7 @@
 #include "sigreg/directions.cuh"
 #include "sigreg/formula.h"
 #include "sigreg/sigreg.h"
+#include "sigreg/statistic.cuh"
 #include "sigreg/waves.cuh"
 
 namespace sigreg {
@@ -64,6 +66,21 @@ T* data(const Tensor& tensor) {
 unsigned grid(int64_t blocks) {
   STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "sigreg: too large for one launch");
   return static_cast<unsigned>(blocks);
+}
+
+// run(an element of the tensor's dtype).
+template <typename F>
+void by_dtype(const Tensor& tensor, F&& run) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return run(float{});
+    case ScalarType::Half:
+      return run(__half{});
+    default:
+      STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::BFloat16,
+                      "sigreg: takes float32, bfloat16, float16");
+      return run(__nv_bfloat16{});
+  }
 }
 
 Table table_of(const std::vector<double>& knots) {
@@ -108,21 +125,28 @@ PairedSums paired(int64_t pairs) {
   return all[pairs - 1];
 }
 
-void column_sums(const Queue& queue, const Tensor& projections, const std::vector<double>& knots,
-                 const Tensor& out) {
+// What the kernels of the sums leave: parts [row blocks, G, 2, K, M] and a counter at 0.
+struct Parts {
+  Tensor sums, done;
+  int64_t row_blocks() const { return sums.size(0); }
+};
+
+Parts column_sums(const Queue& queue, const Tensor& projections, const std::vector<double>& knots) {
   const int64_t groups = projections.size(0), rows = projections.size(1);
   const int64_t slices = projections.size(2), count = static_cast<int64_t>(knots.size());
   const Spacing spacing = spacing_of(knots.data(), count);
   const int64_t chunks = common::ceil_div(count, kChunk);
-  const Cut cut = common::cut(groups, 0, rows, 0, slices, 1, 4 * queue.multiprocessors() / chunks);
-  const Tensor parts =
-      cut.row_blocks == 1
-          ? out
-          : common::empty(out, {cut.row_blocks, groups, 2, count, slices}, ScalarType::Float);
-  const Sums sums = {data<float>(projections), data<float>(parts), count, chunks};
+  const int64_t pairs = common::ceil_div(count, 2 * chunks);
+  const int resident = !spacing.equal ? kSingleResident : pairs < 6 ? kResident<5> : kResident<6>;
+  const Cut cut =
+      common::cut(groups, 0, rows, 0, slices, 1, resident * queue.multiprocessors() / chunks);
+  const Parts parts = {
+      common::empty(projections, {cut.row_blocks, groups, 2, count, slices}, ScalarType::Float),
+      common::empty(projections, {1}, ScalarType::Int)};
+  const Sums sums = {data<float>(projections), data<float>(parts.sums), count, chunks,
+                     reinterpret_cast<unsigned*>(data<int>(parts.done))};
   const unsigned blocks = grid(chunks * common::blocks_of(cut));
   if (spacing.equal) {
-    const int64_t pairs = common::ceil_div(count, 2 * chunks);
     const double step = spacing.half ? 2.0 * spacing.start : spacing.start;
     const double from_first = static_cast<double>(pairs) - (spacing.half ? 0.5 : 1.0);
     Centres centres = {turns_of(spacing.start), spacing.half, {}};
@@ -133,10 +157,31 @@ void column_sums(const Queue& queue, const Tensor& projections, const std::vecto
   } else {
     queue.launch(&single_sums, blocks, kThreads, 0, sums, cut, table_of(knots));
   }
-  if (cut.row_blocks > 1) {
-    queue.launch(&finish_sums, grid(common::ceil_div(out.numel(), kThreads)), kThreads, 0,
-                 data<float>(parts), cut.row_blocks, out.numel(), data<float>(out));
-  }
+  return parts;
+}
+
+// -> loss, 0-d, coefficients [G, 2, K, M].
+std::tuple<Tensor, Tensor> terms(const Queue& queue, const Parts& parts,
+                                 const std::vector<double>& knots,
+                                 const std::vector<double>& weights, double count, double factor,
+                                 double ranks) {
+  const int64_t groups = parts.sums.size(1), slices = parts.sums.size(4);
+  const int64_t number = static_cast<int64_t>(knots.size());
+  const Tensor loss = common::empty(parts.sums, {}, ScalarType::Float);
+  const Tensor coefficients =
+      common::empty(parts.sums, {groups, 2, number, slices}, ScalarType::Float);
+  const double scale = factor / (static_cast<double>(groups) * slices);
+  Rule rule = {{}, {}, {}, count, ranks * scale};
+  std::copy(knots.begin(), knots.end(), rule.knots);
+  for (int64_t k = 0; k < number; ++k) rule.targets[k] = phi_of(knots[k]);
+  std::copy(weights.begin(), weights.end(), rule.weights);
+  const unsigned blocks = grid(groups * number * common::ceil_div(slices, kThreads));
+  const Tensor shares = common::empty(parts.sums, {int64_t{blocks}}, ScalarType::Double);
+  const Terms t = {data<float>(parts.sums), parts.row_blocks(), groups, number, slices,
+                   data<float>(coefficients), data<double>(shares),
+                   reinterpret_cast<unsigned*>(data<int>(parts.done)), scale, data<float>(loss)};
+  queue.launch(&knot_terms, blocks, kThreads, 0, t, rule);
+  return {loss, coefficients};
 }
 
 template <typename T>
@@ -177,22 +222,30 @@ void gradient_kernels(const Tensor& grad, const Tensor& coefficients, const Tens
 
 }  // namespace
 
-Tensor directions(Tensor step, int64_t seed, int64_t dim, int64_t slices) {
-  const Tensor out = common::empty(step, {dim, slices}, ScalarType::Float);
-  const Queue queue(step);
-  queue.launch(&draw_directions, grid(common::ceil_div(slices, kDrawn)), kThreads, 0,
-               data<int64_t>(step), static_cast<uint64_t>(seed), dim, slices, data<float>(out));
+Tensor directions(Tensor like, std::optional<Tensor> step, int64_t number, int64_t seed,
+                  int64_t dim, int64_t slices) {
+  const Tensor out = common::empty(like, {dim, slices}, like.scalar_type());
+  const Queue queue(like);
+  by_dtype(out, [&](auto element) {
+    using T = decltype(element);
+    queue.launch(&draw_directions<T>, grid(common::ceil_div(slices, kDrawn)), kThreads, 0,
+                 step ? static_cast<const int64_t*>(step->const_data_ptr()) : nullptr, number,
+                 static_cast<uint64_t>(seed), dim, slices, data<T>(out));
+  });
   return out;
 }
 
 std::tuple<Tensor, Tensor> sums(Tensor z, Tensor directions, std::vector<double> knots) {
   check_knots(knots);
-  const int64_t count = static_cast<int64_t>(knots.size()), slices = directions.size(1);
-  const Tensor out = common::empty(z, {z.size(0), 2, count, slices}, ScalarType::Float);
-  const Tensor projections = common::empty(z, {z.size(0), z.size(1), slices}, ScalarType::Float);
+  const int64_t groups = z.size(0), slices = directions.size(1);
+  const int64_t count = static_cast<int64_t>(knots.size());
+  const Tensor projections = common::empty(z, {groups, z.size(1), slices}, ScalarType::Float);
   const Queue queue(z);
   project(z, directions, projections);
-  column_sums(queue, projections, knots, out);
+  const Parts parts = column_sums(queue, projections, knots);
+  const Tensor out = common::empty(z, {groups, 2, count, slices}, ScalarType::Float);
+  queue.launch(&finish_sums, grid(common::ceil_div(out.numel(), kThreads)), kThreads, 0,
+               data<float>(parts.sums), parts.row_blocks(), out.numel(), data<float>(out));
   return {out, projections};
 }
 
@@ -200,23 +253,25 @@ std::tuple<Tensor, Tensor> statistic(Tensor sums, std::vector<double> knots,
                                      std::vector<double> weights, double count, double factor,
                                      double ranks) {
   check_knots(knots);
-  const int64_t groups = sums.size(0), slices = sums.size(3);
-  const int64_t number = static_cast<int64_t>(knots.size());
-  const Tensor loss = common::empty(sums, {1}, ScalarType::Float);
-  const Tensor coefficients = common::empty(sums, {groups, 2, number, slices}, ScalarType::Float);
-  const double scale = factor / (static_cast<double>(groups) * slices);
-  Rule rule = {{}, {}, {}, count, ranks * scale};
-  std::copy(knots.begin(), knots.end(), rule.knots);
-  for (int64_t k = 0; k < number; ++k) rule.targets[k] = phi_of(knots[k]);
-  std::copy(weights.begin(), weights.end(), rule.weights);
-  const unsigned blocks = grid(groups * number * common::ceil_div(slices, kThreads));
-  const Tensor losses = common::empty(sums, {int64_t{blocks}}, ScalarType::Double);
-  const Queue queue(sums);
-  queue.launch(&knot_terms, blocks, kThreads, 0, data<float>(sums), number, slices, rule,
-               data<float>(coefficients), data<double>(losses));
-  queue.launch(&total_loss, 1, kThreads, 0, data<double>(losses), int64_t{blocks}, scale,
-               data<float>(loss));
-  return {loss, coefficients};
+  const int64_t groups = sums.size(0), number = sums.size(2), slices = sums.size(3);
+  const int64_t size = number * slices;
+  const Parts one = {common::strided(sums, {1, groups, 2, number, slices},
+                                     {2 * groups * size, 2 * size, size, slices, 1}, 0),
+                     torch::stable::new_zeros(sums, {1}, ScalarType::Int)};
+  return terms(Queue(sums), one, knots, weights, count, factor, ranks);
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor z, Tensor directions, std::vector<double> knots,
+                                           std::vector<double> weights, double count,
+                                           double factor) {
+  check_knots(knots);
+  const Tensor projections =
+      common::empty(z, {z.size(0), z.size(1), directions.size(1)}, ScalarType::Float);
+  const Queue queue(z);
+  project(z, directions, projections);
+  const auto [loss, coefficients] = terms(queue, column_sums(queue, projections, knots), knots,
+                                          weights, count, factor, 1.0);
+  return {loss, coefficients, projections};
 }
 
 Tensor gradient(Tensor grad, Tensor coefficients, Tensor projections, Tensor directions,
@@ -225,21 +280,9 @@ Tensor gradient(Tensor grad, Tensor coefficients, Tensor projections, Tensor dir
   const Tensor result =
       common::empty(projections, {projections.size(0), projections.size(1), directions.size(0)},
                     directions.scalar_type());
-  const auto run = [&](auto element) {
+  by_dtype(directions, [&](auto element) {
     gradient_kernels<decltype(element)>(grad, coefficients, projections, directions, knots, result);
-  };
-  switch (directions.scalar_type()) {
-    case ScalarType::Float:
-      run(float{});
-      break;
-    case ScalarType::Half:
-      run(__half{});
-      break;
-    default:
-      STD_TORCH_CHECK(directions.scalar_type() == ScalarType::BFloat16,
-                      "sigreg: takes float32, bfloat16, float16");
-      run(__nv_bfloat16{});
-  }
+  });
   return result;
 }
 

@@ -25,15 +25,17 @@ __device__ __forceinline__ void normals(uint64_t seed, uint64_t step, uint64_t g
   }
 }
 
-// out [dim, slices]. Lanes lie along M, 8 columns to a block, so that whole sectors are written.
+// out [dim, slices]; step: 0-d, or null and `number` is the step. Lanes lie along M, 8 columns to a block, so that whole sectors are written.
 // The normals are drawn twice, once for the lengths: about 2 us of arithmetic at 512 x 1024, where
 // they would take as long to memory and back.
+template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    draw_directions(const int64_t* step, uint64_t seed, int64_t dim, int64_t slices, float* out) {
+    draw_directions(const int64_t* step, int64_t number, uint64_t seed, int64_t dim,
+                    int64_t slices, T* out) {
   SHARED_ARRAY(float, squares, kThreads);
   const int column = threadIdx.x % kDrawn, drawer = threadIdx.x / kDrawn;
   const int64_t m = int64_t{blockIdx.x} * kDrawn + column, groups = groups_of(dim);
-  const uint64_t now = static_cast<uint64_t>(*step);
+  const uint64_t now = static_cast<uint64_t>(step == nullptr ? number : *step);
   float square = 0.f;
   if (m < slices) {
     for (int64_t group = drawer; group < groups; group += kDrawers) {
@@ -56,7 +58,8 @@ __global__ void __launch_bounds__(kThreads)
     normals(seed, now, static_cast<uint64_t>(m * groups + group), drawn);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (4 * group + i < dim) out[(4 * group + i) * slices + m] = drawn[i] / length;
+      const int64_t d = 4 * group + i;
+      if (d < dim) out[d * slices + m] = narrow<T>(drawn[i] / length);
     }
   }
 }

@@ -3,11 +3,16 @@
 #include "sigreg/sigreg.h"
 
 KERNELS_LIBRARY(m) {
-  m.def("sigreg_directions(Tensor step, int seed, int dim, int slices) -> Tensor");
+  m.def(
+      "sigreg_directions(Tensor like, Tensor? step, int number, int seed, int dim, int slices) -> "
+      "Tensor");
   m.def("sigreg_sums(Tensor z, Tensor directions, float[] knots) -> (Tensor, Tensor)");
   m.def(
       "sigreg_statistic(Tensor sums, float[] knots, float[] weights, float count, float factor, "
       "float ranks) -> (Tensor, Tensor)");
+  m.def(
+      "sigreg_forward(Tensor z, Tensor directions, float[] knots, float[] weights, float count, "
+      "float factor) -> (Tensor, Tensor, Tensor)");
   m.def(
       "sigreg_gradient(Tensor grad, Tensor coefficients, Tensor projections, Tensor directions, "
       "float[] knots) -> Tensor");
@@ -17,5 +22,6 @@ KERNELS_IMPLEMENTATION(m) {
   m.impl("sigreg_directions", TORCH_BOX(&sigreg::directions));
   m.impl("sigreg_sums", TORCH_BOX(&sigreg::sums));
   m.impl("sigreg_statistic", TORCH_BOX(&sigreg::statistic));
+  m.impl("sigreg_forward", TORCH_BOX(&sigreg::forward));
   m.impl("sigreg_gradient", TORCH_BOX(&sigreg::gradient));
 }

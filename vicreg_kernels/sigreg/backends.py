@@ -1,10 +1,10 @@
-"""The fused backends of SIGReg behind one set of four functions."""
+"""The fused backends of SIGReg behind one set of functions."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 
 import torch
@@ -22,13 +22,17 @@ dispatch.register("sigreg_directions")
 class Kernels:
     """With z [G, N, D], directions A [D, M] of z's dtype and K knots:
 
-    directions(step, seed, dim, slices) -> float32 [dim, slices], columns of length 1;
+    directions(like, step or None, number, seed, dim, slices) -> [dim, slices] of like's dtype and
+        device, columns of length 1; number: the step where there is no tensor of it;
+    forward(z, A, knots, weights, count, factor) -> (loss, coefficients, p), of the next two for
+        one rank;
     sums(z, A, knots) -> (float32 [G, 2, K, M]: over rows, of cos(t p) and sin(t p); p [G, N, M]);
-    statistic(sums, knots, weights, count, factor, ranks) -> (loss [1], coefficients [G, 2, K, M]);
-    gradient(grad [1], coefficients, p, A, knots) -> [G, N, D] in A's dtype.
+    statistic(sums, knots, weights, count, factor, ranks) -> (loss, coefficients [G, 2, K, M]);
+    gradient(grad, coefficients, p, A, knots) -> [G, N, D] in A's dtype.
     """
 
     directions: Callable[..., Tensor]
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     sums: Callable[..., tuple[Tensor, Tensor]]
     statistic: Callable[..., tuple[Tensor, Tensor]]
     gradient: Callable[..., Tensor]
@@ -36,17 +40,26 @@ class Kernels:
 
 def _compiled(namespace: str) -> Kernels:
     ops = getattr(torch.ops, namespace)
-    sums, gradient = exact(ops.sigreg_sums), exact(ops.sigreg_gradient)
-    return Kernels(ops.sigreg_directions, sums, ops.sigreg_statistic, gradient)
+    forward, sums = exact(ops.sigreg_forward), exact(ops.sigreg_sums)
+    gradient = exact(ops.sigreg_gradient)
+    return Kernels(ops.sigreg_directions, forward, sums, ops.sigreg_statistic, gradient)
 
 
 @cache
 def load(backend: str) -> Kernels:
     if backend == "triton":
         kernels = importlib.import_module("vicreg_kernels.sigreg.triton")
-        return Kernels(kernels.directions, kernels.sums, kernels.statistic, kernels.gradient)
+        return Kernels(*(getattr(kernels, field.name) for field in fields(Kernels)))
     return _compiled(NAMESPACES[backend])
 
 
 def directions(backend: str) -> Callable[..., Tensor]:
-    return reference.directions if backend == "reference" else load(backend).directions
+    return _reference_directions if backend == "reference" else load(backend).directions
+
+
+def _reference_directions(
+    like: Tensor, step: Tensor | None, number: int, seed: int, dim: int, slices: int
+) -> Tensor:
+    if step is None:
+        step = torch.full((), number, dtype=torch.int64, device=like.device)
+    return reference.directions(step, seed, dim, slices).to(like.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +42,29 @@ def check_settings(
     backend: str | None = None,
 ) -> Settings:
     """The settings in full; raise a ValueError or TypeError that names the first that is wrong."""
+    given = (slices, knots, t_max, variant, seed, backend)
+    if torch.compiler.is_compiling():
+        return _check_settings(*given)
+    if isinstance(knots, (list, tuple)) and all(type(t) in (int, float) for t in knots):
+        knots, given = None, (slices, tuple(knots), t_max, variant, seed, backend)
+    plain = type(knots) in _PLAIN and type(t_max) in _PLAIN and type(slices) in _PLAIN
+    if plain and type(seed) in _PLAIN and type(variant) is str and type(backend) in _PLAIN:
+        return _kept_settings(*given)
+    return _check_settings(*given)
+
+
+# A setting of another type may change between calls, or have no hash.
+_PLAIN = frozenset((int, float, str, bool, type(None)))
+
+
+def _check_settings(
+    slices: int | None,
+    knots: int | Sequence[float] | None,
+    t_max: float | None,
+    variant: str,
+    seed: int,
+    backend: str | None,
+) -> Settings:
     if variant not in VARIANTS:
         raise ValueError(f"variant: got {variant!r}, takes one of {tuple(VARIANTS)}")
     rule = VARIANTS[variant]
@@ -61,6 +85,10 @@ def check_settings(
         )
     dispatch.check_backend(backend)
     return Settings(rule, slices, positions, weights)
+
+
+# The quadrature takes longer than everything else that a call does in Python. typed: 1 is not True.
+_kept_settings = lru_cache(maxsize=256, typed=True)(_check_settings)
 
 
 def _check_knots(

@@ -2,7 +2,7 @@
 
 With z [G, N, D], directions A [D, M], p = z A and K knots t_k, the forward op gives
 
-    loss          float32 [1]
+    loss          float32, 0-d
     coefficients  float32 [G, 2, K, M]   a and b of dp = sum_k a_k cos t_k p + b_k sin t_k p
     projections   float32 [G, N, M]      p
 
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vicreg_kernels import dispatch, distributed
+from vicreg_kernels import calls, dispatch, distributed
 from vicreg_kernels.sigreg import backends, reference
 from vicreg_kernels.sigreg.checks import Settings, check_call, check_settings, check_step, is_int
 
@@ -27,7 +27,8 @@ OP = "sigreg_loss"
 
 _LIBRARY = torch.library.Library("vicreg_kernels", "FRAGMENT")
 _LIBRARY.define(
-    "sigreg_directions(Tensor step, int seed, SymInt dim, SymInt slices, str backend) -> Tensor"
+    "sigreg_directions(Tensor like, Tensor? step, SymInt number, int seed, SymInt dim,"
+    " SymInt slices, str backend) -> Tensor"
 )
 # drawn: seed and step of the directions, where they are known; only compared among ranks.
 _LIBRARY.define(
@@ -41,8 +42,10 @@ _LIBRARY.define(
 
 
 @torch.library.impl(_LIBRARY, "sigreg_directions", "CompositeExplicitAutograd")
-def _directions(step: Tensor, seed: int, dim: int, slices: int, backend: str) -> Tensor:
-    return backends.directions(backend)(step, seed, dim, slices)
+def _directions(
+    like: Tensor, step: Tensor | None, number: int, seed: int, dim: int, slices: int, backend: str
+) -> Tensor:
+    return backends.directions(backend)(like, step, number, seed, dim, slices)
 
 
 @torch.library.impl(_LIBRARY, "sigreg_forward", "CompositeExplicitAutograd")
@@ -57,17 +60,16 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels = backends.load(backend)
-    rows, ranks, among = z.shape[1], 1, None
-    if group is not None:
-        among = distributed.by_name(group)
-        each = _agree(among, z, directions, knots, weights, times_rows, drawn)
-        rows, ranks = sum(each), len(each)
+    if group is None:
+        count = float(z.shape[1])
+        return kernels.forward(z, directions, knots, weights, count, count if times_rows else 1.0)
+    among = distributed.by_name(group)
+    each = _agree(among, z, directions, knots, weights, times_rows, drawn)
+    count, ranks = float(sum(each)), float(len(each))
     sums, projections = kernels.sums(z, directions, knots)
-    if among is not None:
-        distributed.sum_ranks_(OP, among, sums)
-    factor = float(rows) if times_rows else 1.0
-    loss, coefficients = kernels.statistic(sums, knots, weights, float(rows), factor, float(ranks))
-    return loss, coefficients, projections
+    distributed.sum_ranks_(OP, among, sums)
+    factor = count if times_rows else 1.0
+    return *kernels.statistic(sums, knots, weights, count, factor, ranks), projections
 
 
 @torch.library.impl(_LIBRARY, "sigreg_backward", "CompositeExplicitAutograd")
@@ -84,8 +86,10 @@ def _backward(
 
 
 @torch.library.register_fake("vicreg_kernels::sigreg_directions")
-def _directions_fake(step: Tensor, seed: int, dim: int, slices: int, backend: str) -> Tensor:
-    return step.new_empty((dim, slices), dtype=torch.float32)
+def _directions_fake(
+    like: Tensor, step: Tensor | None, number: int, seed: int, dim: int, slices: int, backend: str
+) -> Tensor:
+    return like.new_empty((dim, slices))
 
 
 @torch.library.register_fake("vicreg_kernels::sigreg_forward")
@@ -98,7 +102,7 @@ def _forward_fake(
     def new(*shape: Any) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=z.device)
 
-    return new(1), new(groups, 2, len(knots), slices), new(groups, rows, slices)
+    return new(), new(groups, 2, len(knots), slices), new(groups, rows, slices)
 
 
 @torch.library.register_fake("vicreg_kernels::sigreg_backward")
@@ -158,23 +162,46 @@ class _SIGReg(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, directions: Tensor, settings: tuple[Any, ...]) -> Tensor:
-        loss, coefficients, projections = torch.ops.vicreg_kernels.sigreg_forward(
-            z, directions, *settings
-        )
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        directions: Tensor | None,
+        step: Tensor | None,
+        draw: tuple[int, int, int],
+        pooled: bool,
+        settings: tuple[Any, ...],
+    ) -> Tensor:
+        """directions None: drawn from step and draw = (number, seed, slices)."""
+        ops = torch.ops.vicreg_kernels
+        direct = calls.direct(z)
+        if directions is None:
+            run = _directions if direct else ops.sigreg_directions
+            number, seed, slices = draw
+            directions = run(z, step, number, seed, z.shape[-1], slices, settings[-1])
+        run = _forward if direct else ops.sigreg_forward
+        loss, coefficients, projections = run(_grouped(z, pooled), directions, *settings)
         ctx.save_for_backward(z, coefficients, projections, directions)
         ctx.settings = (settings[0], settings[-1])
-        return loss.reshape(())
+        return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         z, *saved = ctx.saved_tensors
         run = _Gradient.apply if torch.is_grad_enabled() else _gradient
-        return run(z, grads[0].reshape(1), *saved, *ctx.settings), None, None
+        return run(z, grads[0], *saved, *ctx.settings), None, None, None, None, None
 
 
-def _gradient(z: Tensor, *args: Any) -> Tensor:
-    return torch.ops.vicreg_kernels.sigreg_backward(*args)
+def _grouped(z: Tensor, pooled: bool) -> Tensor:
+    """z as [G, N, D]."""
+    if z.dim() == 2:
+        return z.unsqueeze(0)
+    return z.reshape(1, -1, z.shape[-1]) if pooled else z
+
+
+def _gradient(z: Tensor, grad: Tensor, *args: Any) -> Tensor:
+    run = _backward if calls.direct(z, grad) else torch.ops.vicreg_kernels.sigreg_backward
+    found = run(grad, *args)
+    return found if found.shape == z.shape else found.view(z.shape)
 
 
 class _Gradient(torch.autograd.Function):
@@ -192,10 +219,14 @@ class _Gradient(torch.autograd.Function):
         raise RuntimeError("the fused SIGReg differentiates once; backend='reference' to any order")
 
 
-def _step_tensor(step: int | Tensor | None, device: torch.device) -> Tensor:
-    if isinstance(step, Tensor):
-        return step
-    return torch.full((), step or 0, dtype=torch.int64, device=device)
+def _draw(
+    like: Tensor, step: int | Tensor | None, seed: int, dim: int, slices: int, backend: str
+) -> Tensor:
+    """Directions of like's dtype on its device."""
+    tensor, number = (step, 0) if isinstance(step, Tensor) else (None, step or 0)
+    return torch.ops.vicreg_kernels.sigreg_directions(
+        like.detach(), tensor, number, seed, dim, slices, backend
+    )
 
 
 def sigreg_directions(
@@ -236,9 +267,8 @@ def sigreg_directions(
             where = torch.device("cuda", torch.cuda.current_device())
     check_step(step, where)
     name = dispatch.choose("sigreg_directions", backend, where.type, torch.float32)
-    return torch.ops.vicreg_kernels.sigreg_directions(
-        _step_tensor(step, where), seed, dim, slices, name
-    )
+    like = torch.empty(0, dtype=torch.float32, device=where)
+    return _draw(like, step, seed, dim, slices, name)
 
 
 def sigreg_loss(
@@ -316,21 +346,20 @@ def sigreg_loss(
     if not torch.compiler.is_compiling():
         dispatch.log_choice("sigreg", name, backend, z.device, z.shape)
 
-    grouped = z.unsqueeze(0) if z.dim() == 2 else z
-    if settings.variant.pooled and z.dim() == 3:
-        grouped = z.reshape(1, -1, z.shape[-1])
+    rule = settings.variant
     drawn: list[int] = []
     if directions is None:
         drawn = [seed] if isinstance(step, Tensor) else [seed, step or 0]
-        directions = torch.ops.vicreg_kernels.sigreg_directions(
-            _step_tensor(step, z.device), seed, z.shape[-1], settings.slices, name
-        )
-    directions = directions.to(z.dtype)
-    rule = settings.variant
+    else:
+        directions = directions.to(z.dtype)
     if name == "reference":
-        return _reference(grouped, directions, settings, drawn, group)
+        if directions is None:
+            directions = _draw(z, step, seed, z.shape[-1], settings.slices, name)
+        return _reference(_grouped(z, rule.pooled), directions, settings, drawn, group)
+    tensor, number = (step, 0) if isinstance(step, Tensor) else (None, step or 0)
+    draw = (number, seed, settings.slices)
     arguments = (settings.knots, settings.weights, rule.times_rows, drawn, group, name)
-    return _SIGReg.apply(grouped, directions, arguments)
+    return _SIGReg.apply(z, directions, tensor, draw, rule.pooled, arguments)
 
 
 def _reference(

@@ -1,9 +1,9 @@
-"""Launchers of the SIGReg op's Triton kernels: the four functions of backends.py.
+"""Launchers of the SIGReg op's Triton kernels: the functions of backends.py.
 
-Launches: directions 1; sums 2 (1 where one block holds all rows); statistic 1 up to 1024 slices of
-all groups together, else 2; gradient 2. Nothing waits for the device, allocation depends on shapes
-alone, and the step is read on the device, so all of it can be captured in a CUDA graph. Knots and
-weights are constants of the kernels: others are compiled once each. GPU times: not measured yet.
+Launches: directions 1; forward 2; gradient 2; across ranks sums 2 (1 where one block holds all
+rows) and statistic 2. Nothing waits for the device, allocation depends on shapes alone, and a step
+that is a tensor is read on the device, so all of it can be captured in a CUDA graph. Knots and
+weights are arguments of the kernels, by value. GPU times: not measured yet.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import struct
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -23,17 +23,18 @@ from torch import Tensor
 from vicreg_kernels.sigreg.triton_kernels import (
     directions_kernel,
     finish_kernel,
-    loss_kernel,
     product_kernel,
     statistic_kernel,
-    sums_kernel,
     waves_kernel,
 )
+from vicreg_kernels.sigreg.triton_sums import sums_kernel
+from vicreg_kernels.units import unit as unit_of
 
 # What the interpreter, which has no multiprocessors, is launched for.
 _INTERPRETED_PROCESSORS = 4
-# Pairs of knots whose four sums a lane keeps in registers.
+# Pairs of knots whose four sums a lane keeps in registers; as in triton_kernels.py.
 MOST_PAIRS = 8
+MOST_CHUNKS = 4
 
 # Launch configurations, chosen by counting: the first whose programs fill the GPU, else the last.
 # Tiles are (rows, columns, depth, warps, stages), of eight warps: four spill on sm_100. In float32
@@ -42,7 +43,7 @@ MOST_PAIRS = 8
 SUMS = ((128, 64, 32, 8, 3), (64, 64, 32, 8, 3))
 PRODUCT = ((128, 64, 32, 8, 3), (64, 64, 32, 8, 3))
 WAVES = (32, 64, 8)  # rows, columns, warps
-STATISTIC = (1024, 8)  # columns, warps
+STATISTIC = (8, 128, 4)  # row blocks at once, columns, warps
 DIRECTIONS = (32, 8, 8)  # groups of four rows, columns, warps
 FINISH = (256, 4)  # elements, warps
 
@@ -97,22 +98,21 @@ def _quarter_turns(t: float) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Knots:
-    """What the kernels are compiled for.
+    """What the kernels need of the knots.
 
-    singles: every knot, where they are not t_k = start + k spacing with start = spacing or
-    spacing / 2, else empty. half: start = spacing / 2. centres: of each chunk of 2 pairs knots,
-    between two of them with half, else the knot of number `pairs`. All but half and pairs as
-    `_quarter_turns`.
+    pairs: 0 where they are not t_k = start + k spacing with start = spacing or spacing / 2. half:
+    start = spacing / 2. turns: of start, then of the centre of each chunk of 2 pairs knots, between
+    two of them with half, else the knot of number `pairs`; without pairs, of every knot; each as
+    `_quarter_turns`, with zeros behind.
     """
 
-    singles: tuple[tuple[float, float], ...]
+    turns: tuple[float, ...]
     half: bool = False
-    start: tuple[float, float] = (0.0, 0.0)
     pairs: int = 0
-    centres: tuple[tuple[float, float], ...] = ()
+    chunks: int = 0
 
 
-@cache
+@lru_cache(maxsize=64)
 def _knots(knots: tuple[float, ...]) -> Knots:
     """The rule of formula.h's spacing_of."""
     count, first = len(knots), knots[0]
@@ -121,18 +121,25 @@ def _knots(knots: tuple[float, ...]) -> Knots:
     equal = all(abs(t - (first + k * step)) <= slack for k, t in enumerate(knots))
     half = abs(first - 0.5 * step) <= slack
     if not equal or not (half or abs(first - step) <= slack):
-        return Knots(tuple(_quarter_turns(t) for t in knots))
+        return Knots(_turns(knots, MOST_CHUNKS * 2 * MOST_PAIRS))
     chunks = triton.cdiv(count, 2 * MOST_PAIRS)
     pairs = triton.cdiv(count, 2 * chunks)
     on = pairs - (0.5 if half else 1.0)
     centres = [first + (2 * c * pairs + on) * step for c in range(chunks)]
-    return Knots(
-        singles=(),
-        half=half,
-        start=_quarter_turns(first),
-        pairs=pairs,
-        centres=tuple(_quarter_turns(t) for t in centres),
-    )
+    return Knots(_turns((first, *centres), 1 + MOST_CHUNKS), half, pairs, chunks)
+
+
+def _turns(positions: Sequence[float], length: int) -> tuple[float, ...]:
+    both = [part for t in positions for part in _quarter_turns(t)]
+    return *both, *(0.0,) * (2 * length - len(both))
+
+
+@lru_cache(maxsize=64)
+def _rule(knots: tuple[float, ...], weights: tuple[float, ...]) -> tuple[float, ...]:
+    """Knots, weights and exp(-t^2 / 2), each with zeros behind: 16 of each, or 64."""
+    targets = tuple(math.exp(-0.5 * t * t) for t in knots)
+    behind = ((16 if len(knots) <= 16 else 64) - len(knots)) * (0.0,)
+    return *knots, *behind, *weights, *behind, *targets, *behind
 
 
 def _tile(
@@ -145,21 +152,27 @@ def _tile(
     return choices[-1]
 
 
-def directions(step: Tensor, seed: int, dim: int, slices: int) -> Tensor:
-    """Random unit directions, float32 [dim, slices]; the reference's, within a few roundings."""
-    out = torch.empty(dim, slices, device=step.device)
+def directions(
+    like: Tensor,
+    step: Tensor | None,
+    number: int,
+    seed: int,
+    dim: int,
+    slices: int,
+) -> Tensor:
+    """Random unit directions [dim, slices]; the reference's, within a few roundings."""
+    out = torch.empty(dim, slices, dtype=like.dtype, device=like.device)
     height, width, warps = DIRECTIONS
-    seed &= (1 << 64) - 1
-    with _on_device(step):
+    with _on_device(like):
         directions_kernel[(triton.cdiv(slices, width),)](
-            step, out, seed - (1 << 64) if seed >> 63 else seed, dim, slices,
-            triton.cdiv(dim, 4), GROUPS=height, COLUMNS=width, num_warps=warps,
+            step, out, number if step is None else 0, seed, dim, slices,
+            FORMAT=_format(out)[0], GROUPS=height, COLUMNS=width, num_warps=warps,
         )  # fmt: skip
     return out
 
 
-def sums(z: Tensor, directions: Tensor, knots: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Float32 (sums of cos(t p) and sin(t p) over rows [G, 2, K, M], projections p [G, N, M])."""
+def _sums(z: Tensor, directions: Tensor, knots: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """(partial sums [row blocks, G, 2, K, M], projections, a counter at 0)."""
     groups, rows, dim = z.shape
     slices, count = directions.shape[1], len(knots)
     k = _knots(tuple(knots))
@@ -168,23 +181,64 @@ def sums(z: Tensor, directions: Tensor, knots: Sequence[float]) -> tuple[Tensor,
     height, width, depth, warps, stages = _tile(choices, z, groups, rows, slices)
     row_blocks = triton.cdiv(rows, height)
     projections = torch.empty(groups, rows, slices, device=z.device)
-    out = torch.empty(groups, 2, count, slices, device=z.device)
-    parts = out if row_blocks == 1 else torch.empty(row_blocks, *out.shape, device=z.device)
+    parts = torch.empty(row_blocks, groups, 2, count, slices, device=z.device)
+    done = torch.empty(1, dtype=torch.int32, device=z.device)
+    (s_g, s_n, s_d), (a_d, a_m) = z.stride(), directions.stride()
+    unit = unit_of(z, (dim, slices, s_g, s_n, a_d), (s_d, a_m))
+    # Left to itself, Triton 3.6's ptxas takes 64 there for sm_80 and spills a value.
+    registers = {} if k.pairs or z.dtype == torch.float32 else {"maxnreg": 128}
     with _on_device(z):
         sums_kernel[(groups * row_blocks * triton.cdiv(slices, width),)](
-            z, directions, projections, parts,
-            groups, rows, dim, slices, row_blocks, *z.stride(), *directions.stride(),
-            COUNT=count, KNOTS=k.singles, PAIRS=k.pairs, CHUNKS=len(k.centres), HALF=k.half,
-            START=k.start, CENTRES=k.centres, FORMAT=format, PRECISION=precision,
+            z, directions, projections, parts, done,
+            groups, rows, dim // unit, slices // unit, row_blocks, count, k.chunks,
+            s_g // unit, s_n // unit, s_d, a_d // unit, a_m, k.turns,
+            PAIRS=k.pairs, HALF=k.half, MANY=k.chunks > 1, UNIT=unit,
+            FORMAT=format, PRECISION=precision,
             ROWS=height, COLUMNS=width, DEPTH=depth, WIDE=32 * warps // width,
-            num_warps=warps, num_stages=stages,
+            num_warps=warps, num_stages=stages, **registers,
         )  # fmt: skip
-        if row_blocks > 1:
-            block, warps = FINISH
-            finish_kernel[(triton.cdiv(out.numel(), block),)](
-                parts, out, row_blocks, out.numel(), BLOCK=block, num_warps=warps
-            )
+    return parts, projections, done
+
+
+def sums(z: Tensor, directions: Tensor, knots: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Float32 (sums of cos(t p) and sin(t p) over rows [G, 2, K, M], projections p [G, N, M])."""
+    parts, projections, _ = _sums(z, directions, knots)
+    if parts.shape[0] == 1:
+        return parts[0], projections
+    out = torch.empty(parts.shape[1:], device=z.device)
+    block, warps = FINISH
+    with _on_device(z):
+        finish_kernel[(triton.cdiv(out.numel(), block),)](
+            parts, out, parts.shape[0], out.numel(), BLOCK=block, num_warps=warps
+        )
     return out, projections
+
+
+def _statistic(
+    parts: Tensor,
+    done: Tensor,
+    knots: Sequence[float],
+    weights: Sequence[float],
+    count: float,
+    factor: float,
+    ranks: float,
+) -> tuple[Tensor, Tensor]:
+    row_blocks, groups, _, number, slices = parts.shape
+    high, width, warps = STATISTIC
+    programs = groups * number * triton.cdiv(slices, width)
+    loss = torch.empty((), device=parts.device)
+    coefficients = torch.empty(parts.shape[1:], device=parts.device)
+    shares = torch.empty(programs, dtype=torch.float64, device=parts.device)
+    scale = factor / (groups * slices)
+    rule, unit = _rule(tuple(knots), tuple(weights)), unit_of(parts, (slices,))
+    with _on_device(parts):
+        statistic_kernel[(programs,)](
+            parts, done, shares, loss, coefficients,
+            groups, row_blocks, slices // unit, number,
+            float(count), scale, 2.0 * ranks * scale / count, rule,
+            MOST=len(rule) // 3, UNIT=unit, HIGH=high, COLUMNS=width, BLOCK=1024, num_warps=warps,
+        )  # fmt: skip
+    return loss, coefficients
 
 
 def statistic(
@@ -195,26 +249,22 @@ def statistic(
     factor: float,
     ranks: float,
 ) -> tuple[Tensor, Tensor]:
-    """Float32 (loss [1], coefficients [G, 2, K, M] of its gradient by p, times ranks)."""
-    groups, _, number, slices = sums.shape
-    loss = torch.empty(1, device=sums.device)
-    coefficients = torch.empty_like(sums)
-    width, warps = STATISTIC
-    width = min(width, triton.next_power_of_2(slices))
-    programs = groups * triton.cdiv(slices, width)
-    partials = torch.empty(programs if programs > 1 else 0, dtype=torch.float64, device=sums.device)
-    scale = factor / (groups * slices)
-    with _on_device(sums):
-        statistic_kernel[(programs,)](
-            sums, loss, partials, coefficients,
-            slices, float(count), scale, 2.0 * ranks * scale / count,
-            COUNT=number, KNOTS=tuple(knots), WEIGHTS=tuple(weights),
-            TARGETS=tuple(math.exp(-0.5 * t * t) for t in knots),
-            ALONE=programs == 1, COLUMNS=width, num_warps=warps,
-        )  # fmt: skip
-        if programs > 1:
-            loss_kernel[(1,)](partials, loss, programs, scale, BLOCK=1024, num_warps=4)
-    return loss, coefficients
+    """Float32 (loss, 0-d, coefficients [G, 2, K, M] of its gradient by p, times ranks)."""
+    done = torch.zeros(1, dtype=torch.int32, device=sums.device)
+    return _statistic(sums[None], done, knots, weights, count, factor, ranks)
+
+
+def forward(
+    z: Tensor,
+    directions: Tensor,
+    knots: Sequence[float],
+    weights: Sequence[float],
+    count: float,
+    factor: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, coefficients, projections) of sums() and statistic() for one rank."""
+    parts, projections, done = _sums(z, directions, knots)
+    return *_statistic(parts, done, knots, weights, count, factor, 1.0), projections
 
 
 def gradient(
@@ -224,9 +274,9 @@ def gradient(
     directions: Tensor,
     knots: Sequence[float],
 ) -> Tensor:
-    """The gradient of z, [G, N, D] in directions' dtype. grad: float32 [1]."""
+    """The gradient of z, [G, N, D] in directions' dtype. grad: float32 of one element."""
     groups, rows, slices = projections.shape
-    dim, count = directions.shape[0], len(knots)
+    dim, (a_d, a_m) = directions.shape[0], directions.stride()
     k = _knots(tuple(knots))
     format, _, precision = _format(directions)
     half_waves = directions.dtype == torch.bfloat16
@@ -240,16 +290,20 @@ def gradient(
         PRODUCT, projections, groups, rows, dim
     )
     with _on_device(projections):
-        row_blocks = triton.cdiv(rows, height)
+        row_blocks, unit = triton.cdiv(rows, height), unit_of(waves, (slices,))
         waves_kernel[(groups * row_blocks * triton.cdiv(slices, width),)](
-            grad, coefficients, projections, waves, rows, slices, row_blocks,
-            COUNT=count, KNOTS=k.singles, UNIFORM=not k.singles, HALF=k.half, START=k.start,
-            FORMAT=format, ROWS=height, COLUMNS=width, num_warps=warps,
+            grad, coefficients, projections, waves,
+            rows, slices // unit, row_blocks, len(knots), k.turns,
+            EQUAL=k.pairs > 0, HALF=k.half, UNIT=unit, FORMAT=format,
+            ROWS=height, COLUMNS=width, num_warps=warps,
         )  # fmt: skip
         row_blocks = triton.cdiv(rows, tile_rows)
+        unit = unit_of(directions, (dim, slices, a_d), (a_m,))
         product_kernel[(groups * row_blocks * triton.cdiv(dim, tile_columns),)](
-            waves, directions, out, rows, dim, slices, row_blocks, *directions.stride(),
-            FORMAT=format, PRECISION=precision, ROWS=tile_rows, COLUMNS=tile_columns, DEPTH=depth,
+            waves, directions, out,
+            rows, dim // unit, slices // unit, row_blocks, a_d // unit, a_m,
+            UNIT=unit, FORMAT=format, PRECISION=precision,
+            ROWS=tile_rows, COLUMNS=tile_columns, DEPTH=depth,
             num_warps=product_warps, num_stages=stages,
         )  # fmt: skip
     return out

@@ -1,13 +1,13 @@
-"""The SIGReg op's Triton kernels: directions, sums, statistic, gradient.
+"""The SIGReg op's Triton kernels but for the sums: directions, statistic, gradient. Of all of them:
 
 With E = G N M projections, K knots and e the bytes of an element of z. A float32 operation is one
 instruction of one lane, multiply-add included; products are counted in multiply-adds.
 
                         reads and writes (bytes)           operations
-    directions_kernel   4 D M                              about 120 D M, twice: nothing is kept
+    directions_kernel   e D M                              about 120 D M, twice: nothing is kept
     sums_kernel         e (G N D + D M) + 8 E + partials   E D multiply-adds; (35 + 4 K) E
-    finish_kernel       8 G K M (row blocks + 1)           small
-    statistic_kernel    16 G K M                           20 G K M
+    statistic_kernel    8 G K M (row blocks + 1)           20 G K M
+    finish_kernel       8 G K M (row blocks + 1)           small; across ranks alone
     waves_kernel        4 E + e' E                         (35 + 4 K) E
     product_kernel      e' E + e (D M + G N D)             E D multiply-adds
 
@@ -18,63 +18,50 @@ where partials are 8 K / ROWS bytes for each projection and e' is 4, or 2 for bf
 less from its L2. So the waves bound both halves, and their count is what the kernels save on.
 Times: not measured yet.
 
-A projection costs one sincos for up to 16 equally spaced knots. Forward, knots are taken in pairs
-mu +- d_j about the middle of their range:
-
-    sum cos(mu +- d_j) = sum cos mu cos d_j -+ sum sin mu sin d_j
-    sum sin(mu +- d_j) = sum sin mu cos d_j +- sum cos mu sin d_j
-
-four multiply-adds a pair to add up and four to rotate d_j on, instead of four and eight. Backward,
-the waves are a polynomial in e^{i spacing p}: complex Horner, four multiply-adds a knot.
-
-The column sums are not taken in the product's own registers. A matrix instruction spreads a column
-over 8 lanes and all warps, and 2 K reductions of a 128 x 64 tile would shuffle 3 times for every 4
-values, about 190 issue slots a knot and thread where the sum itself takes 64 to 128. A tile of
-projections has to be written anyway, for the backward; its program reads it back by columns, a lane
-a column, from its own L1 or L2, with all sums in registers, and meets other lanes once.
+A projection costs one sincos for up to 16 equally spaced knots: triton_sums.py says how forward.
+Backward, the waves are a polynomial in e^{i spacing p}: complex Horner, four multiply-adds a knot.
 
 The gradient's product does not compute the waves in its prologue. For every tile of D they would be
 computed anew: at D = 512 four times, 28 us for 7. Where one tile holds all of D the count is the
 same, but then there are N / 64 programs, which fill 132 multiprocessors from N = 8448 on; what is
 saved there is the way of the waves through memory, at most a quarter of the time, for a second
 product kernel. So there is one way: waves to a scratch, then the product.
+
+One launch adds up the row blocks' sums, makes the coefficients and, in the program that comes last,
+the loss: three launches of 2 to 4 us each (an estimate) that each waited for the one before.
+
+Compilations. Knots, weights and sizes are arguments, so that a kernel is compiled once for a dtype,
+a tile and a kind of knots. No size is specialised on (SIZES): where 16-byte accesses are aligned,
+sizes and strides are counted in UNIT elements, 16 bytes' worth, which says the same, else UNIT is 1
+and all strides are general.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,assignment"
-# ruff: noqa: RUF005  (Triton's compiler adds tuples up, and does not unpack them)
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from vicreg_kernels.sigreg.triton_maths import circle, normals, rotate, twice
+from vicreg_kernels.sigreg.triton_maths import MOST_KNOTS, SIZES, circle, normals, operand, twice
 from vicreg_kernels.vicreg.triton_operands import narrow, round_to
 
 
-@triton.jit
-def operand(a, FORMAT: tl.constexpr):
-    """A tile of z, of the directions or of the waves as the matrix instruction takes it."""
-    if FORMAT == "tf32":  # the tensor core alone would truncate
-        return round_to(a, 8193.0)
-    elif FORMAT == "bf16 in fp32":  # see vicreg/triton_operands.py
-        return a.to(tl.float32)
-    else:
-        return a
-
-
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def directions_kernel(
-    step, out, key, dim, slices, groups,
-    GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
+    step, out, number, key, dim, slices,
+    FORMAT: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """COLUMNS columns of out [D, M], each divided by its norm; groups = ceil(D / 4).
+    """COLUMNS columns of out [D, M], each divided by its norm. step: None, or added to `number`.
 
     The normals are drawn twice, once for the norms: that is cheaper than a way through memory.
     """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     lane = tl.arange(0, GROUPS)
-    now = tl.load(step)
+    now = tl.cast(number, tl.int64)
+    if step is not None:
+        now += tl.load(step)
     seed = tl.cast(key, tl.int64)
+    groups = tl.cdiv(dim, 4)
     first = column.to(tl.int64)[None, :] * groups
     square = tl.zeros((GROUPS, COLUMNS), tl.float32)
     for start in range(0, groups, GROUPS):
@@ -91,226 +78,85 @@ def directions_kernel(
             row = 4 * group + i
             live = (row < dim) & (column < slices)[None, :]
             at = row.to(tl.int64) * slices + column[None, :]
-            tl.store(out + at, tl.div_rn(draw[i], norm), mask=live)
+            tl.store(out + at, narrow(tl.div_rn(draw[i], norm), out, FORMAT), mask=live)
 
 
-@triton.jit
-def paired_sums(
-    projections, row, last, column, slices,
-    ROWS: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr,
-    PAIRS: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr,
-    START: tl.constexpr, CENTRES: tl.constexpr,
-):  # fmt: skip
-    """sum cos mu cos d, sin mu sin d, sin mu cos d, cos mu sin d over rows row to row + ROWS - 1
-    for each of PAIRS d, then sum cos mu, sin mu: 4 PAIRS + 2 tensors [WIDE, COLUMNS].
-    """
-    sums = (tl.zeros((WIDE, COLUMNS), tl.float32),) * (4 * PAIRS + 2)
-    for start in range(0, ROWS, WIDE):
-        n = row + start + tl.arange(0, WIDE)
-        live = (n < last)[:, None] & (column < slices)[None, :]
-        at = projections + n.to(tl.int64)[:, None] * slices + column[None, :]
-        p = tl.load(at, mask=live, other=0.0)
-        first_c, first_s = circle(p, START[0], START[1])
-        step_c, step_s = first_c, first_s
-        if HALF:
-            step_c, step_s = twice(first_c, first_s)
-        c, s = first_c, first_s
-        cosines, sines = (c,), (s,)
-        for _ in tl.static_range(1, PAIRS):
-            c, s = rotate(c, s, step_c, step_s)
-            cosines, sines = cosines + (c,), sines + (s,)
-        if CHUNK > 0:
-            c, s = circle(p, CENTRES[CHUNK][0], CENTRES[CHUNK][1])
-        elif HALF:
-            c, s = rotate(c, s, first_c, first_s)
-        mu_c = tl.where(live, c, 0.0)
-        mu_s = tl.where(live, s, 0.0)
-        new = ()
-        for j in tl.static_range(PAIRS):
-            new = new + (
-                tl.fma(mu_c, cosines[j], sums[4 * j]),
-                tl.fma(mu_s, sines[j], sums[4 * j + 1]),
-                tl.fma(mu_s, cosines[j], sums[4 * j + 2]),
-                tl.fma(mu_c, sines[j], sums[4 * j + 3]),
-            )
-        sums = new + (sums[4 * PAIRS] + mu_c, sums[4 * PAIRS + 1] + mu_s)
-    return sums
-
-
-@triton.jit
-def single_sums(
-    projections, row, last, column, slices,
-    ROWS: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr,
-    FIRST: tl.constexpr, LAST: tl.constexpr, KNOTS: tl.constexpr,
-):  # fmt: skip
-    """sum cos, sum sin over the rows for knots FIRST to LAST - 1, a sincos each."""
-    sums = (tl.zeros((WIDE, COLUMNS), tl.float32),) * (2 * (LAST - FIRST))
-    for start in range(0, ROWS, WIDE):
-        n = row + start + tl.arange(0, WIDE)
-        live = (n < last)[:, None] & (column < slices)[None, :]
-        at = projections + n.to(tl.int64)[:, None] * slices + column[None, :]
-        p = tl.load(at, mask=live, other=0.0)
-        one = live.to(tl.float32)
-        new = ()
-        for k in tl.static_range(FIRST, LAST):
-            c, s = circle(p, KNOTS[k][0], KNOTS[k][1])
-            new = new + (
-                tl.fma(c, one, sums[2 * (k - FIRST)]),
-                sums[2 * (k - FIRST) + 1] + s,
-            )
-        sums = new
-    return sums
-
-
-@triton.jit
-def store_sums(out, k, cosine, sine, column, slices, COUNT: tl.constexpr):
-    """out: [2, COUNT, slices] of one group and row block; cosine, sine: of knot k."""
-    tl.store(out + tl.cast(k, tl.int64) * slices + column, cosine, mask=column < slices)
-    at = out + tl.cast(COUNT + k, tl.int64) * slices + column
-    tl.store(at, sine, mask=column < slices)
-
-
-@triton.jit
-def sums_kernel(
-    z, directions, projections, out,
-    groups, rows, dim, slices, row_blocks,
-    s_g, s_n, s_d, a_d, a_m,
-    COUNT: tl.constexpr, KNOTS: tl.constexpr, PAIRS: tl.constexpr, CHUNKS: tl.constexpr,
-    HALF: tl.constexpr, START: tl.constexpr, CENTRES: tl.constexpr,
-    FORMAT: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """One tile of the projections of one group, and its column sums into out
-    [row blocks, G, 2, K, M]. PAIRS = 0: knots of any spacing, in KNOTS; else START is the first,
-    the spacing or with HALF half of it, and CENTRES has the centre of each chunk of 2 PAIRS knots.
-    """
-    across = tl.cdiv(slices, COLUMNS)
-    j = tl.program_id(0) % across
-    i = (tl.program_id(0) // across) % row_blocks
-    g = (tl.program_id(0) // (across * row_blocks)).to(tl.int64)
-    row = i * ROWS + tl.arange(0, ROWS)
-    column = j * COLUMNS + tl.arange(0, COLUMNS)
-    some_rows = (row < rows)[:, None]
-    some_columns = (column < slices)[None, :]
-    z_ptr = z + g * s_g + row.to(tl.int64)[:, None] * s_n
-    a_ptr = directions + column.to(tl.int64)[None, :] * a_m
-    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, dim, DEPTH):
-        d = start + tl.arange(0, DEPTH)
-        wide = d.to(tl.int64)
-        inside = d < dim
-        left = tl.load(z_ptr + wide[None, :] * s_d, mask=some_rows & inside[None, :], other=0.0)
-        right = tl.load(a_ptr + wide[:, None] * a_d, mask=inside[:, None] & some_columns, other=0.0)
-        left = operand(left, FORMAT)
-        right = operand(right, FORMAT)
-        acc = tl.dot(left, right, acc, input_precision=PRECISION)
-
-    own = projections + g * rows * slices
-    at = own + row.to(tl.int64)[:, None] * slices + column[None, :]
-    tl.store(at, acc, mask=some_rows & some_columns)
-    tl.debug_barrier()  # what other threads of the program wrote is read back below
-    out += (i.to(tl.int64) * groups + g) * 2 * COUNT * slices
-    if PAIRS == 0:
-        for first in tl.static_range(0, COUNT, 16):
-            sums = single_sums(
-                own, i * ROWS, rows, column, slices, ROWS, WIDE, COLUMNS,
-                first, first + 16 if first + 16 < COUNT else COUNT, KNOTS,
-            )  # fmt: skip
-            for k in tl.static_range(first, first + 16 if first + 16 < COUNT else COUNT):
-                cosine = tl.sum(sums[2 * (k - first)], axis=0)
-                sine = tl.sum(sums[2 * (k - first) + 1], axis=0)
-                store_sums(out, k, cosine, sine, column, slices, COUNT)
-    else:
-        for chunk in tl.static_range(CHUNKS):
-            sums = paired_sums(
-                own, i * ROWS, rows, column, slices, ROWS, WIDE, COLUMNS,
-                PAIRS, chunk, HALF, START, CENTRES,
-            )  # fmt: skip
-            for k in tl.static_range(PAIRS):
-                both = tl.join(sums[4 * k], sums[4 * k + 1])
-                both = tl.join(both, tl.join(sums[4 * k + 2], sums[4 * k + 3]))
-                cosines, sines = tl.split(tl.sum(both, axis=0))  # four sums meet at a barrier once
-                cc, ss = tl.split(cosines)
-                sc, cs = tl.split(sines)
-                middle = (2 * chunk + 1) * PAIRS
-                if middle + k < COUNT:
-                    store_sums(out, middle + k, cc - ss, sc + cs, column, slices, COUNT)
-                if HALF:
-                    if middle - 1 - k < COUNT:
-                        store_sums(out, middle - 1 - k, cc + ss, sc - cs, column, slices, COUNT)
-                elif k < PAIRS - 1:
-                    if middle - 2 - k < COUNT:
-                        store_sums(out, middle - 2 - k, cc + ss, sc - cs, column, slices, COUNT)
-                elif middle - 1 < COUNT:  # mu - d is the last knot of the chunk before, or 0
-                    cosine = tl.sum(sums[4 * PAIRS], axis=0)
-                    sine = tl.sum(sums[4 * PAIRS + 1], axis=0)
-                    store_sums(out, middle - 1, cosine, sine, column, slices, COUNT)
-
-
-@triton.jit
-def finish_kernel(partials, out, row_blocks, count, BLOCK: tl.constexpr):
-    """out[i] = sum of partials[r, i] over the row blocks, in order; count numbers each."""
+@triton.jit(do_not_specialize=SIZES)
+def finish_kernel(partials, out, row_blocks, size, BLOCK: tl.constexpr):
+    """out[i] = sum of partials[r, i] over the row blocks, in order; there are `size` of each."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for r in range(0, row_blocks):
-        at = partials + tl.cast(r, tl.int64) * count + i
-        total += tl.load(at, mask=i < count, other=0.0)
-    tl.store(out + i, total, mask=i < count)
+        at = partials + tl.cast(r, tl.int64) * size + i
+        total += tl.load(at, mask=i < size, other=0.0)
+    tl.store(out + i, total, mask=i < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def statistic_kernel(
-    sums, loss, partials, coefficients,
-    slices, count, scale, lead,
-    COUNT: tl.constexpr, KNOTS: tl.constexpr, WEIGHTS: tl.constexpr, TARGETS: tl.constexpr,
-    ALONE: tl.constexpr, COLUMNS: tl.constexpr,
+    partials, done, shares, loss, coefficients,
+    groups, row_blocks, slices, knots, count, scale, lead, rule,
+    MOST: tl.constexpr, UNIT: tl.constexpr, HIGH: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """COLUMNS slices of one group: the coefficients of its waves, and their share of the loss
-    before `scale`, one float64 a program; ALONE: the one program writes the loss itself.
+    """A knot of COLUMNS slices of one group: its sums over the row blocks, its two coefficients,
+    and its share of the loss before `scale`, one float64 a program. The program that is last to
+    count itself in `done`, 0 before, adds the shares up, in their order.
+
+    rule: MOST knots, then as many weights and values of exp(-t^2 / 2); slices: in UNITs.
     """
     count = tl.cast(count, tl.float32)
     lead = tl.cast(lead, tl.float32)
+    slices *= UNIT
     across = tl.cdiv(slices, COLUMNS)
     column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
-    g = (tl.program_id(0) // across).to(tl.int64)
+    k = tl.program_id(0) // across % knots
+    g = (tl.program_id(0) // (across * knots)).to(tl.int64)
+    knot, weight, target = rule[0], rule[MOST], rule[2 * MOST]
+    for other in tl.static_range(1, MOST):
+        knot = tl.where(k == other, rule[other], knot)
+        weight = tl.where(k == other, rule[MOST + other], weight)
+        target = tl.where(k == other, rule[2 * MOST + other], target)
     inside = column < slices
-    total = tl.zeros((COLUMNS,), tl.float32)
-    for k in tl.static_range(COUNT):
-        cosines = (g * 2 * COUNT + k) * slices + column
-        sines = (g * 2 * COUNT + COUNT + k) * slices + column
-        c = tl.load(sums + cosines, mask=inside, other=0.0)
-        s = tl.load(sums + sines, mask=inside, other=0.0)
-        real = tl.div_rn(tl.fma(count, -TARGETS[k], c), count)  # the difference is rounded once
-        imaginary = tl.div_rn(s, count)
-        square = WEIGHTS[k] * tl.fma(real, real, imaginary * imaginary)
-        total += tl.where(inside, square, 0.0)
-        slope = lead * (WEIGHTS[k] * KNOTS[k])
-        tl.store(coefficients + cosines, slope * imaginary, mask=inside)
-        tl.store(coefficients + sines, -slope * real, mask=inside)
-    share = tl.sum(total.to(tl.float64), axis=0)
-    if ALONE:
-        tl.store(loss, (share * tl.cast(scale, tl.float32)).to(tl.float32))
-    else:
-        tl.store(partials + tl.program_id(0), share)
+    behind = tl.cast(knots, tl.int64) * slices
+    cosines = (g * 2 * knots + k) * slices + column
+    c = tl.zeros((HIGH, COLUMNS), tl.float32)
+    s = tl.zeros((HIGH, COLUMNS), tl.float32)
+    for first in range(0, row_blocks, HIGH):
+        block = first + tl.arange(0, HIGH)
+        live = (block < row_blocks)[:, None] & inside[None, :]
+        at = partials + block.to(tl.int64)[:, None] * (2 * groups * behind) + cosines[None, :]
+        c += tl.load(at, mask=live, other=0.0)
+        s += tl.load(at + behind, mask=live, other=0.0)
+    # the difference is rounded once
+    real = tl.div_rn(tl.fma(count, -target, tl.sum(c, axis=0)), count)
+    imaginary = tl.div_rn(tl.sum(s, axis=0), count)
+    slope = lead * (weight * knot)
+    tl.store(coefficients + cosines, slope * imaginary, mask=inside)
+    tl.store(coefficients + cosines + behind, -slope * real, mask=inside)
+    square = weight * tl.fma(real, real, imaginary * imaginary)
+    tl.store(
+        shares + tl.program_id(0), tl.sum(tl.where(inside, square, 0.0).to(tl.float64), axis=0)
+    )
+    before = tl.atomic_add(done, 1, sem="acq_rel", scope="gpu")
+    if before == tl.num_programs(0) - 1:
+        total = tl.zeros((BLOCK,), tl.float64)
+        for start in range(0, tl.num_programs(0), BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            live = i < tl.num_programs(0)
+            total += tl.load(shares + i, mask=live, other=0.0, cache_modifier=".cg")
+        tl.store(loss, (tl.sum(total, axis=0) * tl.cast(scale, tl.float32)).to(tl.float32))
 
 
-@triton.jit
-def loss_kernel(partials, loss, count, scale, BLOCK: tl.constexpr):
-    total = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, count, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        total += tl.load(partials + at, mask=at < count, other=0.0)
-    tl.store(loss, (tl.sum(total, axis=0) * tl.cast(scale, tl.float32)).to(tl.float32))
-
-
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def waves_kernel(
     grad, coefficients, projections, out,
-    rows, slices, row_blocks,
-    COUNT: tl.constexpr, KNOTS: tl.constexpr, UNIFORM: tl.constexpr, HALF: tl.constexpr,
-    START: tl.constexpr, FORMAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    rows, slices, row_blocks, knots, turns,
+    EQUAL: tl.constexpr, HALF: tl.constexpr, UNIT: tl.constexpr, FORMAT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A tile of out [G, N, M] = grad (sum_k a cos(t_k p) + b sin(t_k p)), a and b by column."""
+    slices *= UNIT
     across = tl.cdiv(slices, COLUMNS)
     j = tl.program_id(0) % across
     i = (tl.program_id(0) // across) % row_blocks
@@ -321,18 +167,18 @@ def waves_kernel(
     live = (row < rows)[:, None] & inside[None, :]
     at = (g * rows + row.to(tl.int64)[:, None]) * slices + column[None, :]
     p = tl.load(projections + at, mask=live, other=0.0)
-    own = coefficients + g * 2 * COUNT * slices + column
-    behind = tl.cast(COUNT, tl.int64) * slices
-    if UNIFORM:  # Re sum_k (a_k - i b_k) e^{i t_k p}, by Horner in e^{i spacing p}
-        c, s = circle(p, START[0], START[1])
+    own = coefficients + g * 2 * knots * slices + column
+    behind = tl.cast(knots, tl.int64) * slices
+    if EQUAL:  # Re sum_k (a_k - i b_k) e^{i t_k p}, by Horner in e^{i spacing p}
+        c, s = circle(p, turns[0], turns[1])
         first_c, first_s = c, s
         if HALF:
             c, s = twice(c, s)
         real = tl.zeros((ROWS, COLUMNS), tl.float32)
         imaginary = tl.zeros((ROWS, COLUMNS), tl.float32)
         # A loop: unrolled whole, all coefficients are loaded first, into every register.
-        for below in tl.range(0, COUNT, loop_unroll_factor=4):
-            here = own + (COUNT - 1 - below) * tl.cast(slices, tl.int64)
+        for below in tl.range(0, knots, loop_unroll_factor=4):
+            here = own + (knots - 1 - below) * tl.cast(slices, tl.int64)
             a = tl.load(here, mask=inside, other=0.0)[None, :]
             b = tl.load(here + behind, mask=inside, other=0.0)[None, :]
             next_real = tl.fma(real, c, tl.fma(-imaginary, s, a))
@@ -341,14 +187,13 @@ def waves_kernel(
         wave = tl.fma(real, first_c, -imaginary * first_s)
     else:
         wave = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for group in range(0, COUNT, 4):  # a loop for the same reason, so knots are selected
+        for group in range(0, knots, 4):  # a loop for the same reason, so knots are selected
             for each in tl.static_range(4):
-                high = 0.0
-                low = 0.0
-                for k in tl.static_range(each, COUNT, 4):
-                    high = tl.where(group + each == k, KNOTS[k][0], high)
-                    low = tl.where(group + each == k, KNOTS[k][1], low)
-                some = inside & (group + each < COUNT)
+                high, low = turns[2 * each], turns[2 * each + 1]
+                for k in tl.static_range(4 + each, MOST_KNOTS, 4):
+                    high = tl.where(group + each == k, turns[2 * k], high)
+                    low = tl.where(group + each == k, turns[2 * k + 1], low)
+                some = column < tl.where(group + each < knots, slices, 0)
                 at_knot = own + (group + each) * tl.cast(slices, tl.int64)
                 a_k = tl.load(at_knot, mask=some, other=0.0)[None, :]
                 b_k = tl.load(at_knot + behind, mask=some, other=0.0)[None, :]
@@ -360,14 +205,19 @@ def waves_kernel(
     tl.store(out + at, narrow(wave, out, FORMAT), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def product_kernel(
     waves, directions, out,
     rows, dim, slices, row_blocks, a_d, a_m,
-    FORMAT: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, FORMAT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One tile of waves A^T [G, N, D]: the gradient."""
+    dim *= UNIT
+    slices *= UNIT
+    a_d = tl.cast(a_d, tl.int64) * UNIT
+    if UNIT > 1:
+        a_m = 1
     across = tl.cdiv(dim, COLUMNS)
     j = tl.program_id(0) % across
     i = (tl.program_id(0) // across) % row_blocks

@@ -1,4 +1,4 @@
-"""What the SIGReg op's Triton kernels compute with: points of the unit circle, normal numbers.
+"""What the SIGReg op's Triton kernels share: points of the unit circle, normal numbers, operands.
 
 Triton's own sin and cos carry a slow path for huge angles that takes local memory, and its sqrt is
 approximate; these are a dozen plain operations each, right to about one unit in the last place.
@@ -9,6 +9,18 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from vicreg_kernels.vicreg.triton_operands import round_to
+
+# Chunks of knots that a launch can have: 64 knots in pairs, 8 a chunk.
+MOST_CHUNKS: tl.constexpr = tl.constexpr(4)
+MOST_KNOTS: tl.constexpr = tl.constexpr(64)
+SINGLES: tl.constexpr = tl.constexpr(8)  # knots of any spacing that a pass over the rows takes
+# What no kernel is specialised on.
+SIZES = [
+    "groups", "rows", "dim", "slices", "row_blocks", "knots", "chunks", "size",
+    "s_g", "s_n", "s_d", "a_d", "a_m", "number", "key",
+]  # fmt: skip
 
 
 @triton.jit
@@ -78,3 +90,14 @@ def normals(seed, step, group):
     c0, s0 = circle(uniform(word1), 4.0, 0.0)  # 2 pi u is 4 u quarter turns
     c1, s1 = circle(uniform(word3), 4.0, 0.0)
     return first * c0, first * s0, second * c1, second * s1
+
+
+@triton.jit
+def operand(a, FORMAT: tl.constexpr):
+    """A tile of z, of the directions or of the waves as the matrix instruction takes it."""
+    if FORMAT == "tf32":  # the tensor core alone would truncate
+        return round_to(a, 8193.0)
+    elif FORMAT == "bf16 in fp32":  # see vicreg/triton_operands.py
+        return a.to(tl.float32)
+    else:
+        return a

@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from vicreg_kernels.tokens.triton_loss import finish_kernel
+from vicreg_kernels.units import unit as unit_of
 from vicreg_kernels.vicregl.backends import MOST_COUNTS
 from vicreg_kernels.vicregl.triton_match import match_kernel, rank_kernel
 from vicreg_kernels.vicregl.triton_pairs import pairs_gradient_kernel, pairs_kernel
@@ -25,6 +26,8 @@ from vicreg_kernels.vicregl.triton_pairs import pairs_gradient_kernel, pairs_ker
 _INTERPRETED_PROCESSORS = 2
 # Positions of a, positions of b and channels of a tile, by the most channels it is for: 64 sums a
 # thread of 4 warps, fewer where keys take the registers. Chosen by counting, not measured yet.
+_RANK_BLOCK = 64
+_GRADIENT_WIDTH = 64  # the other side's positions that a program looks through at once
 _TILES = ((8, (16, 32, 4)), (64, (16, 16, 32)), (None, (8, 8, 128)))
 
 
@@ -37,6 +40,14 @@ def _processors(index: int | None) -> int:
 
 def _on_device(z: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(z.device) if z.is_cuda else nullcontext()
+
+
+def _geometry(a: Tensor, b: Tensor) -> tuple[int, int, list[int]]:
+    """(unit, channels in it, strides of a and b in it but for those along the channels)."""
+    (*of_a, step_a), (*of_b, step_b) = a.stride(), b.stride()
+    unit = unit_of(a, (a.shape[3], *of_a, *of_b), (step_a, step_b))
+    strides = [*(s // unit for s in of_a), step_a, *(s // unit for s in of_b), step_b]
+    return unit, a.shape[3] // unit, strides
 
 
 def _tile(dim: int) -> tuple[int, int, int]:
@@ -70,16 +81,16 @@ def match(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (nearest_a, rank_a), (nearest_b, rank_b) = made(rows_a), made(rows_b)
     row_keys = a.new_empty((samples, rows_a), dtype=torch.int64)
     column_keys = a.new_empty((samples, tiles, rows_b), dtype=torch.int64)
-    block = min(triton.next_power_of_2(max(rows_a, rows_b)), 64)
-    blocks_a, blocks_b = triton.cdiv(rows_a, block), triton.cdiv(rows_b, block)
+    blocks_a, blocks_b = triton.cdiv(rows_a, _RANK_BLOCK), triton.cdiv(rows_b, _RANK_BLOCK)
+    unit, width, strides = _geometry(a, b)
     with _on_device(a):
         match_kernel[(samples * tiles,)](
-            a, b, row_keys, column_keys, views_b, batch, rows_a, rows_b, dim, tiles,
-            *a.stride(), *b.stride(), A=rows, B=others, C=channels, num_warps=4,
+            a, b, row_keys, column_keys, views_b, batch, rows_a, rows_b, width, tiles,
+            *strides, UNIT=unit, A=rows, B=others, C=channels, num_warps=4,
         )  # fmt: skip
         rank_kernel[(samples * (blocks_a + blocks_b),)](
             row_keys, column_keys, nearest_a, rank_a, nearest_b, rank_b, rows_a, rows_b, tiles,
-            blocks_a, blocks_b, BLOCK=block, num_warps=4,
+            blocks_a, blocks_b, BLOCK=_RANK_BLOCK, num_warps=4,
         )  # fmt: skip
     return nearest_a, rank_a, nearest_b, rank_b
 
@@ -102,11 +113,13 @@ def pairs_forward(
     programs = min(samples * max(rows_a, rows_b), 16 * processors)
     partials = a.new_empty(programs, dtype=torch.float64)
     result = a.new_empty((), dtype=torch.float32)
+    unit, channels, strides = _geometry(a, b)
     with _on_device(a):
         pairs_kernel[(programs,)](
             a, b, nearest_a, rank_a, nearest_b, rank_b, partials,
-            samples, batch, views_b, rows_a, rows_b, dim, *a.stride(), *b.stride(),
-            *_rule(a, counts_a, weights_a), *_rule(b, counts_b, weights_b), **_columns(dim),
+            samples, batch, views_b, rows_a, rows_b, channels, *strides,
+            *_rule(a, counts_a, weights_a), *_rule(b, counts_b, weights_b),
+            UNIT=unit, **_columns(dim),
         )  # fmt: skip
         finish_kernel[(1,)](partials, result, programs, 1.0, BLOCK=1024, num_warps=4)
     return result
@@ -135,13 +148,14 @@ def pairs_backward(
         return out_a, out_b
     columns = _columns(dim)
     blocks = triton.cdiv(dim, columns["BLOCK"])
+    unit, channels, strides = _geometry(a, b)
+    # Left to itself, Triton 3.6's ptxas takes 56 registers for sm_90 and spills one value.
     with _on_device(a):
         pairs_gradient_kernel[((count_a + count_b) * blocks,)](
             grad, a, b, nearest_a, rank_a, nearest_b, rank_b, out_a, out_b,
-            count_a, blocks, batch, views_a, views_b, rows_a, rows_b, dim,
-            *a.stride(), *b.stride(),
+            count_a, blocks, batch, views_a, views_b, rows_a, rows_b, channels, *strides,
             *_rule(a, counts_a, weights_a), *_rule(b, counts_b, weights_b),
             ROUND=a.dtype == torch.bfloat16 and not a.is_cuda,
-            WIDTH=min(triton.next_power_of_2(max(rows_a, rows_b)), 256), **columns,
+            WIDTH=_GRADIENT_WIDTH, UNIT=unit, maxnreg=72 if unit > 1 else 128, **columns,
         )  # fmt: skip
     return out_a, out_b

@@ -20,6 +20,13 @@ import triton.language as tl
 
 # Above every key: those of distances are non-negative floats' bits, index below.
 NO_KEY: tl.constexpr = tl.constexpr(0x7FFFFFFFFFFFFFFF)
+# What no kernel is specialised on: sizes, strides (in UNITs, vicreg_kernels/units.py), counts.
+SIZES = [
+    "samples", "batch", "views_a", "views_b", "rows_a", "rows_b", "dim", "tiles", "blocks",
+    "blocks_a", "blocks_b", "count_a",
+    *(f"s{side}_{axis}" for side in "ab" for axis in "vnlc"),
+    *(f"{side}_{count}" for side in "ab" for count in ("most", "c0", "c1", "c2", "c3")),
+]  # fmt: skip
 
 
 @triton.jit
@@ -30,12 +37,26 @@ def keys_of(distance, index):
 
 
 @triton.jit
+def strides_of(s_v, s_n, s_l, s_c, UNIT: tl.constexpr):
+    """Strides in elements; channels lie side by side where the UNIT is not 1."""
+    s_v = tl.cast(s_v, tl.int64) * UNIT
+    s_n = tl.cast(s_n, tl.int64) * UNIT
+    s_l = tl.cast(s_l, tl.int64) * UNIT
+    if UNIT > 1:
+        s_c = 1
+    return s_v, s_n, s_l, s_c
+
+
+@triton.jit(do_not_specialize=SIZES)
 def match_kernel(
     a, b, row_keys, column_keys, views_b, batch, rows_a, rows_b, dim, tiles,
     sa_v, sa_n, sa_l, sa_c, sb_v, sb_n, sb_l, sb_c,
-    A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
+    UNIT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """row_keys [S, L1]: the least key of each position of a; column_keys [S, tiles of a, L2]."""
+    dim *= UNIT
+    sa_v, sa_n, sa_l, sa_c = strides_of(sa_v, sa_n, sa_l, sa_c, UNIT)
+    sb_v, sb_n, sb_l, sb_c = strides_of(sb_v, sb_n, sb_l, sb_c, UNIT)
     tile = tl.program_id(0) % tiles
     s = tl.program_id(0) // tiles
     n = (s % batch).to(tl.int64)
@@ -101,7 +122,7 @@ def rank_side(keys, nearest, rank, s, block, length, tiles, BLOCK: tl.constexpr)
     tl.store(rank + at, lower, mask=i < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def rank_kernel(
     row_keys, column_keys, nearest_a, rank_a, nearest_b, rank_b, rows_a, rows_b, tiles,
     blocks_a, blocks_b, BLOCK: tl.constexpr,

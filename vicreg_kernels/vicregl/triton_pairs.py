@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from vicreg_kernels.tokens.triton_rows import narrow
+from vicreg_kernels.vicregl.triton_match import SIZES, strides_of
 
 
 @triton.jit
@@ -60,16 +61,19 @@ def side_sum(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pairs_kernel(
     a, b, nearest_a, rank_a, nearest_b, rank_b, partials,
     samples, batch, views_b, rows_a, rows_b, dim,
     sa_v, sa_n, sa_l, sa_c, sb_v, sb_n, sb_l, sb_c,
     a_most, a_c0, a_c1, a_c2, a_c3, a_f0, a_f1, a_f2, a_f3,
     b_most, b_c0, b_c1, b_c2, b_c3, b_f0, b_f1, b_f2, b_f3,
-    BLOCK: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """partials[program] = the sum of its positions of a, then of b."""
+    dim *= UNIT
+    sa_v, sa_n, sa_l, sa_c = strides_of(sa_v, sa_n, sa_l, sa_c, UNIT)
+    sb_v, sb_n, sb_l, sb_c = strides_of(sb_v, sb_n, sb_l, sb_c, UNIT)
     total = tl.zeros((BLOCK,), tl.float32)
     total = side_sum(
         total, a, b, nearest_a, rank_a, samples, batch, views_b, rows_a, rows_b, dim,
@@ -136,16 +140,19 @@ def side_gradient(
     tl.store(out + row * dim + c, narrow(total, out, ROUND), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pairs_gradient_kernel(
     grad, a, b, nearest_a, rank_a, nearest_b, rank_b, out_a, out_b,
     count_a, blocks, batch, views_a, views_b, rows_a, rows_b, dim,
     sa_v, sa_n, sa_l, sa_c, sb_v, sb_n, sb_l, sb_c,
     a_most, a_c0, a_c1, a_c2, a_c3, a_f0, a_f1, a_f2, a_f3,
     b_most, b_c0, b_c1, b_c2, b_c3, b_f0, b_f1, b_f2, b_f3,
-    ROUND: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    ROUND: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program a block of channels of a position: the count_a of a, then those of b."""
+    dim *= UNIT
+    sa_v, sa_n, sa_l, sa_c = strides_of(sa_v, sa_n, sa_l, sa_c, UNIT)
+    sb_v, sb_n, sb_l, sb_c = strides_of(sb_v, sb_n, sb_l, sb_c, UNIT)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     if row < count_a:
