@@ -22,7 +22,12 @@ KERNELS = (
     "strips_kernel",
     "terms_kernel",
     "gradient_kernel",
+    "centre_kernel",
+    "symmetric_kernel",
+    "tiled_gradient_kernel",
 )
+TMA = ("symmetric_kernel", "tiled_gradient_kernel")
+PRODUCTS = ("product_kernel", "gradient_kernel", *TMA)
 GRAM, LARGE_GRAM, SPLIT, WHOLE, LARGE = (
     (1, 64, 8192),
     (1, 2048, 8192),
@@ -49,7 +54,7 @@ class Case(NamedTuple):
 def _cases() -> Iterator[Case]:
     products = ("product_kernel", "gradient_kernel")
     for arch in ARCHITECTURES:
-        for kernel in KERNELS:
+        for kernel in KERNELS[:6]:
             if kernel != "merge_kernel":
                 yield Case(arch, "float32", GRAM, kernel)
             if kernel != "terms_kernel":
@@ -61,9 +66,17 @@ def _cases() -> Iterator[Case]:
                 yield Case(arch, dtype, WHOLE, kernel)
         yield Case(arch, "float32", LARGE_GRAM, "product_kernel")
         yield Case(arch, "float32", LARGE, "gradient_kernel")
-    for shape in (LARGE_GRAM, LARGE):
-        for kernel in products:
-            yield Case(90, "bfloat16", shape, kernel)
+        for shape in (LARGE_GRAM, LARGE):
+            if arch == 80:
+                for kernel in products:
+                    yield Case(arch, "bfloat16", shape, kernel)
+            else:
+                for kernel in ("centre_kernel", *TMA):
+                    yield Case(arch, "bfloat16", shape, kernel)
+                yield Case(arch, "float16", shape, "symmetric_kernel")
+        if arch >= 90:
+            yield Case(arch, "bfloat16", LARGE_GRAM, "strips_kernel")
+            yield Case(arch, "float16", LARGE, "gradient_kernel")
     for kernel in products:
         yield Case(90, "float32", GRAM, kernel, "columns")
         yield Case(90, "float32", (3, 5, 1), kernel, "one")
@@ -75,6 +88,7 @@ CASES = list(_cases())
 def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     import torch
 
+    from vicreg_kernels.vicreg import tma
     from vicreg_kernels.vicreg import triton as launchers
 
     groups, rows, dim = case.shape
@@ -86,17 +100,19 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         return torch.empty(groups, rows, dim, dtype=dtype, device="meta")
 
     found: dict[str, Any] = {}
-    kept = {name: getattr(launchers, name) for name in (*KERNELS, "_device")}
+    kept = {name: getattr(launchers, name) for name in KERNELS}
+    device = tma.device
     try:
         for name in KERNELS:
             setattr(launchers, name, Recorder(kept[name], found))
-        launchers._device = lambda index: ("default", 132, case.arch // 10)
+        tma.device = lambda index: ("default", 132, case.arch // 10)
         x, y = view(), None if case.layout == "one" else view()
         settings = (1.0, 1e-4, True, [1.0, 0.5, 0.1], [25.0, 25.0, 1.0])
         _, *saved = launchers.forward(x, y, *settings)
         grads = torch.empty(1 if y is not None else 4, device="meta")
         launchers.backward(grads, x, y, *saved, True, y is not None, *settings)
     finally:
+        tma.device = device
         for name, value in kept.items():
             setattr(launchers, name, value)
     return found[case.kernel]
@@ -111,12 +127,18 @@ def compiled() -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel(case: Case, compiled: dict[str, Any]) -> None:
     found = compiled[str(case)]
-    audit_triton.check("vicreg", str(case), found)
-    if case.kernel in ("product_kernel", "gradient_kernel"):
+    # Two blocks of the TMA products share a multiprocessor: one computes while the other stores.
+    limit = (
+        audit_triton.LARGE_SHARED_LIMIT // 2 if case.kernel in TMA else audit_triton.SHARED_LIMIT
+    )
+    audit_triton.check("vicreg", str(case), found, limit)
+    assert (found["tma_loads"] > 0) == (case.kernel in TMA)
+    assert (found["tma_stores"] > 0) == (case.kernel == "symmetric_kernel")
+    if case.kernel in PRODUCTS:
         assert found["matrix"] == [MATRIX[case.arch]]
     else:
         assert found["matrix"] == []
-    if case.shape[-1] > 1 and case.kernel not in ("terms_kernel",):
+    if case.shape[-1] > 1 and case.kernel not in ("terms_kernel", "symmetric_kernel"):
         assert found["wide_loads"] > 0, "every load is narrower than 16 bytes"
 
 

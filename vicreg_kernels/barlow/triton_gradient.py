@@ -70,7 +70,7 @@ def cross_squares_kernel(
     tl.store(sums + dim + strip, tl.sum(by_column, axis=0), mask=strip < dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_view"])
 def gradient_kernel(
     grad, x, y, moments, diagonal, products, sums, out_x, out_y,
     rows, dim, first_view,
@@ -193,7 +193,7 @@ def view_coefficients(
     return coefficients(grad, lambd, c, scatter, dot, rows, degrees, eps, std_eps, True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "parts", "block_rows"])
 def finish_kernel(
     grad, x, y, moments, diagonal, sums, product_x, product_y, grad_x, grad_y,
     rows, dim, parts, block_rows,

@@ -25,7 +25,7 @@ def store_symmetric(base, tile, a_row, b_row, rows, mirrored):
         tl.store(mirror, tl.trans(tile), mask=tl.trans(valid))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def gram_kernel(
     x, y, moments, out,
     rows, dim, splits, chunk,
@@ -85,7 +85,7 @@ def gram_kernel(
     store_symmetric(base, acc, a_row, b_row, rows, (i != j) & WHOLE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits"])
 def cross_kernel(
     x, y, moments, out, sums,
     rows, dim, splits, chunk,
@@ -155,7 +155,7 @@ def add_splits(parts, area, splits, at, valid, TILE: tl.constexpr, EACH: tl.cons
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "rows"])
 def combine_kernel(
     parts, products, sums,
     side, splits, rows,
@@ -195,7 +195,7 @@ def combine_kernel(
         tl.store(products + at, c, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["column_count", "sum_count"])
 def loss_kernel(
     loss, invariances, taken, sums, column_count, sum_count, factor,
     GRAM: tl.constexpr, BLOCK: tl.constexpr,

@@ -82,7 +82,7 @@ def rounded_product(
     return tl.sum(acc, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "row_blocks", "block_rows"])
 def statistics_kernel(
     x, y, moments, diagonal, partials, invariances, taken,
     rows, dim, row_blocks, block_rows,
@@ -118,7 +118,7 @@ def statistics_kernel(
     y_mean = tl.zeros((ROWS, COLUMNS), tl.float32)
     y_scatter = tl.zeros((ROWS, COLUMNS), tl.float32)
     comoment = tl.zeros((ROWS, COLUMNS), tl.float32)
-    first = r * block_rows
+    first = tl.multiple_of(r * block_rows, ROWS)  # one block, or blocks of whole tiles
     last = tl.minimum(first + block_rows, rows)
     for n in range(first, last, ROWS):
         row = n + tl.arange(0, ROWS)
@@ -162,7 +162,7 @@ def statistics_kernel(
         tl.store(at + 4 * dim, both, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "row_blocks", "block_rows"])
 def merge_kernel(
     x, y, moments, diagonal, partials, invariances, taken,
     rows, dim, row_blocks, block_rows, sx_d, sy_d,

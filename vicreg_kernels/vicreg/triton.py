@@ -70,7 +70,9 @@ class _Problem:
             self.config = configs.nearest_tma(name, self.rows, self.dim)
         else:
             self.config = configs.nearest(name, self.format, self.rows, self.dim)
-        self.strides = (*x.stride(), *self.y.stride())
+        # One group has no stride between groups: 0, so that no kernel is compiled for its value.
+        between = [z.stride(0) if self.groups > 1 else 0 for z in (x, self.y)]
+        self.strides = (between[0], *x.stride()[1:], between[1], *self.y.stride()[1:])
 
     def on_device(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self.x.device) if self.x.is_cuda else nullcontext()
@@ -119,8 +121,8 @@ class _Columns:
         self.candidates = p.empty(planes, blocks, 5)
         self.candidate_index = p.empty(planes, blocks, 4, dtype=torch.int32)
         self.taken = p.empty(planes, 4, p.rows)
-        # At least 64, so that one kernel serves up to 16 blocks of columns.
-        self.width = max(64, triton.next_power_of_2(4 * blocks))
+        # At least 512, so that one kernel serves up to 128 blocks of columns, D = 8192.
+        self.width = max(512, triton.next_power_of_2(4 * blocks))
 
 
 class _Product:
@@ -231,7 +233,7 @@ def forward(
             merge_kernel[(p.planes * blocks,)](
                 p.x, p.y, moments, partials, hinges, columns.candidates, columns.candidate_index,
                 p.groups, p.rows, p.dim, row_blocks, block_rows,
-                x.stride(0), x.stride(2), p.y.stride(0), p.y.stride(2), p.degrees, margin, eps,
+                *(p.strides[i] for i in (0, 2, 3, 5)), p.degrees, margin, eps,
                 GRAM=p.gram, ROWS=height, COLUMNS=width, num_warps=warps,
             )  # fmt: skip
         if p.tma:

@@ -46,9 +46,9 @@ def store_gradient(
 
     g0 = tl.load(grads)
     some = each != 0
-    a_inv = g0 * tl.cast(w0, tl.float32) + tl.load(grads + 1, mask=some, other=0.0)
-    a_var = g0 * tl.cast(w1, tl.float32) + tl.load(grads + 2, mask=some, other=0.0)
-    a_cov = g0 * tl.cast(w2, tl.float32) + tl.load(grads + 3, mask=some, other=0.0)
+    a_inv = g0 * tl.cast(w0, tl.float32) + tl.where(some, tl.load(grads + each), 0.0)
+    a_var = g0 * tl.cast(w1, tl.float32) + tl.where(some, tl.load(grads + 2 * each), 0.0)
+    a_cov = g0 * tl.cast(w2, tl.float32) + tl.where(some, tl.load(grads + 3 * each), 0.0)
     a_var *= tl.cast(variance_factor, tl.float32)
     a_cov *= tl.cast(covariance_factor, tl.float32)
 

@@ -87,7 +87,7 @@ def used_scatter(
     return tl.sum(acc, axis=0)
 
 
-@triton.jit(do_not_specialize=["groups", "row_blocks", "block_rows"])
+@triton.jit(do_not_specialize=["groups", "rows", "row_blocks", "block_rows"])
 def statistics_kernel(
     x, y, moments, partials, hinges, differences, candidates, candidate_index,
     groups, rows, dim, row_blocks, block_rows,

@@ -24,7 +24,7 @@ from vicreg_kernels.vicreg.triton_operands import operand
 from vicreg_kernels.vicreg.triton_products import largest_columns, load_mean, triangle
 
 
-@triton.jit(do_not_specialize=["groups", "blocks", "row_blocks"])
+@triton.jit(do_not_specialize=["groups", "rows", "blocks", "row_blocks"])
 def centre_kernel(
     x, y, moments, centred, candidates, candidate_index, index, taken, diagonal,
     groups, rows, dim, blocks, row_blocks,
@@ -169,7 +169,7 @@ def halves(tile):
     return tile.reshape(rows, 2, columns // 2).permute(0, 2, 1).split()
 
 
-@triton.jit(do_not_specialize=["groups", "first_plane", "each"])
+@triton.jit(do_not_specialize=["groups", "rows", "first_plane", "each"])
 def tiled_gradient_kernel(
     a_operand, b_operand, grads, x, y, moments, deflated, index, grad_x, grad_y,
     groups, rows, dim, first_plane, each,
