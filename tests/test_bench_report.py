@@ -114,7 +114,8 @@ def test_the_committed_records_are_read(capsys):
 
 
 def test_the_report_and_the_gpu_command_need_no_torch():
-    code = "import sys; sys.modules['torch'] = None; import bench.gpu, bench.report; print(bench.report.main([]))"
+    code = "import sys; sys.modules['torch'] = None; import bench.gpu, bench.report as report; "
+    code += "print(report.main([]))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.endswith("\n0\n"), done.stderr
 
