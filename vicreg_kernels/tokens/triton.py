@@ -58,12 +58,14 @@ def _round(z: Tensor) -> bool:
     return z.dtype == torch.bfloat16 and z.device.type == "cpu"
 
 
-def _samples(index: Tensor, offsets: Tensor | None, batch: int) -> tuple[Any, int, dict[str, Any]]:
-    """(offsets or a stand-in, rows a sample, the constants of sample_of)."""
+def _samples(
+    index: Tensor, offsets: Tensor | None, batch: int
+) -> tuple[Any, tuple[int, int], dict[str, Any]]:
+    """(offsets or a stand-in, rows a sample and steps, the constants of sample_of)."""
     each = max(1, index.shape[-1])
     packed = offsets is not None
     steps = max(1, batch - 1).bit_length() if packed else 0
-    return offsets if packed else index, each, {"PACKED": packed, "STEPS": steps}
+    return offsets if packed else index, (each, steps), {"PACKED": packed}
 
 
 def _place(z: Tensor) -> tuple[int, int, int, int]:
@@ -81,7 +83,7 @@ def gather(x: Tensor, index: Tensor, offsets: Tensor | None) -> Tensor:
     at, each, constants = _samples(index, offsets, x.shape[0])
     with _on_device(x):
         gather_kernel[(index.numel(),)](
-            x, index, at, out, x.shape[1], dim, x.shape[0], each, *x.stride(),
+            x, index, at, out, x.shape[1], dim, x.shape[0], *each, *x.stride(),
             **constants, **_columns(dim),
         )  # fmt: skip
     return out
@@ -105,7 +107,7 @@ def scatter(
         maps = torch.full((2, slots), -1, dtype=torch.int32, device=rows.device)
         if count > 0:
             map_kernel[(triton.cdiv(count, 256),)](
-                index, at, maps, count, length, batch, each, slots,
+                index, at, maps, count, length, batch, *each, slots,
                 **constants, BLOCK=256, num_warps=4,
             )  # fmt: skip
         if accumulate:
@@ -129,7 +131,8 @@ def _loss_arguments(
         raise RuntimeError(f"backend='triton': got D = {dim}, takes at most {LONGEST_ROW}")
     at, each, constants = _samples(index, offsets, teacher.shape[0])
     pred_each, *strides = _place(pred)
-    where = (teacher.shape[1], dim, teacher.shape[0], each, pred_each, *strides, *teacher.stride())
+    sizes = teacher.shape[1], dim, teacher.shape[0], *each, pred_each
+    where = *sizes, *strides, *teacher.stride()
     return at, where, {**constants, **_columns(dim, LONGEST_ROW)}
 
 

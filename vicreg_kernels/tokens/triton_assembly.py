@@ -23,7 +23,7 @@ def position_of(k, kept, total, context_index, target_index):
     return tl.where(first, own, other)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kept", "wanted", "contexts", "blocks"])
 def order_kernel(
     context_index, target_index, context_offsets, target_offsets, order, context_rows, target_rows,
     kept, wanted, contexts, blocks,
@@ -70,7 +70,7 @@ def order_kernel(
         tl.store(target_rows + t_begin + k - c_count, row, mask=there & (is_context == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kept", "wanted", "contexts", "table_length"])
 def assemble_kernel(
     context, context_index, context_rows, target, target_index, target_rows, table, out,
     kept, wanted, contexts, dim, table_length, sc_g, sc_r, sc_d, st_g, st_r, st_d,
@@ -112,7 +112,7 @@ def assemble_kernel(
         tl.store(to + column, narrow(value, out, ROUND), mask=column < limit)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "count", "each", "tiles", "block_rows"])
 def column_kernel(
     sequence, rows, partials, length, dim, count, each, tiles, block_rows, stride_g, stride_r,
     stride_d, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -137,7 +137,7 @@ def column_kernel(
     tl.store(at, tl.sum(total, axis=0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def column_finish_kernel(partials, out, blocks, dim, COLUMNS: tl.constexpr):
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < dim

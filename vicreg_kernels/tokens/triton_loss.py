@@ -45,14 +45,14 @@ def element_slope(d, beta, inverse_beta, KIND: tl.constexpr):
 
 @triton.jit
 def load_rows(
-    row, column, inside, pred, teacher, index, offsets, length, batch, each, pred_each,
+    row, column, inside, pred, teacher, index, offsets, length, batch, each, steps, pred_each,
     sp_g, sp_r, sp_d, st_b, st_t, st_d,
-    PACKED: tl.constexpr, STEPS: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """Both rows in float32, and whether the index names a token."""
     token = tl.load(index + row).to(tl.int64)
     valid = (token >= 0) & (token < length)
-    sample = sample_of(row, offsets, batch, each, PACKED, STEPS)
+    sample = sample_of(row, offsets, batch, each, steps, PACKED)
     wide = column.to(tl.int64)
     at = teacher + sample * st_b + tl.where(valid, token, 0) * st_t
     t = tl.load(at + wide * st_d, mask=inside, other=0.0).to(tl.float32)
@@ -61,11 +61,11 @@ def load_rows(
     return p, t, valid
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "length", "batch", "each", "steps", "pred_each"])
 def loss_kernel(
-    pred, teacher, index, offsets, saved, partials, rows, length, dim, batch, each, pred_each,
-    sp_g, sp_r, sp_d, st_b, st_t, st_d, beta, inverse_beta, eps,
-    KIND: tl.constexpr, NORMALIZE: tl.constexpr, PACKED: tl.constexpr, STEPS: tl.constexpr,
+    pred, teacher, index, offsets, saved, partials, rows, length, dim, batch, each, steps,
+    pred_each, sp_g, sp_r, sp_d, st_b, st_t, st_d, beta, inverse_beta, eps,
+    KIND: tl.constexpr, NORMALIZE: tl.constexpr, PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """partials[program] = its rows' sum; saved as backends.py says."""
@@ -78,8 +78,8 @@ def loss_kernel(
     for r in range(tl.program_id(0), rows, tl.num_programs(0)):
         row = tl.cast(r, tl.int64)
         p, t, valid = load_rows(
-            row, column, inside, pred, teacher, index, offsets, length, batch, each, pred_each,
-            sp_g, sp_r, sp_d, st_b, st_t, st_d, PACKED, STEPS,
+            row, column, inside, pred, teacher, index, offsets, length, batch, each, steps,
+            pred_each, sp_g, sp_r, sp_d, st_b, st_t, st_d, PACKED,
         )  # fmt: skip
         mean = 0.0
         rstd = 1.0
@@ -109,7 +109,7 @@ def loss_kernel(
     tl.store(partials + tl.program_id(0) + tl.arange(0, 1), total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def finish_kernel(partials, loss, count, scale, BLOCK: tl.constexpr):
     """The sum of the partials, times scale."""
     total = tl.zeros((BLOCK,), tl.float64)
@@ -119,11 +119,11 @@ def finish_kernel(partials, loss, count, scale, BLOCK: tl.constexpr):
     tl.store(loss, (tl.sum(total, axis=0) * scale).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "batch", "each", "steps", "pred_each"])
 def gradient_kernel(
-    grad, pred, teacher, index, offsets, saved, out, length, dim, batch, each, pred_each,
+    grad, pred, teacher, index, offsets, saved, out, length, dim, batch, each, steps, pred_each,
     sp_g, sp_r, sp_d, st_b, st_t, st_d, beta, inverse_beta, scale,
-    KIND: tl.constexpr, PACKED: tl.constexpr, STEPS: tl.constexpr, ROUND: tl.constexpr,
+    KIND: tl.constexpr, PACKED: tl.constexpr, ROUND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program a row; out is contiguous. scale: 1 over the number of terms."""
@@ -134,8 +134,8 @@ def gradient_kernel(
     inside = column < dim
     row = tl.program_id(0).to(tl.int64)
     p, t, valid = load_rows(
-        row, column, inside, pred, teacher, index, offsets, length, batch, each, pred_each,
-        sp_g, sp_r, sp_d, st_b, st_t, st_d, PACKED, STEPS,
+        row, column, inside, pred, teacher, index, offsets, length, batch, each, steps, pred_each,
+        sp_g, sp_r, sp_d, st_b, st_t, st_d, PACKED,
     )  # fmt: skip
     own = saved + row * (4 if KIND == COSINE else 2)
     z = (t - tl.load(own)) * tl.load(own + 1)

@@ -27,12 +27,12 @@ def narrow(value, to, ROUND: tl.constexpr):
 
 
 @triton.jit
-def sample_of(row, offsets, batch, each, PACKED: tl.constexpr, STEPS: tl.constexpr):
-    """The sample of a row, in [0, batch) whatever the offsets hold. STEPS: log2 of the batch."""
+def sample_of(row, offsets, batch, each, steps, PACKED: tl.constexpr):
+    """The sample of a row, in [0, batch) whatever the offsets hold. steps: log2 of the batch."""
     if PACKED:
         low = row * 0
         high = low + batch
-        for _ in tl.static_range(STEPS):
+        for _ in range(steps):
             middle = (low + high) // 2
             below = tl.load(offsets + middle) <= row
             more = high - low > 1
@@ -49,17 +49,17 @@ def row_offset(row, each, stride_group, stride_row):
     return (row // each) * stride_group + (row % each) * stride_row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "batch", "each", "steps"])
 def gather_kernel(
-    x, index, offsets, out, length, dim, batch, each, stride_b, stride_t, stride_d,
-    PACKED: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    x, index, offsets, out, length, dim, batch, each, steps, stride_b, stride_t, stride_d,
+    PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[r] = the token of its sample that index[r] names; NaN where there is none."""
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(index + row).to(tl.int64)
     valid = (token >= 0) & (token < length)
     limit = tl.where(valid, dim, 0)
-    sample = sample_of(row, offsets, batch, each, PACKED, STEPS)
+    sample = sample_of(row, offsets, batch, each, steps, PACKED)
     source = x + sample * stride_b + tl.where(valid, token, 0) * stride_t
     for first in range(0, dim, BLOCK):
         column = first + tl.arange(0, BLOCK)
@@ -70,23 +70,23 @@ def gather_kernel(
         tl.store(out + row * dim + column, value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "length", "batch", "each", "steps", "slots"])
 def map_kernel(
-    index, offsets, maps, rows, length, batch, each, slots,
-    PACKED: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    index, offsets, maps, rows, length, batch, each, steps, slots,
+    PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """maps [2, B T], -1 before: the last row that names each token, and rows - 1 - the first."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = row < rows
     token = tl.load(index + row, mask=there, other=-1).to(tl.int64)
     there = there & (token >= 0) & (token < length)
-    slot = sample_of(row, offsets, batch, each, PACKED, STEPS) * length + token
+    slot = sample_of(row, offsets, batch, each, steps, PACKED) * length + token
     slot = tl.where(there, slot, 0)
     tl.atomic_max(maps + slot, row.to(tl.int32), mask=there)
     tl.atomic_max(maps + slots + slot, (rows - 1 - row).to(tl.int32), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["each"])
 def scatter_kernel(
     rows, maps, out, dim, each, fill, stride_g, stride_r, stride_d, BLOCK: tl.constexpr
 ):
@@ -110,7 +110,7 @@ def scatter_kernel(
         tl.store(out + slot * dim + column, value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "length", "each", "slots", "samples"])
 def sum_kernel(
     rows, index, maps, out, count, length, dim, each, slots, samples, stride_g, stride_r, stride_d,
     ROUND: tl.constexpr, BLOCK: tl.constexpr,
