@@ -104,7 +104,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         needs = ctx.needs_input_grad[:3]
-        run = _AttentionGradient.apply if torch.is_grad_enabled() else _attention_gradient
+        run: Any = _AttentionGradient.apply if torch.is_grad_enabled() else _attention_gradient
         dq, dk, dv = run(grad, *ctx.saved_tensors, needs, ctx.packed, ctx.arguments)
         return dq if needs[0] else None, dk if needs[1] else None, dv if needs[2] else None, *_NONE
 
@@ -113,13 +113,19 @@ _NONE = (None, None)
 
 
 def _as_heads(x: Tensor) -> Tensor:
-    """[total, H, d] as [1, H, total, d]."""
-    return x.unsqueeze(0).transpose(1, 2)
+    """[total, H, d] as [1, H, total, d]; eagerly in one view, which costs half of two."""
+    if torch.compiler.is_compiling():
+        return x.unsqueeze(0).transpose(1, 2)
+    (total, heads, dim), (t, h, d) = x.shape, x.stride()
+    return x.as_strided((1, heads, total, dim), (total * t, h, t, d))
 
 
 def _as_packed(x: Tensor) -> Tensor:
     """[1, H, total, d] as [total, H, d]."""
-    return x.squeeze(0).transpose(0, 1)
+    if torch.compiler.is_compiling():
+        return x.squeeze(0).transpose(0, 1)
+    (_, heads, total, dim), (_, h, t, d) = x.shape, x.stride()
+    return x.as_strided((total, heads, dim), (t, h, d))
 
 
 def _attention_gradient(
@@ -145,9 +151,7 @@ def _attention_gradient(
         )
     if not packed:
         return found
-    dq, dk, dv = (
-        _as_packed(x) if need else x for x, need in zip(found, needs, strict=True)
-    )
+    dq, dk, dv = (_as_packed(x) if need else x for x, need in zip(found, needs, strict=True))
     return dq, dk, dv
 
 
@@ -373,9 +377,10 @@ def _attend(
     if not torch.compiler.is_compiling():
         dispatch.log_choice("attention", name, backend, q.device, q.shape)
     if name == "reference":
-        heads = [_as_heads(x) for x in (q, k, v)] if packed else [q, k, v]
-        out = reference.attention(*heads, rules, rope, turned[1:3], scale)
-        return _as_packed(out) if packed else out
+        if packed:
+            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        out = reference.attention(q, k, v, rules, rope, turned[1:3], scale)
+        return out.squeeze(0).transpose(0, 1) if packed else out
     return _Attention.apply(q, k, v, packed, (*rules, *turned, scale, name))
 
 

@@ -137,7 +137,9 @@ class Rope3d:
         return table
 
     def resolve(self, q: Tensor, k: Tensor, longest: tuple[int, int]) -> RopeArguments:
-        """For q, k: [B, H, T, d], or packed [total, H, d]; longest: the longest sample of each, where index is None."""
+        """For q, k: [B, H, T, d], or packed [total, H, d]; longest: the longest sample of each,
+        which must fit the grid where index is None.
+        """
         found: list[Tensor | None] = []
         sides = (("index", self.index, q), ("key_index", self.key_index, k))
         for (name, index, x), most in zip(sides, longest, strict=True):
