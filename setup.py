@@ -162,7 +162,9 @@ class Ninja:
     """What ninja is told: every command, what it makes and of what."""
 
     def __init__(self, scratch: Path) -> None:
-        self.scratch, self.lines = scratch, ["ninja_required_version = 1.5"]
+        self.scratch = scratch
+        # ninja keeps its own files in builddir, else beside the sources
+        self.lines = ["ninja_required_version = 1.5", f"builddir = {self.escaped(scratch)}"]
 
     @staticmethod
     def escaped(path: object) -> str:
