@@ -5,13 +5,12 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
-# Quick to build, and its PTX runs on every later card; a wheel takes setup.py's whole list.
-export VICREG_KERNELS_ARCHS ?= 80
 
-.PHONY: setup demo physics test audit lint bench gpu docs clean help
+.PHONY: setup demo physics test audit lint bench gpu gpu-bench gpu-check gpu-packages docs clean help
 
 help:
-	@echo "make setup | demo | physics | test | audit | lint | bench | gpu | docs | clean"
+	@echo "make setup | demo | physics | test | audit | lint | bench | docs | clean"
+	@echo "on a machine with a GPU: make gpu | gpu-bench | gpu-check; before: make gpu-packages"
 
 # torch first and alone: the compiled libraries take their headers from it. timm, for the tests of
 # its EMA, without its own requirements, which would bring another torch along.
@@ -23,11 +22,9 @@ $(VENV)/packages: pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps timm==1.0.31
 	touch $@
 
-# Without CUDA in torch _C_cuda could not be loaded; its sources are compiled by their audits.
+# Beside a torch without CUDA this builds the CPU library alone; the audits compile the CUDA sources.
 $(VENV)/libraries: $(VENV)/packages $(SOURCES)
-	VICREG_KERNELS_BUILD=$${VICREG_KERNELS_BUILD:-$$($(BIN)/python -c \
-	    "import torch; print('auto' if torch.version.cuda else 'cpu')")} \
-	    $(BIN)/python setup.py -q build_ext --inplace
+	$(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 
 setup: $(VENV)/libraries
@@ -63,9 +60,20 @@ bench: setup
 	    lightly==1.6.0 pytorch-metric-learning==2.9.0 scipy tqdm
 	$(BIN)/python -m bench.run
 
-# One command for a machine with an NVIDIA GPU, with its own python3; needs no network and no .venv.
+# Three commands for a machine with an NVIDIA GPU, with its own python3, without network or .venv, each
+# over within ten minutes (docs/gpu_run.md): build, tests, first figures; all figures; sanitizers.
 gpu:
-	$(PYTHON) -m bench.gpu
+	$(PYTHON) -m bench.gpu gpu
+
+gpu-bench:
+	$(PYTHON) -m bench.gpu bench
+
+gpu-check:
+	$(PYTHON) -m bench.gpu check
+
+# Where there is a network: what the trainer imports and such a machine lacks, into .gpu-packages.
+gpu-packages:
+	$(PYTHON) -m bench.gpu_packages
 
 docs: setup
 	$(BIN)/python -m pip install -q --disable-pip-version-check mkdocs mkdocs-material

@@ -1,16 +1,21 @@
-"""Builds the two compiled libraries against torch's stable ABI.
+"""Builds the two compiled libraries against torch's stable ABI, with ninja.
 
-`_C` (CPU) is built where a C++ compiler and torch's headers are found, `_C_cuda` where nvcc is
-found too; no GPU is needed. Neither links against a Python or a particular torch: one wheel serves
-every Python >= 3.10 and every torch from TORCH_TARGET on. Without a compiler the package installs
-as pure Python, with a warning, and `vicreg-kernels info` repeats why.
+`_C` (CPU) is built where a C++ compiler, ninja and torch's headers are found, `_C_cuda` where torch
+itself has CUDA and nvcc is found too; no GPU is needed. Neither links against a Python or a
+particular torch: one wheel serves every Python >= 3.10 and every torch from TORCH_TARGET on.
+Without a compiler the package installs as pure Python, with a warning. A library whose sources do
+not compile is left out, with a warning, and takes nothing else with it. `vicreg-kernels info`
+repeats why a library is absent.
 
 Torch itself is never imported here. Its headers are taken from the environment that the package is
 installed into, also when pip isolates the build, so `pip install .` needs no second torch.
 
-VICREG_KERNELS_BUILD     auto (default), python (nothing), cpu, cuda (both or fail)
+VICREG_KERNELS_BUILD     auto (default), python (nothing), cpu, cuda (both; one that does not build
+                         is an error, though the other one is kept)
 VICREG_KERNELS_TORCH     the directory of the torch package to build against
-VICREG_KERNELS_ARCHS     CUDA architectures, default "80;86;89;90;100;120"; the last also as PTX
+VICREG_KERNELS_ARCHS     CUDA architectures, "80;90" for example, the last also as PTX; "all" is
+                         80;86;89;90;100;120; default: those of the GPUs that nvidia-smi lists, or
+                         all where it lists none
 CXX, CUDA_HOME           the compilers
 """
 
@@ -19,12 +24,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -40,7 +46,7 @@ CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wex
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS += shlex.split(os.environ.get("CXXFLAGS", ""))
 NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-ARCHS = os.environ.get("VICREG_KERNELS_ARCHS", "80;86;89;90;100;120").split(";")
+EVERY_ARCH = ("80", "86", "89", "90", "100", "120")
 BUILD = os.environ.get("VICREG_KERNELS_BUILD", "auto")
 
 
@@ -59,6 +65,14 @@ def torch_directory() -> Path | None:
     return None
 
 
+def torch_version(torch: Path) -> tuple[str, str | None]:
+    """(version, the CUDA it was built for, or None) of a torch that is not imported."""
+    text = (torch / "version.py").read_text() if (torch / "version.py").exists() else ""
+    version = re.search(r"^__version__ = ['\"](.+)['\"]", text, re.MULTILINE)
+    cuda = re.search(r"^cuda\b.*= ['\"](.+)['\"]", text, re.MULTILINE)
+    return version.group(1) if version else "unknown", cuda.group(1) if cuda else None
+
+
 def cxx() -> str | None:
     named = os.environ.get("CXX")
     return shutil.which(named) if named else shutil.which("c++") or shutil.which("g++")
@@ -66,9 +80,38 @@ def cxx() -> str | None:
 
 def nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME")
-    found = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    path = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
     usual = Path("/usr/local/cuda/bin/nvcc")
-    return found or (str(usual) if usual.exists() else None)
+    return path or (str(usual) if usual.exists() else None)
+
+
+def ninja() -> list[str] | None:
+    """The command: the ninja of this Python's packages, which pip installs for the build, or the
+    machine's."""
+    if importlib.util.find_spec("ninja"):
+        return [sys.executable, "-m", "ninja"]
+    path = shutil.which("ninja")
+    return [path] if path else None
+
+
+def architectures() -> tuple[list[str], str]:
+    """(CUDA architectures to build for, why those)."""
+    named = os.environ.get("VICREG_KERNELS_ARCHS")
+    if named == "all":
+        return list(EVERY_ARCH), "VICREG_KERNELS_ARCHS=all"
+    if named:
+        if not re.fullmatch(r"\d+[af]?(;\d+[af]?)*", named):
+            raise SystemExit(f"VICREG_KERNELS_ARCHS: got {named!r}, takes all or 80;90 for example")
+        return named.split(";"), "VICREG_KERNELS_ARCHS"
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        text = subprocess.run(query, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        text = ""
+    here = {(int(a), int(b)) for a, b in re.findall(r"^(\d+)\.(\d)\s*$", text, re.MULTILINE)}
+    if here:
+        return [f"{major}{minor}" for major, minor in sorted(here)], "the GPUs of this machine"
+    return list(EVERY_ARCH), "nvidia-smi lists no GPU here"
 
 
 def plan() -> tuple[list[str], dict[str, str]]:
@@ -76,12 +119,15 @@ def plan() -> tuple[list[str], dict[str, str]]:
     missing: dict[str, str] = {}
     if BUILD not in ("auto", "python", "cpu", "cuda"):
         raise SystemExit(f"VICREG_KERNELS_BUILD: got {BUILD!r}, takes auto, python, cpu or cuda")
+    torch = torch_directory()
     if BUILD == "python":
         reason = "VICREG_KERNELS_BUILD=python when the package was built"
     elif cxx() is None:
         reason = "no C++ compiler was found when the package was built"
-    elif torch_directory() is None:
+    elif torch is None:
         reason = "torch >= 2.11 was not installed where the package was built"
+    elif ninja() is None:
+        reason = "ninja was not installed where the package was built"
     else:
         reason = ""
     if reason:
@@ -90,6 +136,9 @@ def plan() -> tuple[list[str], dict[str, str]]:
         missing = {"_C_cuda": "VICREG_KERNELS_BUILD=cpu when the package was built"}
     elif nvcc() is None:
         missing = {"_C_cuda": "nvcc was not found when the package was built"}
+    elif BUILD == "auto" and torch is not None and torch_version(torch)[1] is None:
+        version = torch_version(torch)[0]
+        missing = {"_C_cuda": f"the torch that the package was built with ({version}) has no CUDA"}
     if BUILD == "cuda" and missing:
         raise SystemExit(f"VICREG_KERNELS_BUILD=cuda, but {next(iter(missing.values()))}")
     if "_C" in missing and BUILD != "python":
@@ -100,109 +149,186 @@ def plan() -> tuple[list[str], dict[str, str]]:
 WANTED, MISSING = plan()
 
 
+def say(line: str) -> None:
+    print(f"vicreg-kernels: {line}", flush=True)
+
+
 def operations() -> list[str]:
     """The ops that have compiled code: one folder each, the same files in all."""
     return sorted(path.parent.name for path in (ROOT / "csrc").glob("*/registration.cpp"))
 
 
-def compilations(name: str, scratch: Path) -> list[tuple[Path, list[str], str]]:
-    """(object, its compile command, its op) for every source of one library."""
-    torch = torch_directory()
-    compiler = cxx()
-    assert torch is not None
-    assert compiler is not None
-    include = ["-I", str(ROOT / "csrc"), "-isystem", str(torch / "include")]
-    cuda = name == "_C_cuda"
-    space, key = ("vicreg_kernels_cuda", "CUDA") if cuda else ("vicreg_kernels_cpu", "CPU")
-    defines = [*DEFINES, f"-DKERNELS_NAMESPACE={space}", f"-DKERNELS_KEY={key}"]
-    host = [compiler, *CXX_FLAGS, *defines, *include]
-    kernels, source = host, "cpu.cpp"
-    if cuda:
-        tool = nvcc()
-        assert tool is not None
-        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
-        codes.append(f"-gencode=arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}")
-        kernels = [tool, *NVCC_FLAGS, *codes, "--threads", "0", *defines, "-DUSE_CUDA", *include]
-        source = "cuda.cu"
-    found = []
-    for op in operations():
-        for command, file in ((kernels, source), (host, "registration.cpp")):
-            target = scratch / f"{name}.{op}.{file.partition('.')[0]}.o"
-            found.append((target, [*command, "-c", f"csrc/{op}/{file}", "-o", str(target)], op))
-    return found
+class Ninja:
+    """What ninja is told: every command, what it makes and of what."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch, self.lines = scratch, ["ninja_required_version = 1.5"]
+
+    @staticmethod
+    def escaped(path: object) -> str:
+        return re.sub(r"([$ :])", r"$\1", str(path))
+
+    def add(self, target: Path, sources: list[Path], command: list[str], description: str) -> None:
+        """A command makes `target`. Its own name holds the place of the file of dependencies that
+        the compiler writes, so that an edited header builds anew what includes it."""
+        name = f"rule_{len(self.lines)}"
+        words = shlex.join(command).replace("$", "$$")
+        inputs = " ".join(map(self.escaped, sources))
+        depfile = f"{target}.d"
+        rule = [f"rule {name}", f"  command = {words}", f"  description = {description}"]
+        if depfile in command:
+            rule += [f"  depfile = {depfile.replace('$', '$$')}", "  deps = gcc"]
+        self.lines += ["", *rule, f"build {self.escaped(target)}: {name} {inputs}"]
+
+    def compile(self, name: str) -> list[Path]:
+        """The objects of one library."""
+        torch, compiler = torch_directory(), cxx()
+        assert torch is not None
+        assert compiler is not None
+        include = ["-I", str(ROOT / "csrc"), "-isystem", str(torch / "include")]
+        cuda = name == "_C_cuda"
+        space, key = ("vicreg_kernels_cuda", "CUDA") if cuda else ("vicreg_kernels_cpu", "CPU")
+        defines = [*DEFINES, f"-DKERNELS_NAMESPACE={space}", f"-DKERNELS_KEY={key}"]
+        host = [compiler, *CXX_FLAGS, *defines, *include]
+        kernels, file, suffix = host, "cpu.cpp", ""
+        if cuda:
+            tool = nvcc()
+            assert tool is not None
+            archs = architectures()[0]
+            codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+            codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+            kernels = [tool, *NVCC_FLAGS, *codes, "--threads", str(min(len(archs), 4))]
+            kernels += [*defines, "-DUSE_CUDA", *include]
+            file, suffix = "cuda.cu", " for " + ", ".join(f"sm_{a}" for a in archs)
+        objects = []
+        for op in operations():
+            for command, source, what in (
+                (kernels, file, f"csrc/{op}/{file}{suffix}"),
+                (host, "registration.cpp", f"csrc/{op}/registration.cpp for {name}"),
+            ):
+                target = self.scratch / f"{name}.{op}.{source.partition('.')[0]}.o"
+                words = ["--generate-dependencies-with-compile", "--dependency-output"]
+                words = words if command[0] == nvcc() else ["-MD", "-MF"]
+                words = [*command, *words, f"{target}.d", "-c", f"csrc/{op}/{source}"]
+                self.add(target, [ROOT / "csrc" / op / source], [*words, "-o", str(target)], what)
+                objects.append(target)
+        return objects
+
+    def link(self, name: str, objects: list[Path], target: Path) -> None:
+        """The library of its objects."""
+        torch, compiler = torch_directory(), cxx()
+        assert torch is not None
+        assert compiler is not None
+        names = [str(path) for path in objects]
+        if name == "_C":
+            # libtorch_cpu is found by name: torch has loaded it before this library
+            link = [compiler, "-shared", *names, f"-L{torch / 'lib'}", "-ltorch_cpu"]
+            self.add(target, objects, [*link, "-o", str(target)], f"link {target.name}")
+            return
+        # A CPU torch has no libtorch_cuda to link against; an empty library of that name makes the
+        # loader look for the real one, where there is one.
+        stub, empty = self.scratch / "libtorch_cuda.so", self.scratch / "empty.cpp"
+        if not empty.exists():
+            empty.touch()
+        command = [compiler, "-shared", str(empty), f"-Wl,-soname,{stub.name}", "-o", str(stub)]
+        self.add(stub, [empty], command, f"link a stand-in for {stub.name}")
+        link = [nvcc() or "", "-shared", "-cudart", "static", *names, f"-L{self.scratch}"]
+        link += [f"-L{torch / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch_cuda", "-ltorch_cpu"]
+        self.add(target, [*objects, stub], [*link, "-o", str(target)], f"link {target.name}")
+
+    def run(self, *words: str) -> tuple[int, str]:
+        """(ninja's exit status, what it printed), from the root, printed as it comes."""
+        file = self.scratch / "build.ninja"
+        text = "\n".join(self.lines) + "\n"
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
+        command = [*(ninja() or []), "-f", str(file), *words]
+        environment = {**os.environ, "NINJA_STATUS": "[%f/%t] "}
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            errors="replace",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if "-n" not in words:
+                print(line, end="", flush=True)
+        return process.wait(), "".join(lines)
+
+    def made(self, target: Path) -> bool:
+        return "no work to do" in self.run("-n", str(target))[1]
 
 
-def links(name: str, objects: list[Path], target: Path, scratch: Path) -> list[list[str]]:
-    """The commands that make the library of its objects."""
-    torch = torch_directory()
-    compiler = cxx()
-    assert torch is not None
-    assert compiler is not None
-    names = [str(path) for path in objects]
-    if name == "_C":
-        # libtorch_cpu is found by name: torch has loaded it before this library
-        link = [compiler, "-shared", *names, f"-L{torch / 'lib'}", "-ltorch_cpu"]
-        return [[*link, "-o", str(target)]]
-    # A CPU torch has no libtorch_cuda to link against; an empty library of that name makes the
-    # loader look for the real one, where there is one.
-    stub = scratch / "libtorch_cuda.so"
-    empty = [compiler, "-shared", "-x", "c++", "/dev/null", f"-Wl,-soname,{stub.name}"]
-    link = [nvcc() or "", "-shared", "-cudart", "static", *names, f"-L{scratch}"]
-    link += [f"-L{torch / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch_cuda", "-ltorch_cpu"]
-    return [[*empty, "-o", str(stub)], [*link, "-o", str(target)]]
+def first_error(output: str, name: str) -> str:
+    """What the compiler said first about a source of this library."""
+    for block in output.split("FAILED: ")[1:]:
+        if f"{name}." in block.splitlines()[0]:
+            lines = [line.strip() for line in block.splitlines()[2:] if line.strip()]
+            errors = [line for line in lines if "error" in line.lower()]
+            return (errors or lines or [block.splitlines()[0]])[0]
+    return "ninja did not build it"
 
 
-def up_to_date(target: Path, command: list[str], op: str) -> bool:
-    """Whether an object was made by this very command, from sources no newer than it."""
-    note = target.with_suffix(".command")
-    if not target.exists() or not note.exists() or note.read_text() != " ".join(command):
-        return False
-    sources = [path for folder in (op, "common") for path in (ROOT / "csrc" / folder).iterdir()]
-    return all(path.stat().st_mtime < target.stat().st_mtime for path in sources)
-
-
-def write_report(root: Path) -> None:
+def write_report(package: Path) -> None:
     """What was not built and why, for library.py to repeat to the user."""
     report = {name: f"{name}.abi3.so was not built: {why}" for name, why in MISSING.items()}
-    (root / "vicreg_kernels" / "build_report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (package / "build_report.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 class BuildLibraries(build_ext):
-    """Compiles and links each library with the commands above; they are not Python modules."""
+    """Compiles and links each library with ninja; they are not Python modules."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".abi3.so"
 
     def run(self) -> None:
-        super().run()
-        if self.inplace:
-            write_report(ROOT)
+        """Builds below build/, from where setuptools copies to the sources when in place."""
+        inplace = self.inplace
+        try:
+            super().run()
+        finally:
+            package = (ROOT if inplace else Path(self.build_lib).resolve()) / "vicreg_kernels"
+            for name in MISSING if inplace else ():  # one of other sources must not be loaded
+                (package / f"{name}.abi3.so").unlink(missing_ok=True)
+            if package.is_dir():
+                write_report(package)
 
     def build_extensions(self) -> None:
+        torch = torch_directory()
+        assert torch is not None
+        for name, why in MISSING.items():
+            say(f"leaves out {name}: {why}")
         scratch = Path(self.build_temp).resolve()
         scratch.mkdir(parents=True, exist_ok=True)
-        names = {ext.name.rpartition(".")[2]: ext for ext in self.extensions}
-        plans = {name: compilations(name, scratch) for name in names}
-        waiting = [job for plan in plans.values() for job in plan if not up_to_date(*job)]
-        waiting.sort(key=lambda job: not job[1][-3].endswith(".cu"))  # the slow ones first
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda job: self.compile(job[0], job[1]), waiting))
-        for name, plan in plans.items():
-            target = Path(self.get_ext_fullpath(names[name].name)).resolve()
-            target.parent.mkdir(parents=True, exist_ok=True)
-            for command in links(name, [job[0] for job in plan], target, scratch):
-                self.execute(command)
-
-    def compile(self, target: Path, command: list[str]) -> None:
-        self.execute(command)
-        target.with_suffix(".command").write_text(" ".join(command))
-
-    def execute(self, command: list[str]) -> None:
-        print(" ".join(command), flush=True)
-        if subprocess.run(command, cwd=ROOT).returncode != 0:
+        job, targets = Ninja(scratch), {}
+        for ext in self.extensions:
+            name = ext.name.rpartition(".")[2]
+            targets[name] = Path(self.get_ext_fullpath(ext.name)).resolve()
+            targets[name].parent.mkdir(parents=True, exist_ok=True)
+            job.link(name, job.compile(name), targets[name])
+            archs, why = architectures()
+            tool = f"{nvcc()} for sm_{', sm_'.join(archs)} ({why})" if name == "_C_cuda" else cxx()
+            version = torch_version(torch)[0]
+            say(f"builds {name}, {len(operations())} ops, with {tool} against torch {version}")
+        _, output = job.run("-k", "0", *map(str, targets.values()))
+        failed = [name for name, target in targets.items() if not job.made(target)]
+        for name in failed:
+            targets[name].unlink(missing_ok=True)
+            MISSING[name] = first_error(output, name)
+            warnings.warn(f"vicreg-kernels: {name} was not built: {MISSING[name]}", stacklevel=1)
+        kept = [e for e in self.extensions if e.name.rpartition(".")[2] not in failed]
+        self.extensions[:] = kept
+        if failed and (BUILD == "cuda" or not kept):
             raise SystemExit(
-                f"{command[0]} failed; VICREG_KERNELS_BUILD=cpu leaves out CUDA, "
-                "VICREG_KERNELS_BUILD=python all compiled code"
+                f"vicreg-kernels: {', '.join(failed)} did not build (its errors are above); "
+                "VICREG_KERNELS_BUILD=cpu leaves out CUDA, VICREG_KERNELS_BUILD=python all "
+                "compiled code"
             )
 
 
@@ -211,7 +337,7 @@ class BuildPackage(build_py):
 
     def run(self) -> None:
         super().run()
-        write_report(ROOT if self.editable_mode else Path(self.build_lib))
+        write_report((ROOT if self.editable_mode else Path(self.build_lib)) / "vicreg_kernels")
 
 
 class Wheel(bdist_wheel):

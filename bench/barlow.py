@@ -46,10 +46,10 @@ class Shape:
 
 def views(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Two correlated views."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn((shape.rows, shape.dim), generator=generator)
-    y = x + 0.4 * torch.randn((shape.rows, shape.dim), generator=generator)
-    return tuple(z.to(device=device, dtype=dtype).requires_grad_() for z in (x, y))  # type: ignore[return-value]
+    where = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    x = torch.randn((shape.rows, shape.dim), **where)
+    y = x + 0.4 * torch.randn((shape.rows, shape.dim), **where)
+    return tuple(z.to(dtype).requires_grad_() for z in (x, y))  # type: ignore[return-value]
 
 
 def left_out(name: str, device: torch.device) -> str | None:
@@ -76,7 +76,7 @@ def plan(shape: Shape, device: torch.device, dtype: torch.dtype, backend: str | 
     side = min(shape.rows, shape.dim)
     return Plan(
         steps,
-        dispatch.choose("barlow", backend, device.type, dtype, side),
+        dispatch.choose("barlow", backend, x.device, dtype, side),
         shape.least_bytes(dtype.itemsize),
         shape.least_operations(),
         compiled=COMPILED,
@@ -105,6 +105,8 @@ def case(
     )
 
 
+THRESHOLD = ((4096, 8192), (8192, 4096), (8192, 8192), (8192, 16384), (8192, 2048), (1024, 8192),
+             (8192, 1024), (512, 8192))  # fmt: skip
 CASES = {
     c.name: c
     for c in (
@@ -114,6 +116,9 @@ CASES = {
         case(1024, 2048, cpu={"eager": 1.5}, quick=True),
         case(2048, 512, quick=True),
         case(64, 8192, cpu={"eager": 100, "gram_plain": 1.2}),
+        # What the backends' threshold is read off: min(N, D) from 512 to 8192 on both sides of
+        # N = D, with the cases above.
+        *(case(*shape, on=("cuda",)) for shape in THRESHOLD),
     )
 }
 

@@ -7,6 +7,7 @@ The file is imported only where the op is measured, and holds
                 "VICReg loss, forward and backward, by batch x dimensions"
     CONTENDERS  dict: every contender but "ours" -> what it is, in about four words (the chart's
                 legend), in the order of the tables' columns. Headings break at the underscores.
+                The runner adds "ours_cuda" and "ours_triton" by itself.
     CASES       dict: name -> Case, most important first: a run that is cut short has measured what
                 it was run for. At least one is `quick`.
     exercise    optional: exercise(backend, device) -> int, the count of results that are not
@@ -35,14 +36,15 @@ class Plan:
     """The contenders of one case on one device, all doing the same work on the same inputs.
 
     steps: contender -> one whole step (forward and backward, unless TITLE or the case's name says
-    otherwise), "ours" first. A step returns its results, can be called any number of times, and
-    leaves no `.grad` behind (`bench.measure.gradients` makes one of a loss). All of them are built;
-    those that are not wanted are never called.
+    otherwise), "ours" first, those of much time or memory last. A step returns its results, can be
+    called any number of times, and leaves no `.grad` behind (`bench.measure.gradients` makes one of
+    a loss). All of them are built; those that are not wanted are never called.
     backend: which backend of ours runs, as `dispatch.choose` gives it.
     least_bytes, least_operations: what any implementation must move and do in a step (a multiply
     and an add are two), the floor that is reported; 0 where it does not count.
     compiled: contenders that torch.compile builds in their first call (`bench.measure.compiled`).
-    peers: other packages' own code, perhaps slow: not captured as a CUDA graph.
+    peers: other packages' own code, perhaps slow: not captured as a CUDA graph. Both are measured
+    one by one, after all others (bench/groups.py).
     elsewhere: steps run in other processes, whose memory is not counted.
     skipped: contender -> why it cannot take part in this case, here (not installed, no such
     device, no memory for it); it has no step then.
@@ -65,7 +67,8 @@ class Case:
     targets: device type -> contender -> the least ratio of its time to ours. dtypes: device type ->
     the dtypes that are measured there and that the targets hold for; a device that is absent is
     measured only when the case is named. quick: part of the run of a minute on the CPU. floor: on
-    cuda, the most that ours may take as a multiple of its floor.
+    cuda, the most that ours may take as a multiple of its floor. each_backend: whether ours is
+    measured on each backend of a GPU, which a step of several ops has no single one of.
     """
 
     name: str
@@ -76,3 +79,4 @@ class Case:
     )
     quick: bool = False
     floor: float | None = None
+    each_backend: bool = True

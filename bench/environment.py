@@ -14,6 +14,7 @@ import torch
 
 import vicreg_kernels
 from vicreg_kernels import library
+from vicreg_kernels.configs import slug
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,11 +38,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU {processor()} {cores()} cores"
-
-
-def slug(name: str) -> str:
-    """A folder's name: "NVIDIA H200" -> nvidia-h200."""
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
 
 
 def default_folder(device: torch.device) -> Path:

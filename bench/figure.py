@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-# By the contender's place in the record: the Okabe-Ito palette, told apart by shape as well.
+# By the contender's place in the record, ours on other backends last: the Okabe-Ito palette and two
+# of Paul Tol's, told apart by shape as well.
 MARKS = (
     ("#D55E00", "o"),
     ("#0072B2", "s"),
@@ -16,6 +17,8 @@ MARKS = (
     ("#E69F00", "^"),
     ("#CC79A7", "v"),
     ("#000000", "h"),
+    ("#44AA99", "<"),
+    ("#882255", ">"),
 )
 
 
@@ -42,7 +45,8 @@ def draw(record: dict[str, Any], path: Path, dtype: str | None = None) -> None:
     for case, seen in ratios.items():
         ends = [min(1.0, *seen), max(1.0, *seen)] if seen else [1.0, 1.0]
         axes.plot(ends, [height[case]] * 2, color="#dddddd", lw=2, zorder=1)
-    for index, (name, label) in enumerate(record["contenders"].items()):
+    contenders = sorted(record["contenders"].items(), key=lambda item: item[0].startswith("ours_"))
+    for index, (name, label) in enumerate(contenders):
         colour, marker = MARKS[index % len(MARKS)]
         points = [
             (row["ratio"], height[row["case"]])

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import OPS, measure, run
+from bench import OPS, groups, measure
 from bench.case import Plan
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,7 +49,7 @@ def test_step(benchmark: Any, op: str, case: str, contender: str) -> None:
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 
-    seconds, _ = run.warm_up(step, DEVICE.type == "cuda", DEVICE)
+    seconds, _ = groups.warm_up(step, DEVICE.type == "cuda", DEVICE)
     rounds = measure.rounds_of(seconds, share=1.0)
     benchmark.pedantic(synchronised, rounds=rounds, iterations=1, warmup_rounds=0)
     benchmark.extra_info["threads"] = torch.get_num_threads()

@@ -65,10 +65,10 @@ def ours(x: Tensor, y: Tensor, backend: str | None = None) -> Tensor:
 
 def views(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Two correlated views with standard deviations about the margin."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape.shape, generator=generator) * 0.9
-    y = x + 0.4 * torch.randn(shape.shape, generator=generator)
-    return tuple(z.to(device=device, dtype=dtype).requires_grad_() for z in (x, y))  # type: ignore[return-value]
+    where = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    x = torch.randn(shape.shape, **where) * 0.9
+    y = x + 0.4 * torch.randn(shape.shape, **where)
+    return tuple(z.to(dtype).requires_grad_() for z in (x, y))  # type: ignore[return-value]
 
 
 def left_out(name: str, shape: Shape, device: torch.device) -> str | None:
@@ -99,7 +99,7 @@ def plan(shape: Shape, device: torch.device, dtype: torch.dtype, backend: str | 
     side = min(shape.rows, shape.dim)
     return Plan(
         steps,
-        dispatch.choose("vicreg", backend, device.type, dtype, side),
+        dispatch.choose("vicreg", backend, x.device, dtype, side),
         shape.least_bytes(dtype.itemsize),
         shape.least_operations(),
         compiled=COMPILED,
@@ -130,6 +130,8 @@ def case(
     )
 
 
+THRESHOLD = ((4096, 8192), (8192, 4096), (8192, 8192), (8192, 16384), (8192, 2048), (1024, 8192),
+             (8192, 1024))  # fmt: skip
 CASES = {
     c.name: c
     for c in (
@@ -143,6 +145,9 @@ CASES = {
         case(512, 8192),
         case(16384, 384),
         case(512, 512, groups=49),
+        # What the backends' threshold is read off: min(N, D) from 512 to 8192 on both sides of
+        # N = D, with the cases above.
+        *(case(*shape, on=("cuda",)) for shape in THRESHOLD),
     )
 }
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import sys
-import types
 from pathlib import Path
 
 import pytest
 import torch
+from bench_fake import CPU, fake_fixture, fake_op, fake_plan, go, pairs, read  # noqa: F401
 
 import bench
-from bench import environment, measure, report, run, vicreg
+from bench import environment, measure, record, report, run, vicreg
 from bench.case import Case, Plan
 
 ROOT = Path(__file__).resolve().parents[1]
-CPU = torch.device("cpu")
 
 
 def test_turns_rotate_and_slow_steps_sit_rounds_out():
@@ -90,66 +88,6 @@ def test_an_ops_file_gives_what_the_runner_takes(op):
         assert {n for each in case.targets.values() for n in each} <= module.CONTENDERS.keys()
 
 
-# An op made up for what follows: a sum of squares, with every kind of contender.
-
-
-def fake_plan(device, dtype, backend) -> Plan:
-    x = torch.ones(1000, dtype=dtype, device=device, requires_grad=True)
-    step = measure.gradients(lambda z: z.square().sum(), x)
-
-    def broken():
-        raise ValueError("cannot\nat all")
-
-    return Plan(
-        {"ours": step, "eager": step, "built_once": step, "peer": step, "broken": broken},
-        backend or "reference",
-        least_bytes=8000,
-        least_operations=2000,
-        compiled=("built_once",),
-        skipped={"absent": "is not installed"},
-        peers=("peer",),
-    )
-
-
-def fake_op(**cases: Case) -> types.ModuleType:
-    module = types.ModuleType("bench.fake")
-    module.TITLE = "Sum of squares"
-    names = ("eager", "built_once", "peer", "broken", "absent")
-    module.CONTENDERS = {name: f"the {name} one" for name in names}
-    module.CASES = cases or {
-        "first": Case("first", fake_plan, {"cpu": {"eager": 1e-6, "peer": 1e6}}, quick=True),
-        "second": Case("second", fake_plan, {"cpu": {"peer": 1e-6}}, quick=True),
-        "gpu-only": Case("gpu-only", fake_plan, {}, {"cuda": ("bfloat16",)}, floor=2.0),
-    }
-    return module
-
-
-@pytest.fixture
-def fake(monkeypatch):
-    """Installs an op's file in place of all; its ceilings are 10 GB/s and 0.1 TFLOP/s."""
-
-    def install(module: types.ModuleType) -> None:
-        monkeypatch.setitem(sys.modules, "bench.fake", module)
-        monkeypatch.setattr(run, "OPS", ("fake",))
-
-    limits = {"copy_gbps": 10.0, "matmul_tflops": 0.1}
-    monkeypatch.setattr(measure, "ceilings", lambda device, dtype: limits)
-    install(fake_op())
-    return install
-
-
-def go(*options: object) -> int:
-    return run.main(["--device", "cpu", "--budget", "0.01", *map(str, options)])
-
-
-def pairs(run_: dict) -> set[tuple[str, str]]:
-    return {(row["case"], row["contender"]) for row in run_["rows"]}
-
-
-def read(path: Path) -> dict:
-    return json.loads(path.read_text())
-
-
 def test_the_record_is_as_documented(fake, tmp_path, monkeypatch):
     """Of two ops in one process, appended to once."""
     small = (vicreg.case(24, 64, cpu={"eager": 1e6}), vicreg.case(8, 8, groups=3))
@@ -161,13 +99,14 @@ def test_the_record_is_as_documented(fake, tmp_path, monkeypatch):
     assert go(*common, "--op", "vicreg", "--cases", "24x64", "--dtype", "bfloat16", "--append") == 0
     documented = set(re.findall(r"`(\w+)`", (ROOT / "bench/results/README.md").read_text()))
     assert len(read(tmp_path / "fake.json")["runs"]) == 1
-    record = read(tmp_path / "vicreg.json")
-    assert (record["schema"], record["op"]) == (report.SCHEMA, "vicreg")
-    assert record["title"] == vicreg.TITLE
-    assert record["contenders"] == vicreg.CONTENDERS
-    first, second = record["runs"]
-    seen = {*record, *first, *first["device"], *first["host"], *first["versions"]}
+    record_ = read(tmp_path / "vicreg.json")
+    assert (record_["schema"], record_["op"]) == (report.SCHEMA, "vicreg")
+    assert record_["title"] == vicreg.TITLE
+    assert record_["contenders"] == vicreg.CONTENDERS
+    first, second = record_["runs"]
+    seen = {*record_, *first, *first["device"], *first["host"], *first["versions"]}
     seen |= {*first["ceilings"]["float32"], *first["skipped"][0], *first["rows"][0]}
+    seen |= {*first["planned"][0]}
     assert seen <= documented, f"undocumented: {seen - documented}"
     assert report.SCHEMA in (ROOT / "bench/results/README.md").read_text()
     assert {row["case"] for row in first["rows"]} == {"24x64", "3x8x8"}
@@ -247,33 +186,6 @@ def test_a_lean_run_measures_costly_contenders_where_they_count(fake, tmp_path):
     assert report.remarks(run_)[-1].startswith("missed: first float32: ")
 
 
-def test_on_cuda_launches_graphs_and_the_floor_count(monkeypatch):
-    """measure_case with what needs a GPU replaced."""
-    device = types.SimpleNamespace(type="cuda")
-    captured = []
-    monkeypatch.setattr(measure, "make_clock", lambda device: measure.WallClock())
-    monkeypatch.setattr(measure, "peak_memory", lambda step, device: 3 << 20)
-    monkeypatch.setattr(measure, "count_launches", lambda step: 7)
-    monkeypatch.setattr(measure, "capture", lambda step: captured.append(step) or step)
-    plan = fake_plan(CPU, torch.bfloat16, "cuda")
-    case = Case("c", fake_plan, {"cuda": {"eager": 1.5}, "cpu": {"peer": 2.0}}, floor=2.5)
-    names = ("ours", "eager", "peer")
-    limits = {"copy_gbps": 10.0, "matmul_tflops": 0.1}
-    rows, reasons = run.measure_case(case, plan, names, device, "bfloat16", 0.01, limits)
-    assert reasons == {}
-    ours, eager, peer = rows
-    assert (ours["target"], eager["target"], peer["target"]) == (2.5, 1.5, None)
-    assert (ours["launches"], eager["launches"]) == (7, None)
-    assert ours["floor_ms"] == pytest.approx(8000 / 10.0 / 1e6 + 7 * 0.005)
-    assert ours["peak_mib"] == 3.0
-    assert len(captured) == 2, "a peer is not captured"
-    assert ours["graph_ms"]["p50"] > 0
-    assert (ours["graph_ratio"], peer["graph_ms"], peer["graph_ratio"]) == (None, None, None)
-    assert eager["graph_ratio"] > 0
-    (ours, *_), _ = run.measure_case(case, plan, names, device, "float32", 0.01, limits)
-    assert ours["target"] is None, "the case's own dtype on cuda is bfloat16"
-
-
 def test_missing_measures_what_the_record_lacks(fake, tmp_path, capsys):
     assert go("--cases", "second", "--output", tmp_path) == 0
     assert go("--missing", "--output", tmp_path) == 0
@@ -284,6 +196,49 @@ def test_missing_measures_what_the_record_lacks(fake, tmp_path, capsys):
     assert "fake: nothing to measure" in capsys.readouterr().out
 
 
+def test_missing_measures_the_contenders_that_a_case_lacks(fake, tmp_path, capsys):
+    """Beside ours again, for the ratio; what failed before is not tried anew."""
+    tried = []
+
+    def build(device, dtype, backend):
+        plan = fake_plan(device, dtype, backend)
+
+        def broken():
+            tried.append(1)
+            raise ValueError("cannot")
+
+        plan.steps["broken"] = broken
+        return plan
+
+    fake(fake_op(only=Case("only", build, {})))
+    assert go("--without-compiled", "--output", tmp_path) == 0
+    assert go("--missing", "--without-compiled", "--output", tmp_path) == 0
+    assert "fake: nothing to measure" in capsys.readouterr().out
+    assert go("--missing", "--output", tmp_path) == 0
+    first, second = read(tmp_path / "fake.json")["runs"]
+    assert pairs(first) == {("only", "ours"), ("only", "eager"), ("only", "peer")}
+    assert pairs(second) == {("only", "ours"), ("only", "built_once")}
+    assert second["skipped"] == []
+    assert len(tried) == 1
+    (built,) = [row for row in second["rows"] if row["contender"] == "built_once"]
+    assert built["ratio"] > 0
+
+
+def test_missing_adds_to_a_record_of_the_schema_before(fake, tmp_path):
+    assert go("--contenders", "ours,eager", "--output", tmp_path) == 0
+    path = tmp_path / "fake.json"
+    old = read(path)
+    old["schema"] = "vicreg-kernels/bench/2"
+    del old["runs"][0]["planned"]
+    path.write_text(json.dumps(old))
+    assert go("--missing", "--output", tmp_path) == 0
+    assert read(path)["schema"] == report.SCHEMA
+    _, second = read(path)["runs"]
+    assert pairs(second) == {
+        (case, name) for case in ("first", "second") for name in ("ours", "built_once", "peer")
+    }
+
+
 def test_no_case_starts_once_the_seconds_are_over(fake, tmp_path, capsys):
     assert go("--seconds", "1e-9", "--output", tmp_path) == 0
     assert "no time left for: first float32, second float32" in capsys.readouterr().out
@@ -292,11 +247,12 @@ def test_no_case_starts_once_the_seconds_are_over(fake, tmp_path, capsys):
 
 def test_a_selection_writes_only_where_told(fake, monkeypatch):
     written = []
-    monkeypatch.setattr(run, "write", lambda path, record: written.append(path))
+    monkeypatch.setattr(record, "write", lambda path, record: written.append(path))
     for option in (
         "--cases first",
         "--quick",
         "--lean",
+        "--without-compiled",
         "--dtype float32",
         "--contenders ours",
         "--backend reference",

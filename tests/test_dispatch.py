@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from vicreg_kernels import dispatch, library, variance_covariance, vicreg_loss
+from vicreg_kernels import configs, dispatch, library, variance_covariance, vicreg_loss
 from vicreg_kernels.vicreg import backends
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,9 +29,161 @@ def test_best_for_the_device_and_shape(everything_built, dtype):
     assert dispatch.choose("vicreg", None, "cpu", dtype, 64) == "cpu"
     assert dispatch.choose("vicreg", None, "cuda", dtype, 64) == "cuda"
     assert dispatch.choose("vicreg", None, "cuda", dtype) == "cuda"
-    edge = dispatch.TRIANGULAR_FROM
-    assert dispatch.choose("vicreg", None, "cuda", dtype, edge) == "cuda"
-    assert dispatch.choose("vicreg", None, "cuda", dtype, edge + 1) == "triton"
+    for op in ("vicreg", "barlow"):
+        assert dispatch.choose(op, None, "cuda", dtype, 10**6) == "cuda", "nothing is measured"
+
+
+GPU = torch.device("cuda", 1)
+
+
+@pytest.fixture
+def measured_gpu(everything_built, monkeypatch, tmp_path):
+    """GPU is there and has a file: vicreg's half threshold is 512, barlow has none."""
+    monkeypatch.setattr(configs, "FOLDER", tmp_path)
+    names = {0: "Another GPU", 1: "Some GPU"}
+    monkeypatch.setattr(
+        dispatch, "_gpu", lambda index: (1, names[1]) if index is None else (index, names[index])
+    )
+    record = configs.empty("Some GPU")
+    record["triton_from"] = {"vicreg": {"half": 512, "single": None}}
+    configs.write(configs.path_of("Some GPU"), record)
+    yield record
+    monkeypatch.undo()
+    configs.forget()
+
+
+@pytest.mark.parametrize("device", [GPU, "cuda"])
+def test_a_measured_threshold_chooses_triton_from_there_on(measured_gpu, device):
+    for dtype in (torch.bfloat16, torch.float16):
+        assert dispatch.choose("vicreg", None, device, dtype, 511) == "cuda"
+        assert dispatch.choose("vicreg", None, device, dtype, 512) == "triton"
+    assert dispatch.choose("vicreg", None, device, torch.float32, 10**6) == "cuda", "it never won"
+    assert dispatch.choose("barlow", None, device, torch.bfloat16, 10**6) == "cuda"
+    other = torch.device("cuda", 0)
+    assert dispatch.choose("vicreg", None, other, torch.bfloat16, 10**6) == "cuda"
+    assert dispatch.choose("vicreg", "cuda", device, torch.bfloat16, 10**6) == "cuda"
+
+
+def test_a_threshold_gives_way_where_triton_is_missing(measured_gpu, monkeypatch):
+    monkeypatch.setattr(library, "TRITON_MISSING", "not installed")
+    assert dispatch.choose("vicreg", None, GPU, torch.bfloat16, 4096) == "cuda"
+
+
+def test_the_threshold_is_read_once_a_device(measured_gpu, monkeypatch):
+    assert dispatch.choose("vicreg", None, GPU, torch.bfloat16, 4096) == "triton"
+    assert dispatch.choose("barlow", None, GPU, torch.bfloat16, 4096) == "cuda"
+
+    def asked(*_):
+        raise AssertionError("a call asks again")
+
+    monkeypatch.setattr(configs, "load", asked)
+    monkeypatch.setattr(dispatch, "_gpu", asked)
+    assert dispatch.choose("vicreg", None, GPU, torch.bfloat16, 4096) == "triton"
+    assert dispatch.choose("barlow", None, GPU, torch.bfloat16, 4096) == "cuda"
+
+
+def test_a_written_file_counts_at_once(measured_gpu):
+    assert dispatch.choose("vicreg", None, GPU, torch.bfloat16, 100) == "cuda"
+    measured_gpu["triton_from"]["vicreg"]["half"] = 100
+    configs.write(configs.path_of("Some GPU"), measured_gpu)
+    assert dispatch.choose("vicreg", None, GPU, torch.bfloat16, 100) == "triton"
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_threshold_is_part_of_a_compiled_graph(measured_gpu, dynamic):
+    """The choice alone, since there may be no GPU: what it gives is a constant of the graph."""
+
+    def named(x):
+        side = min(x.shape)
+        return x + len(dispatch.choose("vicreg", None, GPU, torch.bfloat16, side))
+
+    run = torch.compile(named, fullgraph=True, dynamic=dynamic, backend="eager")
+    for rows, name in ((64, "cuda"), (512, "triton"), (4096, "triton")):
+        assert run(torch.zeros(rows, 4100))[0, 0] == len(name)
+
+
+def test_every_op_says_what_its_choice_depends_on(measured_gpu):
+    def found(op, dtype=torch.bfloat16):
+        return dispatch.choices(op, GPU, dtype)
+
+    assert found("vicreg") == [(0, "cuda"), (512, "triton")]
+    assert found("vicreg", torch.float32) == [(0, "cuda")]
+    assert found("barlow") == [(0, "cuda")]
+    assert found("attention") == [(0, "cuda"), (257, "triton")]
+    assert found("attention", torch.float32) == [(0, "triton")]
+    assert dispatch.choices("vicreg", torch.device("cpu"), torch.bfloat16) == [(0, "cpu")]
+
+
+T = 4  # tokens
+
+
+def _calls():
+    """op as it is registered -> calls on CPU tensors, (size that the choice depends on, call)."""
+    import vicreg_kernels as vk
+
+    def views(*shape):
+        return torch.randn(shape), torch.randn(shape)
+
+    def attend(tokens):
+        q = torch.randn(1, 1, tokens, 16)
+        return vk.masked_attention(q, q, q)
+
+    x, index = torch.randn(2, T, 8), torch.arange(2).expand(2, 2)
+    maps, grids = list(views(3, 4, 6)), list(views(3, 4, 2))
+    rope = vk.Rope3d((1, 2, 2))
+    return {
+        "vicreg": [
+            (8, lambda: vicreg_loss(*views(8, 16))),
+            (600, lambda: variance_covariance(torch.randn(600, 601))),
+        ],
+        "barlow": [
+            (8, lambda: vk.barlow_twins_loss(*views(16, 8))),
+            (600, lambda: vk.barlow_twins_loss(*views(601, 600))),
+        ],
+        "sigreg": [(0, lambda: vk.sigreg_loss(torch.randn(8, 16), step=1))],
+        "sigreg_directions": [(0, lambda: vk.sigreg_directions(16, 4, step=1))],
+        "vicregl": [
+            (0, lambda: vk.vicregl_loss(list(views(3, 6)), maps, grids, num_matches=(2, 1)))
+        ],
+        "attention": [(T, lambda: attend(T)), (300, lambda: attend(300))],
+        "rope": [(0, lambda: vk.apply_rope(torch.randn(1, 1, T, 16), rope))],
+        "tokens": [
+            (0, lambda: vk.gather_tokens(x, index)),
+            (0, lambda: vk.scatter_tokens(x[:, :2], index, T)),
+            (0, lambda: vk.prediction_loss(x[:, :2], x, index)),
+            (0, lambda: vk.assemble_tokens(x[:, :2], index, torch.randn(8), index + 2)),
+        ],
+        "ema_update_": [(0, lambda: vk.ema_update_([torch.ones(3)], [torch.ones(3)], 0.9))],
+    }
+
+
+@pytest.mark.parametrize("op", dispatch.registered)
+def test_the_report_and_the_op_choose_alike(measured_gpu, monkeypatch, op):
+    """What an op asks `choose` in a call, asked again for a GPU, is what `choices` says of it."""
+    assert _calls().keys() == dispatch.registered.keys()
+    real, asked = dispatch.choose, []
+
+    def choose(op, backend, device, dtype, side=None, unfit=None):
+        asked.append((op, dtype, side, unfit))
+        return "reference"
+
+    monkeypatch.setattr(dispatch, "choose", choose)
+    recorded = []
+    for size, call in _calls()[op]:
+        asked.clear()
+        call()
+        recorded.append((size, [a for a in asked if a[0] == op]))
+        assert {a[0] for a in asked} <= dispatch.registered.keys(), "an op that info leaves out"
+    monkeypatch.setattr(dispatch, "choose", real)
+    for size, each in recorded:
+        assert each, "the op did not ask"
+        for _, dtype, side, unfit in each:
+            for wanted in (dtype, torch.bfloat16):
+                if unfit and wanted != dtype:
+                    continue  # what does not fit depends on the dtype
+                name = real(op, None, GPU, wanted, side, unfit)
+                at = [b for least, b in dispatch.choices(op, GPU, wanted) if least <= size]
+                assert name == at[-1], (op, size, wanted)
 
 
 def test_what_is_missing_is_passed_over(everything_built, monkeypatch):

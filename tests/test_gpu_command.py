@@ -1,23 +1,28 @@
-"""`make gpu` as far as it goes without a GPU: the stage runner, the plan, the summary."""
+"""`make gpu`, `make gpu-bench` and `make gpu-check` as far as they go without a GPU: the command,
+its plans, the summary and the archive.
+"""
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+import tarfile
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import bench
-from bench import environment, exercise, gpu, report, run, stages, vicreg
-from bench.stages import Result, Stage, run_stages
+from bench import exercise, gpu, gpu_stages, run, stages, vicreg
+from bench.gpu_stages import NAMES, OPS, Setting
+from bench.stages import FAIL, NOT_REACHED, PASS, SKIPPED, Stage, Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,151 +31,39 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def go(out: Path, plan: list[Stage], budget: float = 60.0) -> list[Result]:
-    return run_stages(plan, out, budget, ROOT, lambda results: None, say=lambda line: None)
+@pytest.fixture
+def tools(tmp_path, monkeypatch) -> Path:
+    """A machine that has compute-sanitizer and ncu."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    for name in ("compute-sanitizer", "ncu"):
+        (folder / name).write_text("#!/bin/sh\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    return folder
 
 
-def test_a_failing_stage_does_not_stop_the_next(tmp_path):
-    results = go(
-        tmp_path,
-        [
-            Stage("bad", [python("print('before'); raise SystemExit(3)")], 20, "bad.log"),
-            Stage("absent", [["/no/such/program"]], 20, "absent.log"),
-            Stage("good", [python("print('here')")], 20, "good.log"),
-        ],
+@pytest.fixture
+def setting(tmp_path) -> Setting:
+    """Of a GPU of capability 9.0 where the libraries must be built."""
+    return Setting(ROOT, tmp_path / "work", capability="90", build="always", workers=8)
+
+
+def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """From another folder, with neither a PATH nor a home, as on a bare machine."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "gpu.py"), *words],
+        env={"PATH": "", **environment},
+        cwd="/",
+        capture_output=True,
+        text=True,
     )
-    assert [r.status for r in results] == ["failed", "failed", "ok"]
-    assert [r.good for r in results] == [False, False, True]
-    assert results[0].reason == "exit status 3"
-    assert "before" in results[0].output
-    assert "No such file" in (tmp_path / "absent.log").read_text()
-    assert (tmp_path / "good.log").read_text().endswith("here\n")
-
-
-def test_a_stage_that_overruns_is_ended_with_its_children(tmp_path):
-    beat = tmp_path / "beat"
-    child = (
-        "import time\n"
-        "while True:\n"
-        f"    open({str(beat)!r}, 'w').write(str(time.time()))\n"
-        "    time.sleep(0.05)"
-    )
-    parent = (
-        "import subprocess, sys, time\n"
-        "print('begun', flush=True)\n"
-        f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
-        "time.sleep(600)"
-    )
-    start = time.monotonic()
-    slow, after = go(
-        tmp_path,
-        [
-            Stage("slow", [python(parent), python("print('never')")], 3, "slow.log"),
-            Stage("after", [python("print('after')")], 20, "after.log"),
-        ],
-    )
-    assert time.monotonic() - start < 30
-    assert (slow.status, after.status) == ("timed out", "ok")
-    assert "begun" in slow.output
-    assert "never" not in slow.output.split("stopped after")[1]
-    assert beat.exists()
-    last = beat.read_text()
-    time.sleep(0.5)
-    assert beat.read_text() == last
-
-
-def test_a_stage_that_ignores_the_request_to_end_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "GRACE", 0.3)
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
-    start = time.monotonic()
-    (result,) = go(tmp_path, [Stage("deaf", [python(deaf)], 2, "deaf.log")])
-    assert result.status == "timed out"
-    assert time.monotonic() - start < 20
-
-
-def test_the_budget_is_kept_and_what_did_not_fit_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "GRACE", 0.5)
-    monkeypatch.setattr(stages, "LEAST", 2.0)
-    wait = python("import time; time.sleep(600)")
-    start = time.monotonic()
-    first, second, third = go(
-        tmp_path,
-        [
-            Stage("first", [wait], 300, "first.log"),
-            Stage("second", [python("print(1)")], 30, "second.log"),
-            Stage("tool", [["tool"]], 30, "tool.log", missing="tool is not installed"),
-        ],
-        budget=2 * stages.GRACE + stages.LEAST + 1,
-    )
-    assert time.monotonic() - start < 15
-    assert first.status == "timed out"
-    assert (second.status, second.reason) == ("skipped", "no time left in the budget")
-    assert (third.status, third.reason) == ("skipped", "tool is not installed")
-    assert not second.good, "work that did not fit is no success"
-    assert third.good
-
-
-def test_every_command_of_a_stage_runs_when_it_says_so(tmp_path):
-    commands = [python("raise SystemExit(9)"), python("print('second')")]
-    both, one = go(
-        tmp_path,
-        [
-            Stage("both", commands, 20, "both.log", every=True),
-            Stage("one", commands, 20, "one.log"),
-        ],
-    )
-    assert (both.status, one.status) == ("failed", "failed")
-    assert "\nsecond\n" in both.output
-    assert "\nsecond\n" not in one.output
-
-
-def test_logs_are_shared_fresh_and_written_as_they_come(tmp_path):
-    (tmp_path / "log").write_text("of an earlier run\n")
-    mark = "import os; print(os.environ['MARK'])"
-    look = f"print('seen', '\\n7\\n' in open({str(tmp_path / 'log')!r}).read())"
-    first, second = go(
-        tmp_path,
-        [
-            Stage("one", [python(mark)], 20, "log", environment={"MARK": "7"}),
-            Stage("two", [python(look)], 20, "log"),
-        ],
-    )
-    text = (tmp_path / "log").read_text()
-    assert "earlier" not in text
-    assert "seen True" in second.output
-    assert "MARK" in first.output
-    assert "MARK" not in second.output, "each stage's own part of a shared log"
-
-
-def test_the_summary_grows_stage_by_stage(tmp_path):
-    plan = [
-        Stage("one", [python("print('fine')")], 20, "one.log"),
-        Stage("tests", [python("print('E  boom\\n3 failed in 1s'); raise SystemExit(1)")], 20, "t"),
-    ]
-    seen = []
-
-    def report(results: list[Result]) -> None:
-        seen.append(gpu.summarise(results, plan, "NVIDIA Test", tmp_path))
-
-    run_stages(plan, tmp_path, 60, ROOT, report, say=lambda line: None)
-    assert len(seen) == 2
-    assert "| tests | not reached |" in seen[0]
-    assert "exit status 1; 3 failed in 1s" in seen[1]
-    assert "## tests: failed" in seen[1]
-    assert "E  boom" in seen[1]
-    assert "## Speed" not in seen[1]
 
 
 def test_without_a_gpu_one_clear_line_and_status_2(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "gpu.py")],
-        env={"OUT": str(tmp_path / "out"), "PATH": ""},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    done = command(OUT=str(tmp_path / "out"))
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1
@@ -178,57 +71,68 @@ def test_without_a_gpu_one_clear_line_and_status_2(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_dry_run_lists_the_stages_in_order(tmp_path):
-    """From another folder, with neither a PATH nor a home, as on a bare machine."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "gpu.py"), "--dry-run"],
-        env={"OUT": str(tmp_path), "PATH": ""},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    heads = [line.split(":")[0] for line in done.stdout.splitlines() if line[0] != " "]
-    assert heads == [
-        "build",
-        "info",
-        "tests",
-        *(f"benchmark of {op}" for op in bench.OPS),
-        "compute-sanitizer",
-        "trainer",
-        "the other cases",
-        "ncu",
-    ]
+def test_dry_run_lists_the_stages_in_order(tmp_path, capsys):
+    figures = [f"figures of {op}" for op in OPS]
+    tests = {
+        "gpu": ["build", "info", "parity", *figures],
+        "bench": ["build", "info", *figures, "trainer", "compiled figures"],
+        "check": [
+            "build", "info", "graphs", "memcheck", "racecheck", "initcheck", "synccheck",
+            "memcheck of Triton", "ncu",
+        ],
+    }  # fmt: skip
+    printed = command("gpu", "--dry-run", OUT=str(tmp_path)).stdout
     assert list(tmp_path.iterdir()) == []
+    for name, expected in tests.items():
+        if name != "gpu":
+            assert gpu.main([name, "--dry-run"]) == 0
+            printed = capsys.readouterr().out
+        lines = printed.splitlines()
+        assert [line.split(":")[0] for line in lines if line[0] != " "] == expected
 
 
-@pytest.fixture
-def plan(tmp_path, monkeypatch) -> list[Stage]:
-    """The stages of all ops, whether or not they are here."""
-    monkeypatch.setattr(gpu, "OPS", tuple(gpu.SECONDS))
-    return gpu.make_stages(tmp_path, "90", "always")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["figures"], "invalid choice: 'figures'"),
+        (["--ops", "vicreg,no_op"], "--ops: no_op not in"),
+        (["--inject", "crash"], "--inject and --carry are of --rehearse"),
+        (["bench", "--rehearse", "--inject", "hang"], "bench runs no tests"),
+    ],
+)
+def test_what_cannot_be_is_refused(words, said, capsys):
+    with pytest.raises(SystemExit) as error:
+        gpu.main(words)
+    assert error.value.code == 2
+    assert said in capsys.readouterr().err
 
 
-def test_every_op_has_its_seconds():
-    assert set(bench.OPS) <= gpu.SECONDS.keys()
-    assert min(gpu.SECONDS.values()) > gpu.LAST_CASE
+@pytest.mark.parametrize("build", ["always", "auto"])
+@pytest.mark.parametrize("with_tools", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_limits_add_up_to_the_budget(name, with_tools, build, setting, request):
+    """On a machine where a command is killed after 600 s."""
+    if with_tools:
+        request.getfixturevalue("tools")
+    plan = gpu_stages.plan(replace(setting, build=build), name)
+    assert setting.budget == gpu.parse([name]).budget == 570
+    assert sum(stage.seconds for stage in plan) <= 570 - gpu_stages.RESERVE + 1e-6
+    for stage in plan:
+        if stage.missing is None and stage.name != "build":
+            assert stage.seconds > stages.ending_seconds() + gpu_stages.LAST_CASE, stage.name
+    names = [stage.log for stage in plan]
+    assert len(set(names)) == len(names)
 
 
-def test_the_plan_fits_its_rules(plan):
-    assert plan[0].environment == {"VICREG_KERNELS_ARCHS": "90"}
-    allowed = {sys.executable, gpu.tool("compute-sanitizer") or "compute-sanitizer"}
-    allowed.add(gpu.tool("ncu") or "ncu")
-    words = [word for stage in plan for command in stage.commands for word in command]
-    assert {command[0] for stage in plan for command in stage.commands} <= allowed
-    # this interpreter, and nothing that fetches, installs or makes an environment
-    assert not {"pip", "venv", "ensurepip", "install", "uv", "curl", "wget", "git"} & set(words)
+@pytest.mark.parametrize("name", NAMES)
+def test_no_stage_fetches_or_installs(name, setting, tools):
+    plan = gpu_stages.plan(setting, name)
+    allowed = {sys.executable, str(tools / "compute-sanitizer"), str(tools / "ncu")}
+    commands = [command for stage in plan for command in stage.commands]
+    assert {command[0] for command in commands} <= allowed
+    words = {word for command in commands for word in command}
+    assert not {"pip", "venv", "ensurepip", "install", "uv", "curl", "wget", "git"} & words
     assert not any("://" in word for word in words)
-    # what comes first fits into the budget even if each stage takes all of its time
-    first = plan[: 3 + len(gpu.SECONDS)]
-    assert [stage.name for stage in first[3:]] == [f"benchmark of {op}" for op in gpu.SECONDS]
-    assert sum(stage.seconds for stage in first) < 570
-    # logs, a record an op and the summary: few files, in one folder
-    assert len({stage.log for stage in plan}) <= 6
 
 
 def arguments(plan: list[Stage], module: str) -> list[list[str]]:
@@ -237,107 +141,247 @@ def arguments(plan: list[Stage], module: str) -> list[list[str]]:
     return [c[c.index(module) + 1 :] for c in commands if module in c]
 
 
-def test_what_the_stages_run_takes_their_options(plan, tmp_path, monkeypatch):
-    given = arguments(plan, "bench.run")
-    assert len(given) == 2 * len(gpu.SECONDS)
-    monkeypatch.setattr(run, "OPS", tuple(gpu.SECONDS))
-    monkeypatch.setattr(run, "import_module", lambda name: vicreg)
-    for op, words in zip([*gpu.SECONDS] * 2, given, strict=True):
-        options = run.parse(words)
-        assert (list(options.modules), options.device, options.lean) == ([op], "cuda", True)
-        assert options.output == tmp_path
-        assert options.missing == (options.seconds is None), "the second run adds what is left"
+def test_benchmarks_take_their_options(setting, monkeypatch):
+    def parsed(name):
+        for words in arguments(gpu_stages.plan(setting, name), "bench.run"):
+            yield run.parse(words)
+
+    first, every = list(parsed("gpu")), list(parsed("bench"))
+    for options, op in zip([*first, *every], [*OPS, *OPS, None], strict=True):
+        assert list(options.modules) == ([op] if op else list(OPS))
+        assert options.device == "cuda"
+        assert options.output == setting.records
+    assert all(o.lean and o.without_compiled for o in first)
+    assert all(not o.lean and o.without_compiled and not o.missing for o in every[:-1])
+    compiled = every[-1]
+    assert compiled.missing
+    assert not compiled.without_compiled
+
+
+def test_every_op_is_measured_but_those_of_the_cpu():
+    assert set(bench.ALL) - set(OPS) == {"ranks"}
+
+
+def figures(setting, monkeypatch, rows, ours=True, before=()) -> Verdict:
+    """A benchmark's stage whose process writes these contenders' rows."""
+    setting.records.mkdir(parents=True)
+    path = setting.records / "ema.json"
+
+    def record(names):
+        runs = [{"rows": [{"contender": name} for name in names]}]
+        return json.dumps({"op": "ema", "runs": runs})
+
+    if before:
+        path.write_text(record(before))
+    seen = []
+
+    def run_commands(stage, log, seconds, root):
+        seen.append(stage.commands[0])
+        if rows is not None:
+            path.write_text(record([*before, *rows]))
+        reason = stage.check("")
+        return Verdict(FAIL if reason else PASS, reason or "")
+
+    monkeypatch.setattr(stages, "run_commands", run_commands)
+    stage = gpu_stages.figures_stage(setting, "figures of ema", ["ema"], [], ours)
+    verdict = stage.action(setting.work / "log", 21.0)
+    assert seen[0][-2:] == ["--seconds", "12"], "told to end by itself"
+    return verdict
+
+
+@pytest.mark.parametrize(
+    ("rows", "ours", "before", "status"),
+    [
+        (["ours", "eager"], True, (), PASS),
+        (["ours_triton"], True, (), PASS),
+        (["eager"], True, (), FAIL),
+        ([], True, (), FAIL),
+        (None, True, (), FAIL),
+        ([], True, ["ours"], FAIL),
+        ([], False, ["ours"], FAIL),
+        (["compiled"], False, ["ours"], PASS),
+    ],
+)
+def test_a_benchmark_that_adds_no_row_has_failed(setting, monkeypatch, rows, ours, before, status):
+    verdict = figures(setting, monkeypatch, rows, ours, before)
+    assert verdict.status == status, verdict.reason
+    assert status == PASS or "was written for ema" in verdict.reason
+
+
+def test_the_sanitizers_watch_the_cuda_kernels_and_some_of_triton(setting, tools, monkeypatch):
+    plan = {stage.name: stage for stage in gpu_stages.plan(setting, "check")}
+    ops = gpu_stages.exercised(setting)
+    assert {"vicreg", "attention", "ema", "tokens", "sigreg", "barlow", "vicregl"} <= set(ops)
+    for name in ("memcheck", "racecheck", "initcheck", "synccheck", "memcheck of Triton"):
+        stage = plan[name]
+        given = arguments([stage], "bench.exercise")
+        backend = "triton" if "Triton" in name else "cuda"
+        ops_given = [words[words.index("--op") + 1] for words in given]
+        assert ops_given == ops, "a process an op"
+        assert {words[words.index("--backend") + 1] for words in given} == {backend}
+        assert all(("--smallest" in words) == (backend == "triton") for words in given)
+        for words in stage.commands:
+            watched = {word[4:] for word in words if word.startswith("kns=")}
+            assert {"9attention", "attention::", "3ema", "6vicreg"} <= watched or "memcheck" in name
+        assert stage.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
     ran = []
-    monkeypatch.setattr(exercise, "OPS", tuple(gpu.SECONDS))
     monkeypatch.setattr(exercise, "small", lambda *what: ran.append(what) or 0)
-    monkeypatch.setattr(exercise, "first_case", lambda *what: ran.append(what) or 0)
-    for words in arguments(plan, "bench.exercise"):
-        assert exercise.main([*words, "--device", "cpu", "--backend", "cpu"]) == 0
-    # four checks of all ops, a profile of each
-    assert sorted(ran) == sorted((op, "cpu", "cpu") for op in gpu.SECONDS for _ in range(5))
-    for module in ("vicreg_kernels.cli", "bench.run", "bench.exercise"):
-        assert arguments(plan, module)
-        assert (ROOT / (module.replace(".", "/") + ".py")).exists()
+    for words in arguments([plan["memcheck"]], "bench.exercise"):
+        words = [*words, "--device", "cpu", "--backend", "cpu"]
+        words.remove("cuda")
+        words.remove("--device")
+        words[words.index("cuda")] = "cpu"
+        assert exercise.main(shlex.split(shlex.join(words))) == 0
+    assert sorted({op for op, *_ in ran}) == sorted(ops)
 
 
-def test_the_sanitizers_watch_every_ops_kernels(plan):
-    (stage,) = [stage for stage in plan if stage.name == "compute-sanitizer"]
-    watched = {"9attention", "attention::", "3ema", "6tokens", "6vicreg", *gpu.triton_kernels()}
-    for command in stage.commands:
-        names = {word[4:] for word in command if word.startswith("kns=")}
-        assert watched <= names or "memcheck" in command
-    assert stage.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    (profile,) = {word for c in plan[-1].commands for word in c if word.startswith("regex:")}
-    assert re.search(profile.removeprefix("regex:"), "void ema::update<float>(float*)")
-    assert re.search(profile.removeprefix("regex:"), gpu.triton_kernels()[-1])
-    assert not re.search(profile.removeprefix("regex:"), "at::native::remainder<float>")
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("{op} cuda: 0 results\n========= ERROR SUMMARY: 0 errors\n", None),
+        ("{op} cuda: 0 results\n========= RACECHECK SUMMARY: 0 hazards\n", None),
+        ("{op} cuda: 0 results\n", "0 of 1 processes have a verdict"),
+        ("========= ERROR SUMMARY: 0 errors\n", "nothing was exercised of ema"),
+        ("", "nothing was exercised of ema"),
+    ],
+)
+def test_a_sanitizer_that_watched_nothing_has_failed(setting, tools, output, reason):
+    stage = gpu_stages.sanitizer_stage(replace(setting, ops=["ema"]), "memcheck", "cuda")
+    assert stage.check(output.format(op="ema")) == reason
 
 
-def test_the_runner_needs_only_the_standard_library():
-    tree = ast.parse((ROOT / "bench" / "stages.py").read_text())
-    names = {
-        alias.name.split(".")[0]
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import)
-        for alias in node.names
-    }
-    names |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert names - {"__future__"} <= sys.stdlib_module_names
+def test_a_profile_or_comparison_of_nothing_has_failed(setting, tools):
+    (profile,) = [s for s in gpu_stages.plan(setting, "check") if s.name == "ncu"]
+    assert "0 kernels were profiled" in profile.check("==WARNING== No kernels were profiled.\n")
+    assert profile.check("==PROF== Profiling x\n" * len(profile.commands)) is None
+    (regex,) = {word for words in profile.commands for word in words if word.startswith("regex:")}
+    assert re.search(regex.removeprefix("regex:"), "void ema::update<float>(float*)")
+    assert re.search(regex.removeprefix("regex:"), gpu_stages.triton_kernels(ROOT)[-1])
+    assert not re.search(regex.removeprefix("regex:"), "at::native::remainder<float>")
+    trainer = gpu_stages.trainer_stage(setting)
+    row = "vicreg     6.81/s      1.09/s   6.25x      17      160   1.4e-07\n"
+    assert trainer.check(row * 6) is None
+    assert trainer.check(row * 5) == "5 of 6 recipes were compared"
 
 
-def test_stale_libraries(tmp_path, monkeypatch):
-    (tmp_path / "csrc").mkdir()
-    (tmp_path / "vicreg_kernels").mkdir()
+def test_the_trainer_alone_has_the_packages_on_its_path(setting, tmp_path):
+    plan = gpu_stages.plan(replace(setting, packages=tmp_path / "packages"), "bench")
+    have = [
+        s.name for s in plan if str(tmp_path / "packages") in s.environment.get("PYTHONPATH", "")
+    ]
+    assert have == ["trainer"]
+    lacking = gpu_stages.plan(replace(setting, trainer_missing="pydantic is absent"), "bench")
+    assert [s.name for s in lacking if s.missing] == ["trainer"]
+
+
+def test_stale_libraries(tmp_path, setting):
+    setting = replace(setting, root=tmp_path, build="auto")
+    for folder in ("csrc", "vicreg_kernels", "build"):
+        (tmp_path / folder).mkdir()
     (tmp_path / "setup.py").write_text("")
     source = tmp_path / "csrc" / "a.cu"
-    source.write_text("")
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    assert "absent" in gpu.stale()
-    for name in gpu.LIBRARIES:
+    source.write_text("1")
+    assert "absent" in gpu_stages.stale(setting)
+    for name in gpu_stages.LIBRARIES:
         (tmp_path / "vicreg_kernels" / name).write_text("")
-    assert gpu.stale() is None
+    assert gpu_stages.stale(setting) is None
     later = time.time() + 60
     os.utime(source, (later, later))
-    assert "older than its sources" in gpu.stale()
+    assert "older than its sources" in gpu_stages.stale(setting)
+    # of a tree that was copied anew, the content counts
+    files = [tmp_path / "vicreg_kernels" / name for name in gpu_stages.LIBRARIES]
+    times = [path.stat().st_mtime_ns for path in files]
+    stamp = {"sources": gpu_stages.fingerprint(setting), "libraries": times}
+    (tmp_path / gpu_stages.STAMP).write_text(json.dumps(stamp))
+    assert gpu_stages.stale(setting) is None
+    assert "not those" in gpu_stages.stale(replace(setting, capability="80"))
+    source.write_text("2")
+    assert "not those" in gpu_stages.stale(setting)
 
 
-def test_triton_kernels_are_found():
-    names = gpu.triton_kernels()
-    assert names
-    text = "".join(p.read_text() for p in (ROOT / "vicreg_kernels").rglob("triton*.py"))
-    assert all(f"def {name}(" in text for name in names)
+SETUP = """
+import pathlib, sys
+here = pathlib.Path("vicreg_kernels")
+for name in {names}:
+    (here / name).write_text("built")
+print("csrc/a.cu(3): error: no such thing")
+sys.exit({code})
+"""
 
 
-def test_main_runs_the_stages_and_reports(tmp_path, monkeypatch, capsys):
-    """The whole command with stages that need no GPU."""
-    about = environment.describe(torch.device("cpu"))
-    record = {"schema": report.SCHEMA, "op": "vicreg", "title": "A loss", "contenders": {}}
-    record["runs"] = [{**about, "ceilings": {}, "rows": [], "skipped": []}]
-    path = tmp_path / "vicreg.json"
-    path.write_text("of an earlier run")
-    write = f"open({str(path)!r}, 'w').write({json.dumps(record)!r})"
+@pytest.mark.parametrize(
+    ("names", "code", "status", "said"),
+    [
+        (["_C.abi3.so", "_C_cuda.abi3.so"], 0, PASS, ""),
+        (["_C.abi3.so"], 1, FAIL, "_C_cuda.abi3.so was not built; csrc/a.cu(3): error"),
+        (["_C.abi3.so"], 0, FAIL, "_C_cuda.abi3.so was not built"),
+        ([], 1, FAIL, "exit status 1; _C.abi3.so, _C_cuda.abi3.so was not built"),
+    ],
+)
+def test_a_build_is_good_when_both_libraries_are_there(
+    tmp_path, setting, names, code, status, said
+):
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "vicreg_kernels").mkdir()
+    for name in gpu_stages.LIBRARIES:  # of an earlier build, which must not be taken for this one's
+        (tmp_path / "vicreg_kernels" / name).write_text("old")
+    (tmp_path / "setup.py").write_text(SETUP.format(names=names, code=code))
+    setting = replace(setting, root=tmp_path, say=lambda line: None)
+    verdict = gpu_stages.build_stage(setting).action(tmp_path / "build.log", 20)
+    assert verdict.status == status
+    assert said in verdict.reason
+    assert (gpu_stages.stale(replace(setting, build="auto")) is None) == (status == PASS)
+    refused = gpu_stages.build_stage(replace(setting, build="never", capability="80"))
+    assert refused.action(tmp_path / "build.log", 20).status == FAIL
+
+
+def test_main_runs_the_stages_and_reports_after_each(tmp_path, monkeypatch, capsys):
+    """With stages that need no GPU, of which one looks at what a kill would leave behind."""
+    look = (
+        "import os, pathlib, tarfile\n"
+        "out = pathlib.Path(os.environ['OUT'])\n"
+        "print(sorted(p.name for p in out.iterdir()), (out / 'summary.md').read_text())\n"
+        "print(tarfile.open(out / 'results.tar.gz').getnames())\n"
+    )
     plan = [
-        Stage("tests", [python("raise SystemExit(1)")], 20, "tests.log"),
-        Stage("bench", [python(write)], 20, "bench.log"),
+        Stage("tests", [python("print('boom'); raise SystemExit(1)")]),
+        Stage("look", [python(look)]),
     ]
-    monkeypatch.setenv("OUT", str(tmp_path))
-    monkeypatch.setattr(gpu, "find_gpu", lambda: ("NVIDIA Test", "90"))
-    monkeypatch.setattr(gpu, "make_stages", lambda *args: plan)
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "find_gpu", lambda: ("NVIDIA Test", "90", 1 << 36))
+    monkeypatch.setattr(gpu_stages, "plan", lambda *args: plan)
     assert gpu.main([]) == 1
-    summary = (tmp_path / "summary.md").read_text()
+    summary = (tmp_path / "out" / "summary.md").read_text()
     assert capsys.readouterr().out.endswith("\n" + summary + "\n")
-    assert "# NVIDIA Test" in summary
-    assert "| bench | ok |" in summary
-    assert "## Speed\n\n### vicreg\n\n```\nA loss\n" in summary
-    monkeypatch.setattr(gpu, "make_stages", lambda *args: plan[1:])
+    assert summary.startswith("# FAIL: bench.gpu gpu on NVIDIA Test")
+    with tarfile.open(tmp_path / "out" / "results.tar.gz") as archive:
+        looked = archive.extractfile("logs/look.log").read().decode()
+        assert archive.extractfile("summary.md").read().decode() == summary
+    assert "['results.tar.gz', 'summary.md']" in looked
+    assert "- FAIL tests" in looked
+    assert f"- {NOT_REACHED} look" in looked
+    assert "'logs/tests.log'" in looked
+    plan[0] = Stage("tests", [python("print('fine')")])
     assert gpu.main([]) == 0
+    plan.append(Stage("trainer", missing="pydantic is absent"))
+    assert gpu.main([]) == 1, "a skipped stage is not good"
+    assert f"# {SKIPPED}" in (tmp_path / "out" / "summary.md").read_text()
 
 
 def test_exercise_counts_what_is_not_finite(monkeypatch, capsys):
     assert vicreg.exercise("reference", "cpu") == 0
-    real = vicreg.vicreg_loss
-    monkeypatch.setattr(vicreg, "vicreg_loss", lambda *a, **k: real(*a, **k) * float("nan"))
+    assert exercise.smallest("vicreg", "reference", "cpu") == 0
+    real, calls = vicreg.vicreg_loss, []
+    monkeypatch.setattr(
+        vicreg, "vicreg_loss", lambda *a, **k: calls.append(1) or real(*a, **k) * float("nan")
+    )
     assert vicreg.exercise("reference", "cpu") == 2 * len(vicreg.SMALL) * 3
+    calls.clear()
+    grad = torch.autograd.grad
+    assert exercise.smallest("vicreg", "reference", "cpu") == 2
+    assert len(calls) == 1, "one shape and dtype"
+    assert torch.autograd.grad is grad
 
 
 def test_an_exercise_that_fails_does_not_stop_the_next(monkeypatch, capsys):

@@ -1,7 +1,8 @@
 """`vicreg-kernels info | bench | audit | report`.
 
-`info` needs the package alone; the others run the benchmarks, the audit of the compiled Triton
-kernels and the tables of results of a source checkout.
+`info` needs the package alone; the others run the benchmarks (with --tune: what is measured on a
+GPU for vicreg_kernels/configs), the audit of the compiled Triton kernels and the tables of results
+of a source checkout.
 """
 
 from __future__ import annotations
@@ -20,10 +21,8 @@ from typing import Any
 
 import torch
 
-from vicreg_kernels import __version__, dispatch, library
-from vicreg_kernels.attention import backends as attention
+from vicreg_kernels import __version__, configs, dispatch, library
 
-OPS = ("vicreg", "sigreg", "barlow", "vicregl", "attention", "rope", "tokens", "ema")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -50,25 +49,33 @@ def _devices() -> list[str]:
     return names
 
 
-def _chosen(op: str, device_type: str, dtype: torch.dtype) -> str:
-    """The backend that runs op, and where sizes decide another one."""
+def _cuda_devices() -> dict[str, torch.device]:
+    """By what the report calls them: one of each kind of GPU that torch sees."""
+    if not torch.cuda.is_available():
+        return {}
+    kinds = {torch.cuda.get_device_name(i): i for i in reversed(range(torch.cuda.device_count()))}
+    places = sorted(kinds.values())
+    one = len(places) == 1
+    return {"cuda" if one else f"cuda:{i}": torch.device("cuda", i) for i in places}
 
-    def choose(side: int | None = None, tokens: int | None = None) -> str:
-        unfit = None if tokens is None else attention.unfit(dtype, tokens)
-        try:
-            return dispatch.choose(op, None, device_type, dtype, side, unfit)
-        except RuntimeError as error:  # VICREG_KERNELS_BACKEND names one that cannot run here
-            return f"none: {error}"
 
-    small, large, where = choose(), choose(), ""
-    if op == "vicreg":
-        large = choose(side=dispatch.TRIANGULAR_FROM + 1)
-        where = f"min(N, D) > {dispatch.TRIANGULAR_FROM}"
-    if op == "attention":
-        most = attention.LONGEST_IN_SHARED
-        small, large = choose(tokens=most), choose(tokens=most + 1)
-        where = f"a sample has more than {most} tokens"
-    return small if small == large else f"{small}; {large} where {where}"
+def _chosen(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that runs op, and from which size on another does."""
+    try:
+        (_, first), *others = dispatch.choices(op, device, dtype)
+    except RuntimeError as error:  # VICREG_KERNELS_BACKEND names one that cannot run here
+        return f"none: {error}"
+    of = dispatch.registered[op].of
+    return "; ".join([first, *(f"{name} where {of} >= {least}" for least, name in others)])
+
+
+def _measured(device: torch.device) -> str:
+    """What this GPU's launch configurations and thresholds rest on."""
+    name = torch.cuda.get_device_name(device)
+    path = configs.path_of(name)
+    if not path.exists():
+        return "general ones, chosen by counting; `vicreg-kernels bench --tune` measures"
+    return f"measured {configs.load(name)['measured'].get('date', '')}: {path}"
 
 
 def info() -> dict[str, Any]:
@@ -78,7 +85,8 @@ def info() -> dict[str, Any]:
         "_C_cuda (cuda)": library.CUDA_MISSING,
         "triton": library.TRITON_MISSING,
     }
-    device_types = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    cuda = _cuda_devices()
+    devices = {"cpu": torch.device("cpu"), **cuda}
     notes = []
     if library.CPU_MISSING is not None and library.CUDA_MISSING is not None:
         notes.append("pure Python: no compiled library is loaded")
@@ -96,11 +104,12 @@ def info() -> dict[str, Any]:
         "VICREG_KERNELS_BACKEND": dispatch.ENVIRONMENT_BACKEND,
         "backends": {
             op: {
-                device: {name: _chosen(op, device, getattr(torch, name)) for name in DTYPES}
-                for device in device_types
+                name: {dtype: _chosen(op, device, getattr(torch, dtype)) for dtype in DTYPES}
+                for name, device in devices.items()
             }
-            for op in OPS
+            for op in dispatch.registered
         },
+        "configurations": {name: _measured(device) for name, device in cuda.items()},
         "notes": notes,
     }
 
@@ -115,7 +124,10 @@ def _text(found: dict[str, Any]) -> str:
     lines += ["", "backend that runs" + (f" (VICREG_KERNELS_BACKEND={named})" if named else "")]
     for op, devices in found["backends"].items():
         for device, by_dtype in devices.items():
-            lines += [f"  {op:<10}{device:<6}{dtype:<10}{b}" for dtype, b in by_dtype.items()]
+            lines += [f"  {op:<18}{device:<7}{dtype:<10}{b}" for dtype, b in by_dtype.items()]
+    if found["configurations"]:
+        lines += ["", "launch configurations of the Triton kernels"]
+        lines += [f"  {device:<7}{text}" for device, text in found["configurations"].items()]
     return "\n".join(lines)
 
 
@@ -138,7 +150,8 @@ def main(argv: list[str] | None = None) -> int:
     one = commands.add_parser("info", help="versions, devices, libraries, which backend would run")
     one.add_argument("--json", action="store_true", help="as JSON")
     passed = {
-        "bench": "the quick benchmark; options as of `python3 -m bench.run`, for example --op",
+        "bench": "the quick benchmark; options as of `python3 -m bench.run`, for example --op. "
+        "With --tune: measure launch configurations and thresholds; as of `python3 -m bench.tune`",
         "audit": "compile the Triton kernels ahead of time: registers, shared memory, spills",
         "report": "the tables of bench/results; options as of `python3 -m bench.report`",
     }
@@ -152,6 +165,9 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(found, indent=1) if options.json else _text(found))
         return 0
     if options.command == "bench":
+        if "--tune" in rest:
+            rest.remove("--tune")
+            return _in_checkout("bench/tune.py", ["-m", "bench.tune", *rest])
         selected = any(word.startswith(("--cases", "--quick")) for word in rest)
         quick = [] if selected else ["--quick"]
         return _in_checkout("bench/run.py", ["-m", "bench.run", *quick, *rest])

@@ -4,27 +4,30 @@
 run there is an error. The environment variable VICREG_KERNELS_BACKEND, read at import, takes the
 place of None; VICREG_KERNELS_DEBUG is read then too. What ran, and why, goes to the debug log of
 the logger "vicreg_kernels".
+
+On a CUDA device that is `cuda`, then `triton`. An op of a square matrix, which passes its edge as
+`side`, takes `triton` first from the edge on at which the device's measurements say that it is the
+faster (vicreg_kernels/configs); without measurements, at none.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from vicreg_kernels import library
+from vicreg_kernels import configs, library
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Whether checks that wait for the device are wanted.
 DEBUG: bool = os.environ.get("VICREG_KERNELS_DEBUG", "0") == "1"
 ENVIRONMENT_BACKEND: str | None = os.environ.get("VICREG_KERNELS_BACKEND") or None
-
-# Below this min(N, D) a vendor product beats a hand-written triangular one (published H100 figures:
-# 0.7-0.8x at <= 2048, 1.3x at 4096); not measured here yet.
-TRIANGULAR_FROM = 2048
 
 logger = logging.getLogger("vicreg_kernels")
 
@@ -70,38 +73,133 @@ def _source(backend: str | None) -> str:
     return f"VICREG_KERNELS_BACKEND={ENVIRONMENT_BACKEND!r}"
 
 
+# (op, index of a CUDA device, dtype) -> the least side for which triton is chosen; filled once a
+# device, so that a call reads no file and asks the driver nothing.
+_thresholds: dict[tuple[str, int, torch.dtype], float] = {}
+configs.on_forget(_thresholds.clear)
+
+
+@torch.compiler.assume_constant_result
+def triton_from(op: str, index: int | None, dtype: torch.dtype) -> float:
+    """The least side for which op runs on `triton` on a CUDA device; inf: it does for none.
+
+    index: of the device, None: the current one. A constant of a compiled graph.
+    """
+    key = (op, index, dtype)
+    return _thresholds[key] if key in _thresholds else _read_threshold(op, index, dtype)  # type: ignore[index]
+
+
+def _gpu(index: int | None) -> tuple[int, str] | None:
+    """Index and name of a CUDA device, by default the current one; None where there is no CUDA."""
+    if not torch.cuda.is_available():
+        return None
+    index = torch.cuda.current_device() if index is None else index
+    return index, torch.cuda.get_device_name(index)
+
+
+def _read_threshold(op: str, index: int | None, dtype: torch.dtype) -> float:
+    gpu = _gpu(index)
+    if gpu is None:
+        return math.inf
+    by_format = configs.load(gpu[1])["triton_from"].get(op, {})
+    least = by_format.get("single" if dtype == torch.float32 else "half")
+    found = math.inf if dtype not in FUSED_DTYPES or least is None else least
+    _thresholds[op, gpu[0], dtype] = found
+    return found
+
+
+_CPU_ORDER: tuple[str, ...] = ("cpu",)
+_CUDA_ORDER, _LARGE_ORDER = ("cuda", "triton"), ("triton", "cuda")
+
+
 def choose(
     op: str,
     backend: str | None,
-    device_type: str,
+    device: torch.device | str,
     dtype: torch.dtype,
     side: int | None = None,
     unfit: Mapping[str, str] | None = None,
 ) -> str:
     """The name of the backend that runs `op`; side is the edge of its square matrix, if it has one.
 
+    device: where the tensors are; of a device type alone, "cuda", the current device counts.
     unfit: backends that do not take this call's sizes, and why, beyond what `missing` knows.
 
     Raises ValueError for an unknown backend, RuntimeError for a named one that cannot run here.
     """
     check_backend(backend)
-    unfit = unfit or {}
+    device_type = device if isinstance(device, str) else device.type
     named = backend if backend is not None else ENVIRONMENT_BACKEND
     if named is not None:
         if named not in BACKENDS:
             raise ValueError(f"VICREG_KERNELS_BACKEND: got {named!r}, takes one of {BACKENDS}")
-        reason = missing(named, device_type, dtype) or unfit.get(named)
+        reason = missing(named, device_type, dtype) or (unfit or {}).get(named)
         if reason is not None:
             raise RuntimeError(f"{_source(backend)} cannot run {op} here: {reason}")
         return named
-    order = ["cpu"]
+    order = _CPU_ORDER
     if device_type == "cuda":
-        large = side is not None and side > TRIANGULAR_FROM
-        order = ["triton", "cuda"] if large else ["cuda", "triton"]
+        order = _CUDA_ORDER
+        if side is not None:
+            index = None if isinstance(device, str) else device.index
+            least = triton_from(op, index, dtype)
+            # A size under torch.compile may be a symbol, which a comparison would fix to a range.
+            if least != math.inf and side >= least:
+                order = _LARGE_ORDER
     for name in order:
-        if name not in unfit and missing(name, device_type, dtype) is None:
+        if not (unfit and name in unfit) and missing(name, device_type, dtype) is None:
             return name
     return "reference"
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a call of an op passes to `choose` from a size on: `least`, of what `Sizes.of` names."""
+
+    least: int
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of an op whose backend depends on a size: its name, and at(op, device, dtype) -> the Size of
+    each range, ascending, the first from 0 on.
+    """
+
+    of: str
+    at: Callable[[str, torch.device, torch.dtype], list[Size]]
+
+
+def _square(op: str, device: torch.device, dtype: torch.dtype) -> list[Size]:
+    least = triton_from(op, device.index, dtype) if device.type == "cuda" else math.inf
+    return [Size(at, {"side": at}) for at in (0, int(least) if least != math.inf else 0)]
+
+
+# Of ops that pass the edge of their square matrix as `side`.
+SQUARE = Sizes("min(N, D)", _square)
+_ONE_SIZE = Sizes("", lambda op, device, dtype: [Size(0, {})])
+
+# Every name that `choose` is asked with, and what its choice depends on; each op's backends.py adds
+# its own.
+registered: dict[str, Sizes] = {}
+
+
+def register(op: str, sizes: Sizes = _ONE_SIZE) -> None:
+    registered[op] = sizes
+
+
+def choices(op: str, device: torch.device, dtype: torch.dtype) -> list[tuple[int, str]]:
+    """The backend that `op` chooses where the call names none, as (the least size, backend),
+    ascending; the sizes are those that `registered[op].of` names.
+
+    Raises RuntimeError where VICREG_KERNELS_BACKEND names one that cannot run there.
+    """
+    found: list[tuple[int, str]] = []
+    for size in registered[op].at(op, device, dtype):
+        name = choose(op, None, device, dtype, **size.arguments)
+        if not found or found[-1][1] != name:
+            found.append((size.least, name))
+    return found
 
 
 def log_choice(

@@ -22,6 +22,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from vicreg_kernels import dispatch
 from vicreg_kernels.library import NAMESPACES
 
 # Tokens of a sample whose keys and values the CUDA kernels hold in shared memory.
@@ -55,6 +56,17 @@ def unfit(dtype: torch.dtype, tokens: int) -> dict[str, str]:
     if tokens > LONGEST_IN_SHARED:
         return {"cuda": f"it takes at most {LONGEST_IN_SHARED} tokens a sample (they fit on chip)"}
     return {}
+
+
+def _sizes(op: str, device: torch.device, dtype: torch.dtype) -> list[dispatch.Size]:
+    return [
+        dispatch.Size(tokens, {"unfit": unfit(dtype, tokens)})
+        for tokens in (0, LONGEST_IN_SHARED + 1)
+    ]
+
+
+dispatch.register("attention", dispatch.Sizes("the longest sample's tokens", _sizes))
+dispatch.register("rope")
 
 
 def empty_like_heads(x: Tensor, tokens: int | None = None) -> Tensor:

@@ -1,10 +1,11 @@
 """Launch configurations of the attention op's Triton kernels: a table, nearest shape wins.
 
-`configs.json` maps a GPU's name, "default" (Hopper), "sm_100" (data centre Blackwell) or "sm_80"
-(tensor cores fed from registers: all others) to rows of operand format ("single" or "half"), head
-dim, tokens of the longest sample, and settings. It is edited by hand; only the three general tables
-exist, chosen by counting and by the registers that compilation ahead of time reports, and no GPU
-has measured them yet. Nothing is tuned while a model runs.
+`configs.json` holds three general tables, "default" (Hopper), "sm_100" (data centre Blackwell) and
+"sm_80" (tensor cores fed from registers: all others): rows of operand format ("single" or "half"),
+head dim, tokens of the longest sample, and settings. They are edited by hand, chosen by counting
+and by the registers that compilation ahead of time reports; no GPU has measured them yet. What a
+GPU has measured stands in `vicreg_kernels/configs`, and is used there in their place. Nothing is
+tuned while a model runs.
 
 What was counted, for an H100 (228 KB of shared memory and 64 K registers a multiprocessor; a
 launch must also fit the 99 KiB of smaller GPUs): a warp group multiplies 64 rows at once, so tiles
@@ -19,9 +20,9 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
+
+from vicreg_kernels import configs as measured
 
 TABLE = Path(__file__).with_name("configs.json")
 
@@ -39,41 +40,44 @@ class Config:
     turned: int = 2
 
 
-@cache
-def _rows(device: str, capability: int) -> tuple[tuple[str, tuple[int, int], Config], ...]:
-    table = json.loads(TABLE.read_text())
-    general = {9: "default", 10: "sm_100"}.get(capability, "sm_80")
+KEYS = {"head_dim": int, "tokens": int}
+# The general tables, by the major number of the capability they are for.
+GENERAL = {9: "default", 10: "sm_100", 8: "sm_80"}
+
+
+@measured.cached
+def _general(name: str) -> tuple[measured.Row, ...]:
+    rows = json.loads(TABLE.read_text())[name]
     return tuple(
-        (row["format"], (row["head_dim"], row["tokens"]), _config(row))
-        for row in table.get(device, table[general])
+        measured.parse(row, Config, KEYS, f"{TABLE}: {name}[{i}]") for i, row in enumerate(rows)
     )
 
 
-def _config(row: dict[str, Any]) -> Config:
-    return Config(
-        forward=tuple(row["forward"]),
-        key_gradient=tuple(row["key_gradient"]),
-        query_gradient=tuple(row["query_gradient"]),
-    )
-
-
-@cache
+@measured.cached
 def nearest(device: str, capability: int, format: str, head_dim: int, tokens: int) -> Config:
-    """The row of the smallest head dim that holds this one, then of the nearest length in octaves.
+    """The row of the smallest head dim that holds this one, then of the nearest length in octaves:
+    of the device's measured ones where one holds it, else of the general ones.
 
     capability: the major number; tokens: of the longest sample, or a bound.
     """
     family = "single" if format in ("fp32", "tf32") else "half"
-    rows = [r for r in _rows(device, capability) if r[0] == family and r[1][0] >= head_dim]
 
-    def distance(entry: tuple[str, tuple[int, int], Config]) -> tuple[int, float]:
-        most, length = entry[1]
-        return most, abs(math.log2(length / max(tokens, 1)))
+    def fit(rows: tuple[measured.Row, ...]) -> list[measured.Row]:
+        return [r for r in rows if r.format == family and r.key["head_dim"] >= head_dim]
 
-    return min(rows, key=distance)[2]
+    def distance(row: measured.Row) -> tuple[int, float]:
+        return row.key["head_dim"], abs(math.log2(row.key["tokens"] / max(tokens, 1)))
+
+    own = fit(measured.rows(device, "attention", Config, KEYS))
+    return min(own or fit(_general(GENERAL.get(capability, "sm_80"))), key=distance).config
 
 
 def shipped() -> list[tuple[str, str, tuple[int, int], Config]]:
-    """Every row of the table: (device, format, (head dim, tokens), configuration)."""
-    devices = {"default": 9, "sm_100": 10, "sm_80": 8}
-    return [(name, *row) for name, major in devices.items() for row in _rows(name, major)]
+    """Every row, general and measured: (device, format, (head dim, tokens), configuration)."""
+    found = [(name, row) for name in GENERAL.values() for row in _general(name)]
+    for device in measured.devices():
+        found += [(device, row) for row in measured.rows(device, "attention", Config, KEYS)]
+    return [
+        (device, row.format, (row.key["head_dim"], row.key["tokens"]), row.config)
+        for device, row in found
+    ]

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vicreg_kernels import dispatch
 from vicreg_kernels.library import NAMESPACES, exact
+
+dispatch.register("barlow", dispatch.SQUARE)
 
 
 @dataclass(frozen=True)

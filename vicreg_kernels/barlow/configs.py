@@ -1,10 +1,14 @@
-"""Launch configurations of the Barlow Twins op's Triton kernels, chosen by counting; no GPU has
-measured them yet. Nothing is tuned while a model runs.
+"""Launch configurations of the Barlow Twins op's Triton kernels. The general ones are chosen by
+counting; no GPU has measured them yet. What a GPU has measured stands in `vicreg_kernels/configs`,
+and is used there in their place. Nothing is tuned while a model runs.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+from vicreg_kernels import configs as measured
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,27 @@ class Config:
 LARGE_FROM = 2048
 
 
-def choose(format: str, rows: int, dim: int) -> Config:
-    """format: of the operands, as in vicreg/triton_operands.py."""
-    half = format not in ("fp32", "tf32")
+KEYS = {"shape": tuple[int, int]}
+
+
+@measured.cached
+def choose(device: str, format: str, rows: int, dim: int) -> Config:
+    """The device's measured configuration of the nearest shape in octaves on this side of N = D,
+    else the general one. format: of the operands, as in vicreg/triton_operands.py.
+    """
+    family = "single" if format in ("fp32", "tf32") else "half"
+    fit = [
+        (abs(math.log2(n / rows)) + abs(math.log2(d / dim)), row.config)
+        for row in measured.rows(device, "barlow", Config, KEYS)
+        for n, d in (row.key["shape"],)
+        if row.format == family and (n < d) == (rows < dim)
+    ]
+    return min(fit, key=lambda each: each[0])[1] if fit else general(family, rows, dim)
+
+
+def general(family: str, rows: int, dim: int) -> Config:
+    """family: "single" or "half"."""
+    half = family == "half"
     # Few columns leave the GPU idle unless their rows are split up early.
     block_rows = 1024 if dim >= 2048 else 256
     if min(rows, dim) >= LARGE_FROM:

@@ -184,7 +184,7 @@ def _loss(
     backend: str | None,
 ) -> Tensor:
     """x, y: checked, [N, D]."""
-    name = dispatch.choose("barlow", backend, x.device.type, x.dtype, min(x.shape))
+    name = dispatch.choose("barlow", backend, x.device, x.dtype, min(x.shape))
     if not torch.compiler.is_compiling():
         dispatch.log_choice("barlow", name, backend, x.device, x.shape)
     if name == "reference":

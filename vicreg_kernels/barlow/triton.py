@@ -46,13 +46,13 @@ class _Problem:
         self.side, self.length = min(x.shape), max(x.shape)
         self.scale = (float(self.rows - (1 if unbiased else 0)), eps, std_eps)
         on_gpu = x.device.type == "cuda"
-        _, self.processors, capability = _device(x.device.index if on_gpu else None)
+        name, self.processors, capability = _device(x.device.index if on_gpu else None)
         self.format, self.forward_precision, self.backward_precision = operand_format(
             x.dtype, capability
         )
         if self.format == "bf16" and x.device.type == "cpu":
             self.format = "bf16 in fp32"  # see vicreg/triton_operands.py
-        self.config = configs.choose(self.format, self.rows, self.dim)
+        self.config = configs.choose(name, self.format, self.rows, self.dim)
         self.strides = (*x.stride(), *y.stride())
 
     def on_device(self) -> AbstractContextManager[Any]:

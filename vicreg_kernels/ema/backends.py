@@ -8,7 +8,10 @@ from functools import cache
 
 import torch
 
+from vicreg_kernels import dispatch
 from vicreg_kernels.library import NAMESPACES
+
+dispatch.register("ema_update_")
 
 
 @cache

@@ -10,8 +10,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from vicreg_kernels import dispatch
 from vicreg_kernels.library import NAMESPACES, exact
 from vicreg_kernels.sigreg import reference
+
+dispatch.register("sigreg")
+dispatch.register("sigreg_directions")
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,10 @@ from typing import Any
 
 import torch
 
+from vicreg_kernels import dispatch
 from vicreg_kernels.library import NAMESPACES
+
+dispatch.register("tokens")
 
 # As in csrc/tokens/formula.h.
 KINDS = ("smooth_l1", "l1", "mse", "cosine")

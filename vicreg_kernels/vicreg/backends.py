@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vicreg_kernels import dispatch
 from vicreg_kernels.library import NAMESPACES, exact
 from vicreg_kernels.vicreg import tma
+
+dispatch.register("vicreg", dispatch.SQUARE)
 
 # Columns of largest scatter that the Gram side takes out and treats exactly (docs/cancellation.md).
 DEFLATED_COLUMNS = 4

@@ -1,8 +1,9 @@
 """Launch configurations of the VICReg op's Triton kernels: a table per GPU, nearest shape wins.
 
-`configs.json` maps a GPU's name, or "default", to rows of operand format ("single" or "half"),
-shape [N, D] and settings. It is edited by hand: only "default" exists, chosen by counting, and no
-GPU has measured it yet. Nothing is tuned while a model runs.
+`configs.json` holds the general table, "default": rows of operand format ("single" or "half"),
+shape [N, D] and settings, edited by hand and chosen by counting; no GPU has measured it yet. What a
+GPU has measured stands in `vicreg_kernels/configs`, and is used there in its place. Nothing is
+tuned while a model runs.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
+
+from vicreg_kernels import configs as measured
 
 TABLE = Path(__file__).with_name("configs.json")
 
@@ -26,7 +27,7 @@ class Config:
     strips: (rows, columns, warps).
     gradient: (rows, columns, depth, warps, stages).
     tma_product, tma_gradient: (rows, columns, depth, warps, stages, tiles in a band) of the
-    products with TMA operands (tma.py); None where the others are used.
+    products with TMA operands (tma.py); zeros where the others are used.
     """
 
     statistics: tuple[int, int, int]
@@ -35,63 +36,71 @@ class Config:
     occupancy: int
     strips: tuple[int, int, int]
     gradient: tuple[int, int, int, int, int]
-    tma_product: tuple[int, int, int, int, int, int] | None = None
-    tma_gradient: tuple[int, int, int, int, int, int] | None = None
+    tma_product: tuple[int, int, int, int, int, int] = (0, 0, 0, 0, 0, 0)
+    tma_gradient: tuple[int, int, int, int, int, int] = (0, 0, 0, 0, 0, 0)
+
+    @property
+    def tma(self) -> bool:
+        return self.tma_product[0] > 0 and self.tma_gradient[0] > 0
 
 
-@cache
-def _rows(device: str) -> tuple[tuple[str, tuple[int, int], Config], ...]:
-    table = json.loads(TABLE.read_text())
+KEYS = {"shape": tuple[int, int]}
+
+
+@measured.cached
+def _general() -> tuple[measured.Row, ...]:
+    rows = json.loads(TABLE.read_text())["default"]
     return tuple(
-        (row["format"], tuple(row["shape"]), _config(row))
-        for row in table.get(device, table["default"])
+        measured.parse(row, Config, KEYS, f"{TABLE}: default[{i}]") for i, row in enumerate(rows)
     )
 
 
-def _config(row: dict[str, Any]) -> Config:
-    return Config(
-        statistics=tuple(row["statistics"]),
-        block_rows=row["block_rows"],
-        product=tuple(row["product"]),
-        occupancy=row["occupancy"],
-        strips=tuple(row["strips"]),
-        gradient=tuple(row["gradient"]),
-        tma_product=tuple(row["tma_product"]) if "tma_product" in row else None,
-        tma_gradient=tuple(row["tma_gradient"]) if "tma_product" in row else None,
-    )
+def _same_side(row: measured.Row, rows: int, dim: int) -> bool:
+    n, d = row.key["shape"]
+    return (n < d) == (rows < dim)
 
 
-@cache
+@measured.cached
 def nearest(device: str, format: str, rows: int, dim: int) -> Config:
-    """The configuration of the nearest shape in octaves, on the same side of N = D first."""
-
-    family = "single" if format in ("fp32", "tf32") else "half"
-    return _nearest([e for e in _rows(device) if e[0] == family], rows, dim)
-
-
-@cache
-def nearest_tma(device: str, rows: int, dim: int) -> Config:
-    """The same among the rows with TMA tiles; `tma_side` says that there are any."""
-    return _nearest([e for e in _rows(device) if e[2].tma_product is not None], rows, dim)
-
-
-def _nearest(entries: list[tuple[str, tuple[int, int], Config]], rows: int, dim: int) -> Config:
-    def distance(entry: tuple[str, tuple[int, int], Config]) -> tuple[bool, float]:
-        n, d = entry[1]
-        return (n < d) != (rows < dim), abs(math.log2(n / rows)) + abs(math.log2(d / dim))
-
-    return min(entries, key=distance)[2]
-
-
-@cache
-def tma_side(device: str) -> int | None:
-    """The least min(N, D) at which the products with TMA operands are used: that of the table's
-    smallest shape with tiles for them. None: they are not used.
+    """The configuration of the nearest shape in octaves, on the same side of N = D first: of the
+    device's measured ones where it has any on that side, else of the general ones.
     """
-    sides = (min(shape) for _, shape, config in _rows(device) if config.tma_product is not None)
-    return min(sides, default=None)
+    family = "single" if format in ("fp32", "tf32") else "half"
+    own = measured.rows(device, "vicreg", Config, KEYS)
+    fit = [r for r in own if r.format == family and _same_side(r, rows, dim)]
+
+    return _nearest(fit or [r for r in _general() if r.format == family], rows, dim)
+
+
+def _nearest(found: list[measured.Row], rows: int, dim: int) -> Config:
+    def distance(row: measured.Row) -> tuple[bool, float]:
+        n, d = row.key["shape"]
+        apart = abs(math.log2(n / rows)) + abs(math.log2(d / dim))
+        return not _same_side(row, rows, dim), apart
+
+    return min(found, key=distance).config
+
+
+def with_tma(config: Config, rows: int, dim: int) -> Config:
+    """A configuration of `nearest` that has TMA tiles: itself, or the nearest general one."""
+    if config.tma:
+        return config
+    return _nearest([r for r in _general() if r.config.tma], rows, dim)
+
+
+@measured.cached
+def tma_side(device: str) -> int | None:
+    """The least min(N, D) at which half precision is multiplied with TMA operands: that of the
+    smallest shape with tiles for them, of the device's measured rows where it has any in half
+    precision, else of the general ones. None: nowhere.
+    """
+    own = [r for r in measured.rows(device, "vicreg", Config, KEYS) if r.format == "half"]
+    return min((min(r.key["shape"]) for r in own or _general() if r.config.tma), default=None)
 
 
 def shipped() -> list[tuple[str, str, tuple[int, int], Config]]:
-    """Every row of the table: (device, format, shape, configuration)."""
-    return [(device, *row) for device in json.loads(TABLE.read_text()) for row in _rows(device)]
+    """Every row, general and measured: (device, format, shape, configuration)."""
+    found = [("default", row) for row in _general()]
+    for device in measured.devices():
+        found += [(device, row) for row in measured.rows(device, "vicreg", Config, KEYS)]
+    return [(device, row.format, row.key["shape"], row.config) for device, row in found]

@@ -222,7 +222,7 @@ def _terms(
 def _choose(x: Tensor, backend: str | None, group: str | None) -> str:
     if group is not None:
         return distributed.choose_backend(backend, x.dtype)
-    return dispatch.choose("vicreg", backend, x.device.type, x.dtype, min(x.shape[-2:]))
+    return dispatch.choose("vicreg", backend, x.device, x.dtype, min(x.shape[-2:]))
 
 
 def _check_two_views(

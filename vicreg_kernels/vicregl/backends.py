@@ -32,7 +32,10 @@ from typing import Any
 
 import torch
 
+from vicreg_kernels import dispatch
 from vicreg_kernels.library import NAMESPACES
+
+dispatch.register("vicregl")
 
 # As kMostCounts in csrc/vicregl/formula.h.
 MOST_COUNTS = 4
