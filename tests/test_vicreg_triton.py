@@ -89,9 +89,9 @@ def test_the_least_side_is_that_of_the_table():
 
     assert configs.tma_side("a GPU that is not in the table") == 1024
     for shape in ((1024, 1024), (2048, 65536), (70000, 1500)):
-        config = configs.nearest_tma("default", *shape)
-        assert config.tma_product is not None
-        assert config.tma_gradient is not None
+        config = configs.nearest("a GPU that is not in the table", "bf16", 64, 64)
+        assert not config.tma
+        assert configs.with_tma(config, *shape).tma
 
 
 if not INTERPRETING:
@@ -139,15 +139,11 @@ def reconfigure(monkeypatch):
 
 
 @pytest.fixture(params=[(16, 16), (16, 32)], ids=["square", "wide"])
-def tiny_tma(reconfigure, tma_from, monkeypatch, request):
+def tiny_tma(reconfigure, tma_from, request):
     """TMA operands for every shape, in tiles so small that bands and edges occur."""
-    from vicreg_kernels.vicreg import configs
-
     tma_from(2)
     tiles = (*request.param, 16, 4, 3, 2)
     reconfigure(statistics=(8, 32, 4), strips=(8, 16, 4), tma_product=tiles, tma_gradient=tiles)
-    changed = configs.nearest
-    monkeypatch.setattr(configs, "nearest_tma", lambda device, *key: changed(device, "bf16", *key))
 
 
 # Row and column counts off the tiles, one tile, several bands.

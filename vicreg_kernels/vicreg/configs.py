@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +27,7 @@ class Config:
     strips: (rows, columns, warps).
     gradient: (rows, columns, depth, warps, stages).
     tma_product, tma_gradient: (rows, columns, depth, warps, stages, tiles in a band) of the
-    products with TMA operands (tma.py); None where the others are used.
+    products with TMA operands (tma.py); zeros where the others are used.
     """
 
     statistics: tuple[int, int, int]
@@ -37,8 +36,12 @@ class Config:
     occupancy: int
     strips: tuple[int, int, int]
     gradient: tuple[int, int, int, int, int]
-    tma_product: tuple[int, int, int, int, int, int] | None = None
-    tma_gradient: tuple[int, int, int, int, int, int] | None = None
+    tma_product: tuple[int, int, int, int, int, int] = (0, 0, 0, 0, 0, 0)
+    tma_gradient: tuple[int, int, int, int, int, int] = (0, 0, 0, 0, 0, 0)
+
+    @property
+    def tma(self) -> bool:
+        return self.tma_product[0] > 0 and self.tma_gradient[0] > 0
 
 
 KEYS = {"shape": tuple[int, int]}
@@ -57,46 +60,47 @@ def _same_side(row: measured.Row, rows: int, dim: int) -> bool:
     return (n < d) == (rows < dim)
 
 
-def _measured(device: str) -> tuple[measured.Row, ...]:
-    return measured.rows(device, "vicreg", Config, KEYS)
-
-
 @measured.cached
 def nearest(device: str, format: str, rows: int, dim: int) -> Config:
     """The configuration of the nearest shape in octaves, on the same side of N = D first: of the
     device's measured ones where it has any on that side, else of the general ones.
     """
     family = "single" if format in ("fp32", "tf32") else "half"
-    return _nearest(device, lambda row: row.format == family, rows, dim)
+    own = measured.rows(device, "vicreg", Config, KEYS)
+    fit = [r for r in own if r.format == family and _same_side(r, rows, dim)]
+
+    return _nearest(fit or [r for r in _general() if r.format == family], rows, dim)
 
 
-@measured.cached
-def nearest_tma(device: str, rows: int, dim: int) -> Config:
-    """The same among the rows with TMA tiles; `tma_side` says that there are any."""
-    return _nearest(device, lambda row: row.config.tma_product is not None, rows, dim)
-
-
-def _nearest(device: str, takes: Callable[[measured.Row], bool], rows: int, dim: int) -> Config:
+def _nearest(found: list[measured.Row], rows: int, dim: int) -> Config:
     def distance(row: measured.Row) -> tuple[bool, float]:
         n, d = row.key["shape"]
         apart = abs(math.log2(n / rows)) + abs(math.log2(d / dim))
         return not _same_side(row, rows, dim), apart
 
-    own = [row for row in _measured(device) if takes(row) and _same_side(row, rows, dim)]
-    return min(own or filter(takes, _general()), key=distance).config
+    return min(found, key=distance).config
+
+
+def with_tma(config: Config, rows: int, dim: int) -> Config:
+    """A configuration of `nearest` that has TMA tiles: itself, or the nearest general one."""
+    if config.tma:
+        return config
+    return _nearest([r for r in _general() if r.config.tma], rows, dim)
 
 
 @measured.cached
 def tma_side(device: str) -> int | None:
-    """The least min(N, D) at which the products with TMA operands are used: that of the general
-    table's smallest shape with tiles for them. None: they are not used.
+    """The least min(N, D) at which half precision is multiplied with TMA operands: that of the
+    smallest shape with tiles for them, of the device's measured rows where it has any in half
+    precision, else of the general ones. None: nowhere.
     """
-    sides = (min(row.key["shape"]) for row in _general() if row.config.tma_product is not None)
-    return min(sides, default=None)
+    own = [r for r in measured.rows(device, "vicreg", Config, KEYS) if r.format == "half"]
+    return min((min(r.key["shape"]) for r in own or _general() if r.config.tma), default=None)
 
 
 def shipped() -> list[tuple[str, str, tuple[int, int], Config]]:
     """Every row, general and measured: (device, format, shape, configuration)."""
     found = [("default", row) for row in _general()]
-    found += [(device, row) for device in measured.devices() for row in _measured(device)]
+    for device in measured.devices():
+        found += [(device, row) for row in measured.rows(device, "vicreg", Config, KEYS)]
     return [(device, row.format, row.key["shape"], row.config) for device, row in found]

@@ -65,11 +65,10 @@ class _Problem:
         )
         if self.format == "bf16" and x.device.type == "cpu":
             self.format = "bf16 in fp32"  # see triton_operands.py
+        self.config = configs.nearest(name, self.format, self.rows, self.dim)
         self.tma = tma.takes(x)
         if self.tma:
-            self.config = configs.nearest_tma(name, self.rows, self.dim)
-        else:
-            self.config = configs.nearest(name, self.format, self.rows, self.dim)
+            self.config = configs.with_tma(self.config, self.rows, self.dim)
         # One group has no stride between groups: 0, so that no kernel is compiled for its value.
         between = [z.stride(0) if self.groups > 1 else 0 for z in (x, self.y)]
         self.strides = (between[0], *x.stride()[1:], between[1], *self.y.stride()[1:])
@@ -130,7 +129,6 @@ class _Product:
 
     def __init__(self, p: _Problem) -> None:
         if p.tma:
-            assert p.config.tma_product is not None
             height, width, *_ = p.config.tma_product
             across = triton.cdiv(p.side, width)
             self.tiles = width // height * (across * (across + 1) // 2)
@@ -168,7 +166,6 @@ class _Product:
             GRAM=p.gram, FORMAT=p.format, TAKEN=p.taken, WIDTH=columns.width,
             ROWS=height, COLUMNS=width, STEPS=steps, num_warps=warps,
         )  # fmt: skip
-        assert p.config.tma_product is not None
         height, width, depth, warps, stages, band = p.config.tma_product
         a, b = ((height, depth), (width, depth)) if p.gram else ((depth, height), (depth, width))
         symmetric_kernel[(p.planes * self.tiles,)](
@@ -288,7 +285,6 @@ def backward(
     )  # fmt: skip
     with p.on_device():
         if tma.saves_operands(x):
-            assert p.config.tma_gradient is not None
             height, width, depth, warps, stages, band = p.config.tma_gradient
             tiles = triton.cdiv(p.rows, height) * triton.cdiv(p.dim, width)
             a, b = (squares, centred) if p.gram else (centred, squares)
