@@ -1,16 +1,14 @@
 """What the VICReg op takes: every check, as functions of plain values whose results are kept.
 
-A check sees a tensor as its shape, dtype, device and layout (`seen`), so that a step's second call
-with the same inputs finds its settings ready (`calls.remembered`).
+A check sees a tensor as its shape, dtype, device and layout (`calls.seen`), so that a step's second
+call with the same inputs finds its settings ready (`calls.remembered`).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from vicreg_kernels import calls, dispatch
 from vicreg_kernels.vicreg.conventions import CONVENTIONS
@@ -42,13 +40,6 @@ def check_settings(
     if not 0 <= margin < math.inf:
         raise ValueError(f"margin: got {margin}, takes a finite number >= 0")
     dispatch.check_backend(backend)
-
-
-def seen(name: str, z: Any) -> tuple[torch.Size, torch.dtype, torch.device, torch.layout]:
-    """What the checks read of z. Raises a TypeError where it is no tensor."""
-    if not isinstance(z, Tensor):
-        raise TypeError(f"{name}: got {type(z).__name__}, takes a torch.Tensor")
-    return z.shape, z.dtype, z.device, z.layout
 
 
 def _check_tensor(

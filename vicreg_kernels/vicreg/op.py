@@ -188,9 +188,9 @@ def _check_two_views(
     x: Tensor, y: Tensor, numbers: Sequence[Any], backend: str | None, group: str | None
 ) -> tuple[checks.Settings, str]:
     """The settings, and the backend that runs. numbers: weights, margin, eps, convention."""
-    shape, dtype, device, layout = checks.seen("x", x)
+    shape, dtype, device, layout = calls.seen("x", x)
     settings = checks.two_views(
-        shape, dtype, device, layout, *checks.seen("y", y), *numbers, backend, group is not None
+        shape, dtype, device, layout, *calls.seen("y", y), *numbers, backend, group is not None
     )
     return settings, _choose(backend, device, dtype, min(shape[0], shape[-1]), group)
 
@@ -327,6 +327,6 @@ def variance_covariance(
 def _check_one_view(
     z: Tensor, numbers: Sequence[Any], backend: str | None, group: str | None
 ) -> tuple[checks.Settings, str]:
-    shape, dtype, device, layout = checks.seen("z", z)
+    shape, dtype, device, layout = calls.seen("z", z)
     settings = checks.one_view(shape, dtype, device, layout, *numbers, backend, group is not None)
     return settings, _choose(backend, device, dtype, min(shape[-2:]), group)
