@@ -163,7 +163,8 @@ def _terms(
 ) -> Any:
     """x, y: checked, [N, D] or [G, N, D]; name: the backend chosen for `backend`."""
     if not torch.compiler.is_compiling():
-        dispatch.log_choice("vicreg", name, backend, x.device, x.shape)
+        shape = x.shape if x.dim() == 3 else (1, *x.shape)
+        dispatch.log_choice("vicreg", name, backend, x.device, shape)
     if group is None and name != "reference":
         return _VICReg.apply(x, y, all_terms, (*settings, name))
     x, y = _grouped(x), None if y is None else _grouped(y)
