@@ -148,7 +148,7 @@ _TMA: dict[str, tuple[Any, ...]] = {
 
 def _vicreg_used(problem: Problem, name: str) -> bool:
     """bfloat16 rows that have TMA tiles take these in the place of the others."""
-    tma = problem.general.tma_product is not None
+    tma = problem.general.tma
     if name in _TMA:
         return tma
     return not tma or name not in ("product", "gradient", "occupancy")
@@ -257,7 +257,7 @@ _ATTENTION: dict[str, dict[str, tuple[Any, ...]]] = {
 TABLES = {
     "vicreg": Table(
         vicreg_configs,
-        ("nearest", "nearest_tma"),
+        ("nearest",),
         _vicreg_problems,
         _VICREG,
         _products_shared,

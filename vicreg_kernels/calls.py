@@ -44,11 +44,18 @@ def direct(*tensors: Tensor | None) -> bool:
     return True
 
 
+def seen(name: str, z: Any) -> tuple[torch.Size, torch.dtype, torch.device, torch.layout]:
+    """What a remembered check reads of z. Raises a TypeError where it is no tensor."""
+    if not isinstance(z, Tensor):
+        raise TypeError(f"{name}: got {type(z).__name__}, takes a torch.Tensor")
+    return z.shape, z.dtype, z.device, z.layout
+
+
 def remembered(check: Callable[..., T]) -> Callable[..., T]:
     """`check`, which keeps the results of its last 256 different calls.
 
     check: a function of positional arguments alone, and of nothing that can change between calls:
-    pass it a tensor's shape, dtype, device and layout, not the tensor. Equal arguments get equal
+    pass it what `seen` gives of a tensor, not the tensor. Equal arguments get equal
     results, so that 1, 1.0 and True are the same setting. It runs every time where an argument is
     not a plain value (a symbolic size, a number of another library) and where it raises.
     """

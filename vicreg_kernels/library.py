@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 # Where each library's ops are, below torch.ops.
 NAMESPACES = {"cpu": "vicreg_kernels_cpu", "cuda": "vicreg_kernels_cuda"}
@@ -63,15 +62,17 @@ else:
     TRITON_VERSION, TRITON_MISSING = triton.__version__, None
 
 
-def exact(op: Callable[..., Any]) -> Callable[..., Any]:
-    """op, whose first argument is a tensor, with autocast off: it must not lower the products
-    inside. Entering its context costs 20 us a call, so only where it is on.
+def exact(op: Any) -> Callable[..., Any]:
+    """The op (a packet of torch.ops with one overload), whose first argument is a tensor, with
+    autocast off: it must not lower the products inside. Entering its context costs 20 us a call,
+    so only where some is on.
     """
+    call = op.default
 
-    def run(first: Tensor, *rest: Any) -> Any:
-        if not torch.is_autocast_enabled(first.device.type):
-            return op(first, *rest)
-        with torch.autocast(first.device.type, enabled=False):
-            return op(first, *rest)
+    def run(*arguments: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return call(*arguments)
+        with torch.autocast(arguments[0].device.type, enabled=False):
+            return call(*arguments)
 
     return run

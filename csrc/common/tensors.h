@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -16,9 +17,16 @@ namespace common {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// An uninitialised contiguous tensor on the device of `like`.
+// An uninitialised contiguous tensor on the device of `like` (filled where torch's deterministic
+// mode asks for it). Not torch::stable::new_empty, which looks its op up by name and boxes the
+// arguments at every call, of which a loss's forward makes nine.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
+  auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.begin(),
+                                                   static_cast<int64_t>(sizes.size()), &type,
+                                                   nullptr, nullptr, 0, nullptr, &made));
+  return Tensor(made);
 }
 
 // A view of `base` from `offset` elements after its first one (the shim adds base's own offset).

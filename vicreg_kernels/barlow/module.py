@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vicreg_kernels.barlow.op import barlow_twins_loss, check_settings
+from vicreg_kernels.barlow.checks import check_settings
+from vicreg_kernels.barlow.op import barlow_twins_loss
 
 
 class BarlowTwinsLoss(nn.Module):

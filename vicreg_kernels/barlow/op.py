@@ -19,17 +19,14 @@ See docs/barlow.md for the formulas.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vicreg_kernels import dispatch, distributed
-from vicreg_kernels.barlow import backends, ranks, reference
+from vicreg_kernels import calls, dispatch, distributed
+from vicreg_kernels.barlow import backends, checks, ranks, reference
 from vicreg_kernels.barlow.conventions import CONVENTIONS
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 _LIBRARY = torch.library.Library("vicreg_kernels", "FRAGMENT")
 _SETTINGS = "float eps, float std_eps, bool unbiased, float lambd, str backend"
@@ -73,7 +70,8 @@ class _BarlowTwins(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, settings: tuple[Any, ...]) -> Tensor:
-        loss, *saved = torch.ops.vicreg_kernels.barlow_forward(x, y, *settings)
+        run = _forward if calls.direct(x, y) else torch.ops.vicreg_kernels.barlow_forward
+        loss, *saved = run(x, y, *settings)
         ctx.save_for_backward(x, y, *saved)
         ctx.settings = settings
         return loss[0]
@@ -82,7 +80,7 @@ class _BarlowTwins(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, y, *saved = ctx.saved_tensors
         need_x, need_y = ctx.needs_input_grad[:2]
-        args = (grad.reshape(1), x, y, saved, need_x, need_y, ctx.settings)
+        args = (grad, x, y, saved, need_x, need_y, ctx.settings)
         run = _Gradient.apply if torch.is_grad_enabled() else _gradient
         grad_x, grad_y = run(*args)
         return grad_x if need_x else None, grad_y if need_y else None, None
@@ -97,7 +95,8 @@ def _gradient(
     need_y: bool,
     settings: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor]:
-    return torch.ops.vicreg_kernels.barlow_backward(grad, x, y, *saved, need_x, need_y, *settings)
+    run = _backward if calls.direct(grad, x, y) else torch.ops.vicreg_kernels.barlow_backward
+    return run(grad, x, y, *saved, need_x, need_y, *settings)
 
 
 class _Gradient(torch.autograd.Function):
@@ -117,48 +116,6 @@ class _Gradient(torch.autograd.Function):
         )
 
 
-def check_settings(
-    *,
-    lambd: float | None = None,
-    convention: str = "barlow_twins",
-    eps: float | None = None,
-    backend: str | None = None,
-) -> None:
-    """Raise a ValueError that names the first setting out of range."""
-    if convention not in CONVENTIONS:
-        raise ValueError(f"convention: got {convention!r}, takes one of {tuple(CONVENTIONS)}")
-    if lambd is not None and not -math.inf < lambd < math.inf:
-        raise ValueError(f"lambd: got {lambd}, takes a finite number or None")
-    if eps is not None and not 0 <= eps < math.inf:
-        raise ValueError(f"eps: got {eps}, takes a finite number >= 0 or None")
-    dispatch.check_backend(backend)
-
-
-def check_views(x: Tensor, y: Tensor, least_rows: int = 2) -> None:
-    """Raise a TypeError or ValueError that names the first of x, y that is not as it must be."""
-    for name, z in (("x", x), ("y", y)):
-        if not isinstance(z, Tensor):
-            raise TypeError(f"{name}: got {type(z).__name__}, takes a torch.Tensor")
-        if z.dtype not in DTYPES:
-            raise TypeError(
-                f"{name}: got dtype {z.dtype}, takes float32, bfloat16, float16 or float64"
-            )
-        if z.layout != torch.strided:
-            raise TypeError(f"{name}: got layout {z.layout}, takes a dense (strided) tensor")
-        if z.dim() != 2:
-            raise ValueError(f"{name}: got shape {tuple(z.shape)}, takes [N, D]")
-    if x.shape != y.shape:
-        raise ValueError(f"y: got shape {tuple(y.shape)}, takes x's shape {tuple(x.shape)}")
-    if x.dtype != y.dtype:
-        raise TypeError(f"y: got dtype {y.dtype}, takes x's dtype {x.dtype}")
-    if x.device != y.device:
-        raise ValueError(f"y: got device {y.device}, takes x's device {x.device}")
-    if x.shape[0] < least_rows:
-        raise ValueError(f"x: got {x.shape[0]} rows, takes at least {least_rows}")
-    if x.shape[1] < 1:
-        raise ValueError(f"x: got no elements (shape {tuple(x.shape)})")
-
-
 def _check(
     x: Tensor,
     y: Tensor,
@@ -167,29 +124,15 @@ def _check(
     eps: float | None,
     backend: str | None,
     group: str | None,
-) -> None:
-    check_settings(lambd=lambd, convention=convention, eps=eps, backend=backend)
-    check_views(x, y, least_rows=2 if group is None else 1)
+) -> tuple[checks.Settings, str]:
+    """The settings, and the backend that runs."""
+    shape, dtype, device, layout = calls.seen("x", x)
+    seen_y = calls.seen("y", y)
+    numbers = (lambd, convention, eps, backend)
+    settings = checks.two_views(shape, dtype, device, layout, *seen_y, *numbers, group is not None)
     if group is not None:
-        distributed.choose_backend(backend, x.dtype)
-
-
-def _loss(
-    x: Tensor,
-    y: Tensor,
-    eps: float,
-    std_eps: float,
-    unbiased: bool,
-    lambd: float,
-    backend: str | None,
-) -> Tensor:
-    """x, y: checked, [N, D]."""
-    name = dispatch.choose("barlow", backend, x.device, x.dtype, min(x.shape))
-    if not torch.compiler.is_compiling():
-        dispatch.log_choice("barlow", name, backend, x.device, x.shape)
-    if name == "reference":
-        return reference.loss(x, y, eps, std_eps, unbiased, lambd)
-    return _BarlowTwins.apply(x, y, (eps, std_eps, unbiased, lambd, name))
+        return settings, distributed.choose_backend(backend, dtype)
+    return settings, dispatch.choose("barlow", backend, device, dtype, min(shape))
 
 
 def barlow_twins_loss(
@@ -237,20 +180,16 @@ def barlow_twins_loss(
         RuntimeError: the named backend cannot run here; the message says why.
     """
     group = None if process_group is None else distributed.group_name(process_group)
-    distributed.checked(ranks.OP, group, _check, x, y, lambd, convention, eps, backend, group)
-    rule = CONVENTIONS[convention]
-    eps = float(rule.eps if eps is None else eps)
-    numbers = (
-        0.0 if rule.eps_on_std else eps,
-        eps if rule.eps_on_std else 0.0,
-        rule.unbiased,
-        float(rule.lambd if lambd is None else lambd),
+    settings, name = distributed.checked(
+        ranks.OP, group, _check, x, y, lambd, convention, eps, backend, group
     )
-    if group is None:
-        loss = _loss(x, y, *numbers, backend)
+    if not torch.compiler.is_compiling():
+        dispatch.log_choice("barlow", name, backend, x.device, x.shape)
+    if group is not None:
+        loss = ranks.loss(x, y, *settings, name, convention, group)
+    elif name == "reference":
+        loss = reference.loss(x, y, *settings)
     else:
-        name = distributed.choose_backend(backend, x.dtype)
-        if not torch.compiler.is_compiling():
-            dispatch.log_choice("barlow", name, backend, x.device, x.shape)
-        loss = ranks.loss(x, y, *numbers, name, convention, group)
-    return loss if rule.scale == 1.0 else loss * rule.scale
+        loss = _BarlowTwins.apply(x, y, (*settings, name))
+    scale = CONVENTIONS[convention].scale
+    return loss if scale == 1.0 else loss * scale

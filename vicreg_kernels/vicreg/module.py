@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vicreg_kernels.vicreg.op import check_settings, variance_covariance, vicreg_loss
+from vicreg_kernels.vicreg.checks import check_settings
+from vicreg_kernels.vicreg.op import variance_covariance, vicreg_loss
 
 
 class VICRegLoss(nn.Module):

@@ -20,19 +20,15 @@ docs/vicreg.md for the formulas and docs/cancellation.md for the deflated column
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vicreg_kernels import dispatch, distributed
-from vicreg_kernels.vicreg import backends, ranks, reference
-from vicreg_kernels.vicreg.conventions import CONVENTIONS, covariance_scale
-
-NORMALIZERS = ("d", "d(d-1)")
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from vicreg_kernels import calls, dispatch, distributed
+from vicreg_kernels.vicreg import backends, checks, ranks, reference
+from vicreg_kernels.vicreg.conventions import covariance_scale
 
 
 class VICRegTerms(NamedTuple):
@@ -93,26 +89,35 @@ def _backward_fake(grads: Tensor, x: Tensor, y: Tensor | None, *rest: Any) -> tu
 
 
 class _VICReg(torch.autograd.Function):
-    """Forward saves what the gradient needs; backward is one op call. Once differentiable."""
+    """Forward saves what the gradient needs; backward is one op call. Once differentiable.
+
+    x, y: [N, D] or [G, N, D]. The op's leading dimension is put on in here, where it costs no node
+    in the graph.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, y: Tensor | None, all_terms: bool, settings: tuple[Any, ...]
     ) -> Any:
-        terms, *saved = torch.ops.vicreg_kernels.vicreg_forward(x, y, *settings)
-        ctx.save_for_backward(x, y, *saved)
         ctx.settings = settings
-        return tuple(terms.unbind()) if all_terms else terms[0]
+        run = _forward if calls.direct(x, y) else torch.ops.vicreg_kernels.vicreg_forward
+        terms, *saved = run(_grouped(x), None if y is None else _grouped(y), *settings)
+        ctx.save_for_backward(x, y, *saved)
+        return terms.unbind() if all_terms else terms[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, y, *saved = ctx.saved_tensors
-        need_x, need_y = ctx.needs_input_grad[:2]
-        grad = torch.stack(grads) if len(grads) > 1 else grads[0].reshape(1)
+        need_x, need_y, *_ = ctx.needs_input_grad
+        grad = torch.stack(grads) if len(grads) > 1 else grads[0]
         args = (grad, x, y, saved, need_x, need_y, ctx.settings)
         run = _Gradient.apply if torch.is_grad_enabled() else _gradient
         grad_x, grad_y = run(*args)
-        return grad_x if need_x else None, grad_y if need_y else None, None, None
+        return grad_x, grad_y, None, None
+
+
+def _grouped(z: Tensor) -> Tensor:
+    return z.unsqueeze(0) if z.dim() == 2 else z
 
 
 def _gradient(
@@ -123,8 +128,13 @@ def _gradient(
     need_x: bool,
     need_y: bool,
     settings: tuple[Any, ...],
-) -> tuple[Tensor, Tensor]:
-    return torch.ops.vicreg_kernels.vicreg_backward(grad, x, y, *saved, need_x, need_y, *settings)
+) -> tuple[Tensor | None, Tensor | None]:
+    run = _backward if calls.direct(grad, x, y) else torch.ops.vicreg_kernels.vicreg_backward
+    other = None if y is None else _grouped(y)
+    grad_x, grad_y = run(grad, _grouped(x), other, *saved, need_x, need_y, *settings)
+    if x.dim() == 2:
+        grad_x, grad_y = grad_x.squeeze(0), grad_y.squeeze(0)
+    return grad_x if need_x else None, grad_y if need_y else None
 
 
 class _Gradient(torch.autograd.Function):
@@ -134,7 +144,7 @@ class _Gradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, Tensor | None]:
         return _gradient(*args)
 
     @staticmethod
@@ -142,158 +152,65 @@ class _Gradient(torch.autograd.Function):
         raise RuntimeError("the fused VICReg differentiates once; backend='reference' to any order")
 
 
-def check_settings(
-    *,
-    margin: float,
-    eps: float,
-    convention: str = "vicreg",
-    covariance_normalizer: str = "d",
-    backend: str | None = None,
-) -> None:
-    """Raise a ValueError that names the first setting out of range."""
-    if convention not in CONVENTIONS:
-        raise ValueError(f"convention: got {convention!r}, takes one of {tuple(CONVENTIONS)}")
-    if covariance_normalizer not in NORMALIZERS:
-        raise ValueError(
-            f"covariance_normalizer: got {covariance_normalizer!r}, takes one of {NORMALIZERS}"
-        )
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps: got {eps}, takes a finite number >= 0")
-    if not 0 <= margin < math.inf:
-        raise ValueError(f"margin: got {margin}, takes a finite number >= 0")
-    dispatch.check_backend(backend)
-
-
-def _check_tensor(name: str, z: Tensor, shapes: str) -> None:
-    if not isinstance(z, Tensor):
-        raise TypeError(f"{name}: got {type(z).__name__}, takes a torch.Tensor")
-    if z.dtype not in DTYPES:
-        raise TypeError(f"{name}: got dtype {z.dtype}, takes float32, bfloat16, float16 or float64")
-    if z.dim() < 2:
-        raise ValueError(f"{name}: got shape {tuple(z.shape)}, takes {shapes}")
-    if z.layout != torch.strided:
-        raise TypeError(f"{name}: got layout {z.layout}, takes a dense (strided) tensor")
-
-
-def _check_extent(name: str, z: Tensor, normalizer: str, group: str | None) -> None:
-    """z: [G, N, D]."""
-    groups, rows, dim = z.shape
-    if rows < 2 and group is None:
-        raise ValueError(
-            f"{name}: got {rows} rows, takes at least 2 (batch statistics need two samples)"
-        )
-    if rows < 1:
-        raise ValueError(f"{name}: got {rows} rows, takes at least 1 on every rank")
-    if groups < 1 or dim < 1:
-        raise ValueError(f"{name}: got no elements (grouped shape {tuple(z.shape)})")
-    if normalizer == "d(d-1)" and dim < 2:
-        raise ValueError(f"{name}: got D = 1, takes D >= 2 with the d(d-1) covariance normalizer")
-
-
 def _terms(
     x: Tensor,
     y: Tensor | None,
-    *,
-    margin: float,
-    eps: float,
-    unbiased: bool,
-    scales: tuple[float, float, float],
-    weights: tuple[float, float, float],
-    normalizer: str,
+    settings: checks.Settings,
+    name: str,
     backend: str | None,
     group: str | None,
     all_terms: bool,
 ) -> Any:
-    """x, y: checked, [G, N, D]. The loss alone, or all four terms."""
-    name = _choose(x, backend, group)
+    """x, y: checked, [N, D] or [G, N, D]; name: the backend chosen for `backend`."""
     if not torch.compiler.is_compiling():
-        dispatch.log_choice("vicreg", name, backend, x.device, x.shape)
-    settings = (margin, eps, unbiased, list(scales), list(weights), normalizer)
+        shape = x.shape if x.dim() == 3 else (1, *x.shape)
+        dispatch.log_choice("vicreg", name, backend, x.device, shape)
+    if group is None and name != "reference":
+        return _VICReg.apply(x, y, all_terms, (*settings, name))
+    x, y = _grouped(x), None if y is None else _grouped(y)
     if group is not None:
         return ranks.terms(x, y, settings, name, group, all_terms)
-    if name == "reference":
-        scale = scales[2] * covariance_scale(x.shape[-1], normalizer)
-        scales = (scales[0], scales[1], scale)
-        out = reference.terms(x, y, margin, eps, unbiased, scales, weights)
-        return out if all_terms else out[0]
-    return _VICReg.apply(x, y, all_terms, (*settings, name))
+    margin, eps, unbiased, scales, weights, normalizer = settings
+    scale = scales[2] * covariance_scale(x.shape[-1], normalizer)
+    scales = (scales[0], scales[1], scale)
+    out = reference.terms(x, y, margin, eps, unbiased, scales, weights)
+    return out if all_terms else out[0]
 
 
-def _choose(x: Tensor, backend: str | None, group: str | None) -> str:
+def _choose(
+    backend: str | None, device: torch.device, dtype: torch.dtype, side: int, group: str | None
+) -> str:
     if group is not None:
-        return distributed.choose_backend(backend, x.dtype)
-    return dispatch.choose("vicreg", backend, x.device, x.dtype, min(x.shape[-2:]))
+        return distributed.choose_backend(backend, dtype)
+    return dispatch.choose("vicreg", backend, device, dtype, side)
 
 
 def _check_two_views(
-    x: Tensor,
-    y: Tensor,
-    weights: Sequence[float | None],
-    margin: float,
-    eps: float,
-    convention: str,
-    backend: str | None,
-    group: str | None,
-) -> tuple[Tensor, Tensor]:
-    """x and y as [G, N, D]."""
-    check_settings(margin=margin, eps=eps, convention=convention, backend=backend)
-    rule = CONVENTIONS[convention]
-    shapes = "[N, D] or [B, ..., D]" if rule.positions else "[N, D]"
-    _check_tensor("x", x, shapes)
-    _check_tensor("y", y, shapes)
-    if x.dim() > 2 and not rule.positions:
-        raise ValueError(
-            f"x: got shape {tuple(x.shape)}, takes [N, D] with convention={convention!r}"
-        )
-    if x.shape != y.shape:
-        raise ValueError(f"y: got shape {tuple(y.shape)}, takes x's shape {tuple(x.shape)}")
-    if x.dtype != y.dtype:
-        raise TypeError(f"y: got dtype {y.dtype}, takes x's dtype {x.dtype}")
-    if x.device != y.device:
-        raise ValueError(f"y: got device {y.device}, takes x's device {x.device}")
-    if x.dim() == 2:
-        x, y = x.unsqueeze(0), y.unsqueeze(0)
-    else:  # batch statistics per position: [B, ..., D] -> [P, B, D]
-        x = x.flatten(1, -2).transpose(0, 1)
-        y = y.flatten(1, -2).transpose(0, 1)
-    _check_extent("x", x, rule.normalizer, group)
-    for name, weight in zip(("invariance", "variance", "covariance"), weights, strict=True):
-        if weight is not None and not -math.inf < weight < math.inf:
-            raise ValueError(f"{name}_weight: got {weight}, takes a finite number or None")
-    _choose(x, backend, group)
-    return x, y
+    x: Tensor, y: Tensor, numbers: Sequence[Any], backend: str | None, group: str | None
+) -> tuple[checks.Settings, str]:
+    """The settings, and the backend that runs. numbers: weights, margin, eps, convention."""
+    shape, dtype, device, layout = calls.seen("x", x)
+    settings = checks.two_views(
+        shape, dtype, device, layout, *calls.seen("y", y), *numbers, backend, group is not None
+    )
+    return settings, _choose(backend, device, dtype, min(shape[0], shape[-1]), group)
 
 
 def _two_views(
     x: Tensor,
     y: Tensor,
-    weights: Sequence[float | None],
-    margin: float,
-    eps: float,
-    convention: str,
+    numbers: Sequence[Any],
     backend: str | None,
     process_group: Any,
     all_terms: bool,
 ) -> Any:
     group = None if process_group is None else distributed.group_name(process_group)
-    x, y = distributed.checked(
-        "vicreg", group, _check_two_views, x, y, weights, margin, eps, convention, backend, group
+    settings, name = distributed.checked(
+        "vicreg", group, _check_two_views, x, y, numbers, backend, group
     )
-    rule = CONVENTIONS[convention]
-    own = [w if w is not None else d for w, d in zip(weights, rule.weights, strict=True)]
-    return _terms(
-        x,
-        y,
-        margin=margin,
-        eps=eps,
-        unbiased=True,
-        scales=(1.0, rule.variance_view, rule.covariance_view),
-        weights=(float(own[0]), float(own[1]), float(own[2])),
-        normalizer=rule.normalizer,
-        backend=backend,
-        group=group,
-        all_terms=all_terms,
-    )
+    if x.dim() > 2:  # batch statistics per position: [B, ..., D] -> [P, B, D]
+        x, y = x.flatten(1, -2).transpose(0, 1), y.flatten(1, -2).transpose(0, 1)
+    return _terms(x, y, settings, name, backend, group, all_terms)
 
 
 def vicreg_loss(
@@ -345,9 +262,7 @@ def vicreg_loss(
             the group's timeout, or calls with other settings; the message says why.
     """
     weights = (invariance_weight, variance_weight, covariance_weight)
-    return _two_views(
-        x, y, weights, margin, eps, convention, backend, process_group, all_terms=False
-    )
+    return _two_views(x, y, (*weights, margin, eps, convention), backend, process_group, False)
 
 
 def vicreg_terms(
@@ -370,10 +285,8 @@ def vicreg_terms(
     is their weighted sum.
     """
     weights = (invariance_weight, variance_weight, covariance_weight)
-    terms = _two_views(
-        x, y, weights, margin, eps, convention, backend, process_group, all_terms=True
-    )
-    return VICRegTerms(*terms)
+    numbers = (*weights, margin, eps, convention)
+    return VICRegTerms(*_two_views(x, y, numbers, backend, process_group, True))
 
 
 def variance_covariance(
@@ -404,41 +317,17 @@ def variance_covariance(
     Raises: as `vicreg_loss`.
     """
     group = None if process_group is None else distributed.group_name(process_group)
-    z = distributed.checked(
-        "vicreg", group, _check_one_view, z, margin, eps, covariance_normalizer, backend, group
+    numbers = (margin, eps, unbiased, covariance_normalizer)
+    settings, name = distributed.checked(
+        "vicreg", group, _check_one_view, z, numbers, backend, group
     )
-    _, _, variance, covariance = _terms(
-        z,
-        None,
-        margin=margin,
-        eps=eps,
-        unbiased=bool(unbiased),
-        scales=(0.0, 1.0, 1.0),
-        weights=(0.0, 1.0, 1.0),
-        normalizer=covariance_normalizer,
-        backend=backend,
-        group=group,
-        all_terms=True,
-    )
+    _, _, variance, covariance = _terms(z, None, settings, name, backend, group, True)
     return variance, covariance
 
 
 def _check_one_view(
-    z: Tensor,
-    margin: float,
-    eps: float,
-    covariance_normalizer: str,
-    backend: str | None,
-    group: str | None,
-) -> Tensor:
-    """z as [G, N, D]."""
-    check_settings(
-        margin=margin, eps=eps, covariance_normalizer=covariance_normalizer, backend=backend
-    )
-    _check_tensor("z", z, "[N, D] or [G, N, D]")
-    if z.dim() > 3:
-        raise ValueError(f"z: got shape {tuple(z.shape)}, takes [N, D] or [G, N, D]")
-    z = z.unsqueeze(0) if z.dim() == 2 else z
-    _check_extent("z", z, covariance_normalizer, group)
-    _choose(z, backend, group)
-    return z
+    z: Tensor, numbers: Sequence[Any], backend: str | None, group: str | None
+) -> tuple[checks.Settings, str]:
+    shape, dtype, device, layout = calls.seen("z", z)
+    settings = checks.one_view(shape, dtype, device, layout, *numbers, backend, group is not None)
+    return settings, _choose(backend, device, dtype, min(shape[-2:]), group)

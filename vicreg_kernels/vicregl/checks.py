@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vicreg_kernels.vicreg.op import DTYPES
-from vicreg_kernels.vicreg.op import check_settings as check_vicreg_settings
+from vicreg_kernels.vicreg.checks import DTYPES
+from vicreg_kernels.vicreg.checks import check_settings as check_vicreg_settings
 from vicreg_kernels.vicregl.reference import Setting
 
 COVARIANCES = ("all_views", "last_view")

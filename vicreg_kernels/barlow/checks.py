@@ -1,0 +1,80 @@
+"""What the Barlow Twins op takes: every check, as functions of plain values whose results are kept
+(`calls.remembered`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from vicreg_kernels import calls, dispatch
+from vicreg_kernels.barlow.conventions import CONVENTIONS
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# eps, std_eps, unbiased, lambd: as the ops take them.
+Settings = tuple[float, float, bool, float]
+
+
+def check_settings(
+    *,
+    lambd: float | None = None,
+    convention: str = "barlow_twins",
+    eps: float | None = None,
+    backend: str | None = None,
+) -> None:
+    """Raise a ValueError that names the first setting out of range."""
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention: got {convention!r}, takes one of {tuple(CONVENTIONS)}")
+    if lambd is not None and not -math.inf < lambd < math.inf:
+        raise ValueError(f"lambd: got {lambd}, takes a finite number or None")
+    if eps is not None and not 0 <= eps < math.inf:
+        raise ValueError(f"eps: got {eps}, takes a finite number >= 0 or None")
+    dispatch.check_backend(backend)
+
+
+def _check_tensor(name: str, shape: torch.Size, dtype: torch.dtype, layout: torch.layout) -> None:
+    if dtype not in DTYPES:
+        raise TypeError(f"{name}: got dtype {dtype}, takes float32, bfloat16, float16 or float64")
+    if layout != torch.strided:
+        raise TypeError(f"{name}: got layout {layout}, takes a dense (strided) tensor")
+    if len(shape) != 2:
+        raise ValueError(f"{name}: got shape {tuple(shape)}, takes [N, D]")
+
+
+@calls.remembered
+def two_views(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: torch.layout,
+    shape_y: torch.Size,
+    dtype_y: torch.dtype,
+    device_y: torch.device,
+    layout_y: torch.layout,
+    lambd: float | None,
+    convention: str,
+    eps: float | None,
+    backend: str | None,
+    across_ranks: bool,
+) -> Settings:
+    """The settings of a loss of two views, seen as [N, D]."""
+    check_settings(lambd=lambd, convention=convention, eps=eps, backend=backend)
+    _check_tensor("x", shape, dtype, layout)
+    _check_tensor("y", shape_y, dtype_y, layout_y)
+    if shape != shape_y:
+        raise ValueError(f"y: got shape {tuple(shape_y)}, takes x's shape {tuple(shape)}")
+    if dtype != dtype_y:
+        raise TypeError(f"y: got dtype {dtype_y}, takes x's dtype {dtype}")
+    if device != device_y:
+        raise ValueError(f"y: got device {device_y}, takes x's device {device}")
+    least = 1 if across_ranks else 2
+    if shape[0] < least:
+        raise ValueError(f"x: got {shape[0]} rows, takes at least {least}")
+    if shape[1] < 1:
+        raise ValueError(f"x: got no elements (shape {tuple(shape)})")
+    rule = CONVENTIONS[convention]
+    added = float(rule.eps if eps is None else eps)
+    root, deviation = (0.0, added) if rule.eps_on_std else (added, 0.0)
+    return root, deviation, rule.unbiased, float(rule.lambd if lambd is None else lambd)

@@ -1,0 +1,142 @@
+"""What the VICReg op takes: every check, as functions of plain values whose results are kept.
+
+A check sees a tensor as its shape, dtype, device and layout (`calls.seen`), so that a step's second
+call with the same inputs finds its settings ready (`calls.remembered`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from vicreg_kernels import calls, dispatch
+from vicreg_kernels.vicreg.conventions import CONVENTIONS
+
+NORMALIZERS = ("d", "d(d-1)")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# margin, eps, unbiased, scales, weights, normalizer: as the ops take them.
+Settings = tuple[float, float, bool, tuple[float, float, float], tuple[float, float, float], str]
+
+
+def check_settings(
+    *,
+    margin: float,
+    eps: float,
+    convention: str = "vicreg",
+    covariance_normalizer: str = "d",
+    backend: str | None = None,
+) -> None:
+    """Raise a ValueError that names the first setting out of range."""
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention: got {convention!r}, takes one of {tuple(CONVENTIONS)}")
+    if covariance_normalizer not in NORMALIZERS:
+        raise ValueError(
+            f"covariance_normalizer: got {covariance_normalizer!r}, takes one of {NORMALIZERS}"
+        )
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps: got {eps}, takes a finite number >= 0")
+    if not 0 <= margin < math.inf:
+        raise ValueError(f"margin: got {margin}, takes a finite number >= 0")
+    dispatch.check_backend(backend)
+
+
+def _check_tensor(
+    name: str, shape: torch.Size, dtype: torch.dtype, layout: torch.layout, shapes: str
+) -> None:
+    if dtype not in DTYPES:
+        raise TypeError(f"{name}: got dtype {dtype}, takes float32, bfloat16, float16 or float64")
+    if len(shape) < 2:
+        raise ValueError(f"{name}: got shape {tuple(shape)}, takes {shapes}")
+    if layout != torch.strided:
+        raise TypeError(f"{name}: got layout {layout}, takes a dense (strided) tensor")
+
+
+def _check_extent(
+    name: str, groups: int, rows: int, dim: int, normalizer: str, across_ranks: bool
+) -> None:
+    if rows < 2 and not across_ranks:
+        raise ValueError(
+            f"{name}: got {rows} rows, takes at least 2 (batch statistics need two samples)"
+        )
+    if rows < 1:
+        raise ValueError(f"{name}: got {rows} rows, takes at least 1 on every rank")
+    if groups < 1 or dim < 1:
+        raise ValueError(f"{name}: got no elements (grouped shape {(groups, rows, dim)})")
+    if normalizer == "d(d-1)" and dim < 2:
+        raise ValueError(f"{name}: got D = 1, takes D >= 2 with the d(d-1) covariance normalizer")
+
+
+@calls.remembered
+def two_views(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: torch.layout,
+    shape_y: torch.Size,
+    dtype_y: torch.dtype,
+    device_y: torch.device,
+    layout_y: torch.layout,
+    invariance_weight: float | None,
+    variance_weight: float | None,
+    covariance_weight: float | None,
+    margin: float,
+    eps: float,
+    convention: str,
+    backend: str | None,
+    across_ranks: bool,
+) -> Settings:
+    """The settings of a loss of two views, seen as [N, D] or [B, ..., D]."""
+    check_settings(margin=margin, eps=eps, convention=convention, backend=backend)
+    rule = CONVENTIONS[convention]
+    shapes = "[N, D] or [B, ..., D]" if rule.positions else "[N, D]"
+    _check_tensor("x", shape, dtype, layout, shapes)
+    _check_tensor("y", shape_y, dtype_y, layout_y, shapes)
+    if len(shape) > 2 and not rule.positions:
+        raise ValueError(
+            f"x: got shape {tuple(shape)}, takes [N, D] with convention={convention!r}"
+        )
+    if shape != shape_y:
+        raise ValueError(f"y: got shape {tuple(shape_y)}, takes x's shape {tuple(shape)}")
+    if dtype != dtype_y:
+        raise TypeError(f"y: got dtype {dtype_y}, takes x's dtype {dtype}")
+    if device != device_y:
+        raise ValueError(f"y: got device {device_y}, takes x's device {device}")
+    rows, *positions, dim = shape
+    _check_extent("x", math.prod(positions), rows, dim, rule.normalizer, across_ranks)
+    own = []
+    for name, weight, usual in zip(
+        ("invariance", "variance", "covariance"),
+        (invariance_weight, variance_weight, covariance_weight),
+        rule.weights,
+        strict=True,
+    ):
+        if weight is not None and not -math.inf < weight < math.inf:
+            raise ValueError(f"{name}_weight: got {weight}, takes a finite number or None")
+        own.append(float(usual if weight is None else weight))
+    scales = (1.0, rule.variance_view, rule.covariance_view)
+    return margin, eps, True, scales, (own[0], own[1], own[2]), rule.normalizer
+
+
+@calls.remembered
+def one_view(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: torch.layout,
+    margin: float,
+    eps: float,
+    unbiased: bool,
+    normalizer: str,
+    backend: str | None,
+    across_ranks: bool,
+) -> Settings:
+    """The settings of the two terms of one set of embeddings, seen as [N, D] or [G, N, D]."""
+    check_settings(margin=margin, eps=eps, covariance_normalizer=normalizer, backend=backend)
+    _check_tensor("z", shape, dtype, layout, "[N, D] or [G, N, D]")
+    if len(shape) > 3:
+        raise ValueError(f"z: got shape {tuple(shape)}, takes [N, D] or [G, N, D]")
+    groups = 1 if len(shape) == 2 else shape[0]
+    _check_extent("z", groups, shape[-2], shape[-1], normalizer, across_ranks)
+    return margin, eps, bool(unbiased), (0.0, 1.0, 1.0), (0.0, 1.0, 1.0), normalizer
