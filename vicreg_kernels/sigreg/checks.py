@@ -46,7 +46,8 @@ def check_settings(
     if torch.compiler.is_compiling():
         return _check_settings(*given)
     if isinstance(knots, (list, tuple)) and all(type(t) in (int, float) for t in knots):
-        knots, given = None, (slices, tuple(knots), t_max, variant, seed, backend)
+        given = (slices, tuple(knots), t_max, variant, seed, backend)
+        knots = None
     plain = type(knots) in _PLAIN and type(t_max) in _PLAIN and type(slices) in _PLAIN
     if plain and type(seed) in _PLAIN and type(variant) is str and type(backend) in _PLAIN:
         return _kept_settings(*given)

@@ -156,6 +156,6 @@ def pairs_backward(
             count_a, blocks, batch, views_a, views_b, rows_a, rows_b, channels, *strides,
             *_rule(a, counts_a, weights_a), *_rule(b, counts_b, weights_b),
             ROUND=a.dtype == torch.bfloat16 and not a.is_cuda,
-            WIDTH=_GRADIENT_WIDTH, UNIT=unit, maxnreg=72 if unit > 1 else 128, **columns,
+            WIDTH=_GRADIENT_WIDTH, UNIT=unit, maxnreg=72 if unit > 1 else 160, **columns,
         )  # fmt: skip
     return out_a, out_b
