@@ -13,6 +13,7 @@ from recording import RecordedOps
 from shapes import randn
 from tolerances import differentiate
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from vicreg_kernels import (
@@ -25,6 +26,7 @@ from vicreg_kernels import (
     apply_rope,
     masked_attention,
 )
+from vicreg_kernels.attention import rope as rope_module
 
 
 @pytest.fixture(autouse=True)
@@ -222,7 +224,8 @@ def test_jagged_nested_tensors(fused, transposed):
     values = (out.transpose(1, 2) if transposed else out).values()
     packed = torch.cat(parts).detach().requires_grad_()
     mask = Ragged([0, 4, 4, 10]) & FrameCausal(2)
-    expected = masked_attention(packed, packed, packed, mask=mask, backend=fused.name)
+    three = [packed.view_as(packed) for _ in range(3)]  # whose gradients add up in the same order
+    expected = masked_attention(*three, mask=mask, backend=fused.name)
     assert torch.equal(values, expected)
     found = torch.autograd.grad(values.float().square().sum(), [parts[0], parts[2]])
     (wanted,) = torch.autograd.grad(expected.float().square().sum(), packed)
@@ -292,6 +295,72 @@ def test_input_changed_before_backward_is_caught(fused):
     hidden.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+def test_a_packed_output_may_be_changed_in_place(fused):
+    """It is no view to autograd; a change is seen by the backward, which needs the output."""
+    inputs = heads(fused, *PACKED)
+    mask = Ragged([0, 5, 12])
+    out = masked_attention(*inputs, mask=mask, backend=fused.name)
+    assert out.is_contiguous()
+    out.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_eager_calls_go_straight_to_the_backend(fused, monkeypatch):
+    """Past the op, unless somebody looks at ops: then through it, with the same bits."""
+    seen = []
+
+    class Spy:
+        op = torch.ops.vicreg_kernels.attention_forward
+
+        def __call__(self, *args):
+            seen.append(len(args))
+            return self.op(*args)
+
+        def __getattr__(self, name):
+            return getattr(self.op, name)
+
+    monkeypatch.setattr(torch.ops.vicreg_kernels, "attention_forward", Spy())
+    for case in ("frames", "ragged frames"):
+        function, shape = attend(case, fused)
+        inputs = heads(fused, *shape)
+        alone = differentiate(summed(function), *inputs)
+        assert not seen
+        with RecordedOps():
+            assert_same_outcome(differentiate(summed(function), *inputs), alone)
+        assert len(seen) == 1
+        seen.clear()
+
+
+def test_a_rules_values_are_read_at_every_call(fused):
+    """Nothing about an earlier call is remembered: lengths may be changed in place in between."""
+    if fused.device != "cpu":
+        pytest.skip("values on a device are not read")
+    q, k, v = heads(fused, *DENSE)
+    lengths = torch.tensor([4, 9], dtype=torch.int32)
+    mask = KeyPadding(lengths)
+    masked_attention(q, k, v, mask=mask, backend=fused.name)
+    lengths[1] = 11
+    with pytest.raises(ValueError, match=r"lengths: got 11, takes at most 10"):
+        masked_attention(q, k, v, mask=mask, backend=fused.name)
+
+
+def test_tables_of_angles_are_kept_as_ordinary_tensors(fused, monkeypatch):
+    """One made under inference_mode serves a training step; one of a fake mode is not kept."""
+    monkeypatch.setattr(rope_module, "_TABLES", {})
+    rope = Rope3d((2, 3, 4))
+    (q,) = heads(fused, *DENSE, count=1)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        rope.table(16, q.device)
+    assert not rope_module._TABLES
+    with torch.inference_mode():
+        apply_rope(q, rope, backend=fused.name)
+    (table,) = rope_module._TABLES.values()
+    assert not table.is_inference()
+    (grad,) = torch.autograd.grad(apply_rope(q, rope, backend=fused.name).sum(), q)
+    assert grad.isfinite().all()
 
 
 def test_checkpoint(fused):

@@ -45,7 +45,32 @@ def load(backend: str) -> Kernels:
 
 def compiled(namespace: str) -> Kernels:
     ops = getattr(torch.ops, namespace)
-    return Kernels(ops.attention_forward, ops.attention_backward, ops.attention_rotate)
+    return Kernels(
+        ops.attention_forward.default,
+        ops.attention_backward.default,
+        ops.attention_rotate.default,
+    )
+
+
+def are_plain(*tensors: Tensor) -> bool:
+    """Whether they are tensors, and no subclass with a say of its own in what is called."""
+    return all(map(_PLAIN.__contains__, map(type, tensors)))
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def direct(*tensors: Tensor) -> bool:
+    """Whether a backend may be called without the op around it, whose way through torch.library and
+    back into Python costs 30 us a forward and backward.
+
+    Not where somebody looks at the ops: a compiler, a tracer, a dispatch mode, a tensor subclass.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    ) and are_plain(*tensors)
 
 
 def unfit(dtype: torch.dtype, tokens: int) -> dict[str, str]:
@@ -60,4 +85,6 @@ def unfit(dtype: torch.dtype, tokens: int) -> dict[str, str]:
 def empty_like_heads(x: Tensor, tokens: int | None = None) -> Tensor:
     """Uninitialised [B, H, T, d] that lies as [B, T, H, d]; the one place that says how."""
     batch, heads, own, dim = x.shape
-    return x.new_empty((batch, own if tokens is None else tokens, heads, dim)).transpose(1, 2)
+    tokens = own if tokens is None else tokens
+    strides = (tokens * heads * dim, dim, heads * dim, 1)
+    return x.new_empty_strided((batch, heads, tokens, dim), strides)

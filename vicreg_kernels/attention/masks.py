@@ -16,6 +16,8 @@ from torch import Tensor
 from vicreg_kernels import dispatch
 
 Integers: TypeAlias = Tensor | Sequence[int]
+# Offsets up to which Python's integers are faster than six calls of torch, 20 us.
+FEW = 129
 
 
 class Rule:
@@ -167,10 +169,13 @@ def _offsets(name: str, values: Integers, longest: int | None) -> tuple[Tensor, 
         if longest is None:
             raise ValueError(f"{name}: inside torch.compile max_length must be given")
         return offsets, longest, None
-    steps = offsets.diff()
-    first, last, least, most = torch.stack(
-        (offsets[0], offsets[-1], steps.min(), steps.max())
-    ).tolist()
+    if offsets.device.type == "cpu" and offsets.shape[0] <= FEW:
+        values = offsets.tolist()
+        steps = list(map(int.__sub__, values[1:], values))
+        first, last, least, most = values[0], values[-1], min(steps), max(steps)
+    else:
+        ends = (offsets[0], offsets[-1], *offsets.diff().aminmax())
+        first, last, least, most = torch.stack(ends).tolist()
     if first != 0:
         raise ValueError(f"{name}: got offsets from {first}, takes offsets from 0")
     if least < 0:
@@ -260,18 +265,26 @@ class MaskArguments(NamedTuple):
     window: int
 
 
+def rows_and_tokens(x: Tensor) -> tuple[int, int]:
+    """(B, T) of [B, H, T, d]; (1, total) of packed [total, H, d]."""
+    shape = x.shape
+    return (1, shape[0]) if len(shape) == 3 else (shape[0], shape[2])
+
+
 def resolve(mask: Rule | Tensor | None, q: Tensor, k: Tensor) -> MaskArguments:
-    """The arguments of a mask for q: [B, H, Tq, d] and k: [B, H, Tk, d] (packed: B = 1).
+    """The arguments of a mask for q: [B, H, Tq, d] and k: [B, H, Tk, d], or packed [total, H, d].
 
     Raises ValueError or TypeError where the mask does not fit them.
     """
+    (samples, tokens), keys = rows_and_tokens(q), rows_and_tokens(k)[1]
+    if mask is None:
+        return MaskArguments(None, None, None, None, None, tokens, keys, 0, 0)
     if isinstance(mask, Tensor):
         mask = KeyPadding(mask)
-    if mask is not None and not isinstance(mask, Rule):
+    if not isinstance(mask, Rule):
         raise TypeError(f"mask: got {type(mask).__name__}, takes a rule, bool [B, Tk] or None")
-    rules = {rule.kind: rule for rule in _parts(mask)} if mask is not None else {}
+    rules = {rule.kind: rule for rule in _parts(mask)}
     device = q.device
-    samples, tokens, keys = q.shape[0], q.shape[2], k.shape[2]
     q_offsets = k_offsets = lengths = keep = bounds = None
     max_q, max_k = tokens, keys
     ragged = rules.get("Ragged")
@@ -293,8 +306,8 @@ def resolve(mask: Rule | Tensor | None, q: Tensor, k: Tensor) -> MaskArguments:
         keep = padding.tensors.on("keep", device)
         if lengths is not None:
             _check_samples("lengths", lengths.shape[0], samples)
-            if readable(lengths) and (lengths > keys).any():
-                raise ValueError(f"lengths: got {int(lengths.max())}, takes at most {keys} (Tk)")
+            if readable(lengths) and (most := max(lengths.tolist(), default=0)) > keys:
+                raise ValueError(f"lengths: got {most}, takes at most {keys} (Tk)")
         if keep is not None and keep.shape != (samples, keys):
             raise ValueError(f"mask: got shape {tuple(keep.shape)}, takes [B, Tk], {samples, keys}")
     frames = rules.get("FrameCausal")
@@ -309,8 +322,7 @@ def resolve(mask: Rule | Tensor | None, q: Tensor, k: Tensor) -> MaskArguments:
             _check_samples("context", bounds.shape[0], samples)
         if tokens != keys or (isinstance(ragged, Ragged) and not ragged.same):
             raise ValueError(f"mask: got Blocks with {tokens} queries and {keys} keys, takes equal")
-        if readable(bounds) and (bounds[:, -1] > max_q).any():
-            end = int(bounds[:, -1].max())
+        if readable(bounds) and (end := max(bounds[:, -1].tolist(), default=0)) > max_q:
             raise ValueError(f"sizes: got blocks up to token {end}, takes at most {max_q}")
     return MaskArguments(
         q_offsets, k_offsets, lengths, keep, bounds, max_q, max_k, tokens_per_frame, window

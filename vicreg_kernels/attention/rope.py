@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vicreg_kernels import dispatch
-from vicreg_kernels.attention.masks import readable
+from vicreg_kernels.attention.masks import readable, rows_and_tokens
 
 LAYOUTS = ("vjepa2", "axial")
 # A few kilobytes each; a rope is made anew for every batch's index.
@@ -100,7 +100,7 @@ class Rope3d:
         index = index.detach()
         look = readable(index) or (dispatch.DEBUG and not torch.compiler.is_compiling())
         if look and index.numel():
-            least, most = int(index.min()), int(index.max())
+            least, most = map(int, index.aminmax())
             if least < 0 or most >= self.places:
                 raise ValueError(
                     f"{name}: got places {least} to {most}, takes 0 to {self.places - 1} in a grid "
@@ -122,18 +122,24 @@ class Rope3d:
 
     def table(self, head_dim: int, device: torch.device) -> Tensor:
         """float32 [frames + height + width, part, 2], kept for the next rope like this one."""
+        kept = not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0)
         key = (self.grid, self.axes, self.layout, self.theta, head_dim, device)
-        if not torch.compiler.is_compiling() and key in _TABLES:
+        if kept and key in _TABLES:
             return _TABLES[key]
+        if kept and torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):  # a later training step saves it
+                return self.table(head_dim, device)
         rows = torch.cat([torch.arange(n, dtype=torch.float64, device=device) for n in self.grid])
         angles = self.angles(rows, head_dim)
         table = torch.stack((angles.cos(), angles.sin()), dim=-1).float()
-        if not torch.compiler.is_compiling():
+        if kept:
             _TABLES[key] = table
         return table
 
     def resolve(self, q: Tensor, k: Tensor, longest: tuple[int, int]) -> RopeArguments:
-        """For q, k: [B, H, T, d]; longest: the longest sample of each, where index is None."""
+        """For q, k: [B, H, T, d], or packed [total, H, d]; longest: the longest sample of each,
+        which must fit the grid where index is None.
+        """
         found: list[Tensor | None] = []
         sides = (("index", self.index, q), ("key_index", self.key_index, k))
         for (name, index, x), most in zip(sides, longest, strict=True):
@@ -148,10 +154,11 @@ class Rope3d:
                 found.append(None)
                 continue
             index = index.unsqueeze(0) if index.dim() == 1 else index
-            if index.shape[1] != x.shape[2] or index.shape[0] not in (1, x.shape[0]):
+            rows, tokens = rows_and_tokens(x)
+            if index.shape[1] != tokens or index.shape[0] not in (1, rows):
                 raise ValueError(
                     f"{name}: got shape {tuple(index.shape)}, takes [T] or [B, T] with "
-                    f"B = {x.shape[0]}, T = {x.shape[2]}"
+                    f"B = {rows}, T = {tokens}"
                 )
             found.append(index.to(q.device))
         table = self.table(q.shape[-1], q.device)
