@@ -5,7 +5,7 @@
 //   dV = P^T grad      dS = P * (grad V^T - delta)      dK = scale dS^T Q      dQ = scale dS K
 //
 // five products and no atomics: a warp keeps dK and dV of its keys in registers while `chunk`
-// queries at a time pass through shared memory. It works on the transposed scores, so that P^T and
+// queries at a time, all of a short sample's, pass through shared memory. It works on the transposed scores, so that P^T and
 // dS^T are the A operands of its next products as they lie in registers. dS^T also goes to shared
 // memory, [keys, chunk], from where all warps form dQ of the chunk, each sum in the order of keys.
 // A block has at most 8 warps, 128 keys; of longer samples it takes 128 keys after the other, and
@@ -40,14 +40,15 @@ struct Query {
 // follows its tile of keys, a tile of grad its tile of queries, so that a lane addresses both with
 // one register.
 struct BackwardShared {
-  size_t keys, queries, scores, notes, live, total;
+  size_t keys, queries, scores, notes, live, total;  // `out`, for delta alone, lies in scores
 
   __host__ __device__ BackwardShared(int padded_dim, int warps, int chunk) {
     const size_t row = 2 * (padded_dim + 8), count = static_cast<size_t>(warps) * kTile;
     keys = sizeof(Sample);
     queries = keys + 2 * count * row;
     scores = queries + 2 * chunk * row;
-    notes = scores + count * 2 * (chunk + 8);
+    const size_t slopes = count * 2 * (chunk + 8), outs = chunk * row;
+    notes = scores + (slopes > outs ? slopes : outs);
     live = notes + chunk * sizeof(Query);
     total = live + static_cast<size_t>(warps) * (chunk / kTile);
   }
@@ -85,12 +86,26 @@ __device__ __forceinline__ float row_products(const T* x, const T* y) {
   return result;
 }
 
-// Queries [begin, begin + count) of the sample into shared memory, a tile a warp. A query that sees
-// no key is read as zeros, as is what lies past the last query.
+// Zeros in the rows of a tile whose bit is not set in `kept`, where the lane itself brought them.
+template <typename T, int D>
+__device__ __forceinline__ void clear_rows(T* tile, unsigned kept) {
+  using Shape = Tile<D>;
+  if (Shape::vector() >= Shape::kVectors) return;
+#pragma unroll 1
+  for (int step = 0; step < Shape::kSteps; ++step) {
+    const int row = Shape::row(step);
+    if ((kept >> row & 1u) != 0u) continue;
+    *reinterpret_cast<uint4*>(tile + row * Shape::kStride + Shape::vector() * 8) = {0u, 0u, 0u, 0u};
+  }
+}
+
+// Queries [begin, begin + count) of the sample into shared memory, a tile a warp; `outs`: a tile of
+// `out` a tile of queries. All copies are on their way together, the caller's too, before anything
+// waits. A query that sees no key is zeros then, as is what lies past the last query.
 template <typename T, int D>
 __device__ __forceinline__ void stage_queries(const BackwardArguments<T>& a, const Sample& sample,
                                               int64_t head, int begin, int count, T* queries,
-                                              Query* notes) {
+                                              T* outs, Query* notes) {
   using Shape = Tile<D>;
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
   const int warp = static_cast<int>(threadIdx.x) / kLanes;
@@ -99,21 +114,25 @@ __device__ __forceinline__ void stage_queries(const BackwardArguments<T>& a, con
   for (int tile = warp; tile * kTile < count; tile += warps) {
     const int first = begin + tile * kTile, own = first + lane % kTile;
     const int64_t token = sample.q_begin + first;
-    float lse = negative_infinity();
-    if (own < sample.queries) {
-      lse = a.lse[(sample.batch * a.heads + head) * a.tokens + sample.q_begin + own];
-    }
-    const bool valid = lse != negative_infinity();
-    const unsigned bits = __ballot_sync(common::kAllLanes, valid) & 0xffffu;
+    const bool there = own < sample.queries;
+    const unsigned range = __ballot_sync(common::kAllLanes, there) & 0xffffu;
     T* const q = queries + tile * 2 * Shape::kElements;
     T* const grad = q + Shape::kElements;
-    fetch_tile<T, D>(a.grad, sample.batch, head, token, bits, a.dim, grad);
-    fetch_tile<T, D>(a.out, sample.batch, head, token, bits, a.dim, q);  // for delta alone
+    T* const out = outs + tile * Shape::kElements;
+    fetch_tile<T, D>(a.grad, sample.batch, head, token, range, a.dim, grad);
+    fetch_tile<T, D>(a.out, sample.batch, head, token, range, a.dim, out);
+    fetch_tile<T, D>(a.q, sample.batch, head, token, range, a.dim, q);
+    float lse = negative_infinity();
+    if (there) lse = a.lse[(sample.batch * a.heads + head) * a.tokens + sample.q_begin + own];
+    const bool valid = lse != negative_infinity();
+    const unsigned bits = __ballot_sync(common::kAllLanes, valid) & 0xffffu;
     const Rows rows = valid ? a.rope.rows(sample.q_index, own) : Rows{{0, 0, 0}};
     common::wait_for_copies();
-    const float delta = row_products<T, D>(grad, q);
-    fetch_tile<T, D>(a.q, sample.batch, head, token, bits, a.dim, q);
-    common::wait_for_copies();
+    if (bits != range) {
+      clear_rows<T, D>(q, bits);
+      clear_rows<T, D>(grad, bits);
+    }
+    const float delta = row_products<T, D>(grad, out);
     rotate_tile<T, D>(q, a.rope, rows);
     if (lane < kTile) {
       const Intervals none = {{0, 0}, {0, 0}};
@@ -271,6 +290,10 @@ __device__ __forceinline__ void write_key_gradient(float (&sums)[D / 8][4], T* t
   copy_out<T, D>(tile, to, stride, here, dim);
 }
 
+// Warps that a multiprocessor's registers hold, as the bounds below and nvcc leave it.
+template <int D>
+constexpr int kResidentWarps = D <= 64 ? 16 : D == 80 ? 12 : 8;
+
 template <typename T, int D>
 __global__ void __launch_bounds__(D == 80 ? kThreads168 : kMostWarps * kLanes, D <= 64 ? 2 : 1)
     attention_backward(const BackwardArguments<T> a) {
@@ -305,8 +328,6 @@ __global__ void __launch_bounds__(D == 80 ? kThreads168 : kMostWarps * kLanes, D
       __syncwarp();  // the tiles may still be copied out
       fetch_tile<T, D>(a.k, sample.batch, head, token, bits, a.dim, own_keys);
       fetch_tile<T, D>(a.v, sample.batch, head, token, bits, a.dim, own_values);
-      common::wait_for_copies();
-      rotate_tile<T, D>(own_keys, a.rope, key_rows(a.rope, sample, key + lane % kTile));
     }
     KeyGradients<D> sums;
 #pragma unroll
@@ -319,7 +340,11 @@ __global__ void __launch_bounds__(D == 80 ? kThreads168 : kMostWarps * kLanes, D
     for (int from = 0; from < sample.queries; from += a.chunk) {
       const int here = min(a.chunk, sample.queries - from);
       const int tiles = (here + kTile - 1) / kTile;
-      stage_queries<T, D>(a, sample, head, from, here, queries, notes);
+      stage_queries<T, D>(a, sample, head, from, here, queries, scores, notes);
+      if (from == 0) {
+        common::wait_for_copies();  // a warp without queries has not waited yet
+        rotate_tile<T, D>(own_keys, a.rope, key_rows(a.rope, sample, key + lane % kTile));
+      }
       __syncthreads();
 #pragma unroll 1
       for (int tile = 0; tile < tiles; ++tile) {
@@ -349,6 +374,7 @@ __global__ void __launch_bounds__(D == 80 ? kThreads168 : kMostWarps * kLanes, D
       __syncwarp();
     }
 
+    common::wait_for_copies();  // of a sample without queries
     const int here = sample.keys - key;
     const int64_t at = (sample.batch * a.key_tokens + sample.k_begin + key) * row + head * a.dim;
     if (a.dv != nullptr) write_key_gradient<T, D>(sums.v, own_values, a.dv + at, row, here, a.dim);

@@ -193,6 +193,17 @@ void forward_kernel(const Rule& rule, const Rotary& rotary, const Tensor& q, con
   queue.launch(&attention_forward<T, D>, blocks, warps * kLanes, shared, arguments);
 }
 
+// Tiles of queries that the backward holds: all of them, unless fewer blocks would then fit a
+// multiprocessor's shared memory than fit its registers; then in equal parts, down to 4 tiles.
+int queries_at_once(int padded_dim, int warps, int resident_warps, int tiles, const Queue& queue) {
+  constexpr size_t kReserved = 1024;  // of each block, by the driver
+  const size_t blocks = std::max(resident_warps / warps, 1);
+  const size_t each = (queue.shared_limit() + kReserved) / blocks - kReserved;
+  int most = tiles;
+  while (most > 4 && BackwardShared(padded_dim, warps, most * kTile).total > each) --most;
+  return static_cast<int>(ceil_div(tiles, ceil_div(tiles, most)));
+}
+
 template <typename T, int D>
 void backward_kernel(const Rule& rule, const Rotary& rotary, const Tensor& grad, const Tensor& q,
                      const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
@@ -200,7 +211,8 @@ void backward_kernel(const Rule& rule, const Rotary& rotary, const Tensor& grad,
   const unsigned blocks = blocks_of(rule, q);
   if (blocks == 0) return;
   const Queue queue(q);
-  int warps = warps_for(to_tiles(rule.max_k)), chunk = std::min(to_tiles(rule.max_q), 4) * kTile;
+  int warps = warps_for(to_tiles(rule.max_k));
+  int chunk = queries_at_once(D, warps, kResidentWarps<D>, to_tiles(rule.max_q), queue) * kTile;
   // Fewer queries at once before fewer keys, which bring every query in once more.
   while (chunk > kTile && BackwardShared(D, warps, chunk).total > queue.shared_limit()) {
     chunk -= kTile;
