@@ -49,7 +49,9 @@ class Recorder:
 
 
 def specialise(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, dict]:
-    """What Triton's launcher would compile: 1 is a constant, a multiple of 16 is marked."""
+    """What Triton's launcher would compile: 1 is a constant, a multiple of 16 is marked, but not
+    of what the kernel does not specialise on.
+    """
     import torch
     from triton.compiler import ASTSource
 
@@ -63,8 +65,8 @@ def specialise(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> 
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         value = values[name]
-        aligned = True
-        if name in keywords or (isinstance(value, int) and value == 1):
+        aligned = special = not kernel.params[i].do_not_specialize
+        if name in keywords or (special and isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
@@ -73,7 +75,7 @@ def specialise(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> 
             signature[name], aligned = "fp32", False
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0
+            aligned = special and value % 16 == 0
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes), options

@@ -65,12 +65,17 @@ def direct(*tensors: Tensor) -> bool:
     back into Python costs 30 us a forward and backward.
 
     Not where somebody looks at the ops: a compiler, a tracer, a dispatch mode, a tensor subclass.
+    Nor for views with the sign still to be changed, which the dispatcher writes out.
     """
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    ) and are_plain(*tensors)
+    return (
+        not (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._get_tracing_state() is not None
+        )
+        and are_plain(*tensors)
+        and not any(map(Tensor.is_neg, tensors))
+    )
 
 
 def unfit(dtype: torch.dtype, tokens: int) -> dict[str, str]:

@@ -140,7 +140,7 @@ def _attention_gradient(
     arguments: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:
     *rest, scale, backend = arguments
-    direct = backends.direct(q, k, v)
+    direct = backends.direct(grad, q, k, v)
     if packed:
         grad, q, k, v, out = (_as_heads(x) for x in (grad, q, k, v, out))
     if direct:

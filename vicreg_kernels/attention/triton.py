@@ -29,7 +29,7 @@ from vicreg_kernels.attention.triton_backward import (
 )
 from vicreg_kernels.attention.triton_forward import forward_kernel
 from vicreg_kernels.attention.triton_rope import rotate_kernel
-from vicreg_kernels.attention.triton_tiles import parts
+from vicreg_kernels.attention.triton_tiles import aligned, parts
 from vicreg_kernels.vicreg.triton import operand_format
 
 LOG2_E = 1.4426950408889634
@@ -158,7 +158,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, T
         forward_kernel[(tiles * p.heads * p.batch,)](
             q, k, v, out, lse, *p.tensors(), *p.sizes(tiles),
             *q.stride(), *k.stride(), *v.stride(), abs(scale) * LOG2_E,
-            **p.flags(), TURN_KEYS=turn_keys, NEGATE=math.copysign(1.0, scale) < 0,
+            **p.flags(), ALIGNED=aligned(q, k, v), TURN_KEYS=turn_keys,
+            NEGATE=math.copysign(1.0, scale) < 0,
             QUERIES=queries, KEYS=keys, num_warps=warps,
             num_stages=1 if turn_keys else stages,  # else the table's rows are pipelined too
         )  # fmt: skip
@@ -182,13 +183,14 @@ def backward(
     delta, peak = (torch.empty_like(lse) for _ in range(2))
     turned_q, turned_k = (p.turned(q, "q"), p.turned(k, "k")) if p.axes else (q, k)
     strides = (*grad.stride(), *turned_q.stride(), *turned_k.stride(), *v.stride())
+    whole = aligned(grad, turned_q, turned_k, v)
     operands = (grad, turned_q, turned_k, v, peak, delta)
     rows = p.batch * p.tokens * p.heads
     with _on_device(q):
         delta_kernel[(triton.cdiv(rows, DELTA_ROWS),)](
             grad, out, lse, delta, peak, p.heads, p.tokens, rows, *grad.stride(),
-            HEAD=p.head_dim, WIDTH=triton.next_power_of_2(p.head_dim), ROWS=DELTA_ROWS,
-            num_warps=4,
+            ALIGNED=aligned(grad), HEAD=p.head_dim, WIDTH=triton.next_power_of_2(p.head_dim),
+            ROWS=DELTA_ROWS, num_warps=4,
         )  # fmt: skip
         # float32's split operands fill the registers: dv and dk one after the other
         single = p.format in ("fp32", "tf32")
@@ -199,7 +201,7 @@ def backward(
             tiles = p.tiles("k", keys)
             key_gradient_kernel[(tiles * p.heads * p.batch,)](
                 *operands, dk, dv, *p.tensors(), *p.sizes(tiles), *strides, scale * LOG2_E,
-                **p.flags(), NEED_K=k_now, NEED_V=v_now,
+                **p.flags(), ALIGNED=whole, NEED_K=k_now, NEED_V=v_now,
                 QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages,
             )  # fmt: skip
         if need_q:
@@ -207,7 +209,8 @@ def backward(
             tiles = p.tiles("q", queries)
             query_gradient_kernel[(tiles * p.heads * p.batch,)](
                 *operands, dq, *p.tensors(), *p.sizes(tiles), *strides, scale * LOG2_E,
-                **p.flags(), QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages,
+                **p.flags(), ALIGNED=whole, QUERIES=queries, KEYS=keys,
+                num_warps=warps, num_stages=stages,
             )  # fmt: skip
     return dq, dk, dv
 
@@ -235,7 +238,7 @@ def rotate(
         rotate_kernel[(triton.cdiv(heads, each) * tiles * batch,)](
             x, out, table, x if index is None else index, offsets if ragged else x,
             samples, heads, tokens, tiles, index_stride(index), *rope_grid(grid), *x.stride(),
-            RAGGED=ragged, INDEX=index is not None, ADJOINT=adjoint,
+            ALIGNED=aligned(x), RAGGED=ragged, INDEX=index is not None, ADJOINT=adjoint,
             AXES=grid[3], PART=table.shape[1], FORMAT=operands,
             HEAD=head_dim, D1=first, D2=second, TOKENS=rows, HEADS=each, num_warps=warps,
         )  # fmt: skip

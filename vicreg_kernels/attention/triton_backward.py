@@ -31,23 +31,26 @@ from vicreg_kernels.attention.triton_rules import (
     tiles_of,
 )
 from vicreg_kernels.attention.triton_tiles import (
+    VARYING,
     load_part,
     load_rows,
     product,
     rounded,
     store_part,
+    strides,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def delta_kernel(
     grad, out, lse, delta, peak,
     heads, tokens, rows, sg_b, sg_h, sg_t, sg_d,
-    HEAD: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    ALIGNED: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """delta and peak, float32 [B, H, T]: peak is lse in log2, +inf where nothing is seen, so that
     exp2(s - peak) = 0. Reads grad and out once, in out's order [B, T, H].
     """
+    sg_b, sg_h, sg_t, sg_d = strides(sg_b, sg_h, sg_t, sg_d, ALIGNED)
     at = tl.cast(tl.program_id(0), tl.int64) * ROWS + tl.arange(0, ROWS)
     live = at < rows
     h = at % heads
@@ -113,7 +116,7 @@ def from_queries(
     return dk1, dk2, dv1, dv2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def key_gradient_kernel(
     grad, q, k, v, peak, delta, dk, dv,
     q_offsets, k_offsets, lengths, keep, bounds, table, q_index, k_index,
@@ -125,13 +128,17 @@ def key_gradient_kernel(
     RAGGED: tl.constexpr, LENGTHS: tl.constexpr, KEEP: tl.constexpr,
     FRAMES: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
     Q_INDEX: tl.constexpr, K_INDEX: tl.constexpr, AXES: tl.constexpr, PART: tl.constexpr,
-    NEED_K: tl.constexpr, NEED_V: tl.constexpr,
+    ALIGNED: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
     HEAD: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     FORMAT: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dk, dv of KEYS keys, [B, T, H, d] in memory; hidden keys get zeros."""
     scale = tl.cast(scale, tl.float32)
+    sg_b, sg_h, sg_t, sg_d = strides(sg_b, sg_h, sg_t, sg_d, ALIGNED)
+    sq_b, sq_h, sq_t, sq_d = strides(sq_b, sq_h, sq_t, sq_d, ALIGNED)
+    sk_b, sk_h, sk_t, sk_d = strides(sk_b, sk_h, sk_t, sk_d, ALIGNED)
+    sv_b, sv_h, sv_t, sv_d = strides(sv_b, sv_h, sv_t, sv_d, ALIGNED)
     tile = tl.program_id(0) % tiles
     head = tl.program_id(0) // tiles % heads
     batch = tl.program_id(0) // tiles // heads
@@ -245,7 +252,7 @@ def from_keys(
     return dq1, dq2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def query_gradient_kernel(
     grad, q, k, v, peak, delta, dq,
     q_offsets, k_offsets, lengths, keep, bounds, table, q_index, k_index,
@@ -257,12 +264,17 @@ def query_gradient_kernel(
     RAGGED: tl.constexpr, LENGTHS: tl.constexpr, KEEP: tl.constexpr,
     FRAMES: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
     Q_INDEX: tl.constexpr, K_INDEX: tl.constexpr, AXES: tl.constexpr, PART: tl.constexpr,
+    ALIGNED: tl.constexpr,
     HEAD: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     FORMAT: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dq of QUERIES queries, [B, T, H, d] in memory."""
     scale = tl.cast(scale, tl.float32)
+    sg_b, sg_h, sg_t, sg_d = strides(sg_b, sg_h, sg_t, sg_d, ALIGNED)
+    sq_b, sq_h, sq_t, sq_d = strides(sq_b, sq_h, sq_t, sq_d, ALIGNED)
+    sk_b, sk_h, sk_t, sk_d = strides(sk_b, sk_h, sk_t, sk_d, ALIGNED)
+    sv_b, sv_h, sv_t, sv_d = strides(sv_b, sv_h, sv_t, sv_d, ALIGNED)
     RULED: tl.constexpr = FRAMES or BLOCKS
     tile = tl.program_id(0) % tiles
     if FRAMES:

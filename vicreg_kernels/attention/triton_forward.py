@@ -27,7 +27,14 @@ from vicreg_kernels.attention.triton_rules import (
     key_tiles,
     tile_start,
 )
-from vicreg_kernels.attention.triton_tiles import load_rows, product, rounded, store_part
+from vicreg_kernels.attention.triton_tiles import (
+    VARYING,
+    load_rows,
+    product,
+    rounded,
+    store_part,
+    strides,
+)
 
 
 @triton.jit
@@ -86,7 +93,7 @@ def attend(
     return acc1, acc2, new, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
     q, k, v, out, lse, q_offsets, k_offsets, lengths, keep, bounds, table, q_index, k_index,
     samples, heads, tokens, all_keys, tiles, bounds_stride, blocks, frame, window,
@@ -96,7 +103,7 @@ def forward_kernel(
     RAGGED: tl.constexpr, LENGTHS: tl.constexpr, KEEP: tl.constexpr,
     FRAMES: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
     Q_INDEX: tl.constexpr, K_INDEX: tl.constexpr, AXES: tl.constexpr, PART: tl.constexpr,
-    TURN_KEYS: tl.constexpr, NEGATE: tl.constexpr,
+    ALIGNED: tl.constexpr, TURN_KEYS: tl.constexpr, NEGATE: tl.constexpr,
     HEAD: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     FORMAT: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -105,6 +112,9 @@ def forward_kernel(
     scale is negative, so queries are negated. TURN_KEYS: keys come unturned.
     """
     scale = tl.cast(scale, tl.float32)
+    sq_b, sq_h, sq_t, sq_d = strides(sq_b, sq_h, sq_t, sq_d, ALIGNED)
+    sk_b, sk_h, sk_t, sk_d = strides(sk_b, sk_h, sk_t, sk_d, ALIGNED)
+    sv_b, sv_h, sv_t, sv_d = strides(sv_b, sv_h, sv_t, sv_d, ALIGNED)
     RULED: tl.constexpr = FRAMES or BLOCKS
     tile = tl.program_id(0) % tiles
     if FRAMES:  # late tiles see most: the longest first

@@ -12,7 +12,14 @@ import triton
 import triton.language as tl
 
 from vicreg_kernels.attention.triton_rules import extent, find_sample
-from vicreg_kernels.attention.triton_tiles import load_part, load_rows, rounded, store_part
+from vicreg_kernels.attention.triton_tiles import (
+    VARYING,
+    load_part,
+    load_rows,
+    rounded,
+    store_part,
+    strides,
+)
 
 
 @triton.jit
@@ -130,12 +137,12 @@ def store_gradient(
         store_part(base, along, live, x2, D1, HEAD, FORMAT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def rotate_kernel(
     x, out, table, index, offsets,
     samples, heads, tokens, tiles, index_stride, frames, height, width, last,
     sx_b, sx_h, sx_t, sx_d,
-    RAGGED: tl.constexpr, INDEX: tl.constexpr, ADJOINT: tl.constexpr,
+    ALIGNED: tl.constexpr, RAGGED: tl.constexpr, INDEX: tl.constexpr, ADJOINT: tl.constexpr,
     AXES: tl.constexpr, PART: tl.constexpr, FORMAT: tl.constexpr,
     HEAD: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr,
@@ -145,6 +152,7 @@ def rotate_kernel(
     Reads and writes each element once; a token's angles are looked up once for HEADS heads.
     RAGGED: places are counted in each sample, so tiles must not run over its end.
     """
+    sx_b, sx_h, sx_t, sx_d = strides(sx_b, sx_h, sx_t, sx_d, ALIGNED)
     groups = tl.cdiv(heads, HEADS)
     group = tl.program_id(0) % groups
     tile = tl.program_id(0) // groups % tiles

@@ -15,8 +15,40 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from vicreg_kernels.vicreg.triton_operands import narrow, round_to
+
+# Arguments of the kernels that differ from call to call and whose value no instruction depends on.
+# Specialised (equal to 1, a multiple of 16), they doubled the compilations one by one. What wide
+# loads do need to know of strides comes as one flag, ALIGNED.
+VARYING = (
+    "samples", "heads", "tokens", "all_keys", "rows", "tiles", "bounds_stride", "blocks", "frame",
+    "window", "q_index_stride", "k_index_stride", "index_stride", "frames", "height", "width",
+    "last", "q_offsets", "k_offsets", "offsets", "lengths", "keep", "bounds", "q_index", "k_index",
+    "index", *(f"s{x}_{axis}" for x in "qkvgx" for axis in "bhtd"),
+)  # fmt: skip
+
+
+def aligned(*heads: Tensor) -> bool:
+    """Whether the elements of every head lie side by side, at multiples of 8 from one another.
+
+    A dimension of one element may have any stride.
+    """
+    return all(
+        x.stride(3) == 1
+        and all(n == 1 or s % 8 == 0 for n, s in zip(x.shape[:3], x.stride()[:3], strict=True))
+        for x in heads
+    )
+
+
+@triton.jit
+def strides(b, h, t, d, ALIGNED: tl.constexpr):
+    """The strides of [B, H, T, d], in a form that shows what `aligned` says of them."""
+    if ALIGNED:
+        return b // 8 * 8, h // 8 * 8, t // 8 * 8, 1
+    else:
+        return b, h, t, d
 
 
 def parts(head_dim: int, operands: str = "bf16") -> tuple[int, int]:
