@@ -96,7 +96,8 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         launchers._device = lambda index: ("a GPU that is not in the table", case.arch // 10)
         q, k, v, *rest = arguments(case)
         out, lse = launchers.forward(q, k, v, *rest, 0.125)
-        launchers.backward(out, q, k, v, out, lse, *rest, True, True, True, 0.125)
+        need_q = case.kernel != "delta_kernel"
+        launchers.backward(out, q, k, v, out, lse, *rest, need_q, True, True, 0.125)
     finally:
         for name, value in kept.items():
             setattr(launchers, name, value)

@@ -1,6 +1,6 @@
 """Launchers of the attention op's Triton kernels.
 
-Launches: forward 1, backward 3; with rotary position forward one more on samples of more than two
+Launches: forward 1, backward 2; with rotary position forward one more on samples of more than two
 tiles (keys turned to scratch), backward two more (queries and keys). Nothing waits for the device,
 and allocation depends on shapes alone, so both can be captured in a CUDA graph: a ragged grid is as
 large as it can need to be (triton_rules.find_sample), not as the lengths say.
@@ -187,11 +187,20 @@ def backward(
     operands = (grad, turned_q, turned_k, v, peak, delta)
     rows = p.batch * p.tokens * p.heads
     with _on_device(q):
-        delta_kernel[(triton.cdiv(rows, DELTA_ROWS),)](
-            grad, out, lse, delta, peak, p.heads, p.tokens, rows, *grad.stride(),
-            ALIGNED=aligned(grad), HEAD=p.head_dim, WIDTH=triton.next_power_of_2(p.head_dim),
-            ROWS=DELTA_ROWS, num_warps=4,
-        )  # fmt: skip
+        if need_q:
+            queries, keys, warps, stages = p.config.query_gradient
+            tiles = p.tiles("q", queries)
+            query_gradient_kernel[(tiles * p.heads * p.batch,)](
+                *operands, out, lse, dq, *p.tensors(), *p.sizes(tiles), *strides, scale * LOG2_E,
+                **p.flags(), ALIGNED=whole, QUERIES=queries, KEYS=keys,
+                num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+        else:
+            delta_kernel[(triton.cdiv(rows, DELTA_ROWS),)](
+                grad, out, lse, delta, peak, p.heads, p.tokens, rows, *grad.stride(),
+                ALIGNED=aligned(grad), HEAD=p.head_dim, WIDTH=triton.next_power_of_2(p.head_dim),
+                ROWS=DELTA_ROWS, num_warps=4,
+            )  # fmt: skip
         # float32's split operands fill the registers: dv and dk one after the other
         single = p.format in ("fp32", "tf32")
         for k_now, v_now in ((False, need_v), (need_k, False)) if single else ((need_k, need_v),):
@@ -203,14 +212,6 @@ def backward(
                 *operands, dk, dv, *p.tensors(), *p.sizes(tiles), *strides, scale * LOG2_E,
                 **p.flags(), ALIGNED=whole, NEED_K=k_now, NEED_V=v_now,
                 QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages,
-            )  # fmt: skip
-        if need_q:
-            queries, keys, warps, stages = p.config.query_gradient
-            tiles = p.tiles("q", queries)
-            query_gradient_kernel[(tiles * p.heads * p.batch,)](
-                *operands, dq, *p.tensors(), *p.sizes(tiles), *strides, scale * LOG2_E,
-                **p.flags(), ALIGNED=whole, QUERIES=queries, KEYS=keys,
-                num_warps=warps, num_stages=stages,
             )  # fmt: skip
     return dq, dk, dv
 

@@ -4,13 +4,27 @@ With P = exp(s - lse), dS = P (dO V^T - delta), delta = rowsum(dO O):
 
     dV = P^T dO      dK = scale dS^T Q      dQ = scale dS K
 
-delta_kernel forms delta; key_gradient_kernel runs over the queries that see a tile of keys, four
-products a pair of tiles; query_gradient_kernel over the keys a tile of queries sees, three. The
-scores are computed twice: 7 products for 5, instead of adding dQ up by atomics or in a float32
-T x d a key tile. P is formed in log2 from the saved lse. GPU times: not measured yet.
+Two launches. query_gradient_kernel runs over the keys that a tile of queries sees, three products
+a pair of tiles, and leaves delta; key_gradient_kernel over the queries that see a tile of keys,
+four. (delta_kernel forms delta where no dQ is needed.) P is formed in log2 from the saved lse. GPU
+times: not measured yet.
+
+The scores and dO V^T are computed twice, 7 products for 5. What fusing dQ with dK and dV costs
+instead, per element of a T x d operand, without atomics (estimates for an H100: 400 TFLOP/s
+reached, 3 TB/s measured):
+
+    two products saved                       4 T operations, T / 100 ps
+    a float32 partial dQ a tile of 128 keys  8 T / 128 bytes written and read, T / 48 ps
+
+so partial sums lose twofold at every T; they break even at tiles of 256 keys, whose dK and dV do
+not fit the registers. One program a head that adds to its own dQ pays the same bytes to L2 (about
+40 bytes a nanosecond a multiprocessor: at 303 tokens, d 64, 19 us against 8 saved), and Triton
+cannot keep a dQ in shared memory that a loop indexes. Where that fits, up to 256 tokens in half
+types, the CUDA backend does it, and it is the default there. Two loops in one launch save no
+product.
 
 Rotary position: queries and keys come turned, since each is loaded in some loop; that moves 4 T d
-elements more, beside 13 without it. dQ and dK are turned back in float32 before they are stored.
+elements more, beside 12 without it. dQ and dK are turned back in float32 before they are stored.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -41,14 +55,20 @@ from vicreg_kernels.attention.triton_tiles import (
 )
 
 
+@triton.jit
+def in_log2(lse):
+    """+inf for a query that sees nothing, so that exp2(s - peak) = 0."""
+    return tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def delta_kernel(
     grad, out, lse, delta, peak,
     heads, tokens, rows, sg_b, sg_h, sg_t, sg_d,
     ALIGNED: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """delta and peak, float32 [B, H, T]: peak is lse in log2, +inf where nothing is seen, so that
-    exp2(s - peak) = 0. Reads grad and out once, in out's order [B, T, H].
+    """delta and peak (in_log2), float32 [B, H, T], where no dq is needed. Reads grad and out once,
+    in out's order [B, T, H].
     """
     sg_b, sg_h, sg_t, sg_d = strides(sg_b, sg_h, sg_t, sg_d, ALIGNED)
     at = tl.cast(tl.program_id(0), tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -61,9 +81,7 @@ def delta_kernel(
     g = load_part(grad, along, live, sg_d, 0, WIDTH, HEAD, True).to(tl.float32)
     to = (b * heads + h) * tokens + token
     tl.store(delta + to, tl.sum(o * g, axis=1), mask=live)
-    top = tl.load(lse + to, mask=live, other=0.0)
-    top = tl.where(top == float("-inf"), float("inf"), top * 1.4426950408889634)
-    tl.store(peak + to, top, mask=live)
+    tl.store(peak + to, in_log2(tl.load(lse + to, mask=live, other=0.0)), mask=live)
 
 
 @triton.jit
@@ -254,7 +272,7 @@ def from_keys(
 
 @triton.jit(do_not_specialize=VARYING)
 def query_gradient_kernel(
-    grad, q, k, v, peak, delta, dq,
+    grad, q, k, v, peak, delta, out, lse, dq,
     q_offsets, k_offsets, lengths, keep, bounds, table, q_index, k_index,
     samples, heads, tokens, all_keys, tiles, bounds_stride, blocks, frame, window,
     q_index_stride, k_index_stride, frames, height, width, last,
@@ -269,7 +287,7 @@ def query_gradient_kernel(
     FORMAT: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dq of QUERIES queries, [B, T, H, d] in memory."""
+    """dq of QUERIES queries, [B, T, H, d] in memory; delta and peak for key_gradient_kernel."""
     scale = tl.cast(scale, tl.float32)
     sg_b, sg_h, sg_t, sg_d = strides(sg_b, sg_h, sg_t, sg_d, ALIGNED)
     sq_b, sq_h, sq_t, sq_d = strides(sq_b, sq_h, sq_t, sq_d, ALIGNED)
@@ -310,8 +328,16 @@ def query_gradient_kernel(
     q1, q2 = load_rows(q, first, sq_t, sq_d, live, True, HEAD, D1, D2, QUERIES, FORMAT)
     g1, g2 = load_rows(grad, first, sg_t, sg_d, live, True, HEAD, D1, D2, QUERIES, FORMAT)
     at = (b * heads + h) * tokens + q_at + row
-    top = tl.load(peak + at, mask=live, other=float("inf"))
-    drop = tl.load(delta + at, mask=live, other=0.0)
+    along = (q_at + row) * heads * HEAD
+    shift = (b * tokens * heads + h) * HEAD
+    o1 = load_part(out + shift, along, live, 1, 0, D1, HEAD, True).to(tl.float32)
+    drop = tl.sum(o1 * g1.to(tl.float32), axis=1)
+    if D2:
+        o2 = load_part(out + shift, along, live, 1, D1, D2, HEAD, True).to(tl.float32)
+        drop += tl.sum(o2 * g2.to(tl.float32), axis=1)
+    top = in_log2(tl.load(lse + at, mask=live, other=float("-inf")))
+    tl.store(delta + at, drop, mask=live)
+    tl.store(peak + at, top, mask=live)
     begin, end, second, second_end = key_intervals(
         tl.minimum(row, queries - 1), keys, bounds, blocks, frame, window, FRAMES, WINDOW, BLOCKS
     )
@@ -357,7 +383,7 @@ def query_gradient_kernel(
     if D2:
         dq2 *= scale
     store_gradient(
-        dq + (b * tokens * heads + h) * HEAD, (q_at + row) * heads * HEAD, live, dq1, dq2,
+        dq + shift, along, live, dq1, dq2,
         row, table, q_index, q_begin, frames, height, width, last,
         Q_INDEX, AXES, PART, HEAD, D1, D2, FORMAT,
     )  # fmt: skip
