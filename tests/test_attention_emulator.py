@@ -55,7 +55,7 @@ def test_head_dims(dim, dtype):
 
 @pytest.mark.parametrize(
     ("tokens", "keys"),
-    [(1, 1), (1, 40), (40, 1), (15, 16), (16, 17), (33, 64), (65, 48), (70, 70)],
+    [(1, 1), (1, 40), (40, 1), (15, 16), (16, 17), (33, 64), (65, 48), (70, 70), (112, 97)],
 )
 def test_lengths(tokens, keys):
     check(tokens=tokens, keys=keys, dim=40)
@@ -218,6 +218,18 @@ def test_tiles_that_no_query_of_a_tile_sees_are_skipped():
     far[32:80] = False  # keys that no spoilt query sees
     for mine, clean in ((dk, wanted[2]), (dv, wanted[3])):
         assert torch.equal(mine[:, :, far], clean[:, :, far])
+
+
+@pytest.mark.parametrize("bad", [NAN, float("inf")])
+def test_queries_that_see_nothing_beside_others_that_do(bad):
+    """Queries 14 to 39 see no key, 0 to 13 do: tile 0 has both. 0 times what they hold is not 0."""
+    call = draw(tokens=40, keys=40, dim=32, batch=2, axes=3, dtype=torch.bfloat16)
+    call = cases.replace(call, mask=KeyPadding([10, 10]) & FrameCausal(7, window=1))
+    wanted = run(call)
+    poisoned = cases.replace(call, q=call.q.clone())
+    poisoned.q[:, :, 14:] = bad
+    for mine, clean in zip(run(poisoned), wanted, strict=True):
+        assert torch.equal(mine, clean)
 
 
 @pytest.mark.parametrize("bad", [NAN, float("inf")])

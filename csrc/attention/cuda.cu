@@ -17,13 +17,23 @@
 // A padded T x T or a mask would be read beside that; rules cost integers a token. Rounding d = 80
 // to 128, as a power of two, would cost 1.6 times the operations and shared memory.
 //
-// Shared memory, n = 110, d = 80: forward 59 KB, backward 81 KB, 7 warps each; registers 128 and
-// 168 a thread. So a multiprocessor of an H100 holds 2 blocks forward, but 1 backward (2 of up to 6
-// warps, 96 tokens): 80 sums, two tiles of scores and addresses do not fit 128 registers without
-// spilling; d = 64 and below do. What does not fit a device's shared memory is taken in pieces:
-// chunks of keys forward, of queries backward. Samples may be of any length, but beyond 128 keys
-// the backward brings the queries in anew for each 128, which is why the public function stops at
-// 256 tokens and leaves longer ones (V-JEPA's 303) to Triton until both are measured.
+// Shared memory, n = 110, d = 80: forward 59 KB, 7 warps, registers 128 a thread: 2 blocks on a
+// multiprocessor of an H100. The backward holds all queries of a sample beside all keys where that
+// costs no block: what fits is counted from the registers first (queries_at_once). So 69 queries
+// are 5 tiles at once, not 64 and 5, and every copy of the block is on its way before it waits:
+//
+//   n, d        warps   registers   blocks by registers   shared memory   blocks by shared memory
+//   69, 64          5         128                     3           64 KB                         3
+//   69, 80          5         168                     2           74 KB                         3
+//   111, 64         7         128                     2           97 KB                         2
+//   110, 80         7         168                     1          111 KB                         2
+//   128, 64         8         128                     2          115 KB                         2
+//
+// 80 sums, two tiles of scores and addresses do not fit 128 registers without spilling, so d = 80
+// stays at 12 warps. What does not fit a device's shared memory is taken in pieces: chunks of keys
+// forward, of queries backward. Samples may be of any length, but beyond 128 keys the backward
+// brings the queries in anew for each 128, which is why the public function stops at 256 tokens and
+// leaves longer ones (V-JEPA's 303) to Triton until both are measured.
 //
 // Left out: a double buffer (with two blocks a multiprocessor one loads while the other
 // multiplies), wgmma (sm_90 alone, and its 64-row tiles waste half of 69 tokens).
