@@ -151,7 +151,9 @@ def skip_comparisons() -> None:
 
     def nothing(*args: Any, **keywords: Any) -> None: ...
 
-    def once(function: Any, backend: str, *inputs: Any, cotangents: Any = (1.0,), **rest: Any) -> Any:
+    def once(
+        function: Any, backend: str, *inputs: Any, cotangents: Any = (1.0,), **rest: Any
+    ) -> Any:
         return tolerances.differentiate(
             lambda *leaves: function(*leaves, backend=backend), *inputs, cotangents=cotangents
         )
