@@ -13,7 +13,7 @@ from vicreg_kernels.ema import ema_update_
 FUSED = (torch.float32, torch.bfloat16, torch.float16)
 MOMENTA = (0.0, 0.3, 0.5, 0.996, 0.99925, 1.0)
 ROUNDINGS = ("nearest", "stochastic")
-# (target, online, shadow): all, and those in which each pair of places has each pair of dtypes once.
+# (target, online, shadow): all, and those in which two places have each pair of dtypes once.
 MIXES = tuple(itertools.product(FUSED, repeat=3))
 FEW_MIXES = tuple((FUSED[i], FUSED[j], FUSED[(i + j) % 3]) for i in range(3) for j in range(3))
 

@@ -101,6 +101,8 @@ class Pretended(torch.Tensor):
             data_ptr=lambda: self.base, nbytes=lambda: size, size=lambda: size, _cdata=self.base
         )
 
+    def record_stream(self, stream: Any) -> None: ...
+
     def tolist(self) -> Any:
         values = _filled(self.inner) if self.inner.is_meta else self.inner
         return values.tolist()
@@ -173,7 +175,9 @@ class _Redirect(TorchFunctionMode):
                 kwargs["device"] = torch.device("meta" if _is_gpu(kwargs["device"]) else "cpu")
                 return _aten._to_copy.default(*args, **kwargs)
         elif func is torch.Tensor.cuda:
-            func, kwargs = torch.Tensor.to, {"device": CUDA}
+            func, args, kwargs = torch.Tensor.to, args[:1], {"device": CUDA}
+            if isinstance(args[0], Pretended):
+                return args[0] if args[0].is_cuda else args[0].to(CUDA)
         elif func is torch.Tensor.type_as:
             func, args = torch.Tensor.to, (args[0], args[1].dtype)
         if not _is_gpu(kwargs.get("device")):
@@ -239,8 +243,6 @@ class Pretend(TorchDispatchMode):
             known = any(isinstance(x, torch.Tensor) for x in flat)
             if known or not _many(self._on_meta(func, args, kwargs)):
                 return func(*args, **kwargs)
-        if func is _aten.record_stream.default:
-            return None
         inner_args, inner_kwargs = _each(_inner, tuple(args)), _each(_inner, kwargs)
         tensors = [_inner(x) for x in flat if isinstance(x, torch.Tensor)]
         if named is not None:
