@@ -1,6 +1,6 @@
 """Counts the Triton kernels that the tests marked `gpu` compile, on a machine without a GPU.
 
-    python tests/compilations.py [--op OP] [--record FILE] [TEST FILES or node ids]
+    python tests/compilations.py [--op OP] [--record FILE] [--compile] [TEST FILES or node ids]
 
 The tests run on the pretended GPU of pretended_gpu.py, an H100, up to their last launch. Triton's
 own launcher computes what it would specialise on (dtypes, integers that are 1 or a multiple of 16,
@@ -18,6 +18,7 @@ import importlib.abc
 import importlib.machinery
 import json
 import os
+import signal
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -36,6 +37,7 @@ class Recording:
         self.made: dict[str, dict[str, Any]] = {}  # compilations, by their key on disk
         self.launches: dict[str, set[str]] = defaultdict(set)  # tests -> keys
         self.outcomes: dict[str, str] = {}  # tests -> how they ended
+        self.triton: set[str] = set()  # tests that name the Triton backend
         self.errors: dict[str, str] = {}
 
     def op(self, key: str) -> str:
@@ -50,6 +52,7 @@ class Recording:
             "made": self.made,
             "launches": {test: sorted(keys) for test, keys in self.launches.items()},
             "outcomes": self.outcomes,
+            "triton": sorted(self.triton),
             "errors": self.errors,
         }
 
@@ -70,8 +73,9 @@ class Compiled:
         self.recording.launches[self.recording.test or "outside of a test"].add(self.key)
 
 
-def record_compilations(recording: Recording) -> None:
-    """Replace Triton's driver and compiler."""
+def record_compilations(recording: Recording, compiling: bool = False) -> None:
+    """Replace Triton's driver and compiler. compiling: compile for sm_90 all the same."""
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.runtime import driver
@@ -112,6 +116,8 @@ def record_compilations(recording: Recording) -> None:
             "module": self.fn.__module__,
             "arguments": arguments,
         }
+        if compiling:
+            triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options.__dict__)
         made = Compiled(recording, disk)
         self.device_caches[device][0][key] = made
         return made
@@ -120,13 +126,14 @@ def record_compilations(recording: Recording) -> None:
     JITFunction._do_compile = do_compile
 
 
-class Unasserted(importlib.abc.MetaPathFinder, importlib.machinery.SourceFileLoader):
+def example(x, stride, n, scale, BLOCK):  # noqa: ANN001
+    """The body of a kernel for the test of the keys; nobody compiles it."""
+
+
+class Unasserted(importlib.abc.MetaPathFinder):
     """Imports the tests' modules with assertions that are computed and cannot fail."""
 
-    def __init__(self) -> None: ...
-
-    @classmethod
-    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         file = HERE / f"{name}.py"
         if "." in name or not file.exists() or name in ("pretended_gpu", "compilations"):
             return None
@@ -146,8 +153,23 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
 
 def skip_comparisons() -> None:
-    """The tests' common comparison runs the reference on the same inputs: no launch is in it."""
+    """The reference launches nothing, and takes most of the time: of its results only the shapes
+    are made, as those of the CUDA backend are.
+    """
     import tolerances
+
+    from vicreg_kernels import dispatch
+    from vicreg_kernels.vicregl import op, reference
+
+    choose = dispatch.choose
+
+    def fused(name: str, backend: str | None, device: str, *rest: Any, **keywords: Any) -> str:
+        if backend == "reference" and device == "cuda":
+            return "cuda"
+        return choose(name, backend, device, *rest, **keywords)
+
+    dispatch.choose = fused
+    reference.match = lambda a, b: op.match(a, b, "cuda")
 
     def nothing(*args: Any, **keywords: Any) -> None: ...
 
@@ -197,6 +219,7 @@ class Plugin:
         ]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
         items[:] = kept
+        self.recording.triton = {i.nodeid for i in kept if backend_of(i) == "triton"}
 
     def pytest_runtest_logstart(self, nodeid: str, location: Any) -> None:
         self.recording.test = nodeid
@@ -218,7 +241,7 @@ def files_with_gpu_tests() -> list[str]:
     return [str(p) for p in paths if any(word in p.read_text() for word in words)]
 
 
-def run(paths: list[str], verbose: bool = False) -> Recording:
+def run(paths: list[str], verbose: bool = False, compiling: bool = False) -> Recording:
     """Run the gpu tests of `paths` on the pretended GPU. Once a process: it stays pretended."""
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.pop("VICREG_KERNELS_BACKEND", None)
@@ -228,7 +251,7 @@ def run(paths: list[str], verbose: bool = False) -> Recording:
 
     recording = Recording()
     pretended_gpu.install()
-    record_compilations(recording)
+    record_compilations(recording, compiling)
     sys.meta_path.insert(0, Unasserted())
     from vicreg_kernels import library
 
@@ -237,8 +260,9 @@ def run(paths: list[str], verbose: bool = False) -> Recording:
     options = ["--assert=plain", "-p", "no:xdist", "--rootdir", str(ROOT), "-o", "addopts="]
     options += ["-p", "no:cacheprovider", "-q", "--tb=short"]
     options += [] if verbose else ["--no-summary", "--no-header"]
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # `timeout` gets a table too
     code = pytest.main([*options, *paths], plugins=[Plugin(recording)])
-    if code not in (0, 1, 5):
+    if code not in (0, 1, 2, 5):
         raise RuntimeError(f"the tests could not be run: pytest ended with {code}")
     return recording
 
@@ -292,10 +316,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--op", choices=OPS, help="count this op's kernels only")
     parser.add_argument("--record", type=Path, help="write what was recorded to this JSON file")
+    parser.add_argument("--compile", action="store_true", help="compile the kernels too, for sm_90")
     parser.add_argument("--verbose", action="store_true", help="show tests that end in an error")
     parser.add_argument("paths", nargs="*", help="test files or node ids; default: all")
     given = parser.parse_args()
-    recording = run(given.paths or files_with_gpu_tests(), given.verbose)
+    recording = run(given.paths or files_with_gpu_tests(), given.verbose, given.compile)
     print(tables(recording, given.op))
     failed = [t for t, outcome in recording.outcomes.items() if outcome == "failed"]
     print(f"\n{len(recording.outcomes)} tests, {len(failed)} ended in an error")
