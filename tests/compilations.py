@@ -126,7 +126,7 @@ def record_compilations(recording: Recording, compiling: bool = False) -> None:
     JITFunction._do_compile = do_compile
 
 
-def example(x, stride, n, scale, BLOCK):  # noqa: ANN001
+def example(x, stride, n, scale, BLOCK):
     """The body of a kernel for the test of the keys; nobody compiles it."""
 
 

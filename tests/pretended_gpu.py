@@ -307,7 +307,7 @@ class Pretend(TorchDispatchMode):
             except (IndexError, RuntimeError):
                 pass  # an index that a kernel should have written
         if func in (_aten.index.Tensor, _aten.index_put_.default):
-            args = (args[0], [_places(i) for i in args[1]], *args[2:])
+            args = (args[0], [place for i in args[1] for place in _places(i)], *args[2:])
         return self._on_meta(func, args, kwargs)
 
     def _on_meta(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -325,11 +325,11 @@ class Pretend(TorchDispatchMode):
         return self.kernels[name](*args, **kwargs)
 
 
-def _places(index: torch.Tensor | None) -> torch.Tensor | None:
-    """A mask as the indices it selects; meta tensors cannot count them."""
-    if index is None or index.dtype != torch.bool or index.is_meta or index.dim() != 1:
-        return index
-    return index.nonzero()[:, 0]
+def _places(index: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """A mask as the indices it selects, one a dimension; meta tensors cannot count them."""
+    if index is None or index.dtype != torch.bool or index.is_meta:
+        return [index]
+    return list(index.nonzero().unbind(1))
 
 
 _mode = Pretend()

@@ -34,7 +34,14 @@ MOST_IN_ALL = 500
 # Tests that take the Triton backend and must not launch it: what they give is refused before.
 REFUSED = ("test_ema_bad_input.py",)
 # Tests that the recording cannot carry to their end, and why.
-LOST: dict[str, str] = {}
+LOST = {
+    "test_vicregl_gpu.py::test_indices_out_of_range": "follows an index that a kernel should give",
+    "test_sigreg_torch.py::test_modules_copy_and_pickle": "pickles a tensor's storage",
+    "test_attention_torch.py::test_jagged_nested_tensors": "no nested tensors of pretended ones",
+    "test_attention_torch.py::test_tables_of_angles_are_kept": "counts what FakeTensorMode makes",
+    "test_jepa_step.py": "a model's small and large parameters",
+    "test_trainer_gpu.py": "a CUDA generator",
+}
 
 
 def record(directory: Path, name: str, *arguments: str, **environment: str) -> dict[str, Any]:

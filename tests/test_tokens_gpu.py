@@ -53,7 +53,7 @@ def test_rows_at_real_shapes(backend, shape, dtype):
     x = draw(batch, tokens, dim, dtype=dtype, **CUDA)
     check_gather(backend, x, mask(batch, tokens, kept, **CUDA))
     check_gather(backend, x, mask(batch, tokens, kept, repeat=True, **CUDA), repeats=20)
-    packed = mask(batch, tokens, [kept, 0, tokens, 1][:batch], dtype=torch.int32, **CUDA)
+    packed = mask(batch, tokens, ([kept, 0, tokens, 1] * batch)[:batch], dtype=torch.int32, **CUDA)
     check_gather(backend, x, packed)
     rows = draw(batch, kept, dim, dtype=dtype, **CUDA)
     check_scatter(backend, rows, mask(batch, tokens, kept, **CUDA), tokens, -1.5)
