@@ -52,7 +52,7 @@ def assert_matches(a, b, found):
         assert (ordered.diff(dim=-1) >= -slack * ordered[..., 1:]).all()
 
 
-@pytest.mark.triton_takes(lambda shape, **_: shape in SHAPES[:4])
+@pytest.mark.triton_takes(lambda shape, **_: shape in SHAPES[2:4])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_match(fused, shape):
     a, b = maps(shape, fused.device)
@@ -189,7 +189,7 @@ def hold(fused, inputs, **settings):
     return actual
 
 
-@pytest.mark.triton_takes(lambda way, views, **_: views == "unlike")
+@pytest.mark.triton_takes(lambda way, views, **_: views == "small")
 @pytest.mark.parametrize("views", VIEWS)
 @pytest.mark.parametrize("way", WAYS)
 def test_the_loss(fused, way, views):
@@ -205,7 +205,7 @@ def test_the_loss(fused, way, views):
         assert torch.equal(z, kept)
 
 
-@pytest.mark.triton_takes(lambda way, dtype, **_: dtype == torch.float16)
+@pytest.mark.triton_takes(lambda way, dtype, **_: dtype == torch.bfloat16 and way == "published")
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("way", ["published", "fast"])
 def test_half(fused, way, dtype):
