@@ -54,6 +54,7 @@ def projected_out(x, y, lambd):
     return 4 * torch.finfo(torch.float32).eps * largest.item()
 
 
+@pytest.mark.triton_takes(lambda shape, **_: shape in shapes.FEW)
 @pytest.mark.parametrize("shape", shapes.SMALL + shapes.MEDIUM + shapes.LARGE)
 def test_shapes(fused, shape):
     x, y = views(shapes.contiguous, shape, fused)
@@ -65,8 +66,7 @@ def test_shapes(fused, shape):
 
 
 @pytest.mark.triton_takes(
-    lambda layout_x, layout_y, **_: layout_x == layout_y
-    or (layout_x, layout_y) == ("strided", "sliced")
+    lambda layout_x, layout_y, **_: (layout_x, layout_y) in shapes.FEW_LAYOUTS
 )
 @pytest.mark.parametrize("layout_y", shapes.LAYOUTS)
 @pytest.mark.parametrize("layout_x", shapes.LAYOUTS)

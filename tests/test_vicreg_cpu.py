@@ -34,6 +34,7 @@ def views(make, shape, fused, dtype=torch.float32, grads=(True, True)):
     return [make(*shape, dtype=dtype, device=fused.device).requires_grad_(g) for g in grads]
 
 
+@pytest.mark.triton_takes(lambda shape, **_: shape in shapes.FEW)
 @pytest.mark.parametrize("shape", shapes.SMALL + shapes.MEDIUM + shapes.LARGE)
 def test_shapes(fused, shape):
     x, y = views(shapes.contiguous, shape, fused)
@@ -68,8 +69,7 @@ def test_many_rows(fused):
 
 
 @pytest.mark.triton_takes(
-    lambda layout_x, layout_y, **_: layout_x == layout_y
-    or (layout_x, layout_y) == ("strided", "sliced")
+    lambda layout_x, layout_y, **_: (layout_x, layout_y) in shapes.FEW_LAYOUTS
 )
 @pytest.mark.parametrize("layout_y", shapes.LAYOUTS)
 @pytest.mark.parametrize("layout_x", shapes.LAYOUTS)
