@@ -90,7 +90,7 @@ def test_a_whole_batch_gives_what_its_samples_give_alone(backend, name):
                 assert torch.equal(all_[own], one)
 
 
-@pytest.mark.parametrize("dim", [16, 32, 40, 64, 80, 88, 104, 128])
+@pytest.mark.parametrize("dim", [16, 32, 88, 104])
 def test_backends_agree(dim):
     for name in ("cuda", "triton"):
         if dispatch.missing(name, DEVICE, torch.bfloat16) is not None:
