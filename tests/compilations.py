@@ -135,7 +135,11 @@ class Unasserted(importlib.abc.MetaPathFinder):
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         file = HERE / f"{name}.py"
-        if "." in name or not file.exists() or name in ("pretended_gpu", "compilations"):
+        if (
+            "." in name
+            or not file.exists()
+            or name in ("pretended_cuda", "pretended_gpu", "compilations")
+        ):
             return None
         loader = _Loader(name, str(file))
         return importlib.machinery.ModuleSpec(name, loader, origin=str(file), is_package=False)

@@ -13,13 +13,12 @@ of 512 bytes.
 
 from __future__ import annotations
 
-import contextlib
-import math
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from pretended_cuda import STUBS, nothing
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -335,86 +334,6 @@ def _places(index: torch.Tensor | None) -> list[torch.Tensor | None]:
 _mode = Pretend()
 
 
-class _Stream:
-    cuda_stream = 0
-    device = CUDA
-
-    def __init__(self, *args: Any, **keywords: Any) -> None: ...
-    def wait_stream(self, other: Any) -> None: ...
-    def wait_event(self, event: Any) -> None: ...
-    def synchronize(self) -> None: ...
-    def record_event(self, event: Any = None) -> Any:
-        return event
-
-
-class _Graph:
-    capturing = False
-
-    def replay(self) -> None: ...
-    def reset(self) -> None: ...
-
-
-@contextlib.contextmanager
-def _capture(graph: Any, *args: Any, **keywords: Any) -> Iterator[None]:
-    _Graph.capturing = True
-    try:
-        yield
-    finally:
-        _Graph.capturing = False
-
-
-@contextlib.contextmanager
-def _context(*args: Any, **keywords: Any) -> Iterator[None]:
-    yield
-
-
-H100 = types.SimpleNamespace(
-    name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132,
-    total_memory=80 << 30, warp_size=32, regs_per_multiprocessor=65536,
-    shared_memory_per_multiprocessor=228 << 10, L2_cache_size=50 << 20,
-)  # fmt: skip
-
-
-def _nothing(*args: Any, **keywords: Any) -> None: ...
-
-
-_STUBS: dict[str, Any] = {
-    "_lazy_init": _nothing,
-    "init": _nothing,
-    "is_available": lambda: True,
-    "is_initialized": lambda: True,
-    "is_bf16_supported": lambda *a, **k: True,
-    "device_count": lambda: 1,
-    "current_device": lambda: 0,
-    "set_device": _nothing,
-    "get_device_properties": lambda device=None: H100,
-    "get_device_name": lambda device=None: H100.name,
-    "get_device_capability": lambda device=None: (9, 0),
-    "mem_get_info": lambda device=None: (79 << 30, 80 << 30),
-    "memory_allocated": lambda device=None: 0,
-    "max_memory_allocated": lambda device=None: 0,
-    "reset_peak_memory_stats": _nothing,
-    "empty_cache": _nothing,
-    "synchronize": _nothing,
-    "set_sync_debug_mode": _nothing,
-    "get_sync_debug_mode": lambda: 0,
-    "manual_seed": _nothing,
-    "manual_seed_all": _nothing,
-    "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
-    "set_rng_state": _nothing,
-    "get_rng_state_all": lambda: [],
-    "_sleep": _nothing,
-    "Stream": _Stream,
-    "stream": _context,
-    "device": _context,
-    "current_stream": lambda device=None: _Stream(),
-    "default_stream": lambda device=None: _Stream(),
-    "CUDAGraph": _Graph,
-    "graph": _capture,
-    "is_current_stream_capturing": lambda: _Graph.capturing,
-}
-
-
 def _compiled_as_it_is(model: Any = None, **settings: Any) -> Any:
     """torch.compile: the library's ops are opaque to it, so their launches stay the same."""
     return (lambda function: function) if model is None else model
@@ -430,11 +349,11 @@ def install() -> None:
     import torch._dynamo  # lists torch's functions when it loads: before they change
     import torch.utils.checkpoint
 
-    for name, stub in _STUBS.items():
+    for name, stub in STUBS.items():
         setattr(torch.cuda, name, stub)
     torch.compile = _compiled_as_it_is
     torch.library.opcheck = _called_once
-    torch.testing.assert_close = _nothing
+    torch.testing.assert_close = nothing
 
     implement, fake = torch.library.impl, torch.library.register_fake
 
@@ -459,6 +378,3 @@ def install() -> None:
     torch.library.impl, torch.library.register_fake = impl, register_fake
     _mode.__enter__()
     _Redirect().__enter__()
-
-
-assert math.log2(_ALIGNMENT).is_integer()

@@ -20,8 +20,8 @@ from compilations import OPS, files_with_gpu_tests
 pytest.importorskip("triton")
 
 HERE = Path(__file__).resolve().parent
-# Compilations that an op's kernels may need, whichever test launches them: what they need now, to be
-# lowered as kernels specialise on less and tests draw less. The aim is 500 in all.
+# Compilations that an op's kernels may need, whichever test launches them: as many as now. To be
+# lowered as kernels specialise on less and tests draw less; the aim is 500 in all.
 MOST = {
     "attention": 332,
     "barlow": 134,
