@@ -34,10 +34,33 @@ settings.load_profile("fixed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU")
+    for marker in (
+        "gpu: needs an NVIDIA GPU",
+        "gpu_memory: takes gigabytes of a GPU's memory, or measures it: no other test beside it",
+        "triton_takes(which): of the parameters, those that Triton compiles kernels for",
+    ):
+        config.addinivalue_line("markers", marker)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def compiled_for(item: pytest.Item) -> bool:
+    """False: a test of the Triton backend on a GPU that its `triton_takes` leaves to the others.
+
+    Triton compiles a kernel for each mix of dtypes, layouts and divisible sizes, a second each:
+    where a test draws hundreds of mixes, the C++ backends, which compile none, take them all.
+    """
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    backend = parameters.get("fused", parameters.get("backend"))
+    if getattr(backend, "name", backend) != "triton":
+        return True
+    which = [mark.args[0] for mark in item.iter_markers("triton_takes")]
+    return all(takes(**parameters) for takes in which)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left = [item for item in items if not compiled_for(item)]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if compiled_for(item)]
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")

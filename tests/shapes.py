@@ -9,6 +9,8 @@ from torch import Tensor
 SMALL = [(2, 2), (2, 3), (3, 2), (3, 3), (2, 1), (3, 4), (4, 5), (2, 67), (67, 2), (5, 5)]
 MEDIUM = [(13, 17), (17, 13), (31, 33), (33, 31), (64, 64), (65, 129), (129, 65), (127, 127)]
 LARGE = [(127, 521), (521, 127), (64, 1031), (1031, 64), (256, 255), (255, 256)]
+# Of these Triton compiles kernels on a GPU: fewest rows and columns, a square, both sides of tiles.
+FEW = [(2, 3), (3, 2), (2, 67), (5, 5), (64, 64), (65, 129), (129, 65), (64, 1031), (1031, 64)]
 # [G, N, D]: groups on both sides, and one group.
 GROUPED = [(1, 6, 4), (3, 4, 6), (5, 7, 7), (49, 64, 40), (49, 40, 64), (2, 2, 5)]
 
@@ -43,6 +45,8 @@ def expanded(rows: int, dim: int, **where: object) -> Tensor:
 
 
 LAYOUTS = {f.__name__: f for f in (contiguous, transposed, strided, sliced, expanded)}
+# Each layout once: of two views.
+FEW_LAYOUTS = [("transposed", "transposed"), ("strided", "sliced"), ("expanded", "contiguous")]
 
 
 def collapsed(rows: int, dim: int, **where: object) -> Tensor:

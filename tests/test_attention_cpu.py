@@ -47,27 +47,32 @@ def hold(fused, call, cotangent=None, grads=ALL):
 
 
 # 1 to just past the sizes that tiles, panels and chunks are made of.
+@pytest.mark.triton_takes(lambda tokens, **_: tokens in (1, 257))
 @pytest.mark.parametrize("tokens", [1, 2, 3, 15, 16, 17, 47, 49, 63, 64, 65, 129, 257])
 def test_lengths(fused, tokens):
     hold(fused, cases.draw(tokens=tokens, batch=1, device=fused.device))
 
 
+@pytest.mark.triton_takes(lambda tokens, **_: tokens in (66, 2049))
 @pytest.mark.parametrize(("tokens", "keys"), [(481, 480), (66, 961), (1025, 33), (2049, 2049)])
 def test_long(fused, tokens, keys):
     call = cases.draw(tokens=tokens, keys=keys, batch=1, heads_=1, dim=16, device=fused.device)
     hold(fused, call)
 
 
+@pytest.mark.triton_takes(lambda tokens, **_: tokens in (1, 33))
 @pytest.mark.parametrize(("tokens", "keys"), [(1, 70), (70, 1), (33, 100), (100, 33), (5, 64)])
 def test_other_keys_than_queries(fused, tokens, keys):
     hold(fused, cases.draw(tokens=tokens, keys=keys, device=fused.device))
 
 
+@pytest.mark.triton_takes(lambda dim, **_: dim in (24, 96, 112))
 @pytest.mark.parametrize("dim", [16, 24, 32, 40, 48, 64, 72, 80, 88, 96, 104, 112, 120, 128])
 def test_head_dims(fused, dim):
     hold(fused, cases.draw(tokens=67, dim=dim, batch=1, axes=3, device=fused.device))
 
 
+@pytest.mark.triton_takes(lambda rules, tokens, **_: tokens == 150 and rules in COMBINED[8::2])
 @pytest.mark.parametrize("rules", COMBINED, ids="+".join)
 @pytest.mark.parametrize("tokens", [37, 150])
 def test_rules(fused, rules, tokens):
@@ -77,6 +82,7 @@ def test_rules(fused, rules, tokens):
     hold(fused, call)
 
 
+@pytest.mark.triton_takes(lambda rules, **_: rules == ("window",))
 @pytest.mark.parametrize("rules", [("frames",), ("window",), ("blocks",), ("keep", "blocks")])
 def test_rules_over_many_chunks(fused, rules):
     """Long enough that a sample and head is shared by several tasks."""
@@ -116,6 +122,7 @@ def test_a_query_that_sees_nothing(fused):
         assert (found[1] != 0).any()
 
 
+@pytest.mark.triton_takes(lambda rules, dtype, **_: dtype == torch.float32 and not rules)
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("rules", [(), ("ragged",)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -124,6 +131,9 @@ def test_strides(fused, rules, layout, dtype):
     hold(fused, call)
 
 
+@pytest.mark.triton_takes(
+    lambda rules, dtype, **_: dtype == torch.float16 and rules in ((), ("keep",))
+)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("rules", [(), ("keep",), ("window",), ("ragged",), ("blocks",)])
 def test_half(fused, rules, dtype):
@@ -148,6 +158,7 @@ def test_no_gradient_wanted(fused):
     assert not masked_attention(*call.inputs, backend=fused.name).requires_grad
 
 
+@pytest.mark.triton_takes(lambda rules, **_: not rules)
 @pytest.mark.parametrize("rules", [(), ("ragged",)])
 def test_incoming_gradients_of_any_strides(fused, rules):
     call = cases.draw(rules, tokens=33, device=fused.device)
@@ -187,6 +198,20 @@ def test_growing_scores(fused):
     hold(fused, replace(call, k=call.k + ramp * call.q.mean(dim=2, keepdim=True)))
 
 
+# What Triton compiles of the product below: every axis, layout and kind of index once.
+ROTATIONS = {
+    ((), False): ("vjepa2", 1),
+    ((), True): ("axial", 3),
+    (("ragged",), False): ("axial", 2),
+    (("ragged",), True): ("vjepa2", 3),
+    (("ragged_keys",), False): ("vjepa2", 2),
+    (("ragged_keys",), True): ("axial", 1),
+}
+
+
+@pytest.mark.triton_takes(
+    lambda rules, indexed, layout, axes, **_: ROTATIONS[rules, indexed] == (layout, axes)
+)
 @pytest.mark.parametrize("axes", [1, 2, 3])
 @pytest.mark.parametrize("layout", ["vjepa2", "axial"])
 @pytest.mark.parametrize("indexed", [False, True])
@@ -205,6 +230,7 @@ def test_rope_index_shared_by_the_batch(fused):
     hold(fused, replace(call, rope=Rope3d((4, 4, 4), index)))
 
 
+@pytest.mark.triton_takes(lambda rules, dtype, axes, **_: axes == 3 - bool(rules))
 @pytest.mark.parametrize("axes", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("rules", [(), ("ragged",)])
@@ -275,6 +301,9 @@ def test_not_finite_reaches_who_may_see_it(fused, rules, what, bad):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.triton_takes(
+    lambda rules, dtype, **_: dtype == torch.bfloat16 and len(rules) == 2 and "keep" in rules
+)
 @pytest.mark.parametrize("rules", [(), ("keep", "window"), ("ragged", "blocks")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_runs_are_bitwise_equal(fused, rules, dtype):
@@ -290,6 +319,7 @@ def test_two_runs_are_bitwise_equal(fused, rules, dtype):
     assert all(torch.equal(a, b) for a, b in zip(call.inputs, before, strict=True))
 
 
+@pytest.mark.triton_takes(lambda **_: False)
 @given(
     rules=st.sampled_from([(), *COMBINED]),
     batch=st.integers(1, 4),

@@ -61,6 +61,7 @@ def results(backend: str, call: Call, cotangent: Tensor | None = None) -> tuple[
     return (out, *grads)  # type: ignore[return-value]
 
 
+@pytest.mark.triton_takes(lambda dtype, **_: dtype == torch.bfloat16)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", REAL)
 def test_real_shapes_match_the_reference(backend, name, dtype):
@@ -89,7 +90,7 @@ def test_a_whole_batch_gives_what_its_samples_give_alone(backend, name):
                 assert torch.equal(all_[own], one)
 
 
-@pytest.mark.parametrize("dim", [16, 32, 40, 64, 80, 88, 104, 128])
+@pytest.mark.parametrize("dim", [16, 32, 88, 104])
 def test_backends_agree(dim):
     for name in ("cuda", "triton"):
         if dispatch.missing(name, DEVICE, torch.bfloat16) is not None:
@@ -105,10 +106,14 @@ def test_backends_agree(dim):
 COMBINED = [("keep", "window"), ("lengths", "blocks"), ("ragged", "frames", "blocks")]
 
 
+@pytest.mark.triton_takes(lambda rules, dtype, **_: dtype == torch.bfloat16 or len(rules) > 2)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("rules", [(), *((rule,) for rule in RULES), *COMBINED], ids="-".join)
 def test_rules_match_the_reference(backend, rules, dtype):
-    for dim, tokens, keys in ((80, 110, 110), (64, 200, 256), (128, 256, 256), (40, 3, 70)):
+    sizes = ((80, 110, 110), (64, 200, 256), (128, 256, 256), (40, 3, 70))
+    if backend == "triton" and len(rules) != 2:  # compiles all for each head dim
+        sizes = sizes[:1]
+    for dim, tokens, keys in sizes:
         call = draw(rules, batch=4, tokens=tokens, keys=keys, dim=dim, axes=3, tokens_per_frame=24,
                     dtype=dtype, device=DEVICE)  # fmt: skip
         hold(backend, call.wanting(True, True, True))

@@ -164,7 +164,8 @@ def overlapping():
 
 @pytest.mark.parametrize("kind", overlapping())
 def test_overlap(kind, fused):
-    targets, onlines, shadows, said = overlapping()[kind]
+    with torch.device(fused.device):
+        targets, onlines, shadows, said = overlapping()[kind]
     with pytest.raises(ValueError, match=said):
         ema_update_(targets, onlines, 0.5, shadows=shadows or None, backend=fused.name)
     assert all(t.eq(1).all() for t in targets)

@@ -42,6 +42,8 @@ def gradients(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, 
     return value.detach(), *torch.autograd.grad(value, z)
 
 
+@pytest.mark.triton_takes(lambda shape, dtype, **_: dtype == torch.bfloat16 or shape == REAL[1])
+@pytest.mark.gpu_memory
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", REAL, ids=lambda s: "x".join(map(str, s)))
 def test_real_shapes_match_the_reference(backend, shape, dtype):

@@ -34,6 +34,7 @@ def views(make, shape, fused, dtype=torch.float32, grads=(True, True)):
     return [make(*shape, dtype=dtype, device=fused.device).requires_grad_(g) for g in grads]
 
 
+@pytest.mark.triton_takes(lambda shape, **_: shape in shapes.FEW)
 @pytest.mark.parametrize("shape", shapes.SMALL + shapes.MEDIUM + shapes.LARGE)
 def test_shapes(fused, shape):
     x, y = views(shapes.contiguous, shape, fused)
@@ -67,6 +68,9 @@ def test_many_rows(fused):
     assert_matches_reference(variance_covariance, fused.name, z, cotangents=(1.0, 1.0))
 
 
+@pytest.mark.triton_takes(
+    lambda layout_x, layout_y, **_: (layout_x, layout_y) in shapes.FEW_LAYOUTS
+)
 @pytest.mark.parametrize("layout_y", shapes.LAYOUTS)
 @pytest.mark.parametrize("layout_x", shapes.LAYOUTS)
 @pytest.mark.parametrize("shape", [(23, 37), (37, 23)])
@@ -91,6 +95,9 @@ def test_strided_groups(fused, shape):
         )
 
 
+@pytest.mark.triton_takes(
+    lambda shape, dtype, **_: dtype == torch.float16 and shape in ((64, 1031), (521, 127))
+)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("shape", [(2, 3), (33, 31), (31, 67), (64, 1031), (521, 127)])
 def test_half(fused, shape, dtype):
@@ -99,6 +106,7 @@ def test_half(fused, shape, dtype):
     assert_matches_reference(vicreg_terms, fused.name, x, y, cotangents=FOUR)
 
 
+@pytest.mark.triton_takes(lambda dtype, **_: dtype == torch.bfloat16)
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_half_strides(fused, dtype, layout):
@@ -148,6 +156,7 @@ SETTINGS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.triton_takes(lambda **_: False)
 @settings(max_examples=120)
 @given(
     rows=st.integers(2, 80),
@@ -174,6 +183,7 @@ def test_random_two_views(fused, rows, dim, layouts, dtype, grads, scale, seed, 
     assert_matches_reference(function, fused.name, x, y, cotangents=FOUR)
 
 
+@pytest.mark.triton_takes(lambda **_: False)
 @settings(max_examples=80)
 @given(
     shape=st.tuples(st.integers(1, 5), st.integers(2, 40), st.integers(2, 40)),
@@ -198,6 +208,7 @@ def test_random_groups(fused, shape, order, dtype, unbiased, normalizer, seed):
     assert_matches_reference(function, fused.name, z, cotangents=(1.3, 0.6))
 
 
+@pytest.mark.triton_takes(lambda shape, **_: shape in ((8, 20), (20, 8)))
 @pytest.mark.parametrize("shape", [(8, 20), (20, 8), (64, 300), (300, 64)])
 def test_collapsed(fused, shape):
     """All rows equal: the hinge is margin - sqrt(eps) and no gradient flows.
@@ -286,6 +297,7 @@ def test_collapsed_column_without_eps(fused, shape):
     assert torch.equal(run(fused.name).isnan(), expected)
 
 
+@pytest.mark.triton_takes(lambda dtype, **_: dtype == torch.float32)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(127, 521), (521, 127), (2, 3)])
 def test_deterministic_and_inputs_untouched(fused, shape, dtype):
@@ -305,6 +317,7 @@ def test_deterministic_and_inputs_untouched(fused, shape, dtype):
     assert [z._version for z in (x, y)] == versions
 
 
+@pytest.mark.triton_takes(lambda **_: False)
 @pytest.mark.parametrize("shape", [(200, 500), (500, 200), (5, 2000), (4000, 5), (64, 4096)])
 def test_any_number_of_threads(fused, shape):
     """Too few tasks for the threads, one each, and long sides cut into parts (4 and 8 threads)."""

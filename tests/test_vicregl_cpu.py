@@ -52,6 +52,7 @@ def assert_matches(a, b, found):
         assert (ordered.diff(dim=-1) >= -slack * ordered[..., 1:]).all()
 
 
+@pytest.mark.triton_takes(lambda shape, **_: shape in SHAPES[2:4])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_match(fused, shape):
     a, b = maps(shape, fused.device)
@@ -120,6 +121,7 @@ def hold_pairs(fused, a, b, found, kept_a, kept_b, grads=(True, True)):
     return actual
 
 
+@pytest.mark.triton_takes(lambda shape, dtype, **_: dtype == torch.float32 and shape in SHAPES[2:4])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_pairs(fused, shape, dtype):
@@ -133,6 +135,7 @@ def test_pairs(fused, shape, dtype):
         hold_pairs(fused, a, b, found, *counts)
 
 
+@pytest.mark.triton_takes(lambda layout_a, layout_b, **_: layout_b == "contiguous")
 @pytest.mark.parametrize("layout_b", LAYOUTS)
 @pytest.mark.parametrize("layout_a", LAYOUTS)
 def test_strides(fused, layout_a, layout_b):
@@ -186,6 +189,7 @@ def hold(fused, inputs, **settings):
     return actual
 
 
+@pytest.mark.triton_takes(lambda way, views, **_: views == "small")
 @pytest.mark.parametrize("views", VIEWS)
 @pytest.mark.parametrize("way", WAYS)
 def test_the_loss(fused, way, views):
@@ -201,12 +205,14 @@ def test_the_loss(fused, way, views):
         assert torch.equal(z, kept)
 
 
+@pytest.mark.triton_takes(lambda way, dtype, **_: dtype == torch.bfloat16 and way == "published")
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("way", ["published", "fast"])
 def test_half(fused, way, dtype):
     hold(fused, draw(VIEWS["small"], dtype=dtype, device=fused.device), **WAYS[way])
 
 
+@pytest.mark.triton_takes(lambda **_: False)
 @settings(max_examples=12)
 @given(
     way=st.sampled_from(sorted(WAYS)),
