@@ -78,7 +78,7 @@ def store_gradient(
     tl.store(target, narrow(grad, grad_x, FORMAT), mask=keep)
 
 
-@triton.jit(do_not_specialize=["groups", "first_plane", "each"])
+@triton.jit(do_not_specialize=["first_plane", "each"])
 def gradient_kernel(
     grads, x, y, moments, squares, deflated, index, grad_x, grad_y,
     groups, rows, dim, first_plane, each,
