@@ -25,11 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 HEAD = "import os, signal, time\nimport pytest\npytestmark = pytest.mark.gpu\n"
 # What a test's source says where it needs most of a GPU's memory.
 HUNGRY = re.compile(r"2 ?\*\* ?31|1 ?<< ?31|mem_get_info|total_memory")
-# Writes what `-m gpu` would select, apart from the plugin.
+# Writes what `-m gpu` would select, apart from the plugin, after conftest.py has left out what a
+# test's `triton_takes` leaves to the other backends.
 PLUGIN = """
 import json, os, pytest
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     found = [item.nodeid for item in items if item.get_closest_marker("gpu")]
     open(os.environ["LISTED"], "w").write(json.dumps(found))
