@@ -221,9 +221,10 @@ def test_fused_backends_take_no_float64(name):
 
 
 def test_an_empty_mask_is_an_empty_tensor():
-    found = gather_tokens(X.requires_grad_(), INDEX[:, :0])
+    x = X.clone().requires_grad_()
+    found = gather_tokens(x, INDEX[:, :0])
     assert found.shape == (2, 0, 3)
-    assert not torch.autograd.grad(found.sum(), X)[0].any()
+    assert not torch.autograd.grad(found.sum(), x)[0].any()
     assert (scatter_tokens(found, INDEX[:, :0], 4, fill=2.0) == 2.0).all()
 
 
@@ -246,3 +247,31 @@ def test_debug_mode_checks_on_every_backend():
             check=True,
         )
         assert run.stdout.strip() == expected
+
+
+@pytest.mark.parametrize("name", ["reference", None])
+def test_what_can_change_is_checked_in_every_call(name):
+    """Values, host offsets and whether the teacher wants a gradient, after a call that was good."""
+    x, index, flat, offsets = X.clone(), INDEX.clone(), FLAT.clone(), [0, 1, 3]
+    good = [
+        lambda: gather_tokens(x, index, backend=name),
+        lambda: gather_tokens(x, flat, offsets=offsets, backend=name),
+        lambda: scatter_tokens(P, index, 5, backend=name),
+        lambda: prediction_loss(P, x, index, backend=name),
+        lambda: assemble_tokens(P, index, T, index, positions=z(5, 3), backend=name),
+    ]
+    for call in good:
+        call()
+    index[1, 1] = 7
+    flat[2] = 7
+    for call in good:
+        with pytest.raises(ValueError, match="index: got 7"):
+            call()
+    index[1, 1], flat[2], offsets[2] = 2, 1, 4
+    with pytest.raises(ValueError, match="offsets: got 4 last"):
+        good[1]()
+    x.requires_grad_()
+    with pytest.raises(ValueError, match="teacher: got a tensor that requires grad"):
+        good[3]()
+    with torch.no_grad():
+        good[3]()

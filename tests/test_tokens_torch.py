@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
 from recording import RecordedOps
 from token_cases import KINDS, draw, mask, run, same
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vicreg_kernels.tokens import (
     PredictionLoss,
@@ -241,3 +243,76 @@ def test_module_copies_and_pickles(fused, duplicate):
     same(duplicate(module)(pred, teacher, index), module(pred, teacher, index), "copy")
     assert not module.state_dict()
     assert "0.5" in repr(module)
+
+
+# What a dispatch mode sees of each case's forward and backward.
+ASSEMBLED = ["order", "assemble", "gather", "scatter", "gather", "column_sum", "scatter"]
+OPS = {
+    "gather": ["gather", "scatter"],
+    "gather packed": ["gather", "scatter"],
+    "scatter": ["scatter", "gather"],
+    "loss": ["loss_forward", "loss_backward"],
+    "loss packed": ["loss_forward", "loss_backward"],
+    "loss of a list": ["loss_forward", "loss_forward", "loss_backward", "loss_backward"],
+    "assembly": ASSEMBLED,
+    "assembly packed": ["order", "assemble", "gather", "column_sum"],
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dispatch_mode_sees_every_op(fused, name):
+    """Outside of modes the ops' implementations are called directly; the outcome is the same."""
+    function, leaves, integers = cases(fused)[name]
+    with RecordedOps() as ops:
+        dispatched = outcome(function, leaves, integers)
+    seen = [op.removeprefix("tokens_") for op, args in ops.calls if args[-1] == fused.name]
+    assert seen == OPS[name]
+    with torch.autograd.profiler.profile() as profile:
+        direct = outcome(function, leaves, integers)
+    assert not [e.name for e in profile.function_events if e.name.startswith("vicreg_kernels::")]
+    for mine, theirs in zip(direct, dispatched, strict=True):
+        same(mine, theirs, name)
+
+
+@pytest.mark.parametrize("name", ["gather", "scatter", "loss", "assembly"])
+def test_fake_tensors(fused, name):
+    function, leaves, integers = cases(fused)[name]
+    expected = outcome(function, leaves, integers)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(z) for z in (*leaves, *integers)]
+        made = outcome(function, fakes[: len(leaves)], fakes[len(leaves) :])
+    for mine, theirs in zip(made, expected, strict=True):
+        assert mine.fake_mode is mode
+        assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
+
+
+@pytest.mark.parametrize("name", ["gather", "scatter", "loss", "assembly"])
+def test_pending_negation(fused, name):
+    """In an input and in the incoming gradient."""
+    function, (leaf, *others), integers = cases(fused)[name]
+    value = function(-leaf, *others, *integers)
+    grad = torch.randn_like(value)
+    expected = (value, *torch.autograd.grad(value, leaf, -grad))
+    value = function(torch._neg_view(leaf), *others, *integers)
+    actual = (value, *torch.autograd.grad(value, leaf, torch._neg_view(grad)))
+    for mine, theirs in zip(actual, expected, strict=True):
+        same(mine, theirs, name)
+
+
+def test_batched_gradients(fused):
+    """autograd's vmap over incoming gradients, one op call each."""
+    function, (leaf,), integers = cases(fused)["gather"]
+    value = function(leaf, *integers)
+    grads = torch.randn(3, *value.shape, device=fused.device)
+    (batched,) = torch.autograd.grad(value, leaf, grads, is_grads_batched=True, retain_graph=True)
+    for mine, grad in zip(batched, grads, strict=True):
+        same(mine, torch.autograd.grad(value, leaf, grad, retain_graph=True)[0], "batched")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_kept_between_calls(fused, name):
+    function, leaves, integers = cases(fused)[name]
+    outcome(function, leaves, integers)
+    alive = [weakref.ref(z) for z in (*leaves, *integers)]
+    del function, leaves, integers
+    assert not [z for z in alive if z() is not None]

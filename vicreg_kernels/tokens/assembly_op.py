@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vicreg_kernels import dispatch
+from vicreg_kernels import calls, dispatch
 from vicreg_kernels.tokens import backends, checks, reference
-from vicreg_kernels.tokens.checks import Offsets
-from vicreg_kernels.tokens.rows_op import choose, gather_tokens
+from vicreg_kernels.tokens.checks import Offsets, Seen
+from vicreg_kernels.tokens.rows_op import choose, gather_rows, gather_tokens, scatter_rows
 
 _LIBRARY = torch.library.Library("vicreg_kernels", "FRAGMENT")
 _LIBRARY.define(
@@ -142,7 +142,11 @@ class _Assemble(torch.autograd.Function):
         ctx.single = target.dim() == 1
         ctx.table = 0 if positions is None else positions.shape[0]
         ctx.backend = backend
-        return torch.ops.vicreg_kernels.tokens_assemble(
+        direct = calls.direct(
+            context, target, positions, context_index, target_index, context_rows, target_rows
+        )
+        run = _assemble if direct else torch.ops.vicreg_kernels.tokens_assemble
+        return run(
             context,
             context_index,
             context_rows,
@@ -157,9 +161,7 @@ class _Assemble(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         settings = (*ctx.needs_input_grad[:3], ctx.contexts, ctx.single, ctx.table, ctx.backend)
         run = _Gradients.apply if torch.is_grad_enabled() else _gradients
-        found = run(grad, *ctx.saved_tensors, *settings)
-        kept = zip(found, ctx.needs_input_grad[:3], strict=True)
-        return *(grad if need else None for grad, need in kept), *(None,) * 6
+        return *run(grad, *ctx.saved_tensors, *settings), *(None,) * 6
 
 
 def _gradients(
@@ -174,21 +176,22 @@ def _gradients(
     single: bool,
     table: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of context, target and positions; empty where not needed."""
-    ops = torch.ops.vicreg_kernels
-    context = target = positions = grad.new_empty(0)
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of context, target and positions; None where not needed."""
+    context = target = positions = None
     if need_context:
-        context = ops.tokens_gather(grad, context_rows, None, backend)
+        context = gather_rows(grad, context_rows, None, backend)
         if contexts != grad.shape[0]:  # several targets share a context
             context = context.unflatten(0, (-1, contexts)).sum(0)
     if need_target and single:
-        target = ops.tokens_column_sum(grad, target_rows, backend)
+        direct = calls.direct(grad, target_rows)
+        run = _column_sum if direct else torch.ops.vicreg_kernels.tokens_column_sum
+        target = run(grad, target_rows, backend)
     elif need_target:
-        target = ops.tokens_gather(grad, target_rows, None, backend)
+        target = gather_rows(grad, target_rows, None, backend)
     if need_positions:
         shape = (grad.shape[0], table, 0.0, True, True, backend)
-        positions = ops.tokens_scatter(grad, index, None, *shape).to(torch.float32)
+        positions = scatter_rows(grad, index, None, *shape).to(torch.float32)
     return context, target, positions
 
 
@@ -196,7 +199,7 @@ class _Gradients(torch.autograd.Function):
     """Under create_graph=True: a second derivative is an error, not a silent 0."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
         return _gradients(*args)
 
     @staticmethod
@@ -206,37 +209,85 @@ class _Gradients(torch.autograd.Function):
         )
 
 
-def _check_like(name: str, z: Tensor, context: Tensor) -> None:
-    if z.shape[-1] != context.shape[-1]:
-        raise ValueError(
-            f"{name}: got D = {z.shape[-1]}, takes the context's D = {context.shape[-1]}"
-        )
-    checks.same_device(name, z, context.device)
-    if (z.dtype == torch.float64) != (context.dtype == torch.float64):
+def _check_like(name: str, z: Seen, context: Seen) -> None:
+    shape, dtype, device, _ = z
+    if shape[-1] != context[0][-1]:
+        raise ValueError(f"{name}: got D = {shape[-1]}, takes the context's D = {context[0][-1]}")
+    checks.same_device(name, device, context[2])
+    if (dtype == torch.float64) != (context[1] == torch.float64):
         raise TypeError(
-            f"{name}: got dtype {z.dtype} with a context of {context.dtype}, takes float64 with"
+            f"{name}: got dtype {dtype} with a context of {context[1]}, takes float64 with"
             " float64, or any two of float32, bfloat16 and float16"
         )
 
 
-def _check_index(name: str, index: Tensor, tokens: Tensor, packed: bool) -> None:
-    dims, shapes = (1, "[total] with offsets") if packed else (2, "[B, K]")
-    checks.index(name, index, dims, shapes, tokens.device)
+def _check_index(name: str, index: Seen, packed: bool, device: torch.device) -> None:
+    shapes = "[total] with offsets" if packed else "[B, K]"
+    checks.index(name, index, packed, shapes, device)
 
 
-def _target(mask_token: Tensor, context: Tensor, target_index: Tensor) -> Tensor:
-    """One mask token as [D], or a row a target, in the shape of target_index."""
+@calls.remembered
+def _check(packed: bool, backend: str | None, *seen: Any) -> bool:
+    """Whether mask_token is one for all targets. seen: context, context_index, mask_token,
+    target_index and, where given, positions.
+    """
+    dispatch.check_backend(backend)
+    context, context_index, mask_token, target_index, *table = checks.each(seen)
+    checks.tensor(
+        "context", context, (2,) if packed else (3,), "[total, D]" if packed else "[B, K, D]"
+    )
+    shape, _, device, _ = context
+    if shape[-1] < 1 or (not packed and shape[0] < 1):
+        raise ValueError(f"context: got no elements (shape {tuple(shape)})")
+    _check_index("context_index", context_index, packed, device)
+    _check_index("target_index", target_index, packed, device)
+    kept, wanted = context_index[0], target_index[0]
+    if kept != shape[:-1]:
+        raise ValueError(
+            f"context_index: got shape {tuple(kept)}, takes that of the context's"
+            f" rows, {tuple(shape[:-1])}"
+        )
+    if not packed and (wanted[0] < 1 or wanted[0] % shape[0] != 0):
+        raise ValueError(
+            f"target_index: got {wanted[0]} samples, takes the context's {shape[0]} or a multiple"
+        )
+    if kept.numel() == 0 and wanted.numel() == 0:
+        raise ValueError("context_index: got no tokens, takes at least one here or in target_index")
+    single = _single(mask_token, context, wanted)
+    for positions in table:
+        checks.tensor("positions", positions, (2,), "[T, D]")
+        checks.not_empty("positions", positions[0])
+        _check_like("positions", positions, context)
+    return single
+
+
+def _single(mask_token: Seen, context: Seen, wanted: torch.Size) -> bool:
+    """Whether mask_token, checked here, is one for all; else it has a row for each of `wanted`."""
     shapes = "[D], [1, 1, D] or a row for each target"
     checks.tensor("mask_token", mask_token, (1, 2, 3), shapes)
     _check_like("mask_token", mask_token, context)
-    if mask_token.shape[:-1] == target_index.shape and mask_token.dim() > 1:
-        return mask_token
-    if mask_token.numel() != mask_token.shape[-1]:
+    shape = mask_token[0]
+    if shape[:-1] == wanted and len(shape) > 1:
+        return False
+    if shape.numel() != shape[-1]:
         raise ValueError(
-            f"mask_token: got shape {tuple(mask_token.shape)}, takes {shapes},"
-            f" {(*target_index.shape, context.shape[-1])}"
+            f"mask_token: got shape {tuple(shape)}, takes {shapes}, {(*wanted, context[0][-1])}"
         )
-    return mask_token.reshape(-1)
+    return True
+
+
+def _joined(masks: Sequence[Tensor], packed: bool, device: torch.device) -> Tensor:
+    """The target_index [M B, K] of M masks [B, K]."""
+    if packed or len(masks) == 0:
+        raise ValueError("target_index: got a list, takes one with masks, without offsets")
+    for one in masks:
+        _check_index("target_index", calls.seen("target_index", one), packed, device)
+        if one.shape != masks[0].shape:
+            raise ValueError(
+                f"target_index: got masks of {tuple(masks[0].shape)} and {tuple(one.shape)},"
+                " takes equal ones"
+            )
+    return torch.cat(list(masks))
 
 
 def assemble_tokens(
@@ -282,48 +333,20 @@ def assemble_tokens(
             where VICREG_KERNELS_DEBUG=1; without it a row whose index is outside the table is NaN.
         RuntimeError: the named backend cannot run here; the message says why.
     """
-    dispatch.check_backend(backend)
     packed = context_offsets is not None
     if packed != (target_offsets is not None):
         name = "target_offsets" if packed else "context_offsets"
         raise ValueError(f"{name}: got None, takes offsets where the other index is packed")
-    checks.tensor(
-        "context", context, (2,) if packed else (3,), "[total, D]" if packed else "[B, K, D]"
-    )
-    if context.shape[-1] < 1 or (not packed and context.shape[0] < 1):
-        raise ValueError(f"context: got no elements (shape {tuple(context.shape)})")
+    seen = [*calls.seen("context", context), *calls.seen("context_index", context_index)]
+    targets: Any = target_index
     if isinstance(target_index, (list, tuple)):
-        if packed or len(target_index) == 0:
-            raise ValueError("target_index: got a list, takes one with masks, without offsets")
-        for one in target_index:
-            _check_index("target_index", one, context, packed)
-            if one.shape != target_index[0].shape:
-                raise ValueError(
-                    f"target_index: got masks of {tuple(target_index[0].shape)} and"
-                    f" {tuple(one.shape)}, takes equal ones"
-                )
-        targets = torch.cat(list(target_index))
-    else:
-        targets = target_index
-    _check_index("context_index", context_index, context, packed)
-    _check_index("target_index", targets, context, packed)
-    if context_index.shape != context.shape[:-1]:
-        raise ValueError(
-            f"context_index: got shape {tuple(context_index.shape)}, takes that of the context's"
-            f" rows, {tuple(context.shape[:-1])}"
-        )
-    if not packed and (targets.shape[0] < 1 or targets.shape[0] % context.shape[0] != 0):
-        raise ValueError(
-            f"target_index: got {targets.shape[0]} samples, takes the context's"
-            f" {context.shape[0]} or a multiple"
-        )
-    if context_index.numel() == 0 and targets.numel() == 0:
-        raise ValueError("context_index: got no tokens, takes at least one here or in target_index")
-    target = _target(mask_token, context, targets)
+        targets = _joined(target_index, packed, context.device)
+    seen += calls.seen("mask_token", mask_token)
+    seen += calls.seen("target_index", targets)
     if positions is not None:
-        checks.tensor("positions", positions, (2,), "[T, D]")
-        checks.not_empty("positions", positions)
-        _check_like("positions", positions, context)
+        seen += calls.seen("positions", positions)
+    if _check(packed, backend, *seen) and mask_token.dim() > 1:
+        mask_token = mask_token.reshape(-1)
     offsets = []
     if context_offsets is not None and target_offsets is not None:
         offsets = [
@@ -332,7 +355,8 @@ def assemble_tokens(
         batch = offsets[0].shape[0] - 1
         total = targets.shape[0]
         offsets.append(checks.offsets("target_offsets", target_offsets, batch, total, context))
-    return _assembled(context, context_index, target, targets, positions, offsets, backend)
+    name = choose(backend, (context.shape, context.dtype, context.device, context.layout))
+    return _assembled(context, context_index, mask_token, targets, positions, offsets, name)
 
 
 def _assembled(
@@ -342,10 +366,9 @@ def _assembled(
     target_index: Tensor,
     positions: Tensor | None,
     offsets: list[Tensor],
-    backend: str | None,
+    name: str,
 ) -> Assembly:
-    """The checked arguments, on the chosen backend. offsets: none, or both."""
-    name = choose("tokens", backend, context)
+    """The checked arguments, on the backend `name`. offsets: none, or both."""
     whole = offsets[0] + offsets[1] if offsets else None
     if name == "reference":
         if checks.wanted(name, context_index):
@@ -357,7 +380,9 @@ def _assembled(
         return Assembly(*made, whole)
     context_index = context_index.contiguous()
     target_index = target_index.to(context_index.dtype).contiguous()
-    index, context_rows, target_rows = torch.ops.vicreg_kernels.tokens_order(
+    direct = calls.direct(context_index, target_index, *offsets)
+    run = _order if direct else torch.ops.vicreg_kernels.tokens_order
+    index, context_rows, target_rows = run(
         context_index, target_index, *(offsets or (None, None)), name
     )
     # The table and the one mask token are small; they are read in float32.

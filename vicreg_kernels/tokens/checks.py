@@ -1,17 +1,18 @@
 """What is checked of the arguments, and where.
 
-Shapes, dtypes and devices are checked in Python on every call. What needs the values (indices in
-range, offsets that fit, no token twice) is checked on CPU tensors always, by the kernels themselves
-where they are compiled, so also under torch.compile. On a GPU it would wait for the device: there
-it is checked where VICREG_KERNELS_DEBUG=1; without it no kernel reads or writes out of bounds, and
-a row whose index is out of range becomes NaN.
+Shapes, dtypes, devices and settings are checked in Python, as functions of plain values whose
+results are kept (`calls.remembered`). What needs the values (indices in range, offsets that
+fit, no token twice) is checked in every call with CPU tensors, by the kernels themselves where they
+are compiled, so also under torch.compile. On a GPU it would wait for the device: there it is
+checked where VICREG_KERNELS_DEBUG=1; without it no kernel reads or writes out of bounds, and a row
+whose index is out of range becomes NaN.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,38 +23,44 @@ DTYPES = (torch.float64, *dispatch.FUSED_DTYPES)
 INDEX_DTYPES = (torch.int32, torch.int64)
 
 Offsets: TypeAlias = Tensor | Sequence[int]
+# What `calls.seen` gives of a tensor.
+Seen: TypeAlias = tuple[torch.Size, torch.dtype, torch.device, torch.layout]
 
 
-def tensor(name: str, z: Tensor, dims: tuple[int, ...], shapes: str) -> None:
+def each(seen: Sequence[Any]) -> list[Seen]:
+    """What `calls.seen` gave of several tensors, joined for a remembered check, taken apart."""
+    return [tuple(seen[at : at + 4]) for at in range(0, len(seen), 4)]
+
+
+def tensor(name: str, z: Seen, dims: tuple[int, ...], shapes: str) -> None:
     """A dense float tensor of one of `dims` dimensions."""
-    if not isinstance(z, Tensor):
-        raise TypeError(f"{name}: got {type(z).__name__}, takes a torch.Tensor")
-    if z.dtype not in DTYPES:
-        raise TypeError(f"{name}: got dtype {z.dtype}, takes float32, bfloat16, float16 or float64")
-    if z.layout != torch.strided:
-        raise TypeError(f"{name}: got layout {z.layout}, takes a dense (strided) tensor")
-    if z.dim() not in dims:
-        raise ValueError(f"{name}: got shape {tuple(z.shape)}, takes {shapes}")
+    shape, dtype, _, layout = z
+    if dtype not in DTYPES:
+        raise TypeError(f"{name}: got dtype {dtype}, takes float32, bfloat16, float16 or float64")
+    if layout != torch.strided:
+        raise TypeError(f"{name}: got layout {layout}, takes a dense (strided) tensor")
+    if len(shape) not in dims:
+        raise ValueError(f"{name}: got shape {tuple(shape)}, takes {shapes}")
 
 
-def not_empty(name: str, z: Tensor) -> None:
-    if z.numel() == 0:
-        raise ValueError(f"{name}: got no elements (shape {tuple(z.shape)})")
+def not_empty(name: str, shape: torch.Size) -> None:
+    if shape.numel() == 0:
+        raise ValueError(f"{name}: got no elements (shape {tuple(shape)})")
 
 
-def index(name: str, z: Tensor, dims: int, shapes: str, device: torch.device) -> None:
-    if not isinstance(z, Tensor):
-        raise TypeError(f"{name}: got {type(z).__name__}, takes a torch.Tensor")
-    if z.dtype not in INDEX_DTYPES:
-        raise TypeError(f"{name}: got dtype {z.dtype}, takes int32 or int64")
-    if z.dim() != dims:
-        raise ValueError(f"{name}: got shape {tuple(z.shape)}, takes {shapes}")
-    same_device(name, z, device)
+def index(name: str, z: Seen, packed: bool, shapes: str, device: torch.device) -> None:
+    """Integers, [B, K] or, packed, [total]; shapes: what is wanted where the shape is another."""
+    shape, dtype, place, _ = z
+    if dtype not in INDEX_DTYPES:
+        raise TypeError(f"{name}: got dtype {dtype}, takes int32 or int64")
+    if len(shape) != (1 if packed else 2):
+        raise ValueError(f"{name}: got shape {tuple(shape)}, takes {shapes}")
+    same_device(name, place, device)
 
 
-def same_device(name: str, z: Tensor, device: torch.device) -> None:
-    if z.device != device:
-        raise ValueError(f"{name}: got device {z.device}, takes that of the others, {device}")
+def same_device(name: str, got: torch.device, device: torch.device) -> None:
+    if got != device:
+        raise ValueError(f"{name}: got device {got}, takes that of the others, {device}")
 
 
 def offsets(name: str, given: Offsets, batch: int | None, total: int, like: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from vicreg_kernels import dispatch
+from vicreg_kernels import calls, dispatch
 from vicreg_kernels.tokens import backends, checks, reference
 from vicreg_kernels.tokens.backends import KINDS
-from vicreg_kernels.tokens.checks import Offsets
+from vicreg_kernels.tokens.checks import Offsets, Seen
 from vicreg_kernels.tokens.rows_op import check_values, choose
 
 REDUCTIONS = ("masks", "tokens")
@@ -74,11 +74,11 @@ class _Loss(torch.autograd.Function):
         teacher: Tensor,
         index: Tensor,
         offsets: Tensor | None,
-        *settings: Any,
+        settings: tuple[Any, ...],
     ) -> Tensor:
-        loss, saved = torch.ops.vicreg_kernels.tokens_loss_forward(
-            pred, teacher, index, offsets, *settings
-        )
+        direct = calls.direct(pred, teacher, index, offsets)
+        run = _forward if direct else torch.ops.vicreg_kernels.tokens_loss_forward
+        loss, saved = run(pred, teacher, index, offsets, *settings)
         ctx.save_for_backward(pred, teacher, index, offsets, saved)
         kind, normalize, beta, _, backend = settings
         ctx.settings = (kind, normalize, beta, backend)
@@ -87,11 +87,20 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         run = _Gradient.apply if torch.is_grad_enabled() else _gradient
-        return run(grad, *ctx.saved_tensors, *ctx.settings), *(None,) * 8
+        return run(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None
 
 
-def _gradient(grad: Tensor, *args: Any) -> Tensor:
-    return torch.ops.vicreg_kernels.tokens_loss_backward(grad, *args)
+def _gradient(
+    grad: Tensor,
+    pred: Tensor,
+    teacher: Tensor,
+    index: Tensor,
+    offsets: Tensor | None,
+    *rest: Any,
+) -> Tensor:
+    direct = calls.direct(grad, pred, teacher, index, offsets)
+    run = _backward if direct else torch.ops.vicreg_kernels.tokens_loss_backward
+    return run(grad, pred, teacher, index, offsets, *rest)
 
 
 class _Gradient(torch.autograd.Function):
@@ -123,69 +132,74 @@ def check_settings(
     dispatch.check_backend(backend)
 
 
-def _check_teacher(teacher: Tensor) -> None:
+@calls.remembered
+def _check_one_mask(
+    packed: bool,
+    kind: str,
+    normalize: bool,
+    beta: float,
+    eps: float,
+    reduction: str,
+    backend: str | None,
+    *seen: Any,
+) -> tuple[int, bool, float, float]:
+    """The op's settings. seen: pred, teacher, index."""
+    check_settings(kind=kind, beta=beta, eps=eps, reduction=reduction, backend=backend)
+    pred, teacher, index = checks.each(seen)
     checks.tensor("teacher", teacher, (3,), "[B, T, D]")
-    checks.not_empty("teacher", teacher)
-    if torch.is_grad_enabled() and teacher.requires_grad:
+    checks.not_empty("teacher", teacher[0])
+    _check_pred(pred, teacher, packed)
+    checks.index("index", index, packed, "[total] with offsets" if packed else "[B, K]", teacher[2])
+    rows, batch = index[0], teacher[0][0]
+    if rows != pred[0][:-1]:
         raise ValueError(
-            "teacher: got a tensor that requires grad, takes one without (run the teacher under"
-            " torch.no_grad, or pass teacher.detach()): its gradient is not computed"
+            f"index: got shape {tuple(rows)}, takes that of pred's rows, {tuple(pred[0][:-1])}"
         )
+    if not packed and rows[0] % batch != 0:
+        raise ValueError(f"index: got {rows[0]} samples, takes the teacher's {batch} or a multiple")
+    if rows.numel() == 0:
+        raise ValueError("index: got no tokens, takes at least one (a mean over none is undefined)")
+    return KINDS.index(kind), bool(normalize), float(beta), float(eps)
 
 
-def _check_pred(pred: Tensor, teacher: Tensor, packed: bool) -> None:
+def _check_pred(pred: Seen, teacher: Seen, packed: bool) -> None:
     shapes = "[total, D] with offsets" if packed else "[B, K, D]"
     checks.tensor("pred", pred, (2,) if packed else (3,), shapes)
-    if pred.shape[-1] != teacher.shape[-1]:
-        raise ValueError(
-            f"pred: got D = {pred.shape[-1]}, takes the teacher's D = {teacher.shape[-1]}"
-        )
-    checks.same_device("pred", pred, teacher.device)
-    if (pred.dtype == torch.float64) != (teacher.dtype == torch.float64):
+    shape, dtype, device, _ = pred
+    if shape[-1] != teacher[0][-1]:
+        raise ValueError(f"pred: got D = {shape[-1]}, takes the teacher's D = {teacher[0][-1]}")
+    checks.same_device("pred", device, teacher[2])
+    if (dtype == torch.float64) != (teacher[1] == torch.float64):
         raise TypeError(
-            f"pred: got dtype {pred.dtype} with a teacher of {teacher.dtype}, takes float64 with"
+            f"pred: got dtype {dtype} with a teacher of {teacher[1]}, takes float64 with"
             " float64, or any two of float32, bfloat16 and float16"
         )
 
 
 def _one_mask(
-    pred: Tensor, teacher: Tensor, index: Tensor, offsets: Offsets | None, settings: tuple[Any, ...]
+    pred: Tensor, teacher: Tensor, index: Tensor, offsets: Offsets | None, numbers: tuple[Any, ...]
 ) -> Tensor:
-    """The mean over one mask's rows; teacher and settings are checked."""
-    kind, normalize, beta, eps, backend = settings
-    packed = offsets is not None
-    _check_pred(pred, teacher, packed)
-    dims, shapes = (1, "[total] with offsets") if packed else (2, "[B, K]")
-    checks.index("index", index, dims, shapes, teacher.device)
-    if index.shape != pred.shape[:-1]:
-        raise ValueError(
-            f"index: got shape {tuple(index.shape)}, takes that of pred's rows,"
-            f" {tuple(pred.shape[:-1])}"
-        )
-    batch = teacher.shape[0]
-    if not packed and index.shape[0] % batch != 0:
-        raise ValueError(
-            f"index: got {index.shape[0]} samples, takes the teacher's {batch} or a multiple"
-        )
-    if index.numel() == 0:
-        raise ValueError("index: got no tokens, takes at least one (a mean over none is undefined)")
+    """The mean over one mask's rows. numbers: kind to backend, as `_check_one_mask` takes them."""
+    seen = calls.seen("pred", pred)
+    others = (*calls.seen("teacher", teacher), *calls.seen("index", index))
+    settings = _check_one_mask(offsets is not None, *numbers, *seen, *others)
     at = None
     if offsets is not None:
-        at = checks.offsets("offsets", offsets, batch, index.shape[0], teacher)
-    name = choose("tokens", backend, pred)
+        at = checks.offsets("offsets", offsets, teacher.shape[0], index.shape[0], teacher)
+    name = choose(numbers[-1], seen)
     if name == "reference":
         if checks.wanted(name, index):
             check_values(index, at, teacher.shape[1])
-        return reference.loss(pred, teacher, index, at, kind, normalize, beta, eps)
-    return _Loss.apply(
-        pred, teacher, index.contiguous(), at, KINDS.index(kind), normalize, beta, eps, name
-    )
+        _, normalize, beta, eps = settings
+        return reference.loss(pred, teacher, index, at, numbers[0], normalize, beta, eps)
+    return _Loss.apply(pred, teacher, index.contiguous(), at, (*settings, name))
 
 
 def _stacked(pred: Tensor, teacher: Tensor, index: Sequence[Tensor]) -> Tensor:
     """The index of mask-major predictions [M E B, K, D] from M masks [B, K]; E contexts each."""
     for one in index:
-        checks.index("index", one, 2, "[B, K] for each mask", teacher.device)
+        seen = calls.seen("index", one)
+        checks.index("index", seen, False, "[B, K] for each mask", teacher.device)
         if one.shape != index[0].shape:
             raise ValueError(
                 f"index: got masks of {tuple(index[0].shape)} and {tuple(one.shape)}, takes equal"
@@ -258,15 +272,20 @@ def prediction_loss(
             range makes the loss, and its row's gradient, NaN.
         RuntimeError: the named backend cannot run here; the message says why.
     """
-    check_settings(kind=kind, beta=beta, eps=eps, reduction=reduction, backend=backend)
-    _check_teacher(teacher)
-    settings = (kind, bool(normalize_target), float(beta), float(eps), backend)
+    if not isinstance(teacher, Tensor):
+        raise TypeError(f"teacher: got {type(teacher).__name__}, takes a torch.Tensor")
+    if teacher.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "teacher: got a tensor that requires grad, takes one without (run the teacher under"
+            " torch.no_grad, or pass teacher.detach()): its gradient is not computed"
+        )
+    numbers = (kind, normalize_target, beta, eps, reduction, backend)
     if isinstance(pred, Tensor):
         if isinstance(index, (list, tuple)):
             if len(index) == 0:
                 raise ValueError("index: got no masks, takes at least one")
             index = _stacked(pred, teacher, index)
-        return _one_mask(pred, teacher, index, offsets, settings)
+        return _one_mask(pred, teacher, index, offsets, numbers)
     if not isinstance(pred, (list, tuple)):
         raise TypeError(f"pred: got {type(pred).__name__}, takes a torch.Tensor or a list of them")
     if not isinstance(index, (list, tuple)) or len(index) != len(pred) or len(pred) == 0:
@@ -280,7 +299,7 @@ def prediction_loss(
         raise ValueError(f"offsets: takes a list with one for each of pred's {len(pred)} masks")
     each = [None] * len(pred) if offsets is None else offsets
     losses = [
-        _one_mask(p, teacher, i, o, settings) for p, i, o in zip(pred, index, each, strict=True)
+        _one_mask(p, teacher, i, o, numbers) for p, i, o in zip(pred, index, each, strict=True)
     ]
     if reduction == "masks":
         return torch.stack(losses).mean()

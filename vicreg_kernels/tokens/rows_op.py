@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vicreg_kernels import dispatch
+from vicreg_kernels import calls, dispatch
 from vicreg_kernels.tokens import backends, checks, reference
-from vicreg_kernels.tokens.checks import Offsets
+from vicreg_kernels.tokens.checks import Offsets, Seen
 
 _LIBRARY = torch.library.Library("vicreg_kernels", "FRAGMENT")
 _LIBRARY.define("tokens_gather(Tensor x, Tensor index, Tensor? offsets, str backend) -> Tensor")
@@ -70,6 +70,19 @@ def check_values(index: Tensor, offsets: Tensor | None, length: int, unique: boo
         checks.unique("index", index, ids)
 
 
+def gather_rows(x: Tensor, index: Tensor, offsets: Tensor | None, backend: str) -> Tensor:
+    """The gather op, called directly where nobody can tell."""
+    run = _gather if calls.direct(x, index, offsets) else torch.ops.vicreg_kernels.tokens_gather
+    return run(x, index, offsets, backend)
+
+
+def scatter_rows(rows: Tensor, index: Tensor, offsets: Tensor | None, *settings: Any) -> Tensor:
+    """The scatter op, called directly where nobody can tell."""
+    direct = calls.direct(rows, index, offsets)
+    run = _scatter if direct else torch.ops.vicreg_kernels.tokens_scatter
+    return run(rows, index, offsets, *settings)
+
+
 class Gather(torch.autograd.Function):
     """x [B, T, D], index, offsets, backend -> rows."""
 
@@ -78,12 +91,12 @@ class Gather(torch.autograd.Function):
         ctx.save_for_backward(index, offsets)
         ctx.extent = x.shape[:2]
         ctx.backend = backend
-        return torch.ops.vicreg_kernels.tokens_gather(x, index, offsets, backend)
+        return gather_rows(x, index, offsets, backend)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         index, offsets = ctx.saved_tensors
-        run = Scatter.apply if torch.is_grad_enabled() else torch.ops.vicreg_kernels.tokens_scatter
+        run = Scatter.apply if torch.is_grad_enabled() else scatter_rows
         made = run(grad, index, offsets, *ctx.extent, 0.0, True, False, ctx.backend)
         return made, None, None, None
 
@@ -97,20 +110,60 @@ class Scatter(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(index, offsets)
         ctx.backend = settings[-1]
-        return torch.ops.vicreg_kernels.tokens_scatter(rows, index, offsets, *settings)
+        return scatter_rows(rows, index, offsets, *settings)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         index, offsets = ctx.saved_tensors
-        run = Gather.apply if torch.is_grad_enabled() else torch.ops.vicreg_kernels.tokens_gather
+        run = Gather.apply if torch.is_grad_enabled() else gather_rows
         return run(grad, index, offsets, ctx.backend), *(None,) * 8
 
 
-def choose(op: str, backend: str | None, like: Tensor, unfit: dict[str, str] | None = None) -> str:
-    name = dispatch.choose(op, backend, like.device.type, like.dtype, unfit=unfit)
+def choose(backend: str | None, like: Seen) -> str:
+    shape, dtype, device, _ = like
+    name = dispatch.choose("tokens", backend, device, dtype)
     if not torch.compiler.is_compiling():
-        dispatch.log_choice(op, name, backend, like.device, like.shape)
+        dispatch.log_choice("tokens", name, backend, device, shape)
     return name
+
+
+@calls.remembered
+def _check_gather(packed: bool, backend: str | None, *seen: Any) -> None:
+    """seen: x, index."""
+    dispatch.check_backend(backend)
+    x, index = checks.each(seen)
+    checks.tensor("x", x, (3,), "[B, T, D]")
+    checks.not_empty("x", x[0])
+    _check_index(index, packed, x[2])
+    if not packed and index[0][0] != x[0][0]:
+        raise ValueError(
+            f"index: got {index[0][0]} samples, takes the batch's {x[0][0]}, one row each"
+        )
+
+
+@calls.remembered
+def _check_scatter(length: int, packed: bool, backend: str | None, *seen: Any) -> None:
+    """seen: tokens, index."""
+    dispatch.check_backend(backend)
+    tokens, index = checks.each(seen)
+    checks.tensor(
+        "tokens", tokens, (2,) if packed else (3,), "[total, D]" if packed else "[B, K, D]"
+    )
+    shape = tokens[0]
+    if length < 1:
+        raise ValueError(f"length: got {length}, takes at least 1")
+    if shape[-1] < 1 or (not packed and shape[0] < 1):
+        raise ValueError(f"tokens: got no elements (shape {tuple(shape)})")
+    _check_index(index, packed, tokens[2])
+    if index[0] != shape[:-1]:
+        raise ValueError(
+            f"index: got shape {tuple(index[0])}, takes that of the tokens, {tuple(shape[:-1])}"
+        )
+
+
+def _check_index(index: Seen, packed: bool, device: torch.device) -> None:
+    shapes = "[total] with offsets" if packed else "[B, K], or [total] with offsets"
+    checks.index("index", index, packed, shapes, device)
 
 
 def gather_tokens(
@@ -137,29 +190,17 @@ def gather_tokens(
             where VICREG_KERNELS_DEBUG=1; without it an index out of range gives a row of NaN.
         RuntimeError: the named backend cannot run here; the message says why.
     """
-    dispatch.check_backend(backend)
-    checks.tensor("x", x, (3,), "[B, T, D]")
-    checks.not_empty("x", x)
-    at = rows_index(x.shape[0], index, offsets, x)
-    name = choose("tokens", backend, x)
+    seen = calls.seen("x", x)
+    _check_gather(offsets is not None, backend, *seen, *calls.seen("index", index))
+    at = None
+    if offsets is not None:
+        at = checks.offsets("offsets", offsets, x.shape[0], index.shape[0], x)
+    name = choose(backend, seen)
     if name == "reference":
         if checks.wanted(name, index):
             check_values(index, at, x.shape[1])
         return reference.gather(x, index, at)
     return Gather.apply(x, index.contiguous(), at, name)
-
-
-def rows_index(batch: int, index: Tensor, offsets: Offsets | None, like: Tensor) -> Tensor | None:
-    """Check index and offsets for a batch; the offsets as a tensor beside `like`."""
-    if offsets is None:
-        checks.index("index", index, 2, "[B, K], or [total] with offsets", like.device)
-        if index.shape[0] != batch:
-            raise ValueError(
-                f"index: got {index.shape[0]} samples, takes the batch's {batch}, one row each"
-            )
-        return None
-    checks.index("index", index, 1, "[total] with offsets", like.device)
-    return checks.offsets("offsets", offsets, batch, index.shape[0], like)
 
 
 def scatter_tokens(
@@ -186,28 +227,13 @@ def scatter_tokens(
     Raises: as `gather_tokens`; a token named twice in a sample is a ValueError on the CPU and in
         debug mode, elsewhere the last of its rows is taken.
     """
-    dispatch.check_backend(backend)
-    packed = offsets is not None
-    checks.tensor(
-        "tokens", tokens, (2,) if packed else (3,), "[total, D]" if packed else "[B, K, D]"
-    )
-    if length < 1:
-        raise ValueError(f"length: got {length}, takes at least 1")
-    if tokens.shape[-1] < 1 or (not packed and tokens.shape[0] < 1):
-        raise ValueError(f"tokens: got no elements (shape {tuple(tokens.shape)})")
+    seen = calls.seen("tokens", tokens)
+    _check_scatter(length, offsets is not None, backend, *seen, *calls.seen("index", index))
     at = None
-    if offsets is None:
-        checks.index("index", index, 2, "[B, K], or [total] with offsets", tokens.device)
-    else:
-        checks.index("index", index, 1, "[total] with offsets", tokens.device)
+    if offsets is not None:
         at = checks.offsets("offsets", offsets, None, index.shape[0], tokens)
-    if index.shape != tokens.shape[:-1]:
-        raise ValueError(
-            f"index: got shape {tuple(index.shape)}, takes that of the tokens,"
-            f" {tuple(tokens.shape[:-1])}"
-        )
     batch = tokens.shape[0] if at is None else at.shape[0] - 1
-    name = choose("tokens", backend, tokens)
+    name = choose(backend, seen)
     if name == "reference":
         if checks.wanted(name, index):
             check_values(index, at, length, unique=True)

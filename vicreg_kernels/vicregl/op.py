@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vicreg_kernels import calls
 from vicreg_kernels.vicregl import backends, reference
 
 _LIBRARY = torch.library.Library("vicreg_kernels", "FRAGMENT")
@@ -82,7 +83,8 @@ def match(a: Tensor, b: Tensor, backend: str) -> Matches:
     a, b = a.detach(), b.detach()
     if backend == "reference":
         return Matches(*reference.match(a, b))
-    return Matches(*torch.ops.vicreg_kernels.vicregl_match(a, b, backend))
+    run = _match if calls.direct(a, b) else torch.ops.vicreg_kernels.vicregl_match
+    return Matches(*run(a, b, backend))
 
 
 def pairs(a: Tensor, b: Tensor, found: Matches, kept_a: Kept, kept_b: Kept, backend: str) -> Tensor:
@@ -103,7 +105,10 @@ class _Pairs(torch.autograd.Function):
         *found, settings = args
         ctx.save_for_backward(a, b, *found)
         ctx.settings = settings
-        return torch.ops.vicreg_kernels.vicregl_pairs_forward(a, b, *found, *settings)
+        run = (
+            _pairs_forward if calls.direct(a, b) else torch.ops.vicreg_kernels.vicregl_pairs_forward
+        )
+        return run(a, b, *found, *settings)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -114,9 +119,11 @@ class _Pairs(torch.autograd.Function):
         return grad_a if need_a else None, grad_b if need_b else None, *(None,) * 5
 
 
-def _gradient(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _gradient(grad: Tensor, a: Tensor, b: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *rest, settings = args
-    return torch.ops.vicreg_kernels.vicregl_pairs_backward(grad, *rest, *settings)
+    direct = calls.direct(grad, a, b)
+    run = _pairs_backward if direct else torch.ops.vicreg_kernels.vicregl_pairs_backward
+    return run(grad, a, b, *rest, *settings)
 
 
 class _Gradient(torch.autograd.Function):
