@@ -97,20 +97,13 @@ def test_the_least_side_is_that_of_the_table():
 if not INTERPRETING:
 
     @needs_triton
-    def test_in_an_interpreting_process():
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-W",
-            "ignore",
-            "-p",
-            "no:cacheprovider",
-            __file__,
-        ]
+    @pytest.mark.parametrize(
+        "which", ["not thorough", pytest.param("thorough", marks=pytest.mark.thorough)]
+    )
+    def test_in_an_interpreting_process(which):
+        command = [sys.executable, "-m", "pytest", "-x", "-W", "ignore", "-p", "no:cacheprovider"]
         run = subprocess.run(
-            command,
+            [*command, "-m", which, __file__],
             env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
@@ -138,7 +131,13 @@ def reconfigure(monkeypatch):
     return change
 
 
-@pytest.fixture(params=[(16, 16), (16, 32)], ids=["square", "wide"])
+# In tiles of 16 the interpreter takes seconds a test.
+@pytest.fixture(
+    params=[
+        pytest.param((16, 16), id="square"),
+        pytest.param((16, 32), id="wide", marks=pytest.mark.thorough),
+    ]
+)
 def tiny_tma(reconfigure, tma_from, request):
     """TMA operands for every shape, in tiles so small that bands and edges occur."""
     tma_from(2)
@@ -147,7 +146,10 @@ def tiny_tma(reconfigure, tma_from, request):
 
 
 # Row and column counts off the tiles, one tile, several bands.
-TMA_SHAPES = [(40, 104), (104, 40), (99, 40), (64, 64), (8, 16), (33, 8)]
+TMA_SHAPES = [
+    *((40, 104), (104, 40), (8, 16), (33, 8)),
+    *(pytest.param(shape, marks=pytest.mark.thorough) for shape in ((99, 40), (64, 64))),
+]
 
 
 class TestTmaOperands:
@@ -201,6 +203,7 @@ class TestTmaOperands:
             )
         torch.testing.assert_close(squares.double(), wanted, rtol=2**-7, atol=1e-1)
 
+    @pytest.mark.thorough
     @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
     def test_dominated_beyond_the_deflated_columns(self, tiny_tma, dtype):
         z = dominated(120, 136, 100.0, 5).to(FLOATS[dtype])
