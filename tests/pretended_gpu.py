@@ -88,6 +88,12 @@ class Pretended(torch.Tensor):
     is_cpu = property(lambda self: self.place == CPU)  # type: ignore[assignment]
     is_meta = property(lambda self: False)  # type: ignore[assignment]
 
+    def _set_data(self, other: torch.Tensor) -> None:
+        torch.Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
+        self.inner, self.base, self.place = other.inner, other.base, other.place
+
+    data = property(torch.Tensor.data.__get__, _set_data)  # type: ignore[assignment, attr-defined]
+
     def get_device(self) -> int:
         return 0 if self.is_cuda else -1
 

@@ -90,7 +90,7 @@ def test_a_whole_batch_gives_what_its_samples_give_alone(backend, name):
                 assert torch.equal(all_[own], one)
 
 
-@pytest.mark.parametrize("dim", [16, 32, 88, 104])
+@pytest.mark.parametrize("dim", [16, 104])
 def test_backends_agree(dim):
     for name in ("cuda", "triton"):
         if dispatch.missing(name, DEVICE, torch.bfloat16) is not None:
@@ -111,7 +111,7 @@ COMBINED = [("keep", "window"), ("lengths", "blocks"), ("ragged", "frames", "blo
 @pytest.mark.parametrize("rules", [(), *((rule,) for rule in RULES), *COMBINED], ids="-".join)
 def test_rules_match_the_reference(backend, rules, dtype):
     sizes = ((80, 110, 110), (64, 200, 256), (128, 256, 256), (40, 3, 70))
-    if backend == "triton" and len(rules) != 2:  # compiles all for each head dim
+    if backend == "triton" and rules != ("keep", "window"):  # compiles all for each head dim
         sizes = sizes[:1]
     for dim, tokens, keys in sizes:
         call = draw(rules, batch=4, tokens=tokens, keys=keys, dim=dim, axes=3, tokens_per_frame=24,
@@ -122,6 +122,8 @@ def test_rules_match_the_reference(backend, rules, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_match_the_reference(backend, layout):
     for rules in ((), ("ragged",)):
+        if backend == "triton" and rules and layout != "fused_qkv":  # compiles all for each layout
+            continue
         call = draw(
             rules, tokens=90, dim=80, layout=layout, axes=3, dtype=torch.bfloat16, device=DEVICE
         )
@@ -144,6 +146,7 @@ def typical(dtype: torch.dtype = torch.bfloat16) -> Call:
                 tokens_per_frame=16, dtype=dtype, device=DEVICE)  # fmt: skip
 
 
+@pytest.mark.triton_takes(lambda dtype, **_: dtype == torch.bfloat16)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_graph_replay_after_poison(backend, dtype):
     """A graph replayed on NaN leaves NaN in every buffer of its pool; whatever a later replay does
