@@ -76,9 +76,11 @@ def test_loss_at_real_shapes(backend, shape, dtype, kind):
     teacher = draw(batch, tokens, dim, grad=False, **CUDA)
     pred = draw(batch, kept, dim, dtype=dtype, **CUDA)
     check_loss(backend, pred, teacher.to(dtype), mask(batch, tokens, kept, **CUDA).index, kind=kind)
-    check_loss(backend, pred, teacher, mask(batch, tokens, kept, **CUDA).index, kind=kind)
+    if backend == "cuda" or kind == "smooth_l1":  # Triton compiles all for each kind
+        check_loss(backend, pred, teacher, mask(batch, tokens, kept, **CUDA).index, kind=kind)
 
 
+@pytest.mark.triton_takes(lambda layout, **_: layout != "transposed")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(backend, layout):
     z, teacher = (draw(3, n, 40, layout=layout, **CUDA) for n in (5, 9))

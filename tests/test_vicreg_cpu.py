@@ -299,7 +299,7 @@ def test_collapsed_column_without_eps(fused, shape):
     assert torch.equal(run(fused.name).isnan(), expected)
 
 
-@pytest.mark.triton_takes(lambda dtype, **_: dtype == torch.float32)
+@pytest.mark.triton_takes(lambda shape, dtype, **_: dtype == torch.float32 and shape[0] == 127)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(127, 521), (521, 127), (2, 3)])
 def test_deterministic_and_inputs_untouched(fused, shape, dtype):
