@@ -107,7 +107,8 @@ def test_ragged_with_empty_and_full_samples(fused, key_lengths):
 
 
 def test_no_token_at_all(fused):
-    call = cases.draw(("ragged",), lengths=[0, 0], device=fused.device).wanting(*ALL)
+    dtype = torch.bfloat16 if fused.name == "cuda" else torch.float32  # what it takes
+    call = cases.draw(("ragged",), lengths=[0, 0], dtype=dtype, device=fused.device).wanting(*ALL)
     out, grads = cases.run(fused.name, call, torch.zeros_like(call.q))
     assert out.shape == call.q.shape
     assert all(g.numel() == 0 for g in grads)
@@ -262,6 +263,8 @@ def test_apply_rope(fused, rules, dtype, axes):
 def test_not_finite_reaches_who_may_see_it(fused, rules, what, bad):
     """And nobody else, neither by 0 * NaN nor across samples."""
     call = cases.draw(tokens=60, batch=2, device=fused.device)
+    if cases.unfit(fused.name, call):
+        pytest.skip("not for this backend")
     # frames: within the first tile of queries, which others see less of
     token, sample = 20 if rules == "frames" else 41, 0
     if rules == "padding":
