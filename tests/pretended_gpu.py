@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pretended_cuda import STUBS, nothing
+from pretended_cuda import STUBS
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,6 +26,16 @@ CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 SMALL = 4096
 _ALIGNMENT = 512
 _aten = torch.ops.aten
+# What takes tensors of the CPU and of the GPU together.
+_BETWEEN_DEVICES = (
+    _aten.copy_.default, _aten._to_copy.default, _aten._foreach_copy_.default,
+    _aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default,
+    _aten._nested_view_from_jagged.default,  # its dummy lies on the CPU
+)  # fmt: skip
+
+
+class DevicesDiffer(RuntimeError):
+    """What torch would raise on a GPU; the tests' assertions do not swallow it."""
 
 
 def _each(function: Callable[[Any], Any], given: Any) -> Any:
@@ -87,6 +97,12 @@ class Pretended(torch.Tensor):
     is_cuda = property(lambda self: self.place == CUDA)  # type: ignore[assignment]
     is_cpu = property(lambda self: self.place == CPU)  # type: ignore[assignment]
     is_meta = property(lambda self: False)  # type: ignore[assignment]
+
+    def _set_data(self, other: torch.Tensor) -> None:
+        torch.Tensor.data.__set__(self, other)  # type: ignore[attr-defined]
+        self.inner, self.base, self.place = other.inner, other.base, other.place
+
+    data = property(torch.Tensor.data.__get__, _set_data)  # type: ignore[assignment, attr-defined]
 
     def get_device(self) -> int:
         return 0 if self.is_cuda else -1
@@ -236,6 +252,8 @@ class Pretend(TorchDispatchMode):
                 return self._own(func, args, kwargs)
         flat = _flat(args) + (_flat(kwargs) if kwargs else [])
         given = [x for x in flat if isinstance(x, Pretended)]
+        if func not in _BETWEEN_DEVICES:
+            _refuse_two_devices(func, flat)
         named = kwargs.get("device")
         on_gpu = _is_gpu(named) if named is not None else any(x.is_cuda for x in given)
         if not given and not on_gpu:
@@ -324,6 +342,21 @@ class Pretend(TorchDispatchMode):
         return self.kernels[name](*args, **kwargs)
 
 
+def _refuse_two_devices(func: Any, given: list[Any]) -> None:
+    """As CUDA's kernels do: tensors of the CPU only with no dimension."""
+    places = {x.device.type for x in given if isinstance(x, torch.Tensor) and x.dim() > 0}
+    if len(places) > 1:
+        raise DevicesDiffer(f"{func}: expected all tensors to be on the same device, got {places}")
+
+
+def _compare_devices(actual: Any, expected: Any, **settings: Any) -> None:
+    """Of torch.testing.assert_close: all that can be compared."""
+    if settings.get("check_device", True):
+        for a, b in zip(_flat(actual), _flat(expected), strict=True):
+            if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.device != b.device:
+                raise DevicesDiffer(f"assert_close: {a.device} and {b.device}")
+
+
 def _places(index: torch.Tensor | None) -> list[torch.Tensor | None]:
     """A mask as the indices it selects, one a dimension; meta tensors cannot count them."""
     if index is None or index.dtype != torch.bool or index.is_meta:
@@ -353,7 +386,7 @@ def install() -> None:
         setattr(torch.cuda, name, stub)
     torch.compile = _compiled_as_it_is
     torch.library.opcheck = _called_once
-    torch.testing.assert_close = nothing
+    torch.testing.assert_close = _compare_devices
 
     implement, fake = torch.library.impl, torch.library.register_fake
 

@@ -45,8 +45,11 @@ def expanded(rows: int, dim: int, **where: object) -> Tensor:
 
 
 LAYOUTS = {f.__name__: f for f in (contiguous, transposed, strided, sliced, expanded)}
-# Each layout once: of two views.
-FEW_LAYOUTS = [("transposed", "transposed"), ("strided", "sliced"), ("expanded", "contiguous")]
+# Each layout once, of two views, and whether there are fewer rows than columns; two on both sides.
+FEW_LAYOUTS = [
+    ("transposed", "transposed", True), ("expanded", "contiguous", False),
+    ("strided", "sliced", True), ("strided", "sliced", False),
+]  # fmt: skip
 
 
 def collapsed(rows: int, dim: int, **where: object) -> Tensor:

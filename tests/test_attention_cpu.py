@@ -66,13 +66,13 @@ def test_other_keys_than_queries(fused, tokens, keys):
     hold(fused, cases.draw(tokens=tokens, keys=keys, device=fused.device))
 
 
-@pytest.mark.triton_takes(lambda dim, **_: dim in (24, 96, 112))
+@pytest.mark.triton_takes(lambda dim, **_: dim in (24, 112))
 @pytest.mark.parametrize("dim", [16, 24, 32, 40, 48, 64, 72, 80, 88, 96, 104, 112, 120, 128])
 def test_head_dims(fused, dim):
     hold(fused, cases.draw(tokens=67, dim=dim, batch=1, axes=3, device=fused.device))
 
 
-@pytest.mark.triton_takes(lambda rules, tokens, **_: tokens == 150 and rules in COMBINED[8::2])
+@pytest.mark.triton_takes(lambda rules, tokens, **_: tokens == 150 and rules in COMBINED[10::2])
 @pytest.mark.parametrize("rules", COMBINED, ids="+".join)
 @pytest.mark.parametrize("tokens", [37, 150])
 def test_rules(fused, rules, tokens):
@@ -107,7 +107,8 @@ def test_ragged_with_empty_and_full_samples(fused, key_lengths):
 
 
 def test_no_token_at_all(fused):
-    call = cases.draw(("ragged",), lengths=[0, 0], device=fused.device).wanting(*ALL)
+    dtype = torch.bfloat16 if fused.name == "cuda" else torch.float32  # what it takes
+    call = cases.draw(("ragged",), lengths=[0, 0], dtype=dtype, device=fused.device).wanting(*ALL)
     out, grads = cases.run(fused.name, call, torch.zeros_like(call.q))
     assert out.shape == call.q.shape
     assert all(g.numel() == 0 for g in grads)
@@ -122,7 +123,9 @@ def test_a_query_that_sees_nothing(fused):
         assert (found[1] != 0).any()
 
 
-@pytest.mark.triton_takes(lambda rules, dtype, **_: dtype == torch.float32 and not rules)
+@pytest.mark.triton_takes(
+    lambda rules, layout, dtype, **_: (dtype == torch.float32 and not rules and layout == "sliced")
+)
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("rules", [(), ("ragged",)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -131,9 +134,7 @@ def test_strides(fused, rules, layout, dtype):
     hold(fused, call)
 
 
-@pytest.mark.triton_takes(
-    lambda rules, dtype, **_: dtype == torch.float16 and rules in ((), ("keep",))
-)
+@pytest.mark.triton_takes(lambda rules, dtype, **_: dtype == torch.float16 and rules == ("keep",))
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("rules", [(), ("keep",), ("window",), ("ragged",), ("blocks",)])
 def test_half(fused, rules, dtype):
@@ -141,6 +142,7 @@ def test_half(fused, rules, dtype):
     hold(fused, call)
 
 
+@pytest.mark.triton_takes(lambda axes, **_: axes == 3)
 @pytest.mark.parametrize("grads", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1)])
 @pytest.mark.parametrize("axes", [0, 3])
 def test_gradient_of_any_input(fused, grads, axes):
@@ -198,19 +200,16 @@ def test_growing_scores(fused):
     hold(fused, replace(call, k=call.k + ramp * call.q.mean(dim=2, keepdim=True)))
 
 
-# What Triton compiles of the product below: every axis, layout and kind of index once.
+# What Triton compiles of the product below: every number of axes and both layouts.
 ROTATIONS = {
-    ((), False): ("vjepa2", 1),
     ((), True): ("axial", 3),
     (("ragged",), False): ("axial", 2),
-    (("ragged",), True): ("vjepa2", 3),
-    (("ragged_keys",), False): ("vjepa2", 2),
     (("ragged_keys",), True): ("axial", 1),
 }
 
 
 @pytest.mark.triton_takes(
-    lambda rules, indexed, layout, axes, **_: ROTATIONS[rules, indexed] == (layout, axes)
+    lambda rules, indexed, layout, axes, **_: ROTATIONS.get((rules, indexed)) == (layout, axes)
 )
 @pytest.mark.parametrize("axes", [1, 2, 3])
 @pytest.mark.parametrize("layout", ["vjepa2", "axial"])
@@ -230,7 +229,11 @@ def test_rope_index_shared_by_the_batch(fused):
     hold(fused, replace(call, rope=Rope3d((4, 4, 4), index)))
 
 
-@pytest.mark.triton_takes(lambda rules, dtype, axes, **_: axes == 3 - bool(rules))
+@pytest.mark.triton_takes(
+    lambda rules, dtype, axes, **_: (
+        axes == 3 - bool(rules) and dtype != (torch.bfloat16 if rules else torch.float16)
+    )
+)
 @pytest.mark.parametrize("axes", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("rules", [(), ("ragged",)])
@@ -260,6 +263,8 @@ def test_apply_rope(fused, rules, dtype, axes):
 def test_not_finite_reaches_who_may_see_it(fused, rules, what, bad):
     """And nobody else, neither by 0 * NaN nor across samples."""
     call = cases.draw(tokens=60, batch=2, device=fused.device)
+    if cases.unfit(fused.name, call):
+        pytest.skip("not for this backend")
     # frames: within the first tile of queries, which others see less of
     token, sample = 20 if rules == "frames" else 41, 0
     if rules == "padding":
@@ -301,9 +306,7 @@ def test_not_finite_reaches_who_may_see_it(fused, rules, what, bad):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.triton_takes(
-    lambda rules, dtype, **_: dtype == torch.bfloat16 and len(rules) == 2 and "keep" in rules
-)
+@pytest.mark.triton_takes(lambda rules, dtype, **_: dtype == torch.float32 and not rules)
 @pytest.mark.parametrize("rules", [(), ("keep", "window"), ("ragged", "blocks")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_runs_are_bitwise_equal(fused, rules, dtype):

@@ -61,7 +61,9 @@ def results(backend: str, call: Call, cotangent: Tensor | None = None) -> tuple[
     return (out, *grads)  # type: ignore[return-value]
 
 
-@pytest.mark.triton_takes(lambda dtype, **_: dtype == torch.bfloat16)
+@pytest.mark.triton_takes(
+    lambda name, dtype, **_: dtype == torch.bfloat16 and name != "ijepa_vit_h_teacher"
+)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", REAL)
 def test_real_shapes_match_the_reference(backend, name, dtype):
@@ -90,7 +92,7 @@ def test_a_whole_batch_gives_what_its_samples_give_alone(backend, name):
                 assert torch.equal(all_[own], one)
 
 
-@pytest.mark.parametrize("dim", [16, 32, 88, 104])
+@pytest.mark.parametrize("dim", [16, 104])
 def test_backends_agree(dim):
     for name in ("cuda", "triton"):
         if dispatch.missing(name, DEVICE, torch.bfloat16) is not None:
@@ -111,8 +113,8 @@ COMBINED = [("keep", "window"), ("lengths", "blocks"), ("ragged", "frames", "blo
 @pytest.mark.parametrize("rules", [(), *((rule,) for rule in RULES), *COMBINED], ids="-".join)
 def test_rules_match_the_reference(backend, rules, dtype):
     sizes = ((80, 110, 110), (64, 200, 256), (128, 256, 256), (40, 3, 70))
-    if backend == "triton" and len(rules) != 2:  # compiles all for each head dim
-        sizes = sizes[:1]
+    if backend == "triton":  # compiles all for each head dim
+        sizes = sizes[:3:2] if rules == ("keep", "window") else sizes[:1]
     for dim, tokens, keys in sizes:
         call = draw(rules, batch=4, tokens=tokens, keys=keys, dim=dim, axes=3, tokens_per_frame=24,
                     dtype=dtype, device=DEVICE)  # fmt: skip
@@ -122,12 +124,15 @@ def test_rules_match_the_reference(backend, rules, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_match_the_reference(backend, layout):
     for rules in ((), ("ragged",)):
+        if backend == "triton" and rules and layout != "fused_qkv":  # compiles all for each layout
+            continue
         call = draw(
             rules, tokens=90, dim=80, layout=layout, axes=3, dtype=torch.bfloat16, device=DEVICE
         )
         hold(backend, call.wanting(True, True, True))
 
 
+@pytest.mark.triton_takes(lambda dtype, **_: dtype != torch.float16)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_rotation_matches_the_reference(backend, dtype):
     rope = Rope3d((16, 16, 16))
@@ -144,6 +149,7 @@ def typical(dtype: torch.dtype = torch.bfloat16) -> Call:
                 tokens_per_frame=16, dtype=dtype, device=DEVICE)  # fmt: skip
 
 
+@pytest.mark.triton_takes(lambda dtype, **_: dtype == torch.bfloat16)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_graph_replay_after_poison(backend, dtype):
     """A graph replayed on NaN leaves NaN in every buffer of its pool; whatever a later replay does
@@ -259,7 +265,7 @@ def test_peak_memory(backend):
 
 @pytest.mark.parametrize("rules", [(), ("ragged", "window")], ids=str)
 def test_compiled_full_graph(backend, rules):
-    call = draw(rules, tokens=100, dim=80, axes=3, dtype=torch.bfloat16, device=DEVICE)
+    call = draw(rules, heads_=16, tokens=100, dim=80, axes=3, dtype=torch.bfloat16, device=DEVICE)
     call = call.wanting(True, True, True)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

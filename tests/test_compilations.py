@@ -1,6 +1,10 @@
 """What the tests marked `gpu` compile with Triton: few kernels, each test some, counted rightly.
 
-A compilation takes 0.1 to 2.6 CPU-seconds. The recording (compilations.py) needs no GPU.
+A compilation takes 0.1 to 2.6 CPU-seconds. The recording (compilations.py) needs no GPU. All tests
+together compile 803 kernels; 500 is the aim, which is not reached. Tests alone do not reach it:
+what is left is nearly all one dtype, one layout or one rule of one kernel, so that kernels have to
+specialise on less. The recording also refuses what a GPU would: tensors of two devices in one
+operation or comparison.
 """
 
 from __future__ import annotations
@@ -9,8 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +23,20 @@ from compilations import OPS, files_with_gpu_tests
 pytest.importorskip("triton")
 
 HERE = Path(__file__).resolve().parent
-# Compilations that an op's kernels may need, whichever test launches them: as many as now. To be
-# lowered as kernels specialise on less and tests draw less; the aim is 500 in all.
+# Compilations that an op's kernels may need, whichever test launches them: as many as were counted.
+# To be lowered as kernels specialise on less and tests draw less.
 MOST = {
-    "attention": 332,
-    "barlow": 134,
-    "ema": 56,
+    "attention": 234,
+    "barlow": 113,
+    "ema": 57,
     "sigreg": 63,
-    "tokens": 128,
-    "vicreg": 217,
-    "vicregl": 60,
+    "tokens": 112,
+    "vicreg": 166,
+    "vicregl": 58,
 }
 MOST_IN_ALL = sum(MOST.values())
 # Tests that take the Triton backend and need not launch a kernel: what they give is refused before,
-# empty, or the reference's; those of ema_torch are not looked into yet.
+# empty, or the reference's; those of ema_torch leave the backend to the library: it takes CUDA's.
 REFUSED = (
     "test_ema_bad_input.py",
     "test_fullgraph_of_the_reference",
@@ -41,17 +44,18 @@ REFUSED = (
     "test_attention_torch.py::test_module_copies_and_pickles",
     "test_barlow_torch.py::test_fullgraph_equals_eager[triton-reference",
     "test_ema_torch.py::test_a_schedule_of_tensors_compiles_once",
+    "test_ema_torch.py::test_checks_that_a_graph_cannot_make_are_made_at_run_time",
     "test_ema_torch.py::test_numbers_that_change_under_compile",
     "test_ema_torch.py::test_the_modules_update_in_one_graph",
 )
-# Tests that the recording cannot carry to their end, and why.
+# Tests that the recording cannot carry to their end, and why: each for what the pretended GPU is.
 LOST = {
     "test_vicregl_gpu.py::test_indices_out_of_range": "follows an index that a kernel should give",
     "test_sigreg_torch.py::test_modules_copy_and_pickle": "pickles a tensor's storage",
     "test_attention_torch.py::test_jagged_nested_tensors": "no nested tensors of pretended ones",
     "test_attention_torch.py::test_tables_of_angles_are_kept": "counts what FakeTensorMode makes",
-    "test_jepa_step.py": "a model's small and large parameters",
-    "test_trainer_gpu.py": "a CUDA generator",
+    "test_ema_changes.py::test_a_change_that_fits[triton-set_storage]": "sets a tensor's storage",
+    "test_ema_changes.py::test_a_mistake_in_a_later_call[triton-another_device]": "meta is the GPU",
 }
 
 
@@ -70,17 +74,8 @@ def record(directory: Path, name: str, *arguments: str, **environment: str) -> d
 
 @pytest.fixture(scope="session")
 def recorded(tmp_path_factory) -> dict[str, Any]:
-    """The whole gpu suite, in two processes."""
-    directory, files = tmp_path_factory.mktemp("compilations"), files_with_gpu_tests()
-    halves = [file for file in files if "vicreg" in file], [f for f in files if "vicreg" not in f]
-    with ThreadPoolExecutor(2) as pool:
-        parts = list(pool.map(lambda i: record(directory, str(i), *halves[i]), range(2)))
-    merged: dict[str, Any] = defaultdict(dict)
-    for part in parts:
-        for name in ("made", "launches", "outcomes", "errors"):
-            merged[name] |= part[name]
-        merged["triton"] = [*merged["triton"], *part["triton"]]
-    return merged
+    """The whole gpu suite, in about a minute."""
+    return record(tmp_path_factory.mktemp("compilations"), "all", *files_with_gpu_tests())
 
 
 @pytest.mark.thorough
@@ -124,6 +119,33 @@ def test_what_is_counted_is_what_triton_compiles(tmp_path):
     kernels = Counter(path.stem for path in cache.rglob("*.cubin"))
     assert kernels == Counter(recording["made"][key]["kernel"] for key in keys)
     assert len(kernels) >= 3
+
+
+DEVICES = """
+import sys
+sys.path[:0] = {paths!r}
+import torch, pretended_gpu
+pretended_gpu.install()
+here, there = torch.zeros(3), torch.zeros(3, device="cuda")
+both = here, there
+there.copy_(here), there[torch.tensor([1])], there + torch.tensor(1.0), there.mul_(2.0)
+assert torch.equal(there, here.cuda())
+refused = 0
+for mixed in (torch.equal, torch.add, torch.lerp, torch.testing.assert_close):
+    try:
+        mixed(*both, 0.5) if mixed is torch.lerp else mixed(*both)
+    except pretended_gpu.DevicesDiffer:
+        refused += 1
+print(refused)
+"""
+
+
+def test_tensors_of_two_devices_are_refused():
+    """As on a GPU, where a test that mixes them would fail."""
+    code = DEVICES.format(paths=[str(HERE.parent), str(HERE)])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["4"]
 
 
 KEYS = """

@@ -18,6 +18,13 @@ from vicreg_kernels.ema import EMA, ema_update_
 COUNT = 6
 
 
+@pytest.fixture
+def on_its_device(fused):
+    """The tensors that a test and its changes make lie where the backend runs."""
+    with torch.device(fused.device):
+        yield
+
+
 def made():
     return [torch.randn(3, 4) for _ in range(COUNT)], [torch.randn(3, 4) for _ in range(COUNT)]
 
@@ -85,7 +92,7 @@ CHANGES = (
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda c: c.__name__)
-def test_a_change_that_fits(change, fused):
+def test_a_change_that_fits(change, fused, on_its_device):
     targets, onlines = made()
     for _ in range(2):
         update(targets, onlines, fused.name)
@@ -134,7 +141,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: m.__name__)
-def test_a_mistake_in_a_later_call(mistake, fused):
+def test_a_mistake_in_a_later_call(mistake, fused, on_its_device):
     targets, onlines = made()
     update(targets, onlines, fused.name)
     mistake(targets, onlines)
@@ -145,7 +152,7 @@ def test_a_mistake_in_a_later_call(mistake, fused):
     assert all(torch.equal(t, b) for t, b in zip(targets, before, strict=True))
 
 
-def test_no_tensor_is_kept_alive(fused):
+def test_no_tensor_is_kept_alive(fused, on_its_device):
     targets, onlines = made()
     ema_update_(targets, onlines, 0.75, backend=fused.name)
     model = nn.Linear(3, 3)

@@ -47,7 +47,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.triton_takes(
     lambda shape, dtype, **_: (shape == REAL[-1]) == (dtype != torch.bfloat16)
-    and shape not in REAL[1:3]
+    and shape not in REAL[:3]
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", REAL, ids=str)
@@ -64,9 +64,8 @@ def test_rows_at_real_shapes(backend, shape, dtype):
 
 @pytest.mark.triton_takes(
     lambda shape, dtype, kind, **_: (
-        (kind == "smooth_l1" and dtype == torch.bfloat16 and shape == REAL[3])
-        or (shape == REAL[0] and dtype == torch.bfloat16)
-        or (shape == REAL[-1] and kind == "smooth_l1")
+        (shape == REAL[0] and dtype == torch.bfloat16)
+        or (shape == REAL[-1] and dtype != torch.bfloat16 and kind == "smooth_l1")
     )
 )
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,9 +76,11 @@ def test_loss_at_real_shapes(backend, shape, dtype, kind):
     teacher = draw(batch, tokens, dim, grad=False, **CUDA)
     pred = draw(batch, kept, dim, dtype=dtype, **CUDA)
     check_loss(backend, pred, teacher.to(dtype), mask(batch, tokens, kept, **CUDA).index, kind=kind)
-    check_loss(backend, pred, teacher, mask(batch, tokens, kept, **CUDA).index, kind=kind)
+    if backend == "cuda" or kind == "smooth_l1":  # Triton compiles all for each kind
+        check_loss(backend, pred, teacher, mask(batch, tokens, kept, **CUDA).index, kind=kind)
 
 
+@pytest.mark.triton_takes(lambda layout, **_: layout != "transposed")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(backend, layout):
     z, teacher = (draw(3, n, 40, layout=layout, **CUDA) for n in (5, 9))

@@ -69,7 +69,8 @@ def test_many_rows(fused):
 
 
 @pytest.mark.triton_takes(
-    lambda layout_x, layout_y, **_: (layout_x, layout_y) in shapes.FEW_LAYOUTS
+    lambda shape, layout_x, layout_y, **_: (layout_x, layout_y, shape[0] < shape[1])
+    in shapes.FEW_LAYOUTS
 )
 @pytest.mark.parametrize("layout_y", shapes.LAYOUTS)
 @pytest.mark.parametrize("layout_x", shapes.LAYOUTS)
@@ -80,6 +81,7 @@ def test_strides(fused, shape, layout_x, layout_y):
     assert_matches_reference(vicreg_loss, fused.name, x, y)
 
 
+@pytest.mark.triton_takes(lambda shape, **_: shape == (4, 9, 11))
 @pytest.mark.parametrize("shape", [(4, 9, 11), (4, 11, 9)])
 def test_strided_groups(fused, shape):
     groups, rows, dim = shape
@@ -106,7 +108,7 @@ def test_half(fused, shape, dtype):
     assert_matches_reference(vicreg_terms, fused.name, x, y, cotangents=FOUR)
 
 
-@pytest.mark.triton_takes(lambda dtype, **_: dtype == torch.bfloat16)
+@pytest.mark.triton_takes(lambda layout, dtype, **_: (layout, dtype) == ("sliced", torch.bfloat16))
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_half_strides(fused, dtype, layout):
@@ -208,7 +210,7 @@ def test_random_groups(fused, shape, order, dtype, unbiased, normalizer, seed):
     assert_matches_reference(function, fused.name, z, cotangents=(1.3, 0.6))
 
 
-@pytest.mark.triton_takes(lambda shape, **_: shape in ((8, 20), (20, 8)))
+@pytest.mark.triton_takes(lambda shape, **_: shape == (8, 20))
 @pytest.mark.parametrize("shape", [(8, 20), (20, 8), (64, 300), (300, 64)])
 def test_collapsed(fused, shape):
     """All rows equal: the hinge is margin - sqrt(eps) and no gradient flows.
@@ -297,7 +299,7 @@ def test_collapsed_column_without_eps(fused, shape):
     assert torch.equal(run(fused.name).isnan(), expected)
 
 
-@pytest.mark.triton_takes(lambda dtype, **_: dtype == torch.float32)
+@pytest.mark.triton_takes(lambda shape, dtype, **_: dtype == torch.float32 and shape[0] == 127)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(127, 521), (521, 127), (2, 3)])
 def test_deterministic_and_inputs_untouched(fused, shape, dtype):

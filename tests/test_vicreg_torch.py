@@ -63,7 +63,7 @@ def _detached(args):
     return tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
 
 
-@pytest.mark.triton_takes(lambda dtype, **_: dtype == torch.float32)
+@pytest.mark.triton_takes(lambda shape, dtype, **_: dtype == torch.float32 and shape[0] != 2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", OP_SHAPES)
 def test_opcheck_two_views(fused, shape, dtype):
