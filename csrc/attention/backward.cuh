@@ -86,7 +86,8 @@ __device__ __forceinline__ float row_products(const T* x, const T* y) {
   return result;
 }
 
-// Zeros in the rows of a tile whose bit is not set in `kept`, where the lane itself brought them.
+// Zeros in the rows of a tile of queries, and of its tile of grad behind it, whose bit is not set in
+// `kept`, where the lane itself brought them.
 template <typename T, int D>
 __device__ __forceinline__ void clear_rows(T* tile, unsigned kept) {
   using Shape = Tile<D>;
@@ -95,7 +96,9 @@ __device__ __forceinline__ void clear_rows(T* tile, unsigned kept) {
   for (int step = 0; step < Shape::kSteps; ++step) {
     const int row = Shape::row(step);
     if ((kept >> row & 1u) != 0u) continue;
-    *reinterpret_cast<uint4*>(tile + row * Shape::kStride + Shape::vector() * 8) = {0u, 0u, 0u, 0u};
+    uint4* const at = reinterpret_cast<uint4*>(tile + row * Shape::kStride + Shape::vector() * 8);
+    *at = {0u, 0u, 0u, 0u};
+    *(at + Shape::kElements / 8) = {0u, 0u, 0u, 0u};
   }
 }
 
@@ -114,24 +117,22 @@ __device__ __forceinline__ void stage_queries(const BackwardArguments<T>& a, con
   for (int tile = warp; tile * kTile < count; tile += warps) {
     const int first = begin + tile * kTile, own = first + lane % kTile;
     const int64_t token = sample.q_begin + first;
-    const bool there = own < sample.queries;
-    const unsigned range = __ballot_sync(common::kAllLanes, there) & 0xffffu;
+    float lse = negative_infinity();
+    if (own < sample.queries) {
+      lse = a.lse[(sample.batch * a.heads + head) * a.tokens + token + lane % kTile];
+    }
+    const unsigned range = __ballot_sync(common::kAllLanes, own < sample.queries) & 0xffffu;
     T* const q = queries + tile * 2 * Shape::kElements;
     T* const grad = q + Shape::kElements;
     T* const out = outs + tile * Shape::kElements;
     fetch_tile<T, D>(a.grad, sample.batch, head, token, range, a.dim, grad);
     fetch_tile<T, D>(a.out, sample.batch, head, token, range, a.dim, out);
     fetch_tile<T, D>(a.q, sample.batch, head, token, range, a.dim, q);
-    float lse = negative_infinity();
-    if (there) lse = a.lse[(sample.batch * a.heads + head) * a.tokens + sample.q_begin + own];
     const bool valid = lse != negative_infinity();
     const unsigned bits = __ballot_sync(common::kAllLanes, valid) & 0xffffu;
     const Rows rows = valid ? a.rope.rows(sample.q_index, own) : Rows{{0, 0, 0}};
     common::wait_for_copies();
-    if (bits != range) {
-      clear_rows<T, D>(q, bits);
-      clear_rows<T, D>(grad, bits);
-    }
+    if (bits != 0xffffu) clear_rows<T, D>(q, bits);
     const float delta = row_products<T, D>(grad, out);
     rotate_tile<T, D>(q, a.rope, rows);
     if (lane < kTile) {
@@ -290,6 +291,14 @@ __device__ __forceinline__ void write_key_gradient(float (&sums)[D / 8][4], T* t
   copy_out<T, D>(tile, to, stride, here, dim);
 }
 
+// Whether keys are turned before the queries' copies are issued. That waits once more, but for sm_80
+// nvcc spills 8 bytes of head dim 80 where the loop over queries turns them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kTurnFirst = true;
+#else
+constexpr bool kTurnFirst = false;
+#endif
+
 // Warps that a multiprocessor's registers hold, as the bounds below and nvcc leave it.
 template <int D>
 constexpr int kResidentWarps = D <= 64 ? 16 : D == 80 ? 12 : 8;
@@ -336,12 +345,16 @@ __global__ void __launch_bounds__(D == 80 ? kThreads168 : kMostWarps * kLanes, D
       for (int e = 0; e < 4; ++e) sums.k[n][e] = sums.v[n][e] = 0.f;
     }
 
+    if (kTurnFirst) {
+      common::wait_for_copies();
+      rotate_tile<T, D>(own_keys, a.rope, key_rows(a.rope, sample, key + lane % kTile));
+    }
 #pragma unroll 1
     for (int from = 0; from < sample.queries; from += a.chunk) {
       const int here = min(a.chunk, sample.queries - from);
       const int tiles = (here + kTile - 1) / kTile;
       stage_queries<T, D>(a, sample, head, from, here, queries, scores, notes);
-      if (from == 0) {
+      if (from == 0 && !kTurnFirst) {
         common::wait_for_copies();  // a warp without queries has not waited yet
         rotate_tile<T, D>(own_keys, a.rope, key_rows(a.rope, sample, key + lane % kTile));
       }

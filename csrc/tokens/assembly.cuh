@@ -16,6 +16,7 @@ struct List {
   // Whether no entry at `from`, `from` + kThreads, ... is less than the one before it.
   __device__ __forceinline__ bool rises(int64_t from) const {
     bool all = true;
+#pragma unroll 1
     for (int64_t i = from; i < count; i += kThreads) all = all && (*this)[i - 1] <= (*this)[i];
     return all;
   }
