@@ -86,8 +86,7 @@ __device__ __forceinline__ float row_products(const T* x, const T* y) {
   return result;
 }
 
-// Zeros in the rows of a tile of queries, and of its tile of grad behind it, whose bit is not set in
-// `kept`, where the lane itself brought them.
+// Zeros in the rows of a tile whose bit is not set in `kept`, where the lane itself brought them.
 template <typename T, int D>
 __device__ __forceinline__ void clear_rows(T* tile, unsigned kept) {
   using Shape = Tile<D>;
@@ -96,9 +95,7 @@ __device__ __forceinline__ void clear_rows(T* tile, unsigned kept) {
   for (int step = 0; step < Shape::kSteps; ++step) {
     const int row = Shape::row(step);
     if ((kept >> row & 1u) != 0u) continue;
-    uint4* const at = reinterpret_cast<uint4*>(tile + row * Shape::kStride + Shape::vector() * 8);
-    *at = {0u, 0u, 0u, 0u};
-    *(at + Shape::kElements / 8) = {0u, 0u, 0u, 0u};
+    *reinterpret_cast<uint4*>(tile + row * Shape::kStride + Shape::vector() * 8) = {0u, 0u, 0u, 0u};
   }
 }
 
@@ -117,22 +114,24 @@ __device__ __forceinline__ void stage_queries(const BackwardArguments<T>& a, con
   for (int tile = warp; tile * kTile < count; tile += warps) {
     const int first = begin + tile * kTile, own = first + lane % kTile;
     const int64_t token = sample.q_begin + first;
-    float lse = negative_infinity();
-    if (own < sample.queries) {
-      lse = a.lse[(sample.batch * a.heads + head) * a.tokens + token + lane % kTile];
-    }
-    const unsigned range = __ballot_sync(common::kAllLanes, own < sample.queries) & 0xffffu;
+    const bool there = own < sample.queries;
+    const unsigned range = __ballot_sync(common::kAllLanes, there) & 0xffffu;
     T* const q = queries + tile * 2 * Shape::kElements;
     T* const grad = q + Shape::kElements;
     T* const out = outs + tile * Shape::kElements;
     fetch_tile<T, D>(a.grad, sample.batch, head, token, range, a.dim, grad);
     fetch_tile<T, D>(a.out, sample.batch, head, token, range, a.dim, out);
     fetch_tile<T, D>(a.q, sample.batch, head, token, range, a.dim, q);
+    float lse = negative_infinity();
+    if (there) lse = a.lse[(sample.batch * a.heads + head) * a.tokens + sample.q_begin + own];
     const bool valid = lse != negative_infinity();
     const unsigned bits = __ballot_sync(common::kAllLanes, valid) & 0xffffu;
     const Rows rows = valid ? a.rope.rows(sample.q_index, own) : Rows{{0, 0, 0}};
     common::wait_for_copies();
-    if (bits != 0xffffu) clear_rows<T, D>(q, bits);
+    if (bits != range) {
+      clear_rows<T, D>(q, bits);
+      clear_rows<T, D>(grad, bits);
+    }
     const float delta = row_products<T, D>(grad, out);
     rotate_tile<T, D>(q, a.rope, rows);
     if (lane < kTile) {
@@ -292,7 +291,7 @@ __device__ __forceinline__ void write_key_gradient(float (&sums)[D / 8][4], T* t
 }
 
 // Whether keys are turned before the queries' copies are issued. That waits once more, but for sm_80
-// nvcc spills 8 bytes of head dim 80 where the loop over queries turns them.
+// nvcc spills up to 16 bytes of head dim 80 where the loop over queries turns them.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool kTurnFirst = true;
 #else
