@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -38,6 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "gpu: needs an NVIDIA GPU",
         "gpu_memory: takes gigabytes of a GPU's memory, or measures it: no other test beside it",
         "triton_takes(which): of the parameters, those that Triton compiles kernels for",
+        "sampled(n): of its parameters all but each nth are thorough",
     ):
         config.addinivalue_line("markers", marker)
 
@@ -56,7 +58,22 @@ def compiled_for(item: pytest.Item) -> bool:
     return all(takes(**parameters) for takes in which)
 
 
+def leave_samples(items: list[pytest.Item]) -> None:
+    """Marks as thorough what `sampled` leaves out: of a test's draws all but each nth."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("sampled")
+        if mark is not None and item.get_closest_marker("thorough") is None:
+            test = item.nodeid.split("[")[0]
+            if seen[test] % mark.args[0]:
+                item.add_marker(pytest.mark.thorough)
+            seen[test] += 1
+
+
+# Before pytest itself selects by markers.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    leave_samples(items)
     left = [item for item in items if not compiled_for(item)]
     if left:
         config.hook.pytest_deselected(items=left)

@@ -7,6 +7,8 @@ import os
 import native
 import pytest
 
+pytestmark = pytest.mark.thorough
+
 # The op of the sanitized library in place of the cpu backend's.
 PROGRAM = """
 import sys, torch

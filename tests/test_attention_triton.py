@@ -7,19 +7,16 @@ TRITON_INTERPRET=1 runs this file in a second one that has it.
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 
 import attention_cases as cases
+import interpreting
 import pytest
 import torch
 from attention_cases import draw, heads, hold
 from tolerances import assert_close_to_truth
 
-from vicreg_kernels import dispatch
 from vicreg_kernels.attention import (
     Blocks,
     FrameCausal,
@@ -32,10 +29,6 @@ from vicreg_kernels.attention import (
     reference,
 )
 
-INTERPRETING = dispatch.interpreting()
-needs_triton = pytest.mark.skipif(
-    dispatch.library.TRITON_MISSING is not None, reason="triton is not installed"
-)
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 ALL = (True, True, True)
 attend = partial(masked_attention, backend="triton")
@@ -46,19 +39,8 @@ COMBINED = [
     ("lengths", "blocks"), ("keep", "blocks", "window"), ("ragged", "blocks", "frames"),
 ]  # fmt: skip
 
-if not INTERPRETING:
-
-    @needs_triton
-    def test_in_an_interpreting_process():
-        command = [sys.executable, "-m", "pytest", "-x", "-W", "ignore", "-p", "no:cacheprovider"]
-        run = subprocess.run(
-            [*command, __file__],
-            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-        assert " passed" in run.stdout, run.stdout[-2000:]
+if not interpreting.INTERPRETING:
+    test_in_an_interpreting_process = interpreting.all_of(__file__)
 
 else:
     import triton
@@ -120,19 +102,22 @@ def gradients(call: cases.Call, cotangent: torch.Tensor):
 
 
 class TestInterpreter:
-    __test__ = INTERPRETING
+    __test__ = interpreting.INTERPRETING
 
     @pytest.mark.parametrize("rules", COMBINED, ids="-".join)
+    @pytest.mark.sampled(2)
     def test_rules(self, small_tiles, rules):
         hold("triton", draw(rules, batch=3, heads_=1, tokens=34, dim=16).wanting(*ALL))
 
     @pytest.mark.parametrize("rules", [(), ("frames",), ("window",), ("ragged_keys",)])
     @pytest.mark.parametrize(("tokens", "keys"), [(34, 18), (5, 50)], ids=str)
+    @pytest.mark.sampled(3)
     def test_other_lengths_of_keys(self, small_tiles, rules, tokens, keys):
         call = draw(rules, batch=1, heads_=1, tokens=tokens, keys=keys, dim=16)
         hold("triton", call.wanting(*ALL))
 
     @pytest.mark.parametrize("tokens", [1, 2, 16, 17, 33])
+    @pytest.mark.sampled(2)
     def test_lengths_around_the_tiles(self, small_tiles, tokens):
         hold("triton", draw(tokens=tokens, batch=1, dim=16).wanting(*ALL))
 
@@ -141,6 +126,7 @@ class TestInterpreter:
         [(d, "fp32") for d in (16, 24, 40, 56, 64, 80, 88, 104, 128)]
         + [(d, "fp16") for d in (64, 80)] + [(88, "bf16")],
     )  # fmt: skip
+    @pytest.mark.sampled(2)
     def test_head_dims(self, dim, dtype):
         """With the shipped tiles."""
         dtype = HALF.get(dtype, torch.float32)
@@ -149,6 +135,7 @@ class TestInterpreter:
 
     @pytest.mark.parametrize("dtype", list(HALF))
     @pytest.mark.parametrize("rules", [("ragged", "window"), ("keep", "blocks")], ids="-".join)
+    @pytest.mark.sampled(3)
     def test_half(self, small_tiles, rules, dtype):
         call = draw(rules, batch=2, heads_=1, tokens=20, dim=40, axes=2, dtype=HALF[dtype])
         hold("triton", call.wanting(*ALL))
@@ -158,6 +145,7 @@ class TestInterpreter:
         [(1, False, "axial"), (1, True, "vjepa2"), (2, False, "vjepa2"), (2, True, "axial"),
          (3, False, "vjepa2"), (3, True, "vjepa2"), (3, False, "axial")],
     )  # fmt: skip
+    @pytest.mark.sampled(2)
     def test_rope(self, small_tiles, axes, indexed, rope_layout):
         """Keys turned beforehand, and (turned=9) in the loop; packed with places in the sample."""
         small_tiles(turned=9 if axes == 3 else 0)
@@ -177,6 +165,7 @@ class TestInterpreter:
         assert torch.equal(out, wanted)
 
     @pytest.mark.parametrize("layout", cases.LAYOUTS)
+    @pytest.mark.sampled(2)
     def test_strides(self, small_tiles, layout):
         call = draw(("frames",), batch=2, tokens=18, dim=24, layout=layout)
         hold("triton", call.wanting(*ALL))
@@ -187,6 +176,7 @@ class TestInterpreter:
             hold("triton", call, like.expand(call.q.shape))
 
     @pytest.mark.parametrize("rules", [("blocks",), ("ragged",)], ids="-".join)
+    @pytest.mark.sampled(2)
     def test_gradient_of_any_subset(self, small_tiles, rules):
         call = draw(rules, batch=2, heads_=1, tokens=18, dim=16, axes=1)
         cotangent = torch.randn(call.q.shape)
@@ -200,6 +190,7 @@ class TestInterpreter:
                 assert got is None or torch.equal(got, full)
 
     @pytest.mark.parametrize("scale", [0.0, -0.3, 2.5])
+    @pytest.mark.sampled(2)
     def test_scales(self, small_tiles, scale):
         call = draw(("window",), batch=1, tokens=37, dim=16, scale=scale, size=2.0)
         hold("triton", call.wanting(*ALL))
@@ -219,6 +210,7 @@ class TestInterpreter:
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
     @pytest.mark.parametrize("rule", ["lengths", "keep", "packed"])
+    @pytest.mark.sampled(3)
     def test_hidden_keys_do_not_leak(self, small_tiles, rule, bad):
         """Nothing that padding hides, in a tile or beyond, changes any output or gradient."""
         k, v = heads(2, 1, 40, 16), heads(2, 1, 40, 16)
@@ -260,6 +252,7 @@ class TestInterpreter:
             assert out[0, 0, :16].isfinite().all()
 
     @pytest.mark.parametrize("rules", [(), ("ragged", "blocks")], ids=str)
+    @pytest.mark.sampled(2)
     def test_two_runs_are_bitwise_equal(self, small_tiles, rules):
         call = draw(rules, heads_=1, tokens=20, dim=16, axes=3).wanting(*ALL)
         cotangent = torch.randn(call.q.shape)
@@ -403,6 +396,7 @@ class TestInterpreter:
         assert out[:, 4].sum() == 136
 
     @pytest.mark.parametrize("tile", [16, 64])
+    @pytest.mark.sampled(2)
     def test_every_tile_of_every_sample_has_a_program(self, monkeypatch, tile):
         """More samples than are looked at together, many of them empty."""
         monkeypatch.setattr(triton_rules, "SAMPLES", tl.constexpr(16))

@@ -7,11 +7,9 @@ TRITON_INTERPRET=1 runs this file in a second one that has it.
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from functools import partial
 
+import interpreting
 import pytest
 import torch
 from barlow_views import AGREEING, rounded_alike
@@ -25,15 +23,10 @@ from tolerances import (
     relative_error,
 )
 
-from vicreg_kernels import dispatch
 from vicreg_kernels.barlow import backends, barlow_twins_loss
 from vicreg_kernels.barlow.conventions import CONVENTIONS
 from vicreg_kernels.barlow.reference import standardise
 
-INTERPRETING = dispatch.interpreting()
-needs_triton = pytest.mark.skipif(
-    dispatch.library.TRITON_MISSING is not None, reason="triton is not installed"
-)
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SETTINGS = (1e-5, 0.0, False, LAMBD)
 # Tiles so small that every loop runs several times, ends ragged, and splits and merges.
@@ -50,19 +43,8 @@ TINY = {
     "finish_occupancy": 1,
 }
 
-if not INTERPRETING:
-
-    @needs_triton
-    def test_in_an_interpreting_process():
-        command = [sys.executable, "-m", "pytest", "-x", "-W", "ignore", "-p", "no:cacheprovider"]
-        run = subprocess.run(
-            [*command, __file__],
-            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-        assert " passed" in run.stdout, run.stdout[-2000:]
+if not interpreting.INTERPRETING:
+    test_in_an_interpreting_process = interpreting.all_of(__file__)
 
 
 def views(rows, dim, dtype="fp32", correlation=0.3):
@@ -91,10 +73,11 @@ def reconfigure(monkeypatch):
 
 
 class TestInterpreter:
-    __test__ = INTERPRETING
+    __test__ = interpreting.INTERPRETING
 
     @pytest.mark.parametrize("shape", [(2, 2), (2, 3), (3, 2), (2, 1), (5, 5), (3, 67)], ids=str)
     @pytest.mark.parametrize("convention", ["barlow_twins", "stable_pretraining"])
+    @pytest.mark.sampled(3)
     def test_small_shapes(self, shape, convention):
         x, y = views(*shape)
         check(x, y, projected_out(x, y, 0.5) if shape[0] <= 5 else 0.0, convention=convention)
@@ -114,6 +97,7 @@ class TestInterpreter:
         check(*views(12, 7), convention=convention)
 
     @pytest.mark.parametrize("layout", list(LAYOUTS))
+    @pytest.mark.sampled(2)
     def test_layouts(self, layout):
         for shape in ((7, 19), (19, 7)):
             x = LAYOUTS[layout](*shape).requires_grad_()
@@ -124,6 +108,7 @@ class TestInterpreter:
     @pytest.mark.parametrize(
         ("shape", "dtype"), [((5, 9), "fp32"), ((9, 5), "fp32"), ((5, 9), "bf16")], ids=str
     )
+    @pytest.mark.sampled(3)
     def test_gradient_of_one_view_alone(self, shape, dtype, wanted):
         inputs = views(*shape, dtype)
         inputs[1 - wanted].requires_grad_(False)
@@ -198,12 +183,14 @@ class TestInterpreter:
 
     @pytest.mark.parametrize(("scale", "offset"), [(1e4, 0.0), (1e-4, 0.0), (1.0, 1e4)])
     @pytest.mark.parametrize("shape", [(20, 35), (35, 20)], ids=str)
+    @pytest.mark.sampled(5)
     def test_scales_and_offsets(self, shape, scale, offset):
         """The mean is kept in two floats, so an offset of 1e4 costs neither value nor gradient."""
         check(*(z.detach().mul(scale).add(offset).requires_grad_() for z in views(*shape)))
 
     @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
     @pytest.mark.parametrize("case", AGREEING, ids=str)
+    @pytest.mark.sampled(3)
     def test_gradients_of_views_that_agree(self, case, dtype):
         """As in test_barlow_emulator.py."""
         shape, agreement, lambd, factor = case
@@ -220,6 +207,7 @@ class TestInterpreter:
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
     @pytest.mark.parametrize("shape", [(5, 9), (9, 5)], ids=str)
+    @pytest.mark.sampled(3)
     def test_not_finite(self, shape, bad):
         inputs = views(*shape)
         with torch.no_grad():

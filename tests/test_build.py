@@ -1,7 +1,8 @@
 """What setup.py builds, on which evidence, and what it leaves standing when something fails.
 
-Each test runs it on a copy of the sources that holds one op, beside a directory that passes for
-torch's and tools that pass for nvcc and nvidia-smi.
+Each test runs it on a checkout of one op whose sources are a line each (test_packaging.py compiles
+the real ones), beside a directory that passes for torch's and tools that pass for nvcc and
+nvidia-smi.
 """
 
 from __future__ import annotations
@@ -38,6 +39,13 @@ open(depfile, "w").write(out + ": " + source + "\\n")
 sys.exit(subprocess.call(["g++", "-fPIC", "-c", "-x", "c++", "/dev/null", "-o", out]))
 """
 
+SOURCES = {
+    "formula.h": "#pragma once\ninline int twice(int x) { return 2 * x; }\n",
+    "cpu.cpp": '#include "ema/formula.h"\nint ema_cpu(int x) { return twice(x); }\n',
+    "cuda.cu": '#include "ema/formula.h"\nint ema_cuda(int x) { return twice(x); }\n',
+    "registration.cpp": "int ema_registered = 1;\n",
+}
+
 
 @dataclass(frozen=True)
 class Checkout:
@@ -70,8 +78,9 @@ def checkout(tmp_path: Path) -> Checkout:
     root.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, root)
-    for folder in ("common", "ema"):
-        shutil.copytree(ROOT / "csrc" / folder, root / "csrc" / folder)
+    (root / "csrc" / "ema").mkdir(parents=True)
+    for name, text in SOURCES.items():
+        (root / "csrc" / "ema" / name).write_text(text)
     package = root / "vicreg_kernels"
     package.mkdir()
     for name in ("__init__.py", "version.py"):

@@ -13,6 +13,10 @@ import torch
 from vicreg_kernels import configs, dispatch, library, variance_covariance, vicreg_loss
 from vicreg_kernels.vicreg import backends
 
+IMPORTED = """
+import sys, vicreg_kernels
+print(*(name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules))
+"""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -355,3 +359,19 @@ def test_environment_names_a_backend_that_cannot_run(everything_built, monkeypat
     monkeypatch.setattr(dispatch, "ENVIRONMENT_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match=r"VICREG_KERNELS_BACKEND.*cannot run vicreg here"):
         dispatch.choose("vicreg", None, "cpu", torch.float32)
+
+
+def test_the_import_brings_no_compiler_along():
+    """torch's takes longer to import than all of this package, and most calls never compile."""
+    done = subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
+def test_constants_of_graphs_are_marked_as_torch_marks_them():
+    def ours(): ...
+    def theirs(): ...  # fmt: skip
+
+    assert vars(library.constant_in_graphs(ours)) == vars(
+        torch.compiler.assume_constant_result(theirs)
+    )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import native
+import pytest
+
+pytestmark = pytest.mark.thorough
 
 PROGRAM = """
 import sys, torch

@@ -6,40 +6,20 @@ TRITON_INTERPRET=1 runs this file in a second one that has it.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import ema_tensors
+import interpreting
 import pytest
 import torch
 from ema_tensors import FUSED, LAYOUTS, ROUNDINGS, assert_matches_reference
 
-from vicreg_kernels import dispatch
 from vicreg_kernels.ema import reference
 
-INTERPRETING = dispatch.interpreting()
-needs_triton = pytest.mark.skipif(
-    dispatch.library.TRITON_MISSING is not None, reason="triton is not installed"
-)
-
-if not INTERPRETING:
-
-    @needs_triton
-    def test_in_an_interpreting_process():
-        command = [sys.executable, "-m", "pytest", "-x", "-W", "ignore", __file__]
-        run = subprocess.run(
-            command,
-            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-        assert " passed" in run.stdout, run.stdout[-2000:]
+if not interpreting.INTERPRETING:
+    test_in_an_interpreting_process = interpreting.all_of(__file__)
 
 
 class TestInterpreter:
-    __test__ = INTERPRETING
+    __test__ = interpreting.INTERPRETING
 
     @pytest.fixture(autouse=True)
     def small_blocks(self, monkeypatch):
@@ -51,6 +31,7 @@ class TestInterpreter:
 
     @pytest.mark.parametrize("rounding", ROUNDINGS)
     @pytest.mark.parametrize("momentum", [0.3, 0.996])
+    @pytest.mark.sampled(2)
     def test_every_mix_of_dtypes(self, momentum, rounding):
         lists = ema_tensors.every_dtype([(300,)], layouts=["contiguous"])
         settings = {"rounding": rounding, "seed": 2**62 + 5, "step": 2**33 + 1}
@@ -75,6 +56,7 @@ class TestInterpreter:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("momentum", [0.0, 0.25, 0.996, 1.0])
+    @pytest.mark.sampled(3)
     def test_momentum_and_step_in_device_memory(self, dtype, momentum):
         from vicreg_kernels.ema import triton as launcher
 

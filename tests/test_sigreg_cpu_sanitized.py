@@ -5,6 +5,8 @@ from __future__ import annotations
 import native
 import pytest
 
+pytestmark = pytest.mark.thorough
+
 PROGRAM = """
 import sys, torch
 from vicreg_kernels.sigreg import reference

@@ -7,10 +7,7 @@ inputs take several.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
+import interpreting
 import pytest
 import sigreg_cases
 import torch
@@ -18,32 +15,17 @@ from shapes import LAYOUTS, randn
 from sigreg_cases import KNOTS, check
 from tolerances import differentiate, relative_error
 
-from vicreg_kernels import dispatch, units
+from vicreg_kernels import units
 from vicreg_kernels.sigreg import backends, sigreg_loss
 
-INTERPRETING = dispatch.interpreting()
-needs_triton = pytest.mark.skipif(
-    dispatch.library.TRITON_MISSING is not None, reason="triton is not installed"
-)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-if not INTERPRETING:
-
-    @needs_triton
-    def test_in_an_interpreting_process():
-        command = [sys.executable, "-m", "pytest", "-x", "-W", "ignore", "-p", "no:cacheprovider"]
-        run = subprocess.run(
-            [*command, __file__],
-            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-        assert " passed" in run.stdout, run.stdout[-2000:]
+if not interpreting.INTERPRETING:
+    test_in_an_interpreting_process = interpreting.all_of(__file__)
 
 
 class TestInterpreter:
-    __test__ = INTERPRETING
+    __test__ = interpreting.INTERPRETING
 
     @pytest.fixture(autouse=True)
     def small_tiles(self, monkeypatch):
@@ -62,6 +44,7 @@ class TestInterpreter:
     # N, D, M: one of each, odd, prime, off the tiles by one, and whole 16 bytes.
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("shape", [(9, 1, 3), (3, 17, 1), (33, 16, 33), (100, 24, 40)], ids=str)
+    @pytest.mark.sampled(2)
     def test_shapes(self, shape, dtype):
         rows, dim, slices = shape
         check("triton", randn(rows, dim, dtype=dtype).requires_grad_(), slices)
@@ -87,6 +70,7 @@ class TestInterpreter:
         check("triton", z.requires_grad_(), 20, variant=variant)
 
     @pytest.mark.parametrize("knots", KNOTS)
+    @pytest.mark.sampled(2)
     def test_every_kind_of_knots(self, kernels, knots):
         """Projections up to 50 and beyond, where an angle in float32 has lost its last digits."""
         z, directions = 17.0 * torch.randn(1, 33, 7), sigreg_cases.unit(7, 20)

@@ -9,13 +9,13 @@ from pathlib import Path
 import native
 import pytest
 
+pytestmark = pytest.mark.thorough
+
 PROGRAM = Path(__file__).with_name("tokens_sanitized.py").read_text()
 BUILDS = {
     "cpu": (native.sanitized, "vicreg_kernels_sanitized"),
     "cuda": (lambda op: native.emulated(op, sanitize=True), "vicreg_kernels_emulator"),
 }
-# The emulated build takes half a minute to compile.
-EACH = ["cpu", pytest.param("cuda", marks=pytest.mark.thorough)]
 
 
 def run(build: str, mode: str):
@@ -23,14 +23,14 @@ def run(build: str, mode: str):
     return native.run_sanitized(PROGRAM, make("tokens"), namespace, mode)
 
 
-@pytest.mark.parametrize("build", EACH)
+@pytest.mark.parametrize("build", BUILDS)
 def test_every_edge_is_clean(build):
     done = run(build, "plain")
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.strip() == "clean"
 
 
-@pytest.mark.parametrize("build", EACH)
+@pytest.mark.parametrize("build", BUILDS)
 def test_a_planted_overrun_is_seen(build):
     """The build really is instrumented: saved floats one short must be reported."""
     done = run(build, "short")

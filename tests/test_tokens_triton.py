@@ -6,10 +6,7 @@ TRITON_INTERPRET=1 runs this file in a second one that has it.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
+import interpreting
 import pytest
 import torch
 from token_cases import (
@@ -25,35 +22,19 @@ from token_cases import (
     same,
 )
 
-from vicreg_kernels import dispatch
 from vicreg_kernels.tokens import prediction_loss
 
-INTERPRETING = dispatch.interpreting()
-needs_triton = pytest.mark.skipif(
-    dispatch.library.TRITON_MISSING is not None, reason="triton is not installed"
-)
-
-if not INTERPRETING:
-
-    @needs_triton
-    def test_in_an_interpreting_process():
-        command = [sys.executable, "-m", "pytest", "-x", "-W", "ignore", "-p", "no:cacheprovider"]
-        run = subprocess.run(
-            [*command, __file__],
-            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-        assert " passed" in run.stdout, run.stdout[-2000:]
+if not interpreting.INTERPRETING:
+    test_in_an_interpreting_process = interpreting.all_of(__file__)
 
 
 class TestInterpreter:
-    __test__ = INTERPRETING
+    __test__ = interpreting.INTERPRETING
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("dim", [1, 40])
     @pytest.mark.parametrize("repeat", [False, True])
+    @pytest.mark.sampled(5)
     def test_gather_and_scatter(self, dim, dtype, repeat):
         for count, wide in ((5, torch.int64), ([5, 0, 9], torch.int32)):
             chosen = mask(3, 9, count, dtype=wide, repeat=repeat)
@@ -67,6 +48,7 @@ class TestInterpreter:
         check_scatter("triton", draw(2, 0, 8), mask(2, 5, 0), 5, -2.0)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.sampled(2)
     def test_layouts(self, layout):
         z = draw(2, 4, 16, layout=layout)
         check_gather("triton", z, mask(2, 4, 3, repeat=True), repeats=3)
@@ -78,6 +60,7 @@ class TestInterpreter:
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("normalize", [True, False])
     @pytest.mark.parametrize("dim", [1, 33, 64])
+    @pytest.mark.sampled(5)
     def test_loss(self, dim, normalize, kind):
         settings = {"kind": kind, "normalize_target": normalize, "beta": 0.7}
         teacher = draw(2, 9, dim, grad=False)
@@ -89,6 +72,7 @@ class TestInterpreter:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("teacher_dtype", DTYPES)
+    @pytest.mark.sampled(2)
     def test_loss_of_every_pair_of_dtypes(self, dtype, teacher_dtype):
         teacher = draw(2, 9, 25, dtype=teacher_dtype, grad=False)
         check_loss("triton", draw(2, 5, 25, dtype=dtype), teacher, mask(2, 9, 5).index)
@@ -101,6 +85,7 @@ class TestInterpreter:
     @pytest.mark.parametrize("table", [False, True])
     @pytest.mark.parametrize("rows", [False, True])
     @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.sampled(3)
     def test_assembly(self, dtype, rows, table):
         for ordered, repeat in ((True, False), (False, True)):
             settings = {"ordered": ordered, "repeat": repeat, "dtype": torch.int32}
@@ -112,6 +97,7 @@ class TestInterpreter:
                 positions = draw(8, 33) if table else None
                 check_assembly("triton", context, kept, token, wanted, positions)
 
+    @pytest.mark.thorough
     def test_assembly_of_more_tokens_than_a_block(self):
         kept, wanted = mask(1, 400, 150), mask(1, 400, 170)
         check_assembly("triton", draw(1, 150, 4), kept, draw(4), wanted)

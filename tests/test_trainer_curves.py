@@ -14,7 +14,7 @@ from jepa import build, config, launch, probe, source
 from jepa.trainer import Ranks, Trainer
 from test_trainer import METHODS, run, settings
 
-STEPS = 200
+STEPS = 80
 
 
 def small(method: str, kernels: str) -> config.Config:

@@ -5,6 +5,9 @@ edge.
 from __future__ import annotations
 
 import native
+import pytest
+
+pytestmark = pytest.mark.thorough
 
 PROGRAM = """
 import sys, torch

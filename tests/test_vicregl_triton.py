@@ -6,43 +6,24 @@ TRITON_INTERPRET=1 runs this file in a second one that has it.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
+import interpreting
 import pytest
 import torch
 import vicregl_matches as cases
 from vicregl_matches import DTYPES, maps
 
-from vicreg_kernels import dispatch
 from vicreg_kernels.vicregl import backends
 
-INTERPRETING = dispatch.interpreting()
-needs_triton = pytest.mark.skipif(
-    dispatch.library.TRITON_MISSING is not None, reason="triton is not installed"
-)
-
-if not INTERPRETING:
-
-    @needs_triton
-    def test_in_an_interpreting_process():
-        command = [sys.executable, "-m", "pytest", "-x", "-W", "ignore", "-p", "no:cacheprovider"]
-        run = subprocess.run(
-            [*command, __file__],
-            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-        assert " passed" in run.stdout, run.stdout[-2000:]
+if not interpreting.INTERPRETING:
+    test_in_an_interpreting_process = interpreting.all_of(__file__)
 
 
 class TestInterpreter:
-    __test__ = INTERPRETING
+    __test__ = interpreting.INTERPRETING
 
     # U, V, B, L1, L2, C: one tile and several of each size, one block of channels and several.
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.sampled(2)
     def test_matches_and_pairs(self, dtype):
         cases.check("triton", *maps((1, 2, 1, 4, 3, 9), dtype=dtype), cases.SETS[:1])
 

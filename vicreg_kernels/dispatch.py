@@ -79,7 +79,7 @@ _thresholds: dict[tuple[str, int, torch.dtype], float] = {}
 configs.on_forget(_thresholds.clear)
 
 
-@torch.compiler.assume_constant_result
+@library.constant_in_graphs
 def triton_from(op: str, index: int | None, dtype: torch.dtype) -> float:
     """The least side for which op runs on `triton` on a CUDA device; inf: it does for none.
 

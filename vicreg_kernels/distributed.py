@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vicreg_kernels import dispatch
+from vicreg_kernels import dispatch, library
 
 T = TypeVar("T")
 
@@ -84,7 +84,7 @@ def choose_backend(backend: str | None, dtype: torch.dtype) -> str:
     return "reference" if named or dtype == torch.float64 else "ranks"
 
 
-@torch.compiler.assume_constant_result
+@library.constant_in_graphs
 def group_name(process_group: Any) -> str | None:
     """The name of `resolve(process_group)`, as ops take it; None for none. A constant of a compiled
     graph.

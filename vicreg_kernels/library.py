@@ -11,7 +11,7 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -60,6 +60,19 @@ except ImportError as error:
     TRITON_VERSION, TRITON_MISSING = None, f"triton is not installed ({error})"
 else:
     TRITON_VERSION, TRITON_MISSING = triton.__version__, None
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """Marks what torch.compile calls while it traces, and whose result it keeps as a constant.
+
+    torch.compiler.assume_constant_result sets the same mark, but imports torch._dynamo for it: a
+    second at every import of this package, also where nothing is compiled.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def exact(op: Any) -> Callable[..., Any]:

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from jepa.batchnorm import synchronised
 from jepa.config import Training
 from jepa.vit import Block
 
@@ -39,6 +38,9 @@ def distribute(method: nn.Module, settings: Training, ranks: int) -> nn.Module:
     device = torch.device(settings.device)
     if device.index is not None:
         raise ValueError(f"training.device: got {settings.device!r} on {ranks} ranks, takes 'cuda'")
+    # It marks what torch.compile leaves out, for which torch imports its compiler.
+    from jepa.batchnorm import synchronised
+
     synchronised(method, device)
     if settings.parallel == "ddp":
         return DDP(method, **{_BUFFERS: False})
