@@ -128,7 +128,7 @@ inline double column_statistics(const Rows& x, const Rows* y, int64_t groups,
   std::vector<double> invariance(groups * dim);
   torch::stable::parallel_for(0, groups * tiles, 1, [&](int64_t first, int64_t last) {
     Tile sums[2];
-    // Rows that can be read in place need none, and 128 KiB cost the host as much as a tiny batch.
+    // Rows that can be read in place need none, and allocating and zeroing takes tiny batches' time.
     const bool copies = x.copies() || (y != nullptr && y->copies());
     std::vector<float> scratch(copies ? 2 * kBlockRows * width : 0);
     for (int64_t task = first; task < last; ++task) {
