@@ -25,6 +25,7 @@
 namespace barlow {
 namespace {
 
+using common::Matrix;
 using common::Range;
 using common::Rows;
 using common::ScalarType;
@@ -50,10 +51,6 @@ struct Problem {
   float lambd;
 };
 
-Rows rows_of(const Tensor& x) {
-  return Rows(common::strided(x, {1, x.size(0), x.size(1)}, {0, x.stride(0), x.stride(1)}, 0));
-}
-
 // Rows [row, row + rows) and columns [column, column + columns) of both views.
 struct Chunk {
   Chunk(const Problem& p, const Range& range, int64_t begin) {
@@ -64,12 +61,9 @@ struct Chunk {
     columns = p.gram ? length : p.dim;
   }
 
-  // A contiguous matrix of the chunk's shape, or its transpose, from `offset` in `scratch` on.
-  Tensor matrix(const Tensor& scratch, int64_t offset) const {
-    return common::strided(scratch, {rows, columns}, {columns, 1}, offset);
-  }
-  Tensor transposed(const Tensor& scratch, int64_t offset) const {
-    return common::strided(scratch, {columns, rows}, {1, columns}, offset);
+  // A contiguous matrix of the chunk's shape, from `offset` in `scratch` on.
+  Matrix matrix(const Tensor& scratch, int64_t offset) const {
+    return common::contiguous(scratch, rows, columns, offset);
   }
 
   int64_t row, rows, column, columns;
@@ -90,7 +84,7 @@ class Views {
  public:
   // moments: float32 [2, 3, D]
   Views(const Problem& p, const Tensor& x, const Tensor& y, const float* moments)
-      : rows_{rows_of(x), rows_of(y)}, moments_(moments), dim_(p.dim), inverse_(2 * p.dim) {
+      : rows_{Rows(x), Rows(y)}, moments_(moments), dim_(p.dim), inverse_(2 * p.dim) {
     for (int64_t v = 0; v < 2; ++v) {
       inverse_stds(scatter(v), dim_, p.standard, inverse_.data() + v * dim_);
     }
@@ -188,7 +182,7 @@ void add_grams(const Problem& p, const Views& views, const Range& range, const T
     for (int64_t v = 0; v < 2; ++v) {
       views.read(v, c, z + v * p.area(range));
       common::add_symmetric(
-          common::strided(matrices, {p.rows, p.rows}, {p.rows, 1}, offset + v * p.rows * p.rows),
+          common::contiguous(matrices, p.rows, p.rows, offset + v * p.rows * p.rows),
           c.matrix(scratch, v * p.area(range)), begin > range.begin);
     }
     column_dots(z, z + p.area(range), p.rows, c.columns, diagonal + begin);
@@ -203,9 +197,9 @@ void add_correlation(const Problem& p, const Views& views, const Range& range,
   for (int64_t begin = range.begin; begin < range.end; begin += range.chunk) {
     const Chunk c(p, range, begin);
     for (int64_t v = 0; v < 2; ++v) views.read(v, c, z + v * p.area(range));
-    common::addmm_cpu(common::strided(matrices, {p.dim, p.dim}, {p.dim, 1}, offset),
-                      c.transposed(scratch, 0), c.matrix(scratch, p.area(range)),
-                      begin > range.begin ? 1.0 : 0.0);
+    common::multiply(common::contiguous(matrices, p.dim, p.dim, offset),
+                     c.matrix(scratch, 0).transposed(), c.matrix(scratch, p.area(range)),
+                     begin > range.begin);
   }
 }
 
@@ -283,17 +277,16 @@ void add_gradients(const Problem& p, const Views& views, float grad, const float
       const float *own = z + v * area, *other = z + (1 - v) * area;
       // Not into the gradient itself: its rows lie D apart, and D is a power of two more often than
       // not, which puts a tile of the product's result into one cache set.
-      const Tensor out = c.matrix(scratch, 2 * area);
+      const Matrix out = c.matrix(scratch, 2 * area);
       if (p.gram) {
-        const Tensor gram = common::strided(products, {p.rows, p.rows}, {p.rows, 1},
-                                            (1 - v) * p.rows * p.rows);
-        common::addmm_cpu(out, gram, c.matrix(scratch, v * area), 0.0);
+        const int64_t offset = (1 - v) * p.rows * p.rows;
+        common::multiply(out, common::contiguous(products, p.rows, p.rows, offset),
+                         c.matrix(scratch, v * area), false);
         column_dots(product, own, c.rows, c.columns, chunk_dots.data());
       } else {
-        const Tensor correlation =
-            v == 0 ? common::strided(products, {p.dim, p.dim}, {1, p.dim}, 0)
-                   : common::strided(products, {p.dim, p.dim}, {p.dim, 1}, 0);
-        common::addmm_cpu(out, c.matrix(scratch, (1 - v) * area), correlation, 0.0);
+        const Matrix correlation = common::contiguous(products, p.dim, p.dim, 0);
+        common::multiply(out, c.matrix(scratch, (1 - v) * area),
+                         v == 0 ? correlation.transposed() : correlation, false);
       }
       column_coefficients(p, grad, views.scatter(v) + c.column, diagonal + c.column,
                           p.gram ? chunk_dots.data() : dots.data() + v * p.dim, c.columns,
@@ -328,12 +321,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor y, d
   const Tensor products = make({planes, p.side, p.side});
 
   float* moment = static_cast<float*>(moments.data_ptr());
-  common::column_statistics(rows_of(x), nullptr, 1, p.rows, p.dim, moment);
-  common::column_statistics(rows_of(y), nullptr, 1, p.rows, p.dim, moment + 3 * p.dim);
+  common::column_statistics(Rows(x), nullptr, 1, p.rows, p.dim, moment);
+  common::column_statistics(Rows(y), nullptr, 1, p.rows, p.dim, moment + 3 * p.dim);
   const Views views(p, x, y, moment);
 
   const Split split(p.side, p.length, 1, 1 + p.length / p.side);
-  const Tensor partial = make({(split.parts - 1) * planes * area});
+  const Tensor partial = split.parts == 1 ? products : make({(split.parts - 1) * planes * area});
   std::vector<double> dots(p.dim);  // N C_jj
   common::run_tasks(split.parts, [&](int64_t part) {
     const Tensor& matrices = part == 0 ? products : partial;

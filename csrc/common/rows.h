@@ -1,4 +1,4 @@
-// Rows of a [G, N, D] tensor of any strides and of float32, bfloat16 or float16, as float32.
+// Rows of a [G, N, D] or [N, D] tensor of any strides and of float32, bfloat16 or float16, as float32.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -19,12 +19,15 @@ inline void to_float(const T* source, int64_t stride, int64_t count, float* targ
 
 class Rows {
  public:
-  explicit Rows(const Tensor& z)  // [G, N, D]
+  explicit Rows(const Tensor& z)  // [G, N, D], or [N, D], which is group 0
       : data_(z.const_data_ptr()),
         dtype_(z.scalar_type()),
-        group_stride_(z.stride(0)),
-        row_stride_(z.stride(1)),
-        column_stride_(z.stride(2)) {}
+        group_stride_(z.dim() == 3 ? z.stride(0) : 0),
+        row_stride_(z.stride(-2)),
+        column_stride_(z.stride(-1)) {}
+
+  // Whether `read` needs scratch.
+  bool copies() const { return dtype_ != ScalarType::Float || column_stride_ != 1; }
 
   // Columns [begin, begin + count) of a row: in place where they lie there as float32, else copied
   // to `scratch` (count floats).

@@ -80,7 +80,7 @@ inline void tile_task(const Rows& x, const Rows* y, int64_t group, int64_t rows,
       Tile& tile = tiles[v];
       for (int64_t n = 0; n < count; ++n) {
         pointers[v][n] =
-            z.read(group, block + n, begin, width, scratch + (v * kBlockRows + n) * kTile);
+            z.read(group, block + n, begin, width, scratch + (v * kBlockRows + n) * width);
       }
       std::copy_n(pointers[v][0], width, tile.shift);
       std::fill_n(tile.sum, width, 0.f);
@@ -127,13 +127,15 @@ inline double column_statistics(const Rows& x, const Rows* y, int64_t groups,
   const int64_t tiles = (dim + width - 1) / width;
   std::vector<double> invariance(groups * dim);
   torch::stable::parallel_for(0, groups * tiles, 1, [&](int64_t first, int64_t last) {
-    std::vector<Tile> sums(2);
-    std::vector<float> scratch(2 * kBlockRows * kTile);
+    Tile sums[2];
+    // Rows that can be read in place need none, and allocating and zeroing takes tiny batches' time.
+    const bool copies = x.copies() || (y != nullptr && y->copies());
+    std::vector<float> scratch(copies ? 2 * kBlockRows * width : 0);
     for (int64_t task = first; task < last; ++task) {
       const int64_t group = task / tiles, begin = task % tiles * width;
       float* const own[2] = {moments + group * 3 * dim + begin,
                              moments + (groups + group) * 3 * dim + begin};
-      tile_task(x, y, group, rows, begin, std::min(width, dim - begin), sums.data(),
+      tile_task(x, y, group, rows, begin, std::min(width, dim - begin), sums,
                 scratch.data(), own, dim, invariance.data() + group * dim + begin);
     }
   });

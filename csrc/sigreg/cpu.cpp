@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/products.h"
 #include "common/rows.h"
 #include "common/tensors.h"
 #include "sigreg/cpu_directions.h"
@@ -26,6 +27,7 @@
 namespace sigreg {
 namespace {
 
+using common::Matrix;
 using common::ScalarType;
 
 // Rows and columns of p that are worked on at a time: 256 KiB, a quarter of a core's L2.
@@ -63,12 +65,12 @@ class Block {
   bool single() const { return single_; }
 
   // Rows and columns of [G, R, C], or of [R, C] with group 0.
-  Tensor read(int64_t group, Piece rows, Piece columns, const Tensor& scratch) const {
+  Matrix read(int64_t group, Piece rows, Piece columns, const Tensor& scratch) const {
     const bool grouped = matrix_.dim() == 3;
     const int64_t down = matrix_.stride(grouped ? 1 : 0), across = matrix_.stride(grouped ? 2 : 1);
     const int64_t at = (grouped ? group * matrix_.stride(0) : 0) + rows.begin * down +
                        columns.begin * across;
-    if (single_) return common::strided(matrix_, {rows.count, columns.count}, {down, across}, at);
+    if (single_) return {matrix_, rows.count, columns.count, down, across, at};
     float* out = static_cast<float*>(scratch.mutable_data_ptr());
     const auto copy = [&](const auto* from) {
       for (int64_t n = 0; n < rows.count; ++n) {
@@ -80,7 +82,7 @@ class Block {
     } else {
       copy(static_cast<const torch::headeronly::Half*>(matrix_.const_data_ptr()));
     }
-    return common::strided(scratch, {rows.count, columns.count}, {columns.count, 1}, 0);
+    return common::contiguous(scratch, rows.count, columns.count, 0);
   }
 
  private:
@@ -132,14 +134,14 @@ std::tuple<Tensor, Tensor> sums(Tensor z, Tensor directions, std::vector<double>
     for (int64_t task = from; task < to; ++task) {
       const int64_t g = task / across;
       const Piece columns(task % across, width, slices);
-      const Tensor a = right.read(0, Piece(0, dim, dim), columns, a_scratch);
+      const Matrix a = right.read(0, Piece(0, dim, dim), columns, a_scratch);
       const int64_t vectors = divide_up(columns.count, kLanes);
       running.assign(vectors * held * kLanes, 0.0);
       for (int64_t n = 0; n < rows; n += kRowChunk) {
         const Piece piece(n / kRowChunk, kRowChunk, rows);
         const int64_t at = (g * rows + n) * slices + columns.begin;
-        const Tensor chunk = common::strided(p, {piece.count, columns.count}, {slices, 1}, at);
-        common::addmm_cpu(chunk, left.read(g, piece, Piece(0, dim, dim), z_scratch), a, 0.0);
+        common::multiply({p, piece.count, columns.count, slices, 1, at},
+                         left.read(g, piece, Piece(0, dim, dim), z_scratch), a, false);
         if (spacing.equal) {
           add_rows(values + at, piece.count, slices, columns.count, giants(count), start,
                    spacing.half, running.data());
@@ -238,8 +240,8 @@ Tensor gradient(Tensor grad, Tensor coefficients, Tensor projections, Tensor dir
       const int64_t g = task / down;
       const Piece piece(task % down, height, rows);
       const int64_t row = g * rows + piece.begin;
-      const Tensor target = single ? common::strided(out, {piece.count, dim}, {dim, 1}, row * dim)
-                                   : common::strided(wide, {piece.count, dim}, {dim, 1}, 0);
+      const Matrix target =
+          common::contiguous(single ? out : wide, piece.count, dim, single ? row * dim : 0);
       for (int64_t m = 0; m < slices; m += width) {
         const Piece columns(m / width, width, slices);
         const float* own = factors + g * 2 * count * slices + m;
@@ -250,12 +252,9 @@ Tensor gradient(Tensor grad, Tensor coefficients, Tensor projections, Tensor dir
           slopes_each(p + row * slices + m, own, scale, piece.count, slices, columns.count,
                       knots.data(), count, slices, slope_at, width);
         }
-        const Tensor a = right.read(0, Piece(0, dim, dim), columns, a_scratch);
-        const Tensor transposed =
-            common::strided(a, {columns.count, dim}, {a.stride(1), a.stride(0)}, 0);
-        common::addmm_cpu(target,
-                          common::strided(slope, {piece.count, columns.count}, {width, 1}, 0),
-                          transposed, m == 0 ? 0.0 : 1.0);
+        const Matrix a = right.read(0, Piece(0, dim, dim), columns, a_scratch);
+        common::multiply(target, {slope, piece.count, columns.count, width, 1, 0}, a.transposed(),
+                         m > 0);
       }
       if (!single) {
         const float* from_wide = static_cast<const float*>(wide.const_data_ptr());

@@ -30,6 +30,7 @@
 namespace vicreg {
 namespace {
 
+using common::Matrix;
 using common::Range;
 using common::Rows;
 using common::ScalarType;
@@ -37,9 +38,9 @@ using common::Split;
 
 struct Problem {
   explicit Problem(const Tensor& x, bool unbiased)
-      : groups(x.size(0)),
-        rows(x.size(1)),
-        dim(x.size(2)),
+      : groups(x.dim() == 3 ? x.size(0) : 1),
+        rows(x.size(-2)),
+        dim(x.size(-1)),
         gram(rows < dim),
         side(std::min(rows, dim)),
         length(std::max(rows, dim)),
@@ -73,8 +74,8 @@ void centre(const Rows& z, int64_t group, int64_t row_begin, int64_t row_count, 
 // The part of Kr = Zr Zr^T that the columns of `range` add (docs/cancellation.md), lower triangle.
 // taken: [K, N], where the deflated columns of the range go.
 void add_gram(const Problem& p, const Rows& z, int64_t group, const float* moments,
-              const int64_t* index, const Range& range, const Tensor& matrix, float* taken) {
-  const Tensor scratch = common::empty(matrix, {p.rows * range.chunk}, ScalarType::Float);
+              const int64_t* index, const Range& range, const Matrix& matrix, float* taken) {
+  const Tensor scratch = common::empty(matrix.base, {p.rows * range.chunk}, ScalarType::Float);
   float* zc = static_cast<float*>(scratch.data_ptr());
   for (int64_t begin = range.begin; begin < range.end; begin += range.chunk) {
     const int64_t count = std::min(range.chunk, range.end - begin);
@@ -87,20 +88,20 @@ void add_gram(const Problem& p, const Rows& z, int64_t group, const float* momen
         zc[n * count + j] = 0.f;
       }
     }
-    common::add_symmetric(matrix, common::strided(scratch, {p.rows, count}, {count, 1}, 0),
+    common::add_symmetric(matrix, common::contiguous(scratch, p.rows, count, 0),
                           begin > range.begin);
   }
 }
 
 // The part of Zc^T Zc that the rows of `range` add, lower triangle.
 void add_covariance(const Problem& p, const Rows& z, int64_t group, const float* moments,
-                    const Range& range, const Tensor& matrix) {
-  const Tensor scratch = common::empty(matrix, {p.dim * range.chunk}, ScalarType::Float);
+                    const Range& range, const Matrix& matrix) {
+  const Tensor scratch = common::empty(matrix.base, {p.dim * range.chunk}, ScalarType::Float);
   float* zc = static_cast<float*>(scratch.data_ptr());
   for (int64_t begin = range.begin; begin < range.end; begin += range.chunk) {
     const int64_t count = std::min(range.chunk, range.end - begin);
     centre(z, group, begin, count, 0, p.dim, moments, p.dim, zc);
-    common::add_symmetric(matrix, common::strided(scratch, {p.dim, count}, {1, p.dim}, 0),
+    common::add_symmetric(matrix, common::contiguous(scratch, count, p.dim, 0).transposed(),
                           begin > range.begin);
   }
 }
@@ -139,7 +140,7 @@ VICREG_VECTOR void gradient_row(const float* product, const float* centred, cons
 // The gradient of one view of one group, over the columns or rows of `range`. `other` is the other
 // view, or null; grad is the whole view's.
 void add_gradient(const Problem& p, const Rows& z, const Rows* other, int64_t group,
-                  const Coefficients& a, const float* moments, const Tensor& square,
+                  const Coefficients& a, const float* moments, const Matrix& square,
                   const float* deflated, const int64_t* index, float margin, float eps,
                   const Range& range, const Tensor& grad) {
   const ScalarType dtype = grad.scalar_type();
@@ -165,13 +166,9 @@ void add_gradient(const Problem& p, const Rows& z, const Rows* other, int64_t gr
     centre(z, group, row, rows, column, columns, moments, p.dim, zc);
     // Not into the gradient itself: its rows lie D apart, and D is a power of two more often than
     // not, which puts a tile of the product's result into one cache set.
-    const Tensor centred = common::strided(scratch, {rows, columns}, {columns, 1}, 0);
-    const Tensor product = common::strided(scratch, {rows, columns}, {columns, 1}, area);
-    if (p.gram) {
-      common::addmm_cpu(product, square, centred, 0.0);
-    } else {
-      common::addmm_cpu(product, centred, square, 0.0);
-    }
+    const Matrix centred = common::contiguous(scratch, rows, columns, 0);
+    const Matrix product = common::contiguous(scratch, rows, columns, area);
+    common::multiply(product, p.gram ? square : centred, p.gram ? centred : square, false);
     torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 16384 / columns),
                                 [&](int64_t first, int64_t last) {
       std::vector<float> own_scratch(columns), other_scratch(columns);
@@ -226,7 +223,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const int64_t planes = views * p.groups;
   const Split split(p.side, p.length, planes, 1 + p.length / p.side);
   const int64_t area = p.side * p.side;
-  const Tensor partial = make({planes * (split.parts - 1) * area}, ScalarType::Float);
+  const Tensor partial =
+      split.parts == 1 ? squares : make({planes * (split.parts - 1) * area}, ScalarType::Float);
   std::vector<float> taken(p.gram ? planes * kDeflatedColumns * p.rows : 0);  // zero where none
   std::vector<double> hinges(planes), squared(planes);
   int64_t* chosen = static_cast<int64_t*>(index.data_ptr());
@@ -251,10 +249,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   common::run_tasks(planes * split.parts, [&](int64_t task) {
     const int64_t plane = task / split.parts, part = task % split.parts;
     const Rows& z = plane < p.groups ? rows_x : *rows_y;
-    const Tensor matrix =
-        part == 0 ? common::strided(squares, {p.side, p.side}, {p.side, 1}, plane * area)
-                  : common::strided(partial, {p.side, p.side}, {p.side, 1},
-                                    (plane * (split.parts - 1) + part - 1) * area);
+    const int64_t place = part == 0 ? plane : plane * (split.parts - 1) + part - 1;
+    const Matrix matrix =
+        common::contiguous(part == 0 ? squares : partial, p.side, p.side, place * area);
     const float* own = moment + 3 * plane * p.dim;
     if (p.gram) {
       add_gram(p, z, plane % p.groups, own, chosen + plane * p.deflated, split.range(part), matrix,
@@ -300,8 +297,9 @@ std::tuple<Tensor, Tensor> backward(Tensor grads, Tensor x, std::optional<Tensor
   std::vector<int64_t> planes;
   for (int64_t v = 0; v < 2; ++v) {
     const bool need = v == 0 ? need_x : need_y;
-    out[v] = need ? common::empty(x, {p.groups, p.rows, p.dim}, x.scalar_type())
-                  : common::empty(x, {0}, x.scalar_type());
+    out[v] = !need          ? common::empty(x, {0}, x.scalar_type())
+             : x.dim() == 2 ? common::empty(x, {p.rows, p.dim}, x.scalar_type())
+                            : common::empty(x, {p.groups, p.rows, p.dim}, x.scalar_type());
     for (int64_t g = 0; need && g < p.groups; ++g) planes.push_back(v * p.groups + g);
   }
   const Split split(p.side, p.length, static_cast<int64_t>(planes.size()), p.length);
@@ -311,7 +309,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grads, Tensor x, std::optional<Tensor
     const Rows* other = y ? (first ? &*rows_y : &rows_x) : nullptr;
     add_gradient(p, first ? rows_x : *rows_y, other, group, a,
                  static_cast<const float*>(moments.data_ptr()) + 3 * plane * p.dim,
-                 common::strided(squares, {p.side, p.side}, {p.side, 1}, plane * p.side * p.side),
+                 common::contiguous(squares, p.side, p.side, plane * p.side * p.side),
                  static_cast<const float*>(deflated.data_ptr()) + plane * p.deflated * p.rows,
                  static_cast<const int64_t*>(index.data_ptr()) + plane * p.deflated,
                  static_cast<float>(margin), static_cast<float>(eps),

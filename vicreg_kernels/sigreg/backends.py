@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -40,9 +41,11 @@ class Kernels:
 
 def _compiled(namespace: str) -> Kernels:
     ops = getattr(torch.ops, namespace)
-    forward, sums = exact(ops.sigreg_forward), exact(ops.sigreg_sums)
-    gradient = exact(ops.sigreg_gradient)
-    return Kernels(ops.sigreg_directions, forward, sums, ops.sigreg_statistic, gradient)
+    # The CPU's products are below the dispatcher, where autocast lowers nothing.
+    call = attrgetter("default") if namespace == NAMESPACES["cpu"] else exact
+    directions, statistic = ops.sigreg_directions.default, ops.sigreg_statistic.default
+    forward, sums, gradient = map(call, (ops.sigreg_forward, ops.sigreg_sums, ops.sigreg_gradient))
+    return Kernels(directions, forward, sums, statistic, gradient)
 
 
 @cache

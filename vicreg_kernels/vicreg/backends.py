@@ -23,7 +23,9 @@ DEFLATED_COLUMNS = 4
 
 @dataclass(frozen=True)
 class Kernels:
-    """forward(x, y, margin, eps, unbiased, scales, weights) -> the six tensors of op.py;
+    """x, y, and the gradients: [G, N, D] or [N, D].
+
+    forward(x, y, margin, eps, unbiased, scales, weights) -> the six tensors of op.py;
     backward(grads, x, y, moments, squares, deflated, index, centred, need_x, need_y, margin, eps,
     unbiased, scales, weights) -> (grad_x, grad_y), empty where not needed.
     """
@@ -32,22 +34,44 @@ class Kernels:
     backward: Callable[..., tuple[Tensor, Tensor]]
 
 
+def _grouped(forward: Callable[..., Any], backward: Callable[..., Any]) -> Kernels:
+    """Of kernels that take [G, N, D] alone."""
+
+    def leading(z: Tensor | None) -> Tensor | None:
+        return None if z is None else z.unsqueeze(0)
+
+    def forward_any(x: Tensor, y: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+        if x.dim() == 3:
+            return forward(x, y, *rest)
+        return forward(x.unsqueeze(0), leading(y), *rest)
+
+    def backward_any(grads: Tensor, x: Tensor, y: Tensor | None, *rest: Any) -> Any:
+        if x.dim() == 3:
+            return backward(grads, x, y, *rest)
+        grad_x, grad_y = backward(grads, x.unsqueeze(0), leading(y), *rest)
+        return grad_x.squeeze(0), grad_y.squeeze(0)
+
+    return Kernels(forward_any, backward_any)
+
+
 def _compiled(namespace: str) -> Kernels:
     ops = getattr(torch.ops, namespace)
-    return Kernels(exact(ops.vicreg_forward), exact(ops.vicreg_backward))
+    if namespace == NAMESPACES["cpu"]:  # its products are below the dispatcher: nothing is lowered
+        return Kernels(ops.vicreg_forward.default, ops.vicreg_backward.default)
+    return _grouped(exact(ops.vicreg_forward), exact(ops.vicreg_backward))
 
 
 @cache
 def load(backend: str) -> Kernels:
     if backend == "triton":
         kernels = importlib.import_module("vicreg_kernels.vicreg.triton")
-        return Kernels(kernels.forward, kernels.backward)
+        return _grouped(kernels.forward, kernels.backward)
     return _compiled(NAMESPACES[backend])
 
 
 def empty_saved(x: Tensor, views: int, backend: str) -> tuple[Tensor, ...]:
-    """Uninitialised outputs of the forward op for x: [G, N, D]; the one place that says shapes."""
-    groups, rows, dim = x.shape
+    """Uninitialised outputs of the forward op for x; the one place that says shapes."""
+    groups, rows, dim = x.shape if x.dim() == 3 else (1, *x.shape)
     gram = rows < dim
     side = rows if gram else dim
     deflated = min(DEFLATED_COLUMNS, dim) if gram else 0

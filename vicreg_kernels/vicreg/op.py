@@ -1,7 +1,8 @@
 """Schema, fake, backends, autograd, and the public functions of the VICReg op.
 
 One forward op and one backward op serve every convention and both one and two views: conventions
-are scalings (`conventions.py`), groups are a leading dimension. With m = min(N, D):
+are scalings (`conventions.py`), groups are a leading dimension, which [N, D] does without. With
+m = min(N, D) and G = 1 for [N, D]:
 
     terms       float32 [4]            loss, invariance, variance, covariance
     moments     float32 [V, G, 3, D]   column mean as the sum of two floats (a large common offset
@@ -59,20 +60,20 @@ _LIBRARY.define(
 
 @torch.library.impl(_LIBRARY, "vicreg_forward", "CompositeExplicitAutograd")
 def _forward(x: Tensor, y: Tensor | None, *settings: Any) -> tuple[Tensor, ...]:
-    *rest, scales, weights, normalizer, backend = settings
-    scales = _normalised(scales, x, normalizer)
-    return backends.load(backend).forward(x, y, *rest, scales, weights)
+    return backends.load(settings[-1]).forward(x, y, *_ready(x.shape[-1], settings[:-1]))
 
 
 @torch.library.impl(_LIBRARY, "vicreg_backward", "CompositeExplicitAutograd")
 def _backward(grads: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *rest, scales, weights, normalizer, backend = args
-    scales = _normalised(scales, x, normalizer)
-    return backends.load(backend).backward(grads.contiguous(), x, *rest, scales, weights)
+    ready = _ready(x.shape[-1], args[-7:-1])
+    return backends.load(args[-1]).backward(grads.contiguous(), x, *args[:-7], *ready)
 
 
-def _normalised(scales: Sequence[float], x: Tensor, normalizer: str) -> list[float]:
-    return [scales[0], scales[1], scales[2] * covariance_scale(x.shape[-1], normalizer)]
+def _ready(dim: int, settings: Sequence[Any]) -> tuple[Any, ...]:
+    """settings: all but the backend, as the op takes them; here as a kernel does."""
+    margin, eps, unbiased, (invariance, variance, covariance), weights, normalizer = settings
+    scales = [invariance, variance, covariance * covariance_scale(dim, normalizer)]
+    return margin, eps, unbiased, scales, weights
 
 
 @torch.library.register_fake("vicreg_kernels::vicreg_forward")
@@ -89,11 +90,7 @@ def _backward_fake(grads: Tensor, x: Tensor, y: Tensor | None, *rest: Any) -> tu
 
 
 class _VICReg(torch.autograd.Function):
-    """Forward saves what the gradient needs; backward is one op call. Once differentiable.
-
-    x, y: [N, D] or [G, N, D]. The op's leading dimension is put on in here, where it costs no node
-    in the graph.
-    """
+    """Forward saves what the gradient needs; backward is one op call. Once differentiable."""
 
     @staticmethod
     def forward(
@@ -101,7 +98,7 @@ class _VICReg(torch.autograd.Function):
     ) -> Any:
         ctx.settings = settings
         run = _forward if calls.direct(x, y) else torch.ops.vicreg_kernels.vicreg_forward
-        terms, *saved = run(_grouped(x), None if y is None else _grouped(y), *settings)
+        terms, *saved = run(x, y, *settings)
         ctx.save_for_backward(x, y, *saved)
         return terms.unbind() if all_terms else terms[0]
 
@@ -116,10 +113,6 @@ class _VICReg(torch.autograd.Function):
         return grad_x, grad_y, None, None
 
 
-def _grouped(z: Tensor) -> Tensor:
-    return z.unsqueeze(0) if z.dim() == 2 else z
-
-
 def _gradient(
     grad: Tensor,
     x: Tensor,
@@ -130,10 +123,7 @@ def _gradient(
     settings: tuple[Any, ...],
 ) -> tuple[Tensor | None, Tensor | None]:
     run = _backward if calls.direct(grad, x, y) else torch.ops.vicreg_kernels.vicreg_backward
-    other = None if y is None else _grouped(y)
-    grad_x, grad_y = run(grad, _grouped(x), other, *saved, need_x, need_y, *settings)
-    if x.dim() == 2:
-        grad_x, grad_y = grad_x.squeeze(0), grad_y.squeeze(0)
+    grad_x, grad_y = run(grad, x, y, *saved, need_x, need_y, *settings)
     return grad_x if need_x else None, grad_y if need_y else None
 
 
@@ -150,6 +140,10 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError("the fused VICReg differentiates once; backend='reference' to any order")
+
+
+def _grouped(z: Tensor) -> Tensor:
+    return z.unsqueeze(0) if z.dim() == 2 else z
 
 
 def _terms(

@@ -29,12 +29,13 @@ def device(index: int | None) -> tuple[str, int, int]:
 
 
 def takes(x: Tensor) -> bool:
-    """x: [G, N, D]. Half precision, min(N, D) at least the table's for this GPU, and rows of the
-    operands, of D and (Gram side) of N elements, in whole 16 bytes, as a TMA descriptor wants them.
+    """x: [G, N, D] or [N, D]. Half precision, min(N, D) at least the table's for this GPU, and rows
+    of the operands, of D and (Gram side) of N elements, in whole 16 bytes, as a TMA descriptor
+    wants them.
 
     The views may have any strides: the operands are written by a pass that centres them.
     """
-    rows, dim = x.shape[1:]
+    rows, dim = x.shape[-2:]
     if x.dtype not in (torch.bfloat16, torch.float16):
         return False
     name, _, capability = device(x.device.index if x.device.type == "cuda" else None)
