@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import measure
-from bench.case import Case, Plan
+from bench.case import Case, Plan, Step
 from bench.vicreg_baselines import BASELINES, COMPILED, PEERS
 from vicreg_kernels import dispatch, variance_covariance, vicreg_loss
 
@@ -20,6 +21,8 @@ CONTENDERS = {
     "gram_plain": "Gram trick, plain PyTorch",
     "gram_compiled": "Gram trick, torch.compile",
     "gram_best": "Gram trick, best plain PyTorch",
+    "tf32x3": "ours, CUDA C++, three TF32 products",
+    "cublas_tf32": "ours, CUDA C++, cuBLAS in TF32",
     "lightly": "lightly",
     "metric_learning": "pytorch-metric-learning",
 }
@@ -52,13 +55,13 @@ class Shape:
         return 2 * self.elements() * (side + 1 + 2 * side)
 
 
-def ours(x: Tensor, y: Tensor, backend: str | None = None) -> Tensor:
+def ours(x: Tensor, y: Tensor, backend: str | None = None, precision: str | None = None) -> Tensor:
     """The loss of `vicreg_baselines.eager`, through the public functions."""
     if x.dim() == 2:
-        return vicreg_loss(x, y, backend=backend)
+        return vicreg_loss(x, y, precision=precision, backend=backend)
     losses = []
     for view in (x, y):
-        variance, covariance = variance_covariance(view, backend=backend)
+        variance, covariance = variance_covariance(view, precision=precision, backend=backend)
         losses.append(25 * variance + covariance)
     return losses[0] + losses[1]
 
@@ -69,6 +72,35 @@ def views(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tenso
     x = torch.randn(shape.shape, **where) * 0.9
     y = x + 0.4 * torch.randn(shape.shape, **where)
     return tuple(z.to(dtype).requires_grad_() for z in (x, y))  # type: ignore[return-value]
+
+
+def in_tf32(step: Step) -> Step:
+    """The step while torch allows TF32 in float32 products."""
+
+    def run() -> Any:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            return step()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return run
+
+
+def in_parts_of_tf32(x: Tensor, y: Tensor) -> tuple[dict[str, Step], dict[str, str]]:
+    """Ours on `cuda` with float32 products on the tensor cores, beside `ours_cuda` without; and
+    why not.
+    """
+    names = ("tf32x3", "cublas_tf32")
+    reason = dispatch.missing("cuda", x.device.type, x.dtype)
+    if reason is None and x.dtype != torch.float32:
+        reason = "is for float32"
+    if reason is not None:
+        return {}, dict.fromkeys(names, reason)
+    parts = measure.gradients(partial(ours, backend="cuda", precision="tf32x3"), x, y)
+    single = in_tf32(measure.gradients(partial(ours, backend="cuda"), x, y))
+    return dict(zip(names, (parts, single), strict=True)), {}
 
 
 def left_out(name: str, shape: Shape, device: torch.device) -> str | None:
@@ -85,7 +117,8 @@ def left_out(name: str, shape: Shape, device: torch.device) -> str | None:
 def plan(shape: Shape, device: torch.device, dtype: torch.dtype, backend: str | None) -> Plan:
     x, y = views(shape, device, dtype)
     steps = {"ours": measure.gradients(partial(ours, backend=backend), x, y)}
-    skipped = {}
+    more, skipped = in_parts_of_tf32(x, y)
+    steps |= more
     for name, build in BASELINES.items():
         try:
             reason = left_out(name, shape, device)
@@ -165,6 +198,8 @@ def exercise(backend: str, device: str) -> int:
             x.requires_grad_()
             y.requires_grad_()
             loss = vicreg_loss(x, y, backend=backend)
+            results += (loss, *torch.autograd.grad(loss, (x, y)))
+            loss = vicreg_loss(x, y, precision="tf32x3", backend=backend)
             results += (loss, *torch.autograd.grad(loss, (x, y)))
         z = torch.randn(3, 26, 67, device=device).to(dtype)[:, ::2].requires_grad_()
         total = sum(variance_covariance(z, backend=backend))

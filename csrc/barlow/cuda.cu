@@ -36,7 +36,8 @@
 // 2 ((C_jj - 1) C_jj + lambd sum over i != j of C_ij^2), so there the epilogue is a single pass; where
 // N < D that sum is z' K z and takes a pass over the product.
 //
-// Float products follow torch's own TF32 setting, off unless the user turns it on. For half inputs
+// Float products follow torch's own TF32 setting, off unless the user turns it on; where the call
+// asks for tf32x3, common/tf32_product.cuh multiplies in place of bmm. For half inputs
 // the gradient's product multiplies the square matrix rounded to half, times a power of two by which
 // float16 cannot overflow: C_ij is at most 1, an element of a Gram matrix at most N D.
 #include <algorithm>

@@ -31,11 +31,14 @@
 // outweighs all launches.
 //
 // The product runs on `centred`, written once in the input's dtype, so that half inputs use the
-// tensor cores with float32 results. Its deflated columns are zero: Kr comes out of bmm directly,
+// tensor cores with float32 results. Its deflated columns are zero: Kr comes out of it directly,
 // and the gradient of those columns was saved in `deflated`. Everything that the Gram side
 // subtracts is computed from the values that are multiplied, rounding included. Float products
 // follow torch's own TF32 setting, off unless the user turns it on; with it the covariance has
-// TF32's accuracy. For half inputs the gradient's product multiplies the squares rounded to half,
+// TF32's accuracy. Where the call asks for tf32x3, common/tf32_product.cuh multiplies in place of
+// bmm, the symmetric half alone (1 launch more where the sum is split). It takes `centred` as well:
+// to subtract n m m^T from an uncentred product would lose all digits where the mean is large beside
+// the spread, and the gradient's product needs the centred values anyway. For half inputs the gradient's product multiplies the squares rounded to half,
 // an error within the rounding of the result, each row scaled by a power of two so that float16
 // neither over- nor underflows. A centred float16 value beyond 65504 is infinite.
 #include <algorithm>
