@@ -21,8 +21,6 @@ CONTENDERS = {
     "gram_plain": "Gram trick, plain PyTorch",
     "gram_compiled": "Gram trick, torch.compile",
     "gram_best": "Gram trick, best plain PyTorch",
-    "tf32x3": "ours, CUDA C++, three TF32 products",
-    "cublas_tf32": "ours, CUDA C++, cuBLAS in TF32",
     "lightly": "lightly",
     "metric_learning": "pytorch-metric-learning",
 }
@@ -88,19 +86,35 @@ def in_tf32(step: Step) -> Step:
     return run
 
 
-def in_parts_of_tf32(x: Tensor, y: Tensor) -> tuple[dict[str, Step], dict[str, str]]:
-    """Ours on `cuda` with float32 products on the tensor cores, beside `ours_cuda` without; and
-    why not.
+def tf32_plan(
+    shape: Shape, parts: int, device: torch.device, dtype: torch.dtype, backend: str | None
+) -> Plan:
+    """Ours on `cuda`, its float32 products as three TF32 ones or as cuBLAS's single one, beside
+    plain PyTorch in full float32. `ours_cuda` of the shape's own case is cuBLAS in full float32.
     """
-    names = ("tf32x3", "cublas_tf32")
-    reason = dispatch.missing("cuda", x.device.type, x.dtype)
-    if reason is None and x.dtype != torch.float32:
-        reason = "is for float32"
-    if reason is not None:
-        return {}, dict.fromkeys(names, reason)
-    parts = measure.gradients(partial(ours, backend="cuda", precision="tf32x3"), x, y)
-    single = in_tf32(measure.gradients(partial(ours, backend="cuda"), x, y))
-    return dict(zip(names, (parts, single), strict=True)), {}
+    x, y = views(shape, device, dtype)
+    precision = "tf32x3" if parts == 3 else None
+    step = measure.gradients(partial(ours, backend="cuda", precision=precision), x, y)
+    return Plan(
+        {
+            "ours": step if parts == 3 else in_tf32(step),
+            "gram_best": measure.gradients(BASELINES["gram_best"](), x, y),
+        },
+        "cuda",
+        shape.least_bytes(dtype.itemsize),
+        shape.least_operations(),
+    )
+
+
+def tf32_case(rows: int, dim: int, parts: int) -> Case:
+    shape = Shape(rows, dim)
+    return Case(
+        f"{rows}x{dim}_{'tf32x3' if parts == 3 else 'tf32'}",
+        partial(tf32_plan, shape, parts),
+        targets={},
+        dtypes={"cuda": ("float32",)},
+        each_backend=False,
+    )
 
 
 def left_out(name: str, shape: Shape, device: torch.device) -> str | None:
@@ -117,8 +131,7 @@ def left_out(name: str, shape: Shape, device: torch.device) -> str | None:
 def plan(shape: Shape, device: torch.device, dtype: torch.dtype, backend: str | None) -> Plan:
     x, y = views(shape, device, dtype)
     steps = {"ours": measure.gradients(partial(ours, backend=backend), x, y)}
-    more, skipped = in_parts_of_tf32(x, y)
-    steps |= more
+    skipped = {}
     for name, build in BASELINES.items():
         try:
             reason = left_out(name, shape, device)
@@ -163,6 +176,7 @@ def case(
     )
 
 
+TF32 = ((256, 8192), (1024, 2048), (2048, 8192), (8192, 2048))
 THRESHOLD = ((4096, 8192), (8192, 4096), (8192, 8192), (8192, 16384), (8192, 2048), (1024, 8192),
              (8192, 1024))  # fmt: skip
 CASES = {
@@ -178,6 +192,7 @@ CASES = {
         case(512, 8192),
         case(16384, 384),
         case(512, 512, groups=49),
+        *(tf32_case(*shape, parts) for shape in TF32 for parts in (3, 1)),
         # What the backends' threshold is read off: min(N, D) from 512 to 8192 on both sides of
         # N = D, with the cases above.
         *(case(*shape, on=("cuda",)) for shape in THRESHOLD),
