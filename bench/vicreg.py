@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import measure
-from bench.case import Case, Plan
+from bench.case import Case, Plan, Step
 from bench.vicreg_baselines import BASELINES, COMPILED, PEERS
 from vicreg_kernels import dispatch, variance_covariance, vicreg_loss
 
@@ -52,13 +53,13 @@ class Shape:
         return 2 * self.elements() * (side + 1 + 2 * side)
 
 
-def ours(x: Tensor, y: Tensor, backend: str | None = None) -> Tensor:
+def ours(x: Tensor, y: Tensor, backend: str | None = None, precision: str | None = None) -> Tensor:
     """The loss of `vicreg_baselines.eager`, through the public functions."""
     if x.dim() == 2:
-        return vicreg_loss(x, y, backend=backend)
+        return vicreg_loss(x, y, precision=precision, backend=backend)
     losses = []
     for view in (x, y):
-        variance, covariance = variance_covariance(view, backend=backend)
+        variance, covariance = variance_covariance(view, precision=precision, backend=backend)
         losses.append(25 * variance + covariance)
     return losses[0] + losses[1]
 
@@ -69,6 +70,51 @@ def views(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tenso
     x = torch.randn(shape.shape, **where) * 0.9
     y = x + 0.4 * torch.randn(shape.shape, **where)
     return tuple(z.to(dtype).requires_grad_() for z in (x, y))  # type: ignore[return-value]
+
+
+def in_tf32(step: Step) -> Step:
+    """The step while torch allows TF32 in float32 products."""
+
+    def run() -> Any:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            return step()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return run
+
+
+def tf32_plan(
+    shape: Shape, parts: int, device: torch.device, dtype: torch.dtype, backend: str | None
+) -> Plan:
+    """Ours on `cuda`, its float32 products as three TF32 ones or as cuBLAS's single one, beside
+    plain PyTorch in full float32. `ours_cuda` of the shape's own case is cuBLAS in full float32.
+    """
+    x, y = views(shape, device, dtype)
+    precision = "tf32x3" if parts == 3 else None
+    step = measure.gradients(partial(ours, backend="cuda", precision=precision), x, y)
+    return Plan(
+        {
+            "ours": step if parts == 3 else in_tf32(step),
+            "gram_best": measure.gradients(BASELINES["gram_best"](), x, y),
+        },
+        "cuda",
+        shape.least_bytes(dtype.itemsize),
+        shape.least_operations(),
+    )
+
+
+def tf32_case(rows: int, dim: int, parts: int) -> Case:
+    shape = Shape(rows, dim)
+    return Case(
+        f"{rows}x{dim}_{'tf32x3' if parts == 3 else 'tf32'}",
+        partial(tf32_plan, shape, parts),
+        targets={},
+        dtypes={"cuda": ("float32",)},
+        each_backend=False,
+    )
 
 
 def left_out(name: str, shape: Shape, device: torch.device) -> str | None:
@@ -130,6 +176,7 @@ def case(
     )
 
 
+TF32 = ((256, 8192), (1024, 2048), (2048, 8192), (8192, 2048))
 THRESHOLD = ((4096, 8192), (8192, 4096), (8192, 8192), (8192, 16384), (8192, 2048), (1024, 8192),
              (8192, 1024))  # fmt: skip
 CASES = {
@@ -145,6 +192,7 @@ CASES = {
         case(512, 8192),
         case(16384, 384),
         case(512, 512, groups=49),
+        *(tf32_case(*shape, parts) for shape in TF32 for parts in (3, 1)),
         # What the backends' threshold is read off: min(N, D) from 512 to 8192 on both sides of
         # N = D, with the cases above.
         *(case(*shape, on=("cuda",)) for shape in THRESHOLD),
@@ -165,6 +213,8 @@ def exercise(backend: str, device: str) -> int:
             x.requires_grad_()
             y.requires_grad_()
             loss = vicreg_loss(x, y, backend=backend)
+            results += (loss, *torch.autograd.grad(loss, (x, y)))
+            loss = vicreg_loss(x, y, precision="tf32x3", backend=backend)
             results += (loss, *torch.autograd.grad(loss, (x, y)))
         z = torch.randn(3, 26, 67, device=device).to(dtype)[:, ::2].requires_grad_()
         total = sum(variance_covariance(z, backend=backend))

@@ -68,6 +68,7 @@ PAIRS = {
 }
 SETTINGS = {
     "convention": ({"convention": "vic"}, ValueError, "convention", ["'vic'", "'solo_learn'"]),
+    "precision": ({"precision": "high"}, ValueError, "precision", ["'high'", "None", "'tf32x3'"]),
     "eps": ({"eps": -1e-4}, ValueError, "eps", ["-0.0001", ">= 0"]),
     "NaN eps": ({"eps": float("nan")}, ValueError, "eps", ["nan", ">= 0"]),
     "NaN margin": ({"margin": float("nan")}, ValueError, "margin", ["nan", "finite"]),
@@ -101,6 +102,7 @@ SINGLES = {
         "z",
         ["D = 1", "D >= 2"],
     ),
+    "precision": (z(4, 3), {"precision": 3}, ValueError, "precision", ["3", "'tf32x3'"]),
     "margin": (z(4, 3), {"margin": -1.0}, ValueError, "margin", ["-1.0", ">= 0"]),
 }
 

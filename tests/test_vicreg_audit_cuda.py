@@ -10,7 +10,7 @@ import pytest
 
 @pytest.mark.parametrize("architecture", audit_cuda.ARCHITECTURES)
 def test_no_spills(architecture):
-    audit_cuda.check_no_spills("vicreg", architecture, count=31)
+    audit_cuda.check_no_spills("vicreg", architecture, count=39)
 
 
 @pytest.mark.parametrize("architecture", audit_cuda.ARCHITECTURES)
@@ -23,6 +23,10 @@ def test_vector_kernels_access_16_bytes():
     seen = 0
     for kernel in kernels:
         name = kernel.split("(")[0]
+        if "tf32x3_" in name:  # whether 16 bytes are aligned is seen at run time
+            copies = set(re.findall(r"cp\.async\.\w+\.shared\.global [^;]*, (\d+), ", kernel))
+            assert copies == ({"16", "4"} if "_tiles" in name else set()), name
+            continue
         vectors = len(re.findall(r"ld\.global(?:\.nc)?\.v4\.", kernel))
         stores = len(re.findall(r"st\.global\.wb\.v[24]\.", kernel))  # 8 bytes of a half gradient
         if re.search(r"<\w+, true", name):

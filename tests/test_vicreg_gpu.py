@@ -6,6 +6,7 @@ The tests of the other tiers that take the `fused` fixture run there too.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -65,6 +66,24 @@ def gradients(function: Callable[..., Tensor], *views: Tensor) -> tuple[Tensor, 
 def test_real_shapes_match_the_reference(backend, shape, dtype):
     x, y = correlated(*shape, dtype=dtype)
     assert_matches_reference(vicreg_loss, backend, x, y, name=f"{shape}")
+
+
+@pytest.mark.parametrize("shape", [*REAL, *BOTH_SIDES[1::2]], ids=str)
+def test_tf32x3_matches_the_reference(shape):
+    """At float32's tolerances, also where torch allows TF32, and twice the same bits."""
+    if dispatch.missing("cuda", "cuda", torch.float32) is not None:
+        pytest.skip("needs the CUDA backend")
+    x, y = correlated(*shape, dtype=torch.float32)
+    loss = partial(vicreg_loss, precision="tf32x3")
+    assert_matches_reference(loss, "cuda", x, y, name=f"{shape}")
+    first = gradients(lambda *v: loss(*v, backend="cuda"), x, y)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        second = gradients(lambda *v: loss(*v, backend="cuda"), x, y)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.triton_takes(lambda dtype, **_: dtype == torch.bfloat16)

@@ -74,6 +74,22 @@ def test_opcheck_two_views(fused, shape, dtype):
     torch.library.opcheck(torch.ops.vicreg_kernels.vicreg_backward.default, (four, *backward[1:]))
 
 
+@pytest.mark.triton_takes(lambda **_: False)
+@pytest.mark.parametrize("precision", [None, "tf32x3"])
+def test_precision_reaches_the_ops_as_an_argument(fused, precision):
+    """Forward and backward, eager and compiled; each precision has its own graph."""
+    settings = {"precision": precision, "backend": fused.name}
+    views = two_views((6, 9), fused)
+    with RecordedOps() as ops:
+        vicreg_loss(*views, **settings).backward()
+    for name, args in ops.calls:
+        assert args[-2:] == (precision == "tf32x3", fused.name)
+        torch.library.opcheck(getattr(torch.ops.vicreg_kernels, name).default, _detached(args))
+    module = VICRegLoss(**settings)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert_same_outcome(differentiate(compiled, *views), differentiate(module, *views))
+
+
 @pytest.mark.parametrize("needed", [(True, False), (False, True)])
 def test_opcheck_one_gradient(fused, needed):
     _, backward = op_calls(fused, (2, 6, 9), torch.float32, needed)

@@ -311,7 +311,7 @@ void add_gradients(const Problem& p, const Views& views, float grad, const float
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor y, double eps,
                                                            double std_eps, bool unbiased,
-                                                           double lambd) {
+                                                           double lambd, bool) {
   const Problem p(x, eps, std_eps, unbiased, lambd);
   const auto make = [&](std::initializer_list<int64_t> sizes) {
     return common::empty(x, sizes, ScalarType::Float);
@@ -369,7 +369,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor y, d
 std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor y, Tensor moments,
                                     Tensor diagonal, Tensor products, Tensor, bool need_x,
                                     bool need_y, double eps, double std_eps, bool unbiased,
-                                    double lambd) {
+                                    double lambd, bool) {
   const Problem p(x, eps, std_eps, unbiased, lambd);
   const Views views(p, x, y, static_cast<const float*>(moments.data_ptr()));
   std::array<Tensor, 2> grads;

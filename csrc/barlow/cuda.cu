@@ -36,7 +36,8 @@
 // 2 ((C_jj - 1) C_jj + lambd sum over i != j of C_ij^2), so there the epilogue is a single pass; where
 // N < D that sum is z' K z and takes a pass over the product.
 //
-// Float products follow torch's own TF32 setting, off unless the user turns it on. For half inputs
+// Float products follow torch's own TF32 setting, off unless the user turns it on; where the call
+// asks for tf32x3, common/tf32_product.cuh multiplies in place of bmm. For half inputs
 // the gradient's product multiplies the square matrix rounded to half, times a power of two by which
 // float16 cannot overflow: C_ij is at most 1, an element of a Gram matrix at most N D.
 #include <algorithm>
@@ -47,8 +48,8 @@
 #include "barlow/gradient.cuh"
 #include "barlow/squares.cuh"
 #include "barlow/statistics.cuh"
-#include "common/bmm.h"
 #include "common/plan.cuh"
+#include "common/tf32_product.h"
 
 // Elements of float32 that a product for half inputs may take before it is done in pieces; small in
 // the emulator's build, so that the pieces are tested.
@@ -59,25 +60,27 @@
 namespace barlow {
 namespace {
 
-using common::aligned, common::blocks_of, common::blocks_of_warps, common::bmm, common::ceil_div;
-using common::cut, common::Queue, common::ScalarType;
+using common::aligned, common::blocks_of, common::blocks_of_warps, common::ceil_div;
+using common::cut, common::product, common::Queue, common::ScalarType;
 using namespace kernels;
 
 struct Problem {
-  Problem(const Tensor& x, double eps, double std_eps, bool unbiased)
+  Problem(const Tensor& x, double eps, double std_eps, bool unbiased, bool tf32x3)
       : rows(x.size(0)),
         dim(x.size(1)),
         gram(rows < dim),
         side(std::min(rows, dim)),
         standard{static_cast<float>(rows - (unbiased ? 1 : 0)), static_cast<float>(eps),
                  static_cast<float>(std_eps)},
-        dtype(x.scalar_type()) {}
+        dtype(x.scalar_type()),
+        tf32x3(tf32x3 && dtype == ScalarType::Float) {}
 
   int64_t rows, dim;
   bool gram;
   int64_t side;
   Standard standard;
   ScalarType dtype;
+  bool tf32x3;
 };
 
 template <typename T>
@@ -150,15 +153,17 @@ void forward_kernels(const Problem& p, const Tensor& x, const Tensor& y, double 
   const double factor = p.gram ? lambd / (static_cast<double>(p.rows) * p.rows) : lambd;
   const Finish finish = {data<double>(sums), finish_blocks, factor, done, data<float>(loss)};
   double* square_sums = data<double>(sums) + finish_blocks;
+  const int64_t scratch = common::product_scratch(standardised);
   if (p.gram) {
     const int64_t all = p.rows * p.dim;
-    bmm(common::strided(standardised, {2, p.rows, p.dim}, {all, p.dim, 1}, 0),
-        common::strided(standardised, {2, p.dim, p.rows}, {all, 1, p.dim}, 0), products);
+    product(queue, p.tf32x3, common::strided(standardised, {2, p.rows, p.dim}, {all, p.dim, 1}, 0),
+            common::strided(standardised, {2, p.dim, p.rows}, {all, 1, p.dim}, 0), products, true,
+            scratch);
     queue.launch(&gram_rows, square_blocks, kThreads, 0, p.rows, p.dim, c.row_blocks,
                  data<float>(products), stored, square_sums, finish);
   } else {
-    bmm(part(p, standardised, 0, false, 0, p.rows, 0, p.dim),
-        part(p, standardised, 1, true, 0, p.rows, 0, p.dim), products);
+    product(queue, p.tf32x3, part(p, standardised, 0, false, 0, p.rows, 0, p.dim),
+            part(p, standardised, 1, true, 0, p.rows, 0, p.dim), products, false, scratch);
     queue.launch(&cross_rows, square_blocks, kThreads, 0, p.dim, 1.f / static_cast<float>(p.rows),
                  data<float>(products), square_sums, finish);
   }
@@ -234,13 +239,14 @@ void backward_kernels(const Problem& p, const Tensor& grad, const Tensor& x, con
       const Tensor target = common::strided(scratch[v], {1, rows, columns},
                                             {rows * columns, columns, 1}, 0);
       if (p.gram) {  // K of the other view times this one
-        bmm(common::strided(square, {1, p.side, p.side}, {area, p.side, 1}, (1 - v) * area),
-            part(p, standardised, v, true, row, rows, column, columns), target);
+        product(queue, p.tf32x3,
+                common::strided(square, {1, p.side, p.side}, {area, p.side, 1}, (1 - v) * area),
+                part(p, standardised, v, true, row, rows, column, columns), target, false, 0);
       } else {  // the other view times C^T or C
-        bmm(part(p, standardised, 1 - v, true, row, rows, column, columns),
-            common::strided(square, {1, p.side, p.side},
-                            {area, v == 0 ? 1 : p.side, v == 0 ? p.side : 1}, 0),
-            target);
+        product(queue, p.tf32x3, part(p, standardised, 1 - v, true, row, rows, column, columns),
+                common::strided(square, {1, p.side, p.side},
+                                {area, v == 0 ? 1 : p.side, v == 0 ? p.side : 1}, 0),
+                target, false, 0);
       }
       const bool apart = p.gram && !direct;  // the diagonal, from the Gram matrix
       g.product[v] = {data<float>(target), columns,
@@ -264,8 +270,8 @@ void backward_kernels(const Problem& p, const Tensor& grad, const Tensor& x, con
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor y, double eps,
                                                            double std_eps, bool unbiased,
-                                                           double lambd) {
-  const Problem p(x, eps, std_eps, unbiased);
+                                                           double lambd, bool tf32x3) {
+  const Problem p(x, eps, std_eps, unbiased, tf32x3);
   const Tensor loss = common::empty(x, {1}, ScalarType::Float);
   const Tensor moments = common::empty(x, {2, 3, p.dim}, ScalarType::Float);
   const Tensor diagonal = common::empty(x, {p.dim}, ScalarType::Float);
@@ -282,8 +288,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor y, d
 std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor y, Tensor moments,
                                     Tensor diagonal, Tensor products, Tensor standardised,
                                     bool need_x, bool need_y, double eps, double std_eps,
-                                    bool unbiased, double lambd) {
-  const Problem p(x, eps, std_eps, unbiased);
+                                    bool unbiased, double lambd, bool tf32x3) {
+  const Problem p(x, eps, std_eps, unbiased, tf32x3);
   const std::array<bool, 2> wanted = {need_x, need_y};
   std::array<Tensor, 2> out;
   for (int v = 0; v < 2; ++v) {

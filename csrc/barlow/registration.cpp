@@ -2,7 +2,8 @@
 #include "barlow/barlow.h"
 #include "common/registration.h"
 
-#define BARLOW_SETTINGS "float eps, float std_eps, bool unbiased, float lambd"
+#define BARLOW_SETTINGS \
+  "float eps, float std_eps, bool unbiased, float lambd, bool tf32x3=False"
 
 KERNELS_LIBRARY(m) {
   m.def("barlow_forward(Tensor x, Tensor y, " BARLOW_SETTINGS

@@ -1,4 +1,4 @@
-// Copies of 16 bytes from global to shared memory that take no registers (sm_80 and later).
+// Copies of 16 or 4 bytes from global to shared memory that take no registers (sm_80 and later).
 //
 // Under the emulator the target holds NaN until its thread waits, so that a missing wait shows.
 #pragma once
@@ -9,6 +9,7 @@
 #include <cstring>
 
 #ifndef __CUDACC__
+#include <stdexcept>
 #include <vector>
 #endif
 
@@ -24,6 +25,14 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
                : "memory");
 }
 
+// The same of 4 bytes.
+__device__ __forceinline__ void copy_word_async(void* shared, const void* global, bool valid) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(global),
+               "r"(valid ? 4 : 0)
+               : "memory");
+}
+
 // The calling thread's copies are done, and it sees them; others do after a barrier.
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
@@ -36,6 +45,7 @@ namespace emulated {
 struct Copy {
   void* to;
   uint4 value;
+  size_t bytes;
 };
 
 // Of the calling thread.
@@ -44,16 +54,29 @@ inline std::vector<Copy>& pending() {
   return threads[threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)];
 }
 
+template <size_t Bytes>
+void copy(void* shared, const void* global, bool valid) {
+  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % Bytes != 0) {
+    throw std::runtime_error("emulator: an asynchronous copy between unaligned addresses");
+  }
+  Copy made = {shared, {0, 0, 0, 0}, Bytes};
+  if (valid) memcpy(&made.value, global, Bytes);
+  pending().push_back(made);
+  memset(shared, 0xff, Bytes);
+}
+
 }  // namespace emulated
 
 inline void copy_async(void* shared, const void* global, bool valid) {
-  const uint4 value = valid ? *static_cast<const uint4*>(global) : uint4{0, 0, 0, 0};
-  emulated::pending().push_back({shared, value});
-  *static_cast<uint4*>(shared) = {~0u, ~0u, ~0u, ~0u};
+  emulated::copy<16>(shared, global, valid);
+}
+
+inline void copy_word_async(void* shared, const void* global, bool valid) {
+  emulated::copy<4>(shared, global, valid);
 }
 
 inline void wait_for_copies() {
-  for (const emulated::Copy& copy : emulated::pending()) *static_cast<uint4*>(copy.to) = copy.value;
+  for (const emulated::Copy& copy : emulated::pending()) memcpy(copy.to, &copy.value, copy.bytes);
   emulated::pending().clear();
 }
 

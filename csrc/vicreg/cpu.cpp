@@ -199,7 +199,7 @@ void add_gradient(const Problem& p, const Rows& z, const Rows* other, int64_t gr
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     Tensor x, std::optional<Tensor> y, double margin, double eps, bool unbiased,
-    std::vector<double> scales, std::vector<double> weights) {
+    std::vector<double> scales, std::vector<double> weights, bool) {
   const Problem p(x, unbiased);
   const int64_t views = y ? 2 : 1;
   const auto make = [&](std::initializer_list<int64_t> sizes, ScalarType dtype) {
@@ -282,7 +282,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grads, Tensor x, std::optional<Tensor
                                     Tensor squares, Tensor deflated, Tensor index, Tensor,
                                     bool need_x, bool need_y, double margin, double eps,
                                     bool unbiased, std::vector<double> scales,
-                                    std::vector<double> weights) {
+                                    std::vector<double> weights, bool) {
   const Problem p(x, unbiased);
   const std::array<float, 3> scale = {float(scales[0]), float(scales[1]), float(scales[2])};
   const std::array<float, 3> weight = {float(weights[0]), float(weights[1]), float(weights[2])};

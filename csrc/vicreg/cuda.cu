@@ -31,18 +31,21 @@
 // outweighs all launches.
 //
 // The product runs on `centred`, written once in the input's dtype, so that half inputs use the
-// tensor cores with float32 results. Its deflated columns are zero: Kr comes out of bmm directly,
+// tensor cores with float32 results. Its deflated columns are zero: Kr comes out of it directly,
 // and the gradient of those columns was saved in `deflated`. Everything that the Gram side
 // subtracts is computed from the values that are multiplied, rounding included. Float products
 // follow torch's own TF32 setting, off unless the user turns it on; with it the covariance has
-// TF32's accuracy. For half inputs the gradient's product multiplies the squares rounded to half,
+// TF32's accuracy. Where the call asks for tf32x3, common/tf32_product.cuh multiplies in place of
+// bmm, the symmetric half alone (1 launch more where the sum is split). It takes `centred` as well:
+// to subtract n m m^T from an uncentred product would lose all digits where the mean is large beside
+// the spread, and the gradient's product needs the centred values anyway. For half inputs the gradient's product multiplies the squares rounded to half,
 // an error within the rounding of the result, each row scaled by a power of two so that float16
 // neither over- nor underflows. A centred float16 value beyond 65504 is infinite.
 #include <algorithm>
 #include <array>
 
-#include "common/bmm.h"
 #include "common/plan.cuh"
+#include "common/tf32_product.h"
 #include "vicreg/formula.h"
 #include "vicreg/gradient.cuh"
 #include "vicreg/squares.cuh"
@@ -58,12 +61,12 @@
 namespace vicreg {
 namespace {
 
-using common::aligned, common::blocks_of, common::blocks_of_warps, common::bmm, common::ceil_div;
-using common::cut, common::Queue, common::ScalarType, common::view;
+using common::aligned, common::blocks_of, common::blocks_of_warps, common::ceil_div;
+using common::cut, common::product, common::Queue, common::ScalarType, common::view;
 using namespace kernels;
 
 struct Problem {
-  Problem(const Tensor& x, const std::optional<Tensor>& y, bool unbiased)
+  Problem(const Tensor& x, const std::optional<Tensor>& y, bool unbiased, bool tf32x3)
       : views(y ? 2 : 1),
         groups(x.size(0)),
         rows(x.size(1)),
@@ -73,13 +76,15 @@ struct Problem {
         side(std::min(rows, dim)),
         take(gram ? std::min(kDeflatedColumns, dim) : 0),
         degrees(static_cast<float>(rows - (unbiased ? 1 : 0))),
-        dtype(x.scalar_type()) {}
+        dtype(x.scalar_type()),
+        tf32x3(tf32x3 && dtype == ScalarType::Float) {}
 
   int64_t views, groups, rows, dim, batches;
   bool gram;
   int64_t side, take;
   float degrees;
   ScalarType dtype;
+  bool tf32x3;
 };
 
 template <typename T>
@@ -169,7 +174,8 @@ void forward_kernels(const Problem& p, const Tensor& x, const std::optional<Tens
                                         {p.rows * p.dim, 1, p.dim}, 0);
   const Tensor square = common::strided(squares, {p.batches, p.side, p.side},
                                         {p.side * p.side, p.side, 1}, 0);
-  bmm(p.gram ? upright : across, p.gram ? across : upright, square);
+  product(queue, p.tf32x3, p.gram ? upright : across, p.gram ? across : upright, square, true,
+          common::product_scratch(centred));
 
   const double groups = static_cast<double>(p.groups), columns = groups * p.dim;
   const Finish finish = {
@@ -213,7 +219,7 @@ Operand<T> operand(const Problem& p, const Queue& queue, const Tensor& squares) 
 }
 
 // The products of the cut's part of view v into `out`.
-void view_product(const Problem& p, int64_t v, const Cut& c, const Tensor& squares,
+void view_product(const Problem& p, const Queue& queue, int64_t v, const Cut& c, const Tensor& squares,
                   const Tensor& centred, const Tensor& out) {
   const int64_t side = p.side, area = side * side;
   // Symmetric, but its rounding to half is scaled by rows: on the right side it must be transposed.
@@ -223,7 +229,7 @@ void view_product(const Problem& p, int64_t v, const Cut& c, const Tensor& squar
   const Tensor part = common::strided(
       centred, {p.groups, c.rows, c.columns}, {p.rows * p.dim, p.dim, 1},
       v * p.groups * p.rows * p.dim + c.row0 * p.dim + c.column0);
-  bmm(p.gram ? square : part, p.gram ? part : square, out);
+  product(queue, p.tf32x3, p.gram ? square : part, p.gram ? part : square, out, false, 0);
 }
 
 template <typename T, bool Vectors>
@@ -279,7 +285,7 @@ void backward_kernels(const Problem& p, const Tensor& grads, const Tensor& x,
       const Tensor out = common::strided(direct ? grad[v] : scratch[v],
                                          {p.groups, c.rows, c.columns},
                                          {c.rows * c.columns, c.columns, 1}, 0);
-      view_product(p, v, c, left.squares, centred, out);
+      view_product(p, queue, v, c, left.squares, centred, out);
       const float* powers = direct ? nullptr : data<float>(left.powers) + v * p.groups * p.side;
       g.product[v] = {data<float>(out), c.rows * c.columns, c.columns, powers};
       g.out[v] = data<T>(grad[v]);
@@ -292,8 +298,8 @@ void backward_kernels(const Problem& p, const Tensor& grads, const Tensor& x,
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     Tensor x, std::optional<Tensor> y, double margin, double eps, bool unbiased,
-    std::vector<double> scales, std::vector<double> weights) {
-  const Problem p(x, y, unbiased);
+    std::vector<double> scales, std::vector<double> weights, bool tf32x3) {
+  const Problem p(x, y, unbiased, tf32x3);
   const auto make = [&](std::initializer_list<int64_t> sizes, ScalarType dtype) {
     return common::empty(x, sizes, dtype);
   };
@@ -314,8 +320,8 @@ std::tuple<Tensor, Tensor> backward(Tensor grads, Tensor x, std::optional<Tensor
                                     Tensor squares, Tensor deflated, Tensor index, Tensor centred,
                                     bool need_x, bool need_y, double margin, double eps,
                                     bool unbiased, std::vector<double> scales,
-                                    std::vector<double> weights) {
-  const Problem p(x, y, unbiased);
+                                    std::vector<double> weights, bool tf32x3) {
+  const Problem p(x, y, unbiased, tf32x3);
   const std::array<bool, 2> wanted = {need_x, need_y};
   std::array<Tensor, 2> grad;
   for (int v = 0; v < 2; ++v) {

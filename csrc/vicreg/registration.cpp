@@ -2,7 +2,8 @@
 #include "common/registration.h"
 #include "vicreg/vicreg.h"
 
-#define VICREG_SETTINGS "float margin, float eps, bool unbiased, float[] scales, float[] weights"
+#define VICREG_SETTINGS "float margin, float eps, bool unbiased, float[] scales, float[] weights, " \
+                        "bool tf32x3=False"
 
 KERNELS_LIBRARY(m) {
   m.def("vicreg_forward(Tensor x, Tensor? y, " VICREG_SETTINGS

@@ -19,9 +19,10 @@ dispatch.register("barlow", dispatch.SQUARE)
 
 @dataclass(frozen=True)
 class Kernels:
-    """forward(x, y, eps, std_eps, unbiased, lambd) -> the five tensors of op.py;
+    """forward(x, y, eps, std_eps, unbiased, lambd, tf32x3) -> the five tensors of op.py;
     backward(grad, x, y, moments, diagonal, products, standardised, need_x, need_y, eps, std_eps,
-    unbiased, lambd) -> (grad_x, grad_y), empty where not needed.
+    unbiased, lambd, tf32x3) -> (grad_x, grad_y), empty where not needed. tf32x3: whether float32 is
+    multiplied as three TF32 products whatever torch's setting; False where left out.
     """
 
     forward: Callable[..., tuple[Tensor, ...]]

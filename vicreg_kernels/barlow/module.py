@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vicreg_kernels.barlow.checks import check_settings
 from vicreg_kernels.barlow.op import barlow_twins_loss
+from vicreg_kernels.vicreg.checks import check_precision
 
 
 class BarlowTwinsLoss(nn.Module):
@@ -17,7 +18,7 @@ class BarlowTwinsLoss(nn.Module):
         lambd: weight of the off-diagonal sum; None takes the convention's own.
         convention: which published implementation to reproduce; see `barlow_twins_loss`.
         eps: None takes the convention's own.
-        process_group: as in `barlow_twins_loss`.
+        precision, process_group: as in `barlow_twins_loss`.
         backend: "reference", "cpu", "triton", "cuda"; None takes the best for the input.
 
     Shapes: x, y: [N, D] -> scalar. The projections are standardised here: no BatchNorm before it.
@@ -30,14 +31,17 @@ class BarlowTwinsLoss(nn.Module):
         convention: str = "barlow_twins",
         eps: float | None = None,
         process_group: Any = None,
+        precision: str | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
         check_settings(lambd=lambd, convention=convention, eps=eps, backend=backend)
+        check_precision(precision, process_group)
         self.lambd = lambd
         self.convention = convention
         self.eps = eps
         self.process_group = process_group
+        self.precision = precision
         self.backend = backend
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -48,6 +52,7 @@ class BarlowTwinsLoss(nn.Module):
             convention=self.convention,
             eps=self.eps,
             process_group=self.process_group,
+            precision=self.precision,
             backend=self.backend,
         )
 

@@ -27,9 +27,10 @@ from torch import Tensor
 from vicreg_kernels import calls, dispatch, distributed
 from vicreg_kernels.barlow import backends, checks, ranks, reference
 from vicreg_kernels.barlow.conventions import CONVENTIONS
+from vicreg_kernels.vicreg.checks import check_precision
 
 _LIBRARY = torch.library.Library("vicreg_kernels", "FRAGMENT")
-_SETTINGS = "float eps, float std_eps, bool unbiased, float lambd, str backend"
+_SETTINGS = "float eps, float std_eps, bool unbiased, float lambd, bool tf32x3, str backend"
 _LIBRARY.define(
     f"barlow_forward(Tensor x, Tensor y, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -122,10 +123,12 @@ def _check(
     lambd: float | None,
     convention: str,
     eps: float | None,
+    precision: str | None,
     backend: str | None,
     group: str | None,
 ) -> tuple[checks.Settings, str]:
     """The settings, and the backend that runs."""
+    check_precision(precision, group)
     shape, dtype, device, layout = calls.seen("x", x)
     seen_y = calls.seen("y", y)
     numbers = (lambd, convention, eps, backend)
@@ -143,6 +146,7 @@ def barlow_twins_loss(
     convention: str = "barlow_twins",
     eps: float | None = None,
     process_group: Any = None,
+    precision: str | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The Barlow Twins loss of two views (Zbontar et al., 2021, arXiv:2103.03230).
@@ -167,6 +171,12 @@ def barlow_twins_loss(
             batch's, the same on every rank; the gradient is `ranks` times the whole batch's at the
             own rows, so that DistributedDataParallel's mean is one process's gradient
             (docs/distributed.md). Every rank must call, and weigh the loss by the same factor.
+        precision: of the products of float32 inputs. None: torch's setting on a GPU
+            (torch.set_float32_matmul_precision), full float32 on a CPU. "tf32x3": on "cuda" and
+            "triton" three tensor-core products of TF32 parts, whose error stays within float32's
+            tolerances whatever torch's setting (docs/barlow.md); "cpu" computes in full float32,
+            "reference" with torch's own products, either way. Half and float64 inputs are not
+            touched. With a process_group: None.
         backend: "reference", "cpu", "triton" or "cuda"; None takes the best for the input. With a
             process_group of several ranks: "reference" or None.
 
@@ -181,7 +191,7 @@ def barlow_twins_loss(
     """
     group = None if process_group is None else distributed.group_name(process_group)
     settings, name = distributed.checked(
-        ranks.OP, group, _check, x, y, lambd, convention, eps, backend, group
+        ranks.OP, group, _check, x, y, lambd, convention, eps, precision, backend, group
     )
     if not torch.compiler.is_compiling():
         dispatch.log_choice("barlow", name, backend, x.device, x.shape)
@@ -190,6 +200,6 @@ def barlow_twins_loss(
     elif name == "reference":
         loss = reference.loss(x, y, *settings)
     else:
-        loss = _BarlowTwins.apply(x, y, (*settings, name))
+        loss = _BarlowTwins.apply(x, y, (*settings, precision == "tf32x3", name))
     scale = CONVENTIONS[convention].scale
     return loss if scale == 1.0 else loss * scale

@@ -39,7 +39,9 @@ from vicreg_kernels.vicreg.triton import operand_format
 class _Problem:
     """What a launch needs to know of its inputs."""
 
-    def __init__(self, x: Tensor, y: Tensor, eps: float, std_eps: float, unbiased: bool) -> None:
+    def __init__(
+        self, x: Tensor, y: Tensor, eps: float, std_eps: float, unbiased: bool, tf32x3: bool
+    ) -> None:
         self.x, self.y = x, y
         self.rows, self.dim = x.shape
         self.gram = self.rows < self.dim
@@ -48,7 +50,7 @@ class _Problem:
         on_gpu = x.device.type == "cuda"
         name, self.processors, capability = _device(x.device.index if on_gpu else None)
         self.format, self.forward_precision, self.backward_precision = operand_format(
-            x.dtype, capability
+            x.dtype, capability, tf32x3
         )
         if self.format == "bf16" and x.device.type == "cpu":
             self.format = "bf16 in fp32"  # see vicreg/triton_operands.py
@@ -87,10 +89,16 @@ def _splits(p: _Problem, tiles: int) -> tuple[int, int]:
 
 
 def forward(
-    x: Tensor, y: Tensor, eps: float, std_eps: float, unbiased: bool, lambd: float
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    std_eps: float,
+    unbiased: bool,
+    lambd: float,
+    tf32x3: bool = False,
 ) -> tuple[Tensor, ...]:
     """The five tensors of op.py for x, y: [N, D]."""
-    p = _Problem(x, y, eps, std_eps, unbiased)
+    p = _Problem(x, y, eps, std_eps, unbiased, tf32x3)
     saved = backends.empty_saved(x, "triton")
     loss, moments, diagonal, products, _ = saved
     height, width, warps = p.config.statistics
@@ -165,9 +173,10 @@ def backward(
     std_eps: float,
     unbiased: bool,
     lambd: float,
+    tf32x3: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x and y, contiguous, empty where not needed. grad: float32 [1]."""
-    p = _Problem(x, y, eps, std_eps, unbiased)
+    p = _Problem(x, y, eps, std_eps, unbiased, tf32x3)
     grads = [x.new_empty(x.shape if need else (0,)) for need in (need_x, need_y)]
     views = int(need_x) + int(need_y)
     if views == 0:

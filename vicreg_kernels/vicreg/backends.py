@@ -25,9 +25,10 @@ DEFLATED_COLUMNS = 4
 class Kernels:
     """x, y, and the gradients: [G, N, D] or [N, D].
 
-    forward(x, y, margin, eps, unbiased, scales, weights) -> the six tensors of op.py;
+    forward(x, y, margin, eps, unbiased, scales, weights, tf32x3) -> the six tensors of op.py;
     backward(grads, x, y, moments, squares, deflated, index, centred, need_x, need_y, margin, eps,
-    unbiased, scales, weights) -> (grad_x, grad_y), empty where not needed.
+    unbiased, scales, weights, tf32x3) -> (grad_x, grad_y), empty where not needed. tf32x3: whether
+    float32 is multiplied as three TF32 products whatever torch's setting; False where left out.
     """
 
     forward: Callable[..., tuple[Tensor, ...]]

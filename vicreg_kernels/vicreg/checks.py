@@ -14,6 +14,7 @@ from vicreg_kernels import calls, dispatch
 from vicreg_kernels.vicreg.conventions import CONVENTIONS
 
 NORMALIZERS = ("d", "d(d-1)")
+PRECISIONS = (None, "tf32x3")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # margin, eps, unbiased, scales, weights, normalizer: as the ops take them.
@@ -40,6 +41,17 @@ def check_settings(
     if not 0 <= margin < math.inf:
         raise ValueError(f"margin: got {margin}, takes a finite number >= 0")
     dispatch.check_backend(backend)
+
+
+def check_precision(precision: str | None, process_group: object = None) -> None:
+    """Raise a ValueError unless these products exist, on one process or over a group."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: got {precision!r}, takes one of {PRECISIONS}")
+    if precision is not None and process_group is not None:
+        raise ValueError(
+            f"precision: got {precision!r} with a process_group, whose products are torch's own and"
+            " follow torch.set_float32_matmul_precision; takes None there"
+        )
 
 
 def _check_tensor(

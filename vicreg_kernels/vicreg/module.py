@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vicreg_kernels.vicreg.checks import check_settings
+from vicreg_kernels.vicreg.checks import check_precision, check_settings
 from vicreg_kernels.vicreg.op import variance_covariance, vicreg_loss
 
 
@@ -20,6 +20,7 @@ class VICRegLoss(nn.Module):
         eps: added to the variance under the square root.
         convention: which published implementation's scaling; see `vicreg_loss`.
         backend: "reference", "cpu", "triton", "cuda"; None takes the best for the input.
+        precision: None or "tf32x3"; see `vicreg_loss`.
         process_group: None, True or a ProcessGroup whose ranks hold the batch; see `vicreg_loss`.
             A module that is copied or pickled takes True.
 
@@ -35,17 +36,20 @@ class VICRegLoss(nn.Module):
         margin: float = 1.0,
         eps: float = 1e-4,
         convention: str = "vicreg",
+        precision: str | None = None,
         backend: str | None = None,
         process_group: Any = None,
     ) -> None:
         super().__init__()
         check_settings(margin=margin, eps=eps, convention=convention, backend=backend)
+        check_precision(precision, process_group)
         self.invariance_weight = invariance_weight
         self.variance_weight = variance_weight
         self.covariance_weight = covariance_weight
         self.margin = margin
         self.eps = eps
         self.convention = convention
+        self.precision = precision
         self.backend = backend
         self.process_group = process_group
 
@@ -59,6 +63,7 @@ class VICRegLoss(nn.Module):
             margin=self.margin,
             eps=self.eps,
             convention=self.convention,
+            precision=self.precision,
             backend=self.backend,
             process_group=self.process_group,
         )
@@ -72,7 +77,7 @@ class VCRegLoss(nn.Module):
 
     Args:
         variance_weight, covariance_weight: weights of the two terms.
-        margin, eps, unbiased, covariance_normalizer, backend, process_group: as in
+        margin, eps, unbiased, covariance_normalizer, precision, backend, process_group: as in
             `variance_covariance`.
 
     Shapes: z: [N, D] or grouped [G, N, D] -> scalar.
@@ -87,6 +92,7 @@ class VCRegLoss(nn.Module):
         eps: float = 1e-4,
         unbiased: bool = True,
         covariance_normalizer: str = "d",
+        precision: str | None = None,
         backend: str | None = None,
         process_group: Any = None,
     ) -> None:
@@ -94,12 +100,14 @@ class VCRegLoss(nn.Module):
         check_settings(
             margin=margin, eps=eps, covariance_normalizer=covariance_normalizer, backend=backend
         )
+        check_precision(precision, process_group)
         self.variance_weight = variance_weight
         self.covariance_weight = covariance_weight
         self.margin = margin
         self.eps = eps
         self.unbiased = unbiased
         self.covariance_normalizer = covariance_normalizer
+        self.precision = precision
         self.backend = backend
         self.process_group = process_group
 
@@ -110,6 +118,7 @@ class VCRegLoss(nn.Module):
             eps=self.eps,
             unbiased=self.unbiased,
             covariance_normalizer=self.covariance_normalizer,
+            precision=self.precision,
             backend=self.backend,
             process_group=self.process_group,
         )

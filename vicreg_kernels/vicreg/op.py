@@ -45,7 +45,7 @@ _LIBRARY = torch.library.Library("vicreg_kernels", "FRAGMENT")
 # The covariance normaliser travels by name: 1 / D as a number would tie a compiled graph to one D.
 _SETTINGS = (
     "float margin, float eps, bool unbiased, float[] scales, float[] weights, str normalizer,"
-    " str backend"
+    " bool tf32x3, str backend"
 )
 _LIBRARY.define(
     f"vicreg_forward(Tensor x, Tensor? y, {_SETTINGS})"
@@ -65,15 +65,16 @@ def _forward(x: Tensor, y: Tensor | None, *settings: Any) -> tuple[Tensor, ...]:
 
 @torch.library.impl(_LIBRARY, "vicreg_backward", "CompositeExplicitAutograd")
 def _backward(grads: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    ready = _ready(x.shape[-1], args[-7:-1])
-    return backends.load(args[-1]).backward(grads.contiguous(), x, *args[:-7], *ready)
+    ready = _ready(x.shape[-1], args[-8:-1])
+    return backends.load(args[-1]).backward(grads.contiguous(), x, *args[:-8], *ready)
 
 
 def _ready(dim: int, settings: Sequence[Any]) -> tuple[Any, ...]:
     """settings: all but the backend, as the op takes them; here as a kernel does."""
-    margin, eps, unbiased, (invariance, variance, covariance), weights, normalizer = settings
+    margin, eps, unbiased, own, weights, normalizer, tf32x3 = settings
+    invariance, variance, covariance = own
     scales = [invariance, variance, covariance * covariance_scale(dim, normalizer)]
-    return margin, eps, unbiased, scales, weights
+    return margin, eps, unbiased, scales, weights, tf32x3
 
 
 @torch.library.register_fake("vicreg_kernels::vicreg_forward")
@@ -150,6 +151,7 @@ def _terms(
     x: Tensor,
     y: Tensor | None,
     settings: checks.Settings,
+    precision: str | None,
     name: str,
     backend: str | None,
     group: str | None,
@@ -160,7 +162,7 @@ def _terms(
         shape = x.shape if x.dim() == 3 else (1, *x.shape)
         dispatch.log_choice("vicreg", name, backend, x.device, shape)
     if group is None and name != "reference":
-        return _VICReg.apply(x, y, all_terms, (*settings, name))
+        return _VICReg.apply(x, y, all_terms, (*settings, precision == "tf32x3", name))
     x, y = _grouped(x), None if y is None else _grouped(y)
     if group is not None:
         return ranks.terms(x, y, settings, name, group, all_terms)
@@ -180,9 +182,15 @@ def _choose(
 
 
 def _check_two_views(
-    x: Tensor, y: Tensor, numbers: Sequence[Any], backend: str | None, group: str | None
+    x: Tensor,
+    y: Tensor,
+    numbers: Sequence[Any],
+    precision: str | None,
+    backend: str | None,
+    group: str | None,
 ) -> tuple[checks.Settings, str]:
     """The settings, and the backend that runs. numbers: weights, margin, eps, convention."""
+    checks.check_precision(precision, group)
     shape, dtype, device, layout = calls.seen("x", x)
     settings = checks.two_views(
         shape, dtype, device, layout, *calls.seen("y", y), *numbers, backend, group is not None
@@ -194,17 +202,18 @@ def _two_views(
     x: Tensor,
     y: Tensor,
     numbers: Sequence[Any],
+    precision: str | None,
     backend: str | None,
     process_group: Any,
     all_terms: bool,
 ) -> Any:
     group = None if process_group is None else distributed.group_name(process_group)
     settings, name = distributed.checked(
-        "vicreg", group, _check_two_views, x, y, numbers, backend, group
+        "vicreg", group, _check_two_views, x, y, numbers, precision, backend, group
     )
     if x.dim() > 2:  # batch statistics per position: [B, ..., D] -> [P, B, D]
         x, y = x.flatten(1, -2).transpose(0, 1), y.flatten(1, -2).transpose(0, 1)
-    return _terms(x, y, settings, name, backend, group, all_terms)
+    return _terms(x, y, settings, precision, name, backend, group, all_terms)
 
 
 def vicreg_loss(
@@ -217,6 +226,7 @@ def vicreg_loss(
     margin: float = 1.0,
     eps: float = 1e-4,
     convention: str = "vicreg",
+    precision: str | None = None,
     backend: str | None = None,
     process_group: Any = None,
 ) -> Tensor:
@@ -236,6 +246,12 @@ def vicreg_loss(
         convention: "vicreg", "vicregl", "eb_jepa", "solo_learn", "stable_pretraining", "lightly"
             or "pytorch_metric_learning": the published implementation whose value and gradient to
             reproduce.
+        precision: of the products of float32 inputs. None: torch's setting on a GPU
+            (torch.set_float32_matmul_precision), full float32 on a CPU. "tf32x3": on "cuda" and
+            "triton" three tensor-core products of TF32 parts, whose error stays within float32's
+            tolerances whatever torch's setting (docs/vicreg.md); "cpu" computes in full float32,
+            "reference" with torch's own products, either way. Half and float64 inputs are not
+            touched. With a process_group: None.
         backend: "reference", "cpu", "triton" or "cuda"; None takes the best for the input. With a
             process_group of several ranks: "reference" or None.
         process_group: None: the batch is x and y. True (the default group) or a
@@ -256,7 +272,8 @@ def vicreg_loss(
             the group's timeout, or calls with other settings; the message says why.
     """
     weights = (invariance_weight, variance_weight, covariance_weight)
-    return _two_views(x, y, (*weights, margin, eps, convention), backend, process_group, False)
+    numbers = (*weights, margin, eps, convention)
+    return _two_views(x, y, numbers, precision, backend, process_group, False)
 
 
 def vicreg_terms(
@@ -269,6 +286,7 @@ def vicreg_terms(
     margin: float = 1.0,
     eps: float = 1e-4,
     convention: str = "vicreg",
+    precision: str | None = None,
     backend: str | None = None,
     process_group: Any = None,
 ) -> VICRegTerms:
@@ -280,7 +298,7 @@ def vicreg_terms(
     """
     weights = (invariance_weight, variance_weight, covariance_weight)
     numbers = (*weights, margin, eps, convention)
-    return VICRegTerms(*_two_views(x, y, numbers, backend, process_group, True))
+    return VICRegTerms(*_two_views(x, y, numbers, precision, backend, process_group, True))
 
 
 def variance_covariance(
@@ -290,6 +308,7 @@ def variance_covariance(
     eps: float = 1e-4,
     unbiased: bool = True,
     covariance_normalizer: str = "d",
+    precision: str | None = None,
     backend: str | None = None,
     process_group: Any = None,
 ) -> tuple[Tensor, Tensor]:
@@ -303,7 +322,7 @@ def variance_covariance(
         margin, eps: as in `vicreg_loss`.
         unbiased: divide the variance and the covariance by N - 1, else by N.
         covariance_normalizer: "d" or "d(d-1)".
-        backend, process_group: as in `vicreg_loss`.
+        precision, backend, process_group: as in `vicreg_loss`.
 
     Returns:
         (variance, covariance), 0-d tensors, float32 (float64 for float64 input).
@@ -313,15 +332,20 @@ def variance_covariance(
     group = None if process_group is None else distributed.group_name(process_group)
     numbers = (margin, eps, unbiased, covariance_normalizer)
     settings, name = distributed.checked(
-        "vicreg", group, _check_one_view, z, numbers, backend, group
+        "vicreg", group, _check_one_view, z, numbers, precision, backend, group
     )
-    _, _, variance, covariance = _terms(z, None, settings, name, backend, group, True)
+    _, _, variance, covariance = _terms(z, None, settings, precision, name, backend, group, True)
     return variance, covariance
 
 
 def _check_one_view(
-    z: Tensor, numbers: Sequence[Any], backend: str | None, group: str | None
+    z: Tensor,
+    numbers: Sequence[Any],
+    precision: str | None,
+    backend: str | None,
+    group: str | None,
 ) -> tuple[checks.Settings, str]:
+    checks.check_precision(precision, group)
     shape, dtype, device, layout = calls.seen("z", z)
     settings = checks.one_view(shape, dtype, device, layout, *numbers, backend, group is not None)
     return settings, _choose(backend, device, dtype, min(shape[-2:]), group)

@@ -29,11 +29,13 @@ from vicreg_kernels.vicreg.triton_tma import (
 )
 
 
-def operand_format(dtype: torch.dtype, capability: int) -> tuple[str, str, str]:
+def operand_format(
+    dtype: torch.dtype, capability: int, tf32x3: bool = False
+) -> tuple[str, str, str]:
     """(operand format, precision of the forward product, of the backward product).
 
     float32 is multiplied as three tf32 products, which keep about 21 bits, unless the user allows
-    tf32 through torch.set_float32_matmul_precision.
+    tf32 through torch.set_float32_matmul_precision and the call does not ask for tf32x3.
     """
     if dtype == torch.bfloat16:
         return "bf16", "ieee", "ieee"
@@ -41,7 +43,7 @@ def operand_format(dtype: torch.dtype, capability: int) -> tuple[str, str, str]:
         return ("fp16", "ieee", "tf32") if capability >= 8 else ("fp16", "ieee", "ieee")
     if capability < 8:
         return "fp32", "ieee", "ieee"
-    if torch.get_float32_matmul_precision() == "highest":
+    if tf32x3 or torch.get_float32_matmul_precision() == "highest":
         return "fp32", "tf32x3", "tf32x3"
     return "tf32", "tf32", "tf32"
 
@@ -49,7 +51,7 @@ def operand_format(dtype: torch.dtype, capability: int) -> tuple[str, str, str]:
 class _Problem:
     """What a launch needs to know of its inputs."""
 
-    def __init__(self, x: Tensor, y: Tensor | None, unbiased: bool) -> None:
+    def __init__(self, x: Tensor, y: Tensor | None, unbiased: bool, tf32x3: bool) -> None:
         self.x, self.y = x, x if y is None else y
         self.views = 1 if y is None else 2
         self.groups, self.rows, self.dim = x.shape
@@ -61,7 +63,7 @@ class _Problem:
         on_gpu = x.device.type == "cuda"
         name, self.processors, capability = tma.device(x.device.index if on_gpu else None)
         self.format, self.forward_precision, self.backward_precision = operand_format(
-            x.dtype, capability
+            x.dtype, capability, tf32x3
         )
         if self.format == "bf16" and x.device.type == "cpu":
             self.format = "bf16 in fp32"  # see triton_operands.py
@@ -191,9 +193,10 @@ def forward(
     unbiased: bool,
     scales: list[float],
     weights: list[float],
+    tf32x3: bool = False,
 ) -> tuple[Tensor, ...]:
     """The six tensors of op.py for x, y: [G, N, D]."""
-    p = _Problem(x, y, unbiased)
+    p = _Problem(x, y, unbiased, tf32x3)
     saved = backends.empty_saved(x, p.views, "triton")
     terms, moments, squares, deflated, index, centred = saved
     height, width, warps = p.config.statistics
@@ -270,9 +273,10 @@ def backward(
     unbiased: bool,
     scales: list[float],
     weights: list[float],
+    tf32x3: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x and y, contiguous, empty where not needed. grads: float32 [1] or [4]."""
-    p = _Problem(x, y, unbiased)
+    p = _Problem(x, y, unbiased, tf32x3)
     grad_x = x.new_empty(x.shape if need_x else (0,))
     grad_y = x.new_empty(x.shape if need_y else (0,))
     planes = p.groups * (need_x + need_y)
