@@ -20,7 +20,7 @@ inline int64_t chunk_length(int64_t across, int64_t extent, int64_t parts) {
 
 // A float32 matrix inside a tensor's memory: element (i, j) lies `offset + i row + j column` floats
 // after the tensor's first one. No tensor of its own, which would cost the host a microsecond.
-struct Matrix {
+struct __attribute__((visibility("hidden"))) Matrix {  // as torch's Tensor is
   const Tensor& base;
   int64_t rows, columns, row, column, offset;
 
