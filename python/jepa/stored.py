@@ -165,7 +165,7 @@ class Shards:
     def __init__(self, pattern: str | Path) -> None:
         _pillow()
         shards = tars.paths(pattern)
-        samples = [tars.index(shard) for shard in shards]
+        samples = tars.indices(shards)
         self.files = tars.Files(shards, samples, PICTURES)
         self.classed = tars.Files(shards, samples, ("cls", "json"), optional=True)
 

@@ -72,7 +72,7 @@ class Shards:
     def __init__(self, pattern: str | Path, size: int, decoding: str = "auto") -> None:
         shards = tars.paths(pattern)
         suffixes = ("npz", *(suffix[1:] for suffix in SUFFIXES))
-        self.files = tars.Files(shards, [tars.index(shard) for shard in shards], suffixes)
+        self.files = tars.Files(shards, tars.indices(shards), suffixes)
         self.size = size
         if any(self.files.rows[:, 1] > 0):
             self.recording = decoder(decoding)
