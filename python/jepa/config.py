@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from jepa.pictures import DEFAULT, Limits
+
 RECIPES = Path(__file__).with_name("recipes")
 
 # Methods with a loss of batch statistics; those that predict tokens; of these, those of videos (the
@@ -34,11 +36,14 @@ KINDS = {
     "download": ("torchvision",),
     "decoder": ("videos", "webdataset"),
     "videos": ("physics",),
+    "white": ("images", "webdataset"),
+    "max_pixels": ("images", "videos", "webdataset"),
+    "max_bytes": ("webdataset", "physics"),
 }
 
 # The settings that only some methods take.
 TAKEN_BY = {
-    "data.test": (*STATISTICAL, "ijepa"),
+    **dict.fromkeys(("data.test", "data.white"), (*STATISTICAL, "ijepa")),
     **dict.fromkeys(("data.frames", "data.stride", "data.decoder"), ON_VIDEO),
     **dict.fromkeys(("model.tubelet", "model.sees", "loss.still", "loss.spread"), ON_VIDEO),
     **dict.fromkeys(("model.expander", "model.activation"), STATISTICAL),
@@ -67,7 +72,9 @@ class Data(Settings):
     test: the held-out images as path gives the others; without it, a fifth of them. size: edge in
     pixels that images and frames are resized to; frames, stride: of a clip and between its frames;
     decoder: of video files, auto is torchcodec where it can be loaded; workers: processes that
-    read.
+    read. white: the value that is white in pictures of more than 8 bits; without it, all bits of
+    16-bit ones and 1 of floats. What is larger is refused: max_pixels of a picture or a frame,
+    max_bytes of a file in a shard, and of its array when it is unpacked.
     """
 
     kind: Literal["digits", "images", "torchvision", "videos", "webdataset", "physics"] = "digits"
@@ -81,6 +88,13 @@ class Data(Settings):
     stride: Positive = 1
     videos: Positive = 2000
     workers: Annotated[int, Field(ge=0)] = 0
+    white: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    max_pixels: Positive = DEFAULT.max_pixels
+    max_bytes: Positive = DEFAULT.max_bytes
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.white, self.max_pixels, self.max_bytes)
 
     @model_validator(mode="after")
     def _of_its_kind(self) -> Data:

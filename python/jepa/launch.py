@@ -34,10 +34,9 @@ def images(settings: Config) -> tuple[Any, Any]:
     if given.kind == "torchvision":
         assert given.name is not None
         return stored.torchvision(given.name, given.path, given.size, given.download)
-    of = stored.Folder if given.kind == "images" else stored.Shards
-    whole = stored.stored(given.path.name, of(given.path), given.size)
+    whole = _stored(given, given.path)
     if given.test is not None:
-        held_out = stored.stored(given.test.name, of(given.test), given.size)
+        held_out = _stored(given, given.test)
         if held_out.classes != whole.classes:
             raise ValueError(
                 f"data.test: {given.test} has the classes {held_out.classes}, takes data.path's "
@@ -45,6 +44,12 @@ def images(settings: Config) -> tuple[Any, Any]:
             )
         return whole, held_out
     return data.split(whole, seed) if whole.classes else data.split_blind(whole, seed)
+
+
+def _stored(given: config.Data, path: Path) -> stored.Stored:
+    folder = given.kind == "images"
+    found = stored.Folder(path) if folder else stored.Shards(path, given.limits)
+    return stored.stored(path.name, found, given.size, given.limits)
 
 
 def source(settings: Config) -> Any:

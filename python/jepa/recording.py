@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jepa.stored import square
+from jepa.pictures import square
 
 
 class Recording(ABC):

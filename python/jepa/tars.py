@@ -217,7 +217,8 @@ class Files:
     """One file of each sample of many shards: the first of `suffixes` that a sample has.
 
     In arrays, because a DataLoader's workers would copy millions of small objects, each of them.
-    Raises ValueError where a sample has none, unless it is `optional`.
+    Raises ValueError where a sample has none, unless it is `optional`, and for a file of more than
+    max_bytes: it is read whole.
     """
 
     def __init__(
@@ -225,6 +226,7 @@ class Files:
         shards: Sequence[Path],
         samples: Sequence[Sequence[Sample]],
         suffixes: Sequence[str],
+        max_bytes: int,
         optional: bool = False,
     ) -> None:
         self.shards, self.suffixes = list(shards), tuple(suffixes)
@@ -242,6 +244,11 @@ class Files:
                         f"{_listed(sorted(sample.files))}, takes one of {_listed(self.suffixes)}"
                     )
                 keys.append(os.fsencode(sample.key))
+                if rows[-1][3] > max_bytes:
+                    raise ValueError(
+                        f"shard {str(shard)!r}: sample {sample.key!r} has a .{suffix} of "
+                        f"{rows[-1][3]} bytes, takes at most {max_bytes} (data.max_bytes)"
+                    )
         self.rows, self.keys = np.array(rows, dtype=np.int64).reshape(-1, 4), np.array(keys)
 
     def __len__(self) -> int:

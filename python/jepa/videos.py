@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jepa import tars
+from jepa import pictures, tars
 from jepa.config import Config
+from jepa.pictures import square
 from jepa.recording import Recording, decoder
-from jepa.stored import square
 
 SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 PHYSICS = Path("runs/physics")
@@ -72,7 +72,7 @@ class Shards:
     def __init__(self, pattern: str | Path, size: int, decoding: str = "auto") -> None:
         shards = tars.paths(pattern)
         suffixes = ("npz", *(suffix[1:] for suffix in SUFFIXES))
-        self.files = tars.Files(shards, tars.indices(shards), suffixes)
+        self.files = tars.Files(shards, tars.indices(shards), suffixes, pictures.DEFAULT.max_bytes)
         self.size = size
         if any(self.files.rows[:, 1] > 0):
             self.recording = decoder(decoding)
