@@ -6,18 +6,20 @@ Each has a length and gives uint8 [F, size, size, 3] by slices of its frames.
 from __future__ import annotations
 
 import io
+import math
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jepa import pictures, tars
+from jepa import listing, tars
 from jepa.config import Config
-from jepa.pictures import square
+from jepa.pictures import DEFAULT, Limits, Refused, square
 from jepa.recording import Recording, decoder
 
 SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
@@ -31,8 +33,8 @@ def of(settings: Config) -> Sequence[Any]:
         return simulated(data.path or PHYSICS, data.videos, settings.seed, data.workers, data.size)
     assert data.path is not None
     if data.kind == "webdataset":
-        return Shards(data.path, data.size, data.decoder)
-    return Folder(data.path, data.size, data.decoder)
+        return Shards(data.path, data.size, data.decoder, data.limits)
+    return Folder(data.path, data.size, data.decoder, data.limits)
 
 
 def simulated(folder: Path, videos: int, seed: int, workers: int, size: int) -> Sequence[Any]:
@@ -47,33 +49,53 @@ def simulated(folder: Path, videos: int, seed: int, workers: int, size: int) -> 
 
 
 class Folder:
-    """Every video file below a folder."""
+    """Every video file below a folder, and below the folders behind its links; hidden ones are
+    left out with a word. Raises ValueError where there is none, or one is no regular file.
+    """
 
-    def __init__(self, folder: str | Path, size: int, decoding: str = "auto") -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        size: int,
+        decoding: str = "auto",
+        limits: Limits = DEFAULT,
+    ) -> None:
         root = Path(folder)
         if not root.is_dir():
             raise ValueError(f"data.path: got {str(root)!r}, takes a folder of videos")
-        self.files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+        found, skipped = listing.below(root, _is_video, "data.path")
+        listing.skip("data.path", root, skipped)
+        self.files = [root / name for name in found]
         if not self.files:
             raise ValueError(f"data.path: {root} holds no video ({', '.join(SUFFIXES)})")
-        self.size, self.recording = size, decoder(decoding)
+        self.size, self.recording, self.limits = size, decoder(decoding), limits
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Recording:
         path = self.files[index]
-        return self.recording(repr(str(path)), path, self.size)
+        return self.recording(repr(str(path)), path, self.size, self.limits)
+
+
+def _is_video(name: str) -> bool:
+    return Path(name).suffix.lower() in SUFFIXES
 
 
 class Shards:
     """The videos of WebDataset shards: files, or the array `video` of a .npz."""
 
-    def __init__(self, pattern: str | Path, size: int, decoding: str = "auto") -> None:
+    def __init__(
+        self,
+        pattern: str | Path,
+        size: int,
+        decoding: str = "auto",
+        limits: Limits = DEFAULT,
+    ) -> None:
         shards = tars.paths(pattern)
         suffixes = ("npz", *(suffix[1:] for suffix in SUFFIXES))
-        self.files = tars.Files(shards, tars.indices(shards), suffixes, pictures.DEFAULT.max_bytes)
-        self.size = size
+        self.files = tars.Files(shards, tars.indices(shards), suffixes, limits.max_bytes)
+        self.size, self.limits = size, limits
         if any(self.files.rows[:, 1] > 0):
             self.recording = decoder(decoding)
         elif decoding != "auto":
@@ -86,17 +108,43 @@ class Shards:
         suffix, content = self.files.read(index)
         where = self.files.where(index)
         if suffix != "npz":
-            return self.recording(f"of {where}", content, self.size)
-        try:
-            with np.load(io.BytesIO(content)) as packed:
-                video = packed["video"]
-        except Exception as error:  # zipfile, zlib and numpy each have their own
-            raise ValueError(f"{where}: {error}") from error
-        if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3:
-            raise ValueError(
-                f"{where}: `video` is {video.dtype} {list(video.shape)}, takes uint8 [F, H, W, 3]"
-            )
-        return Array(where, video, self.size)
+            return self.recording(f"of {where}", content, self.size, self.limits)
+        return Array(where, _unpacked(where, content, self.limits.max_bytes), self.size)
+
+
+def _unpacked(where: str, content: bytes, max_bytes: int) -> NDArray[np.uint8]:
+    """The array `video` of a .npz; its size is checked before it is unpacked."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if "video.npy" not in archive.namelist():
+                raise Refused("holds no array `video`")
+            packed = archive.getinfo("video.npy").file_size
+            with archive.open("video.npy") as file:
+                shape, _, kind = _header(file)
+                _check(shape, kind, packed - file.tell(), max_bytes)
+            with archive.open("video.npy") as file:
+                return np.lib.format.read_array(file, allow_pickle=False)
+    except Refused as error:
+        raise ValueError(f"{where}: {error}") from error
+    except Exception as error:  # zipfile, zlib and numpy each have their own
+        raise ValueError(f"{where}: {str(error).partition(chr(10))[0]}") from error
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)
+
+
+def _check(shape: tuple[int, ...], kind: np.dtype, packed: int, max_bytes: int) -> None:
+    if kind != np.uint8 or len(shape) != 4 or shape[-1] != 3 or min(shape) < 1:
+        raise Refused(f"`video` is {kind} {list(shape)}, takes uint8 [F, H, W, 3]")
+    size = math.prod(shape)
+    if size > max_bytes:
+        raise Refused(f"`video` has {size} bytes, takes at most {max_bytes} (data.max_bytes)")
+    if size != packed:
+        raise Refused(f"`video` has {packed} bytes of the {size} that its header names")
 
 
 class Array:
@@ -119,4 +167,5 @@ class Array:
 
 def decode(path: str | Path, size: int) -> Tensor:
     """A whole video file, uint8 [F, size, size, 3]."""
+    listing.regular(path, "video")
     return torch.from_numpy(decoder("auto")(repr(str(path)), Path(path), size)[:])
