@@ -116,10 +116,9 @@ def test_a_frame_that_cannot_be_decoded_is_named(format):
     good = recording.PyAV("v", whole, 16)[0:24]
     video = recording.PyAV("v", bytes(hurt), 16)
     assert np.array_equal(video[0:5], good[0:5])
+    named = r"video v: cannot be decoded \((frame \d+ is damaged|.*Invalid data)"
     for frames in (slice(0, 24), slice(6, 7), slice(8, 10)):
-        with pytest.raises(
-            ValueError, match=r"video v: cannot be decoded \((frame \d+ is|.*Invalid data)"
-        ):
+        with pytest.raises(ValueError, match=named):
             video[frames]
 
 
