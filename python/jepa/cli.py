@@ -89,12 +89,14 @@ def _probe(options: argparse.Namespace) -> int:
 
 def _surprise(options: argparse.Namespace) -> int:
     from jepa import build, intuition, surprise_report
+    from jepa.output import writing
     from jepa.physics import PROPERTIES
 
     name, settings, method = _video_run(options.run)
     stride, size = settings.data.stride, settings.data.size
     output = options.output or options.run / "surprise"
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
     if options.video is not None:
         surprise_report.draw_video(method, options.video, size, output, stride=stride)
         return 0
@@ -138,14 +140,15 @@ def _compare(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from safetensors.torch import save_file
 
-    from jepa import launch
+    from jepa import launch, output
 
     settings, method, step = launch.restore(options.run)
     teacher = getattr(method, "teacher", None)
     part = "encoder" if teacher is None else "teacher"
     encoder = method.encoder if teacher is None else teacher.module
     tensors = {name: z.contiguous() for name, z in encoder.state_dict().items()}
-    save_file(tensors, options.file, metadata={"method": settings.method, "step": str(step)})
+    with output.writing(options.file):
+        save_file(tensors, options.file, metadata={"method": settings.method, "step": str(step)})
     print(f"{len(tensors)} tensors of the {part}: {options.file}")
     return 0
 
