@@ -19,8 +19,10 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("config", help=f"a YAML file or a recipe: {', '.join(config.recipes())}")
     one.add_argument("overrides", nargs="*", metavar="key=value", help="training.steps=500 ...")
     one.add_argument("--output", type=Path, required=True, help="the run's folder")
-    two = commands.add_parser("probe", help="a linear classifier on a run's frozen features")
+    two = commands.add_parser("probe", help="classifiers on a run's frozen features")
     two.add_argument("run", type=Path)
+    two.add_argument("--label", help="of videos: the key of their records; physics: family")
+    two.add_argument("--videos", type=integer(10), default=1000, help="at most so many videos")
     three = commands.add_parser("surprise", help="tell impossible physics from possible")
     three.add_argument("run", type=Path)
     three.add_argument("--output", type=Path, help="folder of the pictures; the run's by default")
@@ -68,7 +70,14 @@ def _probe(options: argparse.Namespace) -> int:
 
     settings, method, step = launch.restore(options.run)
     if settings.is_video:
-        raise config.ConfigError(f"run: trained {settings.method}, probe takes a run on images")
+        from jepa import video_report
+
+        print(video_report.probed(settings, method, step, options.label, options.videos))
+        return 0
+    if options.label is not None:
+        raise config.ConfigError(
+            f"--label: got {options.label!r}, but {settings.method} is of images"
+        )
     workers = settings.data.workers
     train, test = launch.images(settings)
     seen, held_out = (

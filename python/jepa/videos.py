@@ -6,7 +6,9 @@ Each has a length and gives uint8 [F, size, size, 3] by slices of its frames.
 from __future__ import annotations
 
 import io
+import json
 import math
+import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +39,16 @@ def of(settings: Config) -> Sequence[Any]:
     return Folder(data.path, data.size, data.decoder, data.limits)
 
 
+def labels(settings: Config, key: str | None) -> list[str]:
+    """A name for each of the training videos; key: of the records of physics and of shards, for
+    physics the family of the scene without one.
+    """
+    found = of(settings)
+    if isinstance(found, torch.utils.data.Subset):
+        return found.dataset.labels(key or "family")[: len(found)]
+    return found.labels(key)
+
+
 def simulated(folder: Path, videos: int, seed: int, workers: int, size: int) -> Sequence[Any]:
     """The first `videos` of the seed's physics videos; those not in the folder are made first."""
     from tqdm import tqdm
@@ -63,9 +75,9 @@ class Folder:
         root = Path(folder)
         if not root.is_dir():
             raise ValueError(f"data.path: got {str(root)!r}, takes a folder of videos")
-        found, skipped = listing.below(root, _is_video, "data.path")
+        self.names, skipped = listing.below(root, _is_video, "data.path")
         listing.skip("data.path", root, skipped)
-        self.files = [root / name for name in found]
+        self.files = [root / name for name in self.names]
         if not self.files:
             raise ValueError(f"data.path: {root} holds no video ({', '.join(SUFFIXES)})")
         self.size, self.recording, self.limits = size, decoder(decoding), limits
@@ -76,6 +88,17 @@ class Folder:
     def __getitem__(self, index: int) -> Recording:
         path = self.files[index]
         return self.recording(repr(str(path)), path, self.size, self.limits)
+
+    def labels(self, key: str | None) -> list[str]:
+        """The folder right below the data's that holds each video. Raises ValueError for videos in
+        no such folder, and for a key: files have none.
+        """
+        if key is not None:
+            raise ValueError(f"label: got {key!r}, but videos in folders have their folder's name")
+        alone = [name for name in self.names if os.sep not in name]
+        if alone:
+            raise ValueError(f"label: video {alone[0]!r} is in no class folder of its own")
+        return [name.split(os.sep)[0] for name in self.names]
 
 
 def _is_video(name: str) -> bool:
@@ -110,6 +133,33 @@ class Shards:
         if suffix != "npz":
             return self.recording(f"of {where}", content, self.size, self.limits)
         return Array(where, _unpacked(where, content, self.limits.max_bytes), self.size)
+
+    def labels(self, key: str | None) -> list[str]:
+        """Of each sample: `key` of its .json, a list counting as its length; without a key, its
+        .cls, or `label` or `cls` of its .json. Raises ValueError by the sample's name without one.
+        """
+        suffixes = ("cls", "json") if key is None else ("json",)
+        shards, most = self.files.shards, self.limits.max_bytes
+        found = tars.Files(shards, tars.indices(shards), suffixes, most, optional=True)
+        return [_label(found, number, key) for number in range(len(found))]
+
+
+def _label(found: tars.Files, number: int, key: str | None) -> str:
+    suffix, content = found.read(number)
+    try:
+        if suffix != "json":
+            value: Any = content.decode().strip()
+        else:
+            record = json.loads(content)
+            value = next(record[n] for n in ((key,) if key else ("label", "cls")) if n in record)
+        if isinstance(value, list):
+            value = len(value)
+        if not isinstance(value, str | int) or value == "":
+            raise ValueError(f"it is {value!r}")
+        return str(value)
+    except (ValueError, TypeError, KeyError, StopIteration) as error:
+        named = f"`{key}` in .json" if key else "one in .cls, or in .json as `label` or `cls`"
+        raise ValueError(f"label: {found.where(number)} has none, takes {named}") from error
 
 
 def _unpacked(where: str, content: bytes, max_bytes: int) -> NDArray[np.uint8]:
