@@ -4,10 +4,12 @@ large is refused before it is decoded.
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,9 +70,34 @@ def decoded(image: Any, size: int, limits: Limits = DEFAULT) -> NDArray[np.uint8
     Raises Refused for what `limits` exclude, and what Pillow raises for what it cannot decode.
     """
     limits.check(*image.size)
+    if image.format == "PNG":
+        _check_png(image.fp)
     image.draft("RGB", (size, size))  # a JPEG decodes no more than it must
     image.load()  # a TIFF is upright then, and has lost the tag
     return square(_of_8_bits(image, limits.white), size, image.getexif().get(ORIENTATION, 1))
+
+
+def _check_png(file: IO[bytes]) -> None:
+    """Its checksums: Pillow leaves out those of the pixels. The file is left where it was."""
+    place = file.tell()
+    file.seek(8)
+    kind = b""
+    while kind != b"IEND":
+        length, kind = struct.unpack(">I4s", _exactly(file, 8))
+        found = zlib.crc32(kind)
+        while length:
+            part = _exactly(file, min(length, 1 << 20))
+            found, length = zlib.crc32(part, found), length - len(part)
+        if _exactly(file, 4) != found.to_bytes(4, "big"):
+            raise Refused(f"is damaged before byte {file.tell()}: a checksum is wrong")
+    file.seek(place)
+
+
+def _exactly(file: IO[bytes], count: int) -> bytes:
+    found = file.read(count)
+    if len(found) != count:
+        raise Refused("is truncated")
+    return found
 
 
 def square(image: Any, size: int, orientation: int = 1) -> NDArray[np.uint8]:
@@ -93,16 +120,21 @@ def _of_8_bits(image: Any, white: float | None) -> Any:
     if image.mode != "F" and not image.mode.startswith("I"):
         return image
     full = _full(image) if white is None else white
-    values = np.asarray(image, dtype=np.float64)
+    values = np.asarray(image)
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= full):  # not where a value is NaN either
         raise Refused(
             f"holds values from {low:.6g} to {high:.6g}, takes 0 to {full:.6g}: data.white says "
             "which value is white"
         )
-    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:
-        values = full - values
-    return pillow().fromarray((values * (255 / full)).round().astype(np.uint8))
+    inverse = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO
+    found = np.empty(values.shape, np.uint8)
+    rows = max(1, 2**20 // values.shape[1])  # at once: a float64 of all of them is eight times it
+    for row in range(0, len(values), rows):
+        part = values[row : row + rows].astype(np.float64)
+        part = full - part if inverse else part
+        found[row : row + rows] = (part * (255 / full)).round()
+    return pillow().fromarray(found)
 
 
 def _full(image: Any) -> float:
