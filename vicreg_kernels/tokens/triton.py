@@ -8,7 +8,7 @@ on shapes alone, so all can be captured in a CUDA graph.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ _INTERPRETED_PROCESSORS = 2
 LONGEST_ROW = 32768
 
 
-@cache
+@lru_cache(maxsize=64)
 def _processors(index: int | None) -> int:
     if index is None:
         return _INTERPRETED_PROCESSORS
