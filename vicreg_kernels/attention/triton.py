@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ ROTATION = (32, 4, 4)
 DELTA_ROWS = 64
 
 
-@cache
+@lru_cache(maxsize=64)
 def _device(index: int | None) -> tuple[str, int]:
     """(name, compute capability's major number)."""
     if index is None:

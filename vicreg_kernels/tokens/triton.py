@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ _INTERPRETED_PROCESSORS = 2
 LONGEST_ROW = 32768
 
 
-@cache
+@lru_cache(maxsize=64)
 def _processors(index: int | None) -> int:
     if index is None:
         return _INTERPRETED_PROCESSORS

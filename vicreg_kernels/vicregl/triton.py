@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ _GRADIENT_WIDTH = 64  # the other side's positions that a program looks through 
 _TILES = ((8, (16, 32, 4)), (64, (16, 16, 32)), (None, (8, 8, 128)))
 
 
-@cache
+@lru_cache(maxsize=64)
 def _processors(index: int | None) -> int:
     if index is None:
         return _INTERPRETED_PROCESSORS
