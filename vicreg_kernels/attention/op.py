@@ -7,14 +7,13 @@ of one with offsets. Rules travel as integers (masks.py), rotary position as a t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vicreg_kernels import dispatch
+from vicreg_kernels import dispatch, reals
 from vicreg_kernels.attention import backends, masks, reference
 from vicreg_kernels.attention.masks import MaskArguments, Ragged, Rule, Rules
 from vicreg_kernels.attention.rope import NO_ROPE, Rope3d, RopeArguments
@@ -270,9 +269,7 @@ def _check_three(q: Tensor, k: Tensor, v: Tensor) -> None:
 def _scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return head_dim**-0.5
-    if isinstance(scale, Tensor) or not -math.inf < scale < math.inf:
-        raise ValueError(f"scale: got {scale}, takes a finite number or None")
-    return float(scale)
+    return float(reals.finite("scale", scale, None, " or None"))
 
 
 def _is_ragged(mask: Any) -> bool:

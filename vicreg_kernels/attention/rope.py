@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vicreg_kernels import dispatch, integers
+from vicreg_kernels import dispatch, integers, reals
 from vicreg_kernels.attention.masks import rows_and_tokens
 from vicreg_kernels.integers import readable
 from vicreg_kernels.kept import Kept
@@ -78,6 +78,7 @@ class Rope3d:
             raise ValueError(f"grid: got {tuple(grid)}, takes one to three ints >= 1")
         if layout not in LAYOUTS:
             raise ValueError(f"layout: got {layout!r}, takes one of {LAYOUTS}")
+        theta = reals.real("theta", theta, "a finite number > 0")
         if not 0 < theta < float("inf"):
             raise ValueError(f"theta: got {theta}, takes a finite number > 0")
         if math.prod(grid) > integers.MOST:

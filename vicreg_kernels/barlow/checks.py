@@ -4,11 +4,9 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from vicreg_kernels import calls, dispatch
+from vicreg_kernels import calls, dispatch, reals
 from vicreg_kernels.barlow.conventions import CONVENTIONS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -23,15 +21,17 @@ def check_settings(
     convention: str = "barlow_twins",
     eps: float | None = None,
     backend: str | None = None,
-) -> None:
-    """Raise a ValueError that names the first setting out of range."""
+) -> tuple[float, float]:
+    """lambd and eps as numbers, the convention's own for None. Raises a ValueError or TypeError
+    that names the first setting that is wrong.
+    """
     if convention not in CONVENTIONS:
         raise ValueError(f"convention: got {convention!r}, takes one of {tuple(CONVENTIONS)}")
-    if lambd is not None and not -math.inf < lambd < math.inf:
-        raise ValueError(f"lambd: got {lambd}, takes a finite number or None")
-    if eps is not None and not 0 <= eps < math.inf:
-        raise ValueError(f"eps: got {eps}, takes a finite number >= 0 or None")
+    rule = CONVENTIONS[convention]
+    lambd = rule.lambd if lambd is None else reals.finite("lambd", lambd, None, " or None")
+    eps = rule.eps if eps is None else reals.finite("eps", eps, 0, " or None")
     dispatch.check_backend(backend)
+    return float(lambd), float(eps)
 
 
 def _check_tensor(name: str, shape: torch.Size, dtype: torch.dtype, layout: torch.layout) -> None:
@@ -60,7 +60,7 @@ def two_views(
     across_ranks: bool,
 ) -> Settings:
     """The settings of a loss of two views, seen as [N, D]."""
-    check_settings(lambd=lambd, convention=convention, eps=eps, backend=backend)
+    weight, added = check_settings(lambd=lambd, convention=convention, eps=eps, backend=backend)
     _check_tensor("x", shape, dtype, layout)
     _check_tensor("y", shape_y, dtype_y, layout_y)
     if shape != shape_y:
@@ -75,6 +75,5 @@ def two_views(
     if shape[1] < 1:
         raise ValueError(f"x: got no elements (shape {tuple(shape)})")
     rule = CONVENTIONS[convention]
-    added = float(rule.eps if eps is None else eps)
     root, deviation = (0.0, added) if rule.eps_on_std else (added, 0.0)
-    return root, deviation, rule.unbiased, float(rule.lambd if lambd is None else lambd)
+    return root, deviation, rule.unbiased, weight

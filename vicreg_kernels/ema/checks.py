@@ -13,6 +13,8 @@ from operator import add
 import torch
 from torch import Tensor
 
+from vicreg_kernels import reals
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROUNDINGS = ("nearest", "stochastic")
 MOST_STEPS = 2**48
@@ -20,6 +22,7 @@ _STRIDED = {torch.strided}
 
 
 def check_momentum(name: str, value: float) -> None:
+    value = reals.real(name, value, "a number in [0, 1]")
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name}: got {value}, takes a number in [0, 1]")
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vicreg_kernels import dispatch
+from vicreg_kernels import dispatch, reals
 from vicreg_kernels.sigreg.variants import VARIANTS, Variant, quadrature
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -100,7 +100,7 @@ def _check_knots(
     if is_int(knots):
         if knots < 2:  # type: ignore[operator]
             raise ValueError(f"knots: got {knots}, takes at least 2")
-        t_max = rule.t_max if t_max is None else t_max
+        t_max = rule.t_max if t_max is None else reals.real("t_max", t_max, "a finite number > 0")
         if not 0 < t_max < math.inf:
             raise ValueError(f"t_max: got {t_max}, takes a finite number > 0")
         return knots, t_max
@@ -110,6 +110,7 @@ def _check_knots(
         )
     if t_max is not None:
         raise ValueError(f"t_max: got {t_max} with the knots themselves, takes None")
+    knots = [reals.real("knots", t, "two or more ascending finite numbers") for t in knots]
     least = -math.inf if rule.symmetric else 0.0
     rising = all(a < b for a, b in itertools.pairwise(knots))
     if len(knots) < 2 or not rising or not least <= knots[0] or not all(map(math.isfinite, knots)):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vicreg_kernels import distributed
+from vicreg_kernels import distributed, reals
 from vicreg_kernels.sigreg.checks import check_settings, check_z
 from vicreg_kernels.sigreg.op import OP, mean_over_ranks, sigreg_loss
 
@@ -117,6 +117,8 @@ class LeJEPALoss(nn.Module):
         if weighting not in WEIGHTINGS:
             raise ValueError(f"weighting: got {weighting!r}, takes one of {WEIGHTINGS}")
         most = 1.0 if weighting == "convex" else float("inf")
+        if not isinstance(weight, Tensor):
+            weight = reals.real("weight", weight, "a number or a tensor")
         if not 0.0 <= weight <= most or weight == float("inf"):
             raise ValueError(f"weight: got {weight}, takes a finite number from 0 to {most}")
         self.weight = weight

@@ -6,14 +6,13 @@ floats a row (four for the cosine). Backward: the same rows once more, one pass,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from vicreg_kernels import calls, dispatch
+from vicreg_kernels import calls, dispatch, reals
 from vicreg_kernels.tokens import backends, checks, reference
 from vicreg_kernels.tokens.backends import KINDS
 from vicreg_kernels.tokens.checks import Offsets, Seen
@@ -123,10 +122,8 @@ def check_settings(
     """Raise a ValueError that names the first setting out of range."""
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, takes one of {KINDS}")
-    if not 0 <= beta < math.inf:
-        raise ValueError(f"beta: got {beta}, takes a finite number >= 0")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps: got {eps}, takes a finite number >= 0")
+    reals.finite("beta", beta, 0)
+    reals.finite("eps", eps, 0)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, takes one of {REDUCTIONS}")
     dispatch.check_backend(backend)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vicreg_kernels import calls, dispatch
+from vicreg_kernels import calls, dispatch, reals
 from vicreg_kernels.tokens import backends, checks, reference
 from vicreg_kernels.tokens.checks import Offsets, Seen
 
@@ -233,11 +233,10 @@ def scatter_tokens(
     if offsets is not None:
         at = checks.offsets("offsets", offsets, None, index.shape[0], tokens)
     batch = tokens.shape[0] if at is None else at.shape[0] - 1
+    fill = float(reals.real("fill", fill, "a number"))
     name = choose(backend, seen)
     if name == "reference":
         if checks.wanted(name, index):
             check_values(index, at, length, unique=True)
         return reference.scatter(tokens, index, at, batch, length, fill)
-    return Scatter.apply(
-        tokens, index.contiguous(), at, batch, length, float(fill), False, False, name
-    )
+    return Scatter.apply(tokens, index.contiguous(), at, batch, length, fill, False, False, name)

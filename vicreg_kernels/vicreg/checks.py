@@ -10,10 +10,11 @@ import math
 
 import torch
 
-from vicreg_kernels import calls, dispatch
+from vicreg_kernels import calls, dispatch, reals
 from vicreg_kernels.vicreg.conventions import CONVENTIONS
 
 NORMALIZERS = ("d", "d(d-1)")
+_OR_NONE = ", a tensor of one element, or None"
 PRECISIONS = (None, "tf32x3")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,19 +29,19 @@ def check_settings(
     convention: str = "vicreg",
     covariance_normalizer: str = "d",
     backend: str | None = None,
-) -> None:
-    """Raise a ValueError that names the first setting out of range."""
+) -> tuple[float, float]:
+    """Margin and eps as numbers; raises a ValueError or TypeError that names the first setting that
+    is wrong.
+    """
     if convention not in CONVENTIONS:
         raise ValueError(f"convention: got {convention!r}, takes one of {tuple(CONVENTIONS)}")
     if covariance_normalizer not in NORMALIZERS:
         raise ValueError(
             f"covariance_normalizer: got {covariance_normalizer!r}, takes one of {NORMALIZERS}"
         )
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps: got {eps}, takes a finite number >= 0")
-    if not 0 <= margin < math.inf:
-        raise ValueError(f"margin: got {margin}, takes a finite number >= 0")
+    eps, margin = reals.finite("eps", eps, 0), reals.finite("margin", margin, 0)
     dispatch.check_backend(backend)
+    return margin, eps
 
 
 def check_precision(precision: str | None, process_group: object = None) -> None:
@@ -100,7 +101,7 @@ def two_views(
     across_ranks: bool,
 ) -> Settings:
     """The settings of a loss of two views, seen as [N, D] or [B, ..., D]."""
-    check_settings(margin=margin, eps=eps, convention=convention, backend=backend)
+    margin, eps = check_settings(margin=margin, eps=eps, convention=convention, backend=backend)
     rule = CONVENTIONS[convention]
     shapes = "[N, D] or [B, ..., D]" if rule.positions else "[N, D]"
     _check_tensor("x", shape, dtype, layout, shapes)
@@ -124,9 +125,8 @@ def two_views(
         rule.weights,
         strict=True,
     ):
-        if weight is not None and not -math.inf < weight < math.inf:
-            raise ValueError(f"{name}_weight: got {weight}, takes a finite number or None")
-        own.append(float(usual if weight is None else weight))
+        given = usual if weight is None else reals.finite(f"{name}_weight", weight, None, _OR_NONE)
+        own.append(float(given))
     scales = (1.0, rule.variance_view, rule.covariance_view)
     return margin, eps, True, scales, (own[0], own[1], own[2]), rule.normalizer
 
@@ -145,7 +145,9 @@ def one_view(
     across_ranks: bool,
 ) -> Settings:
     """The settings of the two terms of one set of embeddings, seen as [N, D] or [G, N, D]."""
-    check_settings(margin=margin, eps=eps, covariance_normalizer=normalizer, backend=backend)
+    margin, eps = check_settings(
+        margin=margin, eps=eps, covariance_normalizer=normalizer, backend=backend
+    )
     _check_tensor("z", shape, dtype, layout, "[N, D] or [G, N, D]")
     if len(shape) > 3:
         raise ValueError(f"z: got shape {tuple(shape)}, takes [N, D] or [G, N, D]")

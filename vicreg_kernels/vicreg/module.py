@@ -15,7 +15,7 @@ class VICRegLoss(nn.Module):
 
     Args:
         invariance_weight, variance_weight, covariance_weight: weights of the three terms; None
-            takes the convention's own.
+            takes the convention's own. A torch.nn.Parameter is learned with the module.
         margin: target standard deviation of each dimension.
         eps: added to the variance under the square root.
         convention: which published implementation's scaling; see `vicreg_loss`.
@@ -29,9 +29,9 @@ class VICRegLoss(nn.Module):
 
     def __init__(
         self,
-        invariance_weight: float | None = None,
-        variance_weight: float | None = None,
-        covariance_weight: float | None = None,
+        invariance_weight: float | Tensor | None = None,
+        variance_weight: float | Tensor | None = None,
+        covariance_weight: float | Tensor | None = None,
         *,
         margin: float = 1.0,
         eps: float = 1e-4,

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from vicreg_kernels import calls, dispatch, distributed
 from vicreg_kernels.vicreg import backends, checks, ranks, reference
-from vicreg_kernels.vicreg.conventions import covariance_scale
+from vicreg_kernels.vicreg.conventions import CONVENTIONS, covariance_scale
 
 
 class VICRegTerms(NamedTuple):
@@ -216,13 +216,58 @@ def _two_views(
     return _terms(x, y, settings, precision, name, backend, group, all_terms)
 
 
+def _check_weight(name: str, weight: Tensor, terms: VICRegTerms) -> Tensor:
+    """A weight that is a tensor, as the terms are: 0-d, of their dtype. Its value is not read."""
+    if weight.numel() != 1 or not weight.is_floating_point():
+        raise TypeError(
+            f"{name}: got a tensor of shape {tuple(weight.shape)} and dtype {weight.dtype}, takes "
+            "a finite number, a float tensor of one element, or None"
+        )
+    if weight.device.type != "cpu" and weight.device != terms.loss.device:
+        raise ValueError(
+            f"{name}: got device {weight.device}, takes x's {terms.loss.device}, or cpu"
+        )
+    return weight.reshape(()).to(terms.loss.dtype)
+
+
+def _weighted(terms: VICRegTerms, weights: Sequence[Any], convention: str) -> VICRegTerms:
+    """The terms with the loss of weights of which some are tensors, which may want gradients."""
+    names = ("invariance_weight", "variance_weight", "covariance_weight")
+    usual = CONVENTIONS[convention].weights
+    loss: Any = 0.0
+    for name, weight, own, term in zip(names, weights, usual, terms[1:], strict=True):
+        if isinstance(weight, Tensor):
+            loss = loss + _check_weight(name, weight, terms) * term
+        else:
+            loss = loss + (own if weight is None else weight) * term
+    return terms._replace(loss=loss)
+
+
+def _of_tensors(
+    x: Tensor,
+    y: Tensor,
+    weights: Sequence[Any],
+    numbers: Sequence[Any],
+    precision: str | None,
+    backend: str | None,
+    process_group: Any,
+) -> VICRegTerms:
+    """`vicreg_terms` where a weight is a tensor: the loss is put together outside of the op, so
+    that the weight gets its gradient, and none is waited for.
+    """
+    plain = [None if isinstance(weight, Tensor) else weight for weight in weights]
+    settings = (precision, backend, process_group)
+    terms = VICRegTerms(*_two_views(x, y, (*plain, *numbers), *settings, True))
+    return _weighted(terms, weights, numbers[-1])
+
+
 def vicreg_loss(
     x: Tensor,
     y: Tensor,
     *,
-    invariance_weight: float | None = None,
-    variance_weight: float | None = None,
-    covariance_weight: float | None = None,
+    invariance_weight: float | Tensor | None = None,
+    variance_weight: float | Tensor | None = None,
+    covariance_weight: float | Tensor | None = None,
     margin: float = 1.0,
     eps: float = 1e-4,
     convention: str = "vicreg",
@@ -240,7 +285,8 @@ def vicreg_loss(
         x, y: the two views' embeddings, [N, D], N >= 2; float32, bfloat16, float16 or float64, any
             strides. The conventions "lightly" and "vicregl" also take [B, ..., D]: batch
             statistics per position, then the mean over positions.
-        invariance_weight, variance_weight, covariance_weight: None takes the convention's own.
+        invariance_weight, variance_weight, covariance_weight: None takes the convention's own. A
+            float tensor of one element gets its gradient, so that weights can be learned.
         margin: target standard deviation, in the embeddings' unit.
         eps: added to the variance under the root, in the embeddings' unit squared.
         convention: "vicreg", "vicregl", "eb_jepa", "solo_learn", "stable_pretraining", "lightly"
@@ -272,17 +318,19 @@ def vicreg_loss(
             the group's timeout, or calls with other settings; the message says why.
     """
     weights = (invariance_weight, variance_weight, covariance_weight)
-    numbers = (*weights, margin, eps, convention)
-    return _two_views(x, y, numbers, precision, backend, process_group, False)
+    numbers = (margin, eps, convention)
+    if any([isinstance(weight, Tensor) for weight in weights]):
+        return _of_tensors(x, y, weights, numbers, precision, backend, process_group).loss
+    return _two_views(x, y, (*weights, *numbers), precision, backend, process_group, False)
 
 
 def vicreg_terms(
     x: Tensor,
     y: Tensor,
     *,
-    invariance_weight: float | None = None,
-    variance_weight: float | None = None,
-    covariance_weight: float | None = None,
+    invariance_weight: float | Tensor | None = None,
+    variance_weight: float | Tensor | None = None,
+    covariance_weight: float | Tensor | None = None,
     margin: float = 1.0,
     eps: float = 1e-4,
     convention: str = "vicreg",
@@ -297,8 +345,11 @@ def vicreg_terms(
     is their weighted sum.
     """
     weights = (invariance_weight, variance_weight, covariance_weight)
-    numbers = (*weights, margin, eps, convention)
-    return VICRegTerms(*_two_views(x, y, numbers, precision, backend, process_group, True))
+    numbers = (margin, eps, convention)
+    if any([isinstance(weight, Tensor) for weight in weights]):
+        return _of_tensors(x, y, weights, numbers, precision, backend, process_group)
+    settings = (precision, backend, process_group)
+    return VICRegTerms(*_two_views(x, y, (*weights, *numbers), *settings, True))
 
 
 def variance_covariance(

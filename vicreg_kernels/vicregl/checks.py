@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from vicreg_kernels import reals
 from vicreg_kernels.vicreg.checks import DTYPES
 from vicreg_kernels.vicreg.checks import check_settings as check_vicreg_settings
 from vicreg_kernels.vicregl.reference import Setting
@@ -33,6 +33,7 @@ def settings(
 ) -> Setting:
     """The settings as one object; raises a ValueError or TypeError that names the wrong one."""
     check_vicreg_settings(margin=margin, eps=eps, backend=backend)
+    alpha = reals.real("alpha", alpha, "a number from 0 to 1")
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha: got {alpha}, takes a number from 0 to 1")
     if isinstance(num_matches, (str, bytes)) or not isinstance(num_matches, Sequence):
@@ -52,9 +53,8 @@ def settings(
     if covariance == "last_view" and not fast_vc_reg:
         raise ValueError("covariance: got 'last_view', which is a reading of fast_vc_reg=True only")
     weights = (invariance_weight, variance_weight, covariance_weight)
-    for name, weight in zip(("invariance", "variance", "covariance"), weights, strict=True):
-        if not -math.inf < weight < math.inf:
-            raise ValueError(f"{name}_weight: got {weight}, takes a finite number")
+    names = ("invariance_weight", "variance_weight", "covariance_weight")
+    numbers = [float(reals.finite(*each)) for each in zip(names, weights, strict=True)]
     return Setting(
         alpha=float(alpha),
         num_matches=(counts[0], counts[1]),
@@ -62,7 +62,7 @@ def settings(
         match_order=match_order,
         fast_vc_reg=bool(fast_vc_reg),
         covariance=covariance,
-        weights=(float(weights[0]), float(weights[1]), float(weights[2])),
+        weights=(numbers[0], numbers[1], numbers[2]),
         margin=float(margin),
         eps=float(eps),
     )
