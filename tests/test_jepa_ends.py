@@ -225,3 +225,25 @@ def test_export_to_where_nothing_can_be_written(run, tmp_path, capsys):
     for target in (tmp_path / "no" / "x.safetensors", tmp_path):
         assert cli.main(["export", str(run), str(target)]) == 2
         assert f"{target}: cannot be written" in said(capsys)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory.\nand more"), MemoryError()]
+)
+def test_too_little_memory_is_one_line(error, tmp_path, capsys, monkeypatch):
+    def take(*_):
+        raise error
+
+    monkeypatch.setattr(Trainer, "take", take)
+    assert train(tmp_path / "run") == 2
+    line = said(capsys).splitlines()[-1]
+    assert re.match("jepa: .*out of memory.*take a smaller training.batch, or larger", line)
+
+
+def test_a_fault_of_ours_keeps_its_traceback(tmp_path, monkeypatch):
+    def take(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Trainer, "take", take)
+    with pytest.raises(RuntimeError, match="a bug"):
+        train(tmp_path / "run")

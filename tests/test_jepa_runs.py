@@ -161,6 +161,21 @@ def damage(kind: str, path: Path) -> None:
         edited(state, step=3)
 
 
+@pytest.mark.parametrize("name", ["state.json", "tensors.safetensors"])
+def test_a_pipe_in_a_checkpoint_is_not_opened(name, run, capsys):
+    (checkpoint_of(run, 6) / name).unlink()
+    os.mkfifo(checkpoint_of(run, 6) / name)
+    assert launch.restore(run)[2] == 4
+    assert name in said(capsys)
+
+
+def test_a_pipe_in_the_place_of_the_log_is_not_opened(run, capsys):
+    (run / "metrics.jsonl").unlink()
+    os.mkfifo(run / "metrics.jsonl")
+    assert train(run, 8) == 2
+    assert "metrics.jsonl: is no regular file: move it, or give another --output" in said(capsys)
+
+
 KINDS = ("cut", "flipped", "no tensors", "no state", "half a state", "deep", "a file", "edited")
 
 

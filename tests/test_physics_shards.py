@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -145,6 +146,12 @@ def test_bad_options_are_named(options, message, written, capsys):
 def test_damaged_settings_are_named(content, tmp_path):
     (tmp_path / "dataset.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"dataset\.json: is damaged"):
+        shards.write(tmp_path, 1, shards.Settings(0))
+
+
+def test_a_pipe_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "dataset.json")
+    with pytest.raises(ValueError, match=r"dataset\.json' is no regular file"):
         shards.write(tmp_path, 1, shards.Settings(0))
 
 

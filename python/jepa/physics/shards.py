@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jepa import output, tars
+from jepa import listing, output, tars
 from jepa.physics.quadruplets import quadruplet
 from jepa.physics.videos import possible
 
@@ -99,6 +99,7 @@ def _claim(root: Path, settings: Settings) -> None:
             raise ValueError(f"output: {str(root)!r} holds shards but no {SETTINGS}")
         output.replace(path, (json.dumps(asdict(settings)) + "\n").encode())
         return
+    listing.regular(path, "output")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
