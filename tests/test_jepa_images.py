@@ -112,7 +112,7 @@ def test_a_corrupt_image_is_named_by_the_worker_that_reads_it(tmp_path):
     bad = folder_of(tmp_path) / "b" / "07.png"
     bad.write_bytes(bad.read_bytes()[:60])
     found = stored.stored("x", stored.Folder(tmp_path), 8)
-    with pytest.raises(ValueError, match=r"b/07\.png is not an image"):
+    with pytest.raises(ValueError, match=r"b/07\.png is truncated"):
         list(source.in_order(found, 5, workers=1))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from jepa import config, recording, videos
+from jepa.containers import check_whole
 from jepa.pictures import Limits
 from jepa.recording import Recording
 from PIL import Image
@@ -148,6 +149,67 @@ def test_names_that_are_no_text(tmp_path):
     name = os.fsdecode(b"\xff.mp4")
     (tmp_path / name).write_bytes(encode(frames=3))
     assert len(videos.Folder(tmp_path, 16, "pyav")[0]) == 3
+
+
+@decoding
+@pytest.mark.parametrize("format", ["mp4", "avi", "matroska"])
+def test_a_film_that_is_cut_between_two_frames(format, tmp_path):
+    """FFmpeg shows the frames that are left, and says nothing."""
+    whole = encode(format) if format != "mp4" else _faststart(tmp_path)
+    assert len(recording.PyAV("v", whole, 16)) == 24
+    with av.open(io.BytesIO(whole)) as container:
+        places = [p.pos for p in container.demux(video=0) if p.size]
+    for place in (places[20], places[23]):
+        for source in (whole[:place], tmp_path / "x"):
+            (tmp_path / "x").write_bytes(whole[:place])
+            with pytest.raises(ValueError, match="cannot be decoded"):
+                len(recording.PyAV("v", source, 16))
+
+
+def _faststart(folder: Path) -> bytes:
+    path = folder / "film.mp4"
+    with (
+        av.open(io.BytesIO(encode("mp4"))) as film,
+        av.open(path, "w", options={"movflags": "faststart"}) as copy,
+    ):
+        stream = copy.add_stream_from_template(film.streams.video[0])
+        for packet in film.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                copy.mux(packet)
+    return path.read_bytes()
+
+
+def boxes(*parts: tuple[bytes, int]) -> bytes:
+    return b"".join(struct.pack(">I", length) + kind + bytes(8) for kind, length in parts)
+
+
+@pytest.mark.parametrize(
+    ("content", "whole"),
+    [
+        (b"RIFF" + struct.pack("<I", 4) + b"AVI ", True),
+        (b"RIFF" + struct.pack("<I", 5) + b"AVI ", False),
+        (b"RIFF" + bytes(8), True),  # written where it could not go back
+        (b"\x1a\x45\xdf\xa3\x81x\x18\x53\x80\x67\x83abc", True),
+        (b"\x1a\x45\xdf\xa3\x81x\x18\x53\x80\x67\x84abc", False),
+        (b"\x1a\x45\xdf\xa3\x81x\x18\x53\x80\x67\x01" + b"\xff" * 7 + b"abc", True),  # live
+        (b"\x1a\x45\xdf\xa3", True),
+        (boxes((b"ftyp", 16), (b"moov", 16), (b"mdat", 16)), True),
+        (boxes((b"ftyp", 16), (b"moov", 16), (b"mdat", 17)), False),
+        (boxes((b"ftyp", 16), (b"moov", 16), (b"mdat", 0)), True),
+        (boxes((b"ftyp", 16), (b"mdat", 1))[:-8] + struct.pack(">Q", 16), True),
+        (boxes((b"ftyp", 16), (b"mdat", 1))[:-8] + struct.pack(">Q", 2**40), False),
+        (boxes((b"ftyp", 16), (b"junk", 99)), True),
+        (b"", True),
+        (b"GIF89a", True),
+    ],
+)
+def test_how_long_a_film_says_that_it_is(content, whole):
+    if whole:
+        check_whole(content)
+    else:
+        with pytest.raises(ValueError, match=rf"it is truncated: {len(content)} bytes of"):
+            check_whole(content)
 
 
 # ------------------------------------------------------------------------------- which files

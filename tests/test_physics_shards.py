@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
+from jepa.output import OutputError
 from jepa.physics import __main__, possible, quadruplet, shards
 from jepa.physics.datasets import Shards, Simulated
 from torch.utils.data import DataLoader
@@ -138,3 +140,37 @@ def test_bad_options_are_named(options, message, written, capsys):
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert content(written) == before
+
+
+@pytest.mark.parametrize("content", [b"", b'{"seed": 0', b"[]", b"\xff", b"[" * 100000])
+def test_damaged_settings_are_named(content, tmp_path):
+    (tmp_path / "dataset.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"dataset\.json: is damaged"):
+        shards.write(tmp_path, 1, shards.Settings(0))
+
+
+def test_a_pipe_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "dataset.json")
+    with pytest.raises(ValueError, match=r"dataset\.json' is no regular file"):
+        shards.write(tmp_path, 1, shards.Settings(0))
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards.tarfile, "open", full)
+    with pytest.raises(OutputError, match=rf"{tmp_path}.*No space left on device\): free some"):
+        shards.write(tmp_path, 1, shards.Settings(0))
+    assert [path.name for path in tmp_path.iterdir()] == ["dataset.json"]
+
+
+def test_ctrl_c_has_its_exit_code(tmp_path, monkeypatch, capsys):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shards, "write", stopped)
+    with pytest.raises(SystemExit) as ended:
+        __main__.main(["--output", str(tmp_path), "--videos", "1"])
+    assert ended.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err

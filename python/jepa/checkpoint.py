@@ -100,10 +100,10 @@ def load(path: Path) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
 
 def _state(path: Path) -> dict[str, Any]:
     state = path / STATE
+    if not state.is_file():
+        raise Damaged(f"{path}: is not a checkpoint: it has no {STATE}")
     try:
         written = json.loads(state.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise Damaged(f"{path}: is not a checkpoint: it has no {STATE}") from None
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{state}: is truncated or not JSON ({error})") from None
     found = written.get("format") if isinstance(written, dict) else type(written).__name__

@@ -17,6 +17,10 @@ def take_up(path: Path, step: int) -> None:
     with output.writing(path):
         if not path.exists():
             return
+        if not path.is_file():
+            raise output.OutputError(
+                f"{path}: is no regular file: move it, or give another --output"
+            )
         before = path.read_bytes()
     rows: dict[int, bytes] = {}
     for line in before.splitlines():

@@ -37,8 +37,11 @@ def reported(program: str, run: Callable[[], int]) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         text = f"{where}{error.strerror or error}"
-    except MemoryError as error:
-        text = f"out of memory: {error}"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        line = str(error).partition("\n")[0] or "out of memory"
+        text = f"{line}: take a smaller training.batch, or larger training.accumulate"
     except KeyboardInterrupt as error:
         text = str(error) or "stopped by SIGINT (Ctrl-C)"
         code = getattr(error, "code", 128 + signal.SIGINT)

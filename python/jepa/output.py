@@ -32,13 +32,13 @@ class OutputError(ValueError):
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turns what goes wrong inside, also in safetensors' own writing, into an OutputError."""
-    from safetensors import SafetensorError
-
     try:
         yield
     except OSError as error:
         raise _named(path, error.errno or 0, error.strerror or str(error)) from error
-    except SafetensorError as error:
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
         found = re.search(r"([^:]*) \(os error (\d+)\)", str(error))
         number, why = (int(found[2]), found[1].strip()) if found else (0, str(error))
         raise _named(path, number, why) from error

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from jepa.containers import check_whole
 from jepa.pictures import DEFAULT, Limits, Refused, square
 
 
@@ -103,7 +104,7 @@ class PyAV(Recording):
     shown: int | None = None  # frames, where they turned out to be fewer than the packets
 
     def _length(self) -> int:
-        _check_whole(self._whence)
+        check_whole(self._whence)
         return self._packets if self.shown is None else self.shown
 
     def _frames(self, wanted: range) -> list[NDArray[np.uint8]]:
@@ -139,7 +140,7 @@ class TorchCodec(Recording):
         return found
 
     def _length(self) -> int:
-        _check_whole(self._whence)
+        check_whole(self._whence)
         return len(self._decoder)
 
     def _frames(self, wanted: range) -> list[NDArray[np.uint8]]:
@@ -147,33 +148,6 @@ class TorchCodec(Recording):
 
         frames = self._decoder.get_frames_at(indices=list(wanted)).data.numpy()
         return [square(Image.fromarray(frame), self.size) for frame in frames]
-
-
-def _check_whole(source: bytes | str) -> None:
-    """Refuses a file that is shorter than its container says: FFmpeg shows what is left."""
-    if isinstance(source, bytes):
-        head, size = source[:256], len(source)
-    else:
-        with open(source, "rb") as file:
-            head, size = file.read(256), os.fstat(file.fileno()).st_size
-    declared = None
-    if head[:4] == b"RIFF":
-        declared = 8 + int.from_bytes(head[4:8], "little")
-    elif head[:4] == b"\x1a\x45\xdf\xa3":  # Matroska: its header, then one segment
-        place, length = _vint(head, 4)
-        if length is not None and head[place + length :][:4] == b"\x18\x53\x80\x67":
-            place, length = _vint(head, place + length + 4)
-            declared = None if length is None else place + length
-    if declared is not None and declared > size:
-        raise ValueError(f"it is truncated: {size} bytes of {declared}")
-
-
-def _vint(head: bytes, place: int) -> tuple[int, int | None]:
-    """(the place after it, the number) of EBML's variable length; None: of unknown size."""
-    width = 9 - head[place].bit_length() if place < len(head) else 9
-    number = int.from_bytes(head[place : place + width], "big") & ((1 << 7 * width) - 1)
-    unknown = width > 8 or number == (1 << 7 * width) - 1
-    return place + width, None if unknown else number
 
 
 @cache

@@ -160,7 +160,7 @@ class Trainer:
         first = own * self.ranks.rank
         drawn = self.method.draw(whole, generator)
         tokens, mine = drawn.tokens(), drawn.part(first, first + own)
-        if self.method.still < 1.0:
+        if getattr(self.method, "still", 1.0) < 1.0:  # jepa's own methods have it
             chance = torch.rand(whole, self.method.encoder.grid.tokens, generator=generator)
             mine = self.method.narrowed(mine, batch, chance[first : first + own])
             count = torch.tensor(mine.tokens(), device=self.device)
@@ -210,7 +210,7 @@ class Trainer:
             return None
         state = {
             "config": describe(self.config),
-            "channels": self.method.channels,
+            "channels": getattr(self.method, "channels", None),  # of those that build.py made
             "optimizer": optimizer,
         }
         path = checkpoint.save(self.checkpoints, self.step, tensors, state)

@@ -6,6 +6,8 @@ python -m jepa.physics --output FOLDER --videos 100000 --workers 2 --seed 0
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 from pathlib import Path
 
 from tqdm import tqdm
@@ -45,7 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
                 chosen.output, chosen.videos, settings, chosen.workers, bar.update
             )
     except KeyboardInterrupt:
-        raise SystemExit(f"stopped; the same command goes on in {chosen.output}") from None
+        print(f"stopped; the same command goes on in {chosen.output}", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
     except (OSError, ValueError) as error:
         name, _, rest = str(error).partition(":")
         options.error(

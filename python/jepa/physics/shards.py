@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jepa import tars
+from jepa import listing, output, tars
 from jepa.physics.quadruplets import quadruplet
 from jepa.physics.videos import possible
 
@@ -75,7 +75,8 @@ def write(
             if not path.exists() or len(index_of(path)) < len(indices):
                 make = partial(_sample, settings)
                 samples = pool.imap(make, indices, chunksize=4) if pool else map(make, indices)
-                _write_shard(path, indices, samples, done)
+                with output.writing(path):
+                    _write_shard(path, indices, samples, done)
             else:
                 done(len(indices))
             shards.append(path)
@@ -90,14 +91,23 @@ def _claim(root: Path, settings: Settings) -> None:
     """Make the folder one of these settings, or see that it is."""
     if root.exists() and not root.is_dir():
         raise ValueError(f"output: got {str(root)!r}, a file; takes a folder")
-    root.mkdir(parents=True, exist_ok=True)
+    with output.writing(root):
+        root.mkdir(parents=True, exist_ok=True)
     path = root / SETTINGS
     if not path.exists():
         if any(root.glob("physics-*.tar")):
             raise ValueError(f"output: {str(root)!r} holds shards but no {SETTINGS}")
-        _replace(path, (json.dumps(asdict(settings)) + "\n").encode())
+        output.replace(path, (json.dumps(asdict(settings)) + "\n").encode())
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
+    listing.regular(path, "output")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: is damaged ({error}), takes {json.dumps(asdict(settings))}, or another seed's"
+        ) from error
     for name, value in asdict(settings).items():
         if found.get(name) != value:
             raise ValueError(
@@ -143,12 +153,6 @@ def _write_shard(
         os.replace(partial_path, path)
     finally:
         partial_path.unlink(missing_ok=True)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial_path.write_bytes(content)
-    os.replace(partial_path, path)
 
 
 @dataclass(frozen=True)

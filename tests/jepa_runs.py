@@ -1,0 +1,36 @@
+"""Small runs, and what tests of their folders and of their ends share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from jepa import cli, config
+
+SMALL = ["training.batch=16", "model.dim=8", "model.expander=[8, 16]", "training.save_every=2"]
+SMALL += ["training.log_every=2"]
+
+
+def train(folder: Path, steps: int = 6, *words: str) -> int:
+    given = config.layered([*SMALL, f"training.steps={steps}"], words)
+    return cli.main(["train", "vicreg_digits", *given, "--output", str(folder)])
+
+
+def steps_of(folder: Path) -> list[int]:
+    return column(folder, "step")
+
+
+def column(folder: Path, name: str) -> list:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)[name] for line in lines]
+
+
+def said(capsys) -> str:
+    """What was said, which is never a traceback."""
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    return text
+
+
+def checkpoint_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}"
