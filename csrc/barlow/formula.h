@@ -35,7 +35,7 @@ struct Standard {
 BARLOW_INLINE float inverse_std(float scatter, const Standard& s) {
   constexpr float kLeast = 1.17549435e-38f, kMost = 3.40282347e38f;
   const float variance = scatter / s.degrees + s.eps;
-  const bool held = variance <= kMost && (variance >= kLeast || s.std_eps > 0.f);
+  const bool held = variance <= kMost && variance + s.std_eps >= kLeast;
   return held ? 1.f / (std::sqrt(variance) + s.std_eps) : nanf("");
 }
 

@@ -18,7 +18,7 @@ from vicreg_kernels.vicreg.triton_statistics import merge, welford
 def inverse_std(scatter, degrees, eps, std_eps):
     """NaN where float32 does not hold the sum of squares, as in formula.h."""
     variance = scatter / degrees + eps
-    held = (variance <= 3.40282347e38) & ((variance >= 1.17549435e-38) | (std_eps > 0.0))
+    held = (variance <= 3.40282347e38) & (variance + std_eps >= 1.17549435e-38)
     return tl.where(held, 1.0 / (tl.sqrt(variance) + std_eps), float("nan"))
 
 
