@@ -3,9 +3,10 @@
 `_C` (CPU) is built where a C++ compiler, ninja and torch's headers are found, `_C_cuda` where torch
 itself has CUDA and nvcc is found too; no GPU is needed. Neither links against a Python or a
 particular torch: one wheel serves every Python >= 3.10 and every torch from TORCH_TARGET on.
-Without a compiler the package installs as pure Python, with a warning. A library whose sources do
-not compile is left out, with a warning, and takes nothing else with it. `vicreg-kernels info`
-repeats why a library is absent.
+Without a compiler or torch a checkout works as pure Python, with a warning; a wheel is an error
+unless VICREG_KERNELS_BUILD=python asks for one, because pip would keep it and install it later,
+where both are there. A library whose sources do not compile is left out, with a warning, and takes
+nothing else with it. `vicreg-kernels info` repeats why a library is absent.
 
 Torch itself is never imported here. Its headers are taken from the environment that the package is
 installed into, also when pip isolates the build, so `pip install .` needs no second torch.
@@ -343,7 +344,20 @@ class BuildPackage(build_py):
 
 
 class Wheel(bdist_wheel):
-    """Tags a compiled wheel for every CPython from 3.10 on."""
+    """Tags a compiled wheel for every CPython from 3.10 on. One with nothing compiled must be asked
+    for: pip keeps what it builds from a source distribution under the package's name and version.
+    """
+
+    def run(self) -> None:
+        if not WANTED and BUILD != "python":
+            raise SystemExit(
+                f"vicreg-kernels: cannot build a wheel with compiled kernels: {MISSING['_C']}. "
+                "Install torch >= 2.11 (pip install torch) and a C++20 compiler first, then "
+                "install vicreg-kernels again. Or, for a package without compiled kernels (plain "
+                "PyTorch on CPUs, Triton on GPUs): VICREG_KERNELS_BUILD=python pip install "
+                "--no-cache-dir ..., whose cache would otherwise serve it to later installs too"
+            )
+        super().run()
 
     def finalize_options(self) -> None:
         super().finalize_options()

@@ -47,6 +47,13 @@ for rules in ((), ("frames",), ("keep", "blocks")):
     cases.hold("cpu", call.wanting(True, True, True))
     call.k[:, :, 700] = float("nan")
     cases.run("cpu", call.wanting(True, True, True), torch.ones_like(call.q))
+# scores past float32's digits, which one key or several equal ones share, and past its range
+for size in (3e2, 3e3, 1e6, 1e18, 1e30):
+    call = cases.draw(("keep",), batch=1, heads_=2, tokens=70, dim=16)
+    call.q.mul_(size)
+    call.k.mul_(size)
+    call.k[:, :, 5] = call.k[:, :, 9]
+    cases.run("cpu", call.wanting(True, True, True), torch.ones_like(call.q))
 print("clean")
 """
 

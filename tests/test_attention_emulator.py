@@ -259,7 +259,7 @@ def test_a_query_without_keys_gives_zeros(kernels):
     assert (lse[0] == -float("inf")).all()
     scores = 0.2 * q.double() @ k.double().mT
     torch.testing.assert_close(
-        lse[1].double(), scores[1, :, :, :9].logsumexp(-1), rtol=1e-3, atol=1e-3
+        lse[1].double(), scores[1, :, :, :9].exp().sum(-1).log2(), rtol=1e-3, atol=1e-3
     )
     assert out.transpose(1, 2).is_contiguous()
     grads = kernels.backward(out, q, k, v, out, lse, *rules, True, True, False, 0.2)

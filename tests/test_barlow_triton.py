@@ -220,6 +220,15 @@ class TestInterpreter:
         for mine, theirs in zip(got.gradients, want.gradients, strict=True):
             assert torch.equal(mine.isnan(), theirs.isnan())
 
+    @pytest.mark.parametrize("shape", [(5, 9), (9, 5)], ids=str)
+    def test_right_or_nan_near_the_ends_of_float32(self, shape):
+        for exponent in (-30, -22, -18, 18, 20, 30):
+            x, y = (z.detach() * 10.0**exponent for z in views(*shape))
+            found = barlow_twins_loss(x, y, eps=0.0, backend="triton")
+            truth = barlow_twins_loss(x.double(), y.double(), eps=0.0)
+            assert found.isnan() == (abs(exponent) > 18), exponent
+            assert found.isnan() or abs(found - truth) <= 1e-5 * truth, exponent
+
     @pytest.mark.parametrize("case", ["tight frame", "uncorrelated"])
     def test_cancellation(self, case):
         pair = [z.float().requires_grad_() for z in CANCELLING[case]()]

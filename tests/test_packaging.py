@@ -104,20 +104,57 @@ def test_compiled_wheel_works_in_an_empty_environment(tmp_path: Path) -> None:
     assert lines[1:] == ["cpu True", "None", "0"]
 
 
-def test_without_a_compiler_the_wheel_is_pure_python_and_says_so(tmp_path: Path) -> None:
-    wheel, output = build_wheel(tmp_path, CXX="no-such-compiler", CUDA_HOME="/nowhere")
+def test_a_pure_python_wheel_that_is_asked_for(tmp_path: Path) -> None:
+    wheel, _ = build_wheel(tmp_path, VICREG_KERNELS_BUILD="python")
     assert wheel.name.endswith("-py3-none-any.whl")
-    assert output.count("built as pure Python: no C++ compiler was found") >= 1
     names = set(zipfile.ZipFile(wheel).namelist())
     for path in (ROOT / "python").rglob("jepa/**/*"):
         if path.suffix in (".py", ".yaml"):
             assert str(path.relative_to(ROOT / "python")) in names
     lines = run_installed(wheel, tmp_path, CHECK + COMMAND)
     assert lines[1] == "reference True"
-    assert lines[2].startswith("_C.abi3.so was not built: no C++ compiler was found")
+    assert lines[2].startswith("_C.abi3.so was not built: VICREG_KERNELS_BUILD=python")
     assert lines[3] == "1"  # said once
     assert lines[4].startswith("2 jepa: import of yaml")
     assert "pip install 'vicreg-kernels[trainer]'" in lines[4]
+
+
+@pytest.mark.parametrize(
+    ("environment", "why"),
+    [
+        ({"CXX": "no-such-compiler"}, "no C++ compiler was found"),
+        ({"VICREG_KERNELS_TORCH": "/nowhere"}, "torch >= 2.11 was not installed"),
+        ({"CXX": "no-such-compiler", "VICREG_KERNELS_BUILD": "cpu"}, "no C++ compiler was found"),
+    ],
+)
+@pytest.mark.parametrize("command", ["bdist_wheel", "dist_info", "sdist"])
+def test_no_wheel_without_kernels_unless_asked_for(
+    tmp_path: Path, command: str, environment: dict[str, str], why: str
+) -> None:
+    """pip would keep it and install it later, beside torch and a compiler. What describes the
+    package or packs its sources works anywhere.
+    """
+    source = tmp_path / "source"
+    (source / "vicreg_kernels").mkdir(parents=True)
+    (source / "python" / "jepa").mkdir(parents=True)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("__init__.py", "version.py"):
+        shutil.copy(ROOT / "vicreg_kernels" / name, source / "vicreg_kernels")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", command],
+        cwd=source,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    if command != "bdist_wheel":
+        assert done.returncode == 0, done.stderr
+        return
+    assert done.returncode != 0
+    assert not list(source.rglob("*.whl"))
+    assert f"cannot build a wheel with compiled kernels: {why}" in done.stderr
+    assert "VICREG_KERNELS_BUILD=python pip install --no-cache-dir" in done.stderr
 
 
 def test_asking_for_cuda_without_nvcc_fails_instead_of_falling_back(tmp_path: Path) -> None:

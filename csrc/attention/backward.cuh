@@ -136,7 +136,7 @@ __device__ __forceinline__ void stage_queries(const BackwardArguments<T>& a, con
     rotate_tile<T, D>(q, a.rope, rows);
     if (lane < kTile) {
       const Intervals none = {{0, 0}, {0, 0}};
-      notes[tile * kTile + lane] = {valid ? sample.sees(own) : none, rows, lse * kLog2E, delta};
+      notes[tile * kTile + lane] = {valid ? sample.sees(own) : none, rows, lse, delta};
     }
   }
 }

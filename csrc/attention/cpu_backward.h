@@ -80,6 +80,7 @@ class Backward {
                finite;
     }
     load(task, sample, finite);
+    for (const Tile& tile : tiles_) refine(sample, keys.begin, tile);
     // Chunk by chunk, so that what belongs to its keys stays in cache while the queries pass by.
     const int chunk = chunk_of(count);
     for (int begin = 0; begin < count; begin += chunk) {
@@ -170,8 +171,7 @@ class Backward {
         const float delta = row_product(grads, out, p_.dim);
         delta_[i - first_query_] = delta;
         // where no key is seen the scores are all -inf, and so 2^(-inf - inf) = 0
-        shift_[i - first_query_] =
-            lse == -kInfinity ? kInfinity : lse * static_cast<float>(kLog2E);
+        shift_[i - first_query_] = lse == -kInfinity ? kInfinity : lse;
         finite = finite && std::isfinite(delta) && (std::isfinite(lse) || lse == -kInfinity);
       }
       if (finite || tile.uniform) {
@@ -182,6 +182,51 @@ class Backward {
     }
     const Interval queries = p_.queries(task);
     if (to_.q != nullptr) std::fill_n(query_sums_.get(), size(queries) * p_.padded, 0.f);
+  }
+
+  // Beyond kFar a float32 holds the logarithm of a row's sum too coarsely for its weights to add up
+  // to one. There they are formed from the largest score, and the row's gradient and delta, in which
+  // everything is linear, are divided by their sum.
+  static constexpr float kFar = 1024.f;
+
+  void refine(const Sample& sample, int origin, const Tile& tile) {
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    const Kernels& kernel = p_.kernel;
+    const int rows = tile.end - tile.begin;
+    float* const shift = shift_.data() + (tile.begin - first_query_);
+    const auto far = [](float x) { return std::isfinite(x) && std::fabs(x) > kFar; };
+    if (std::none_of(shift, shift + rows, far)) return;
+    const float* queries = spaced(queries_, tile.begin - first_query_, rows, tile_queries_);
+    float most[kTileRows], total[kTileRows];
+    std::fill_n(most, rows, -kInfinity);
+    std::fill_n(total, rows, 0.f);
+    chunks(shifted(tile.keys, origin), kernel.panel, kChunk, [&](int begin, int end) {
+      const int start = begin / kernel.panel * kernel.panel;
+      const int panels = (end - start + kernel.panel - 1) / kernel.panel;
+      const int columns = panels * kernel.panel;
+      const float* keys = key_panels_.get() + static_cast<int64_t>(start) * p_.dim;
+      kernel.scores(queries, rows, keys, panels, p_.dim, weights_.get());
+      for (int i = 0; i < rows; ++i) {
+        float* row = weights_.get() + i * kScoreRow;
+        const Intervals own =
+            shifted(tile.uniform ? tile.keys : sample.seen(tile.begin + i), origin);
+        fill_unseen({clip(own.first, {begin, end}), clip(own.second, {begin, end})}, start,
+                    columns, -kInfinity, row);
+        const float before = most[i];
+        most[i] = std::max(before, kernel.largest(row, columns));
+        if (most[i] == -kInfinity) continue;
+        total[i] = total[i] * std::exp2(before - most[i]) +
+                   kernel.exponentiate(row, columns, most[i]);
+      }
+    });
+    for (int i = 0; i < rows; ++i) {
+      if (!far(shift[i]) || !(total[i] > 0.f)) continue;
+      const int64_t query = tile.begin - first_query_ + i;
+      float* grad = grads_.get() + query * p_.padded;
+      shift[i] = most[i];
+      scale_row(grad, p_.padded, 1.f / total[i], grad);
+      delta_[query] /= total[i];
+    }
   }
 
   // A tile's queries against packed keys [begin, end); the first one packed is kept key `origin`.

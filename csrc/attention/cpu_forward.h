@@ -86,7 +86,7 @@ class Forward {
         std::fill_n(sum, p_.dim, 0.f);
       } else {
         // 0 / 0 where every score is -inf, as in the formula
-        lse = static_cast<float>(kLn2 * (most[i] + std::log2(total[i])));
+        lse = most[i] + std::log2(total[i]);
         if (total[i] == 0.f) lse = std::numeric_limits<float>::quiet_NaN();
         scale_row(sum, p_.dim, total[i] == 0.f ? lse : 1.f / total[i], sum);
       }

@@ -9,7 +9,7 @@
 // a's strides are compile-time constants, so that all its rows hang on one address register.
 
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
-typedef int IntVector __attribute__((vector_size(4 * kLanes)));
+typedef unsigned int BitVector __attribute__((vector_size(4 * kLanes)));
 typedef float Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
 constexpr int kMostColumns = kLanes == 16 ? 4 : 2;  // with 32 vector registers, or 16
@@ -119,10 +119,11 @@ static void collect(const float* s, int rows, int keys, const float* x, int vect
 }
 
 // 2^x to 0.9 units in the last place for x <= 127: 2^n by its bits and a polynomial in x - n on
-// [-1/2, 1/2]. Below 2^-126 it is 0, exactly; NaN stays NaN.
+// [-1/2, 1/2]. Below 2^-126 it is 0, exactly; beyond 2^127.5 infinite; NaN stays NaN.
 static inline Vector exp2(Vector x) {
-  const Vector low = Vector{} - 127.f;
+  const Vector low = Vector{} - 127.f, high = Vector{} + 128.f;
   x = low > x ? low : x;  // keeps a NaN
+  x = high < x ? high : x;
   const float magic = 12582912.f;  // 1.5 2^23: adding it rounds to an integer
   const Vector shifted = x + magic;
   const Vector f = x - (shifted - magic);
@@ -132,7 +133,7 @@ static inline Vector exp2(Vector x) {
   p = p * f + 2.402264968e-1f;
   p = p * f + 6.931471972e-1f;
   p = p * f + 1.f;
-  const IntVector bits = (reinterpret_cast<IntVector>(shifted) << 23) + 0x3f800000;
+  const BitVector bits = (reinterpret_cast<BitVector>(shifted) << 23) + 0x3f800000u;
   return p * reinterpret_cast<Vector>(bits);
 }
 

@@ -12,7 +12,6 @@
 namespace attention::kernels {
 
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 // Groups of 16 keys whose scores a warp holds at once, as its registers allow.
 template <int D>
@@ -272,8 +271,7 @@ __global__ void __launch_bounds__(D <= 96 ? kMostWarps * kLanes : kThreads168, D
         state.out[n][2 * row + 1] *= inverse;
       }
       if (t == 0 && g + 8 * row < here) {
-        const float lse = sum == 0.f ? negative_infinity()
-                                     : (state.most[row] + log2f(sum)) * kLn2;
+        const float lse = sum == 0.f ? negative_infinity() : state.most[row] + log2f(sum);
         const int64_t token = sample.q_begin + query + g + 8 * row;
         a.lse[(sample.batch * a.heads + head) * a.tokens + token] = lse;
       }

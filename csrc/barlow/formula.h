@@ -30,8 +30,13 @@ struct Standard {
   float std_eps = 0.f;
 };
 
+// NaN where float32 does not hold the sum of squares: where it is infinite, and where it is below
+// the normal numbers with nothing added to it.
 BARLOW_INLINE float inverse_std(float scatter, const Standard& s) {
-  return 1.f / (std::sqrt(scatter / s.degrees + s.eps) + s.std_eps);
+  constexpr float kLeast = 1.17549435e-38f, kMost = 3.40282347e38f;
+  const float variance = scatter / s.degrees + s.eps;
+  const bool held = variance <= kMost && variance + s.std_eps >= kLeast;
+  return held ? 1.f / (std::sqrt(variance) + s.std_eps) : nanf("");
 }
 
 // What multiplies (sum_n g z) z in the gradient of the standardisation: (root + std_eps) / root /

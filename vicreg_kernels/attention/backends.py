@@ -8,8 +8,9 @@ What they take and give, with B = 1 and packed tokens where the rules have offse
 
 rules and rope are the fields of masks.MaskArguments and rope.RopeArguments. q, k, v have any
 strides; results lie as [B, T, H, d] in memory, which is how they are used, and a gradient that is
-not needed is empty. lse is the natural logarithm of the sum of exp(scale q k) over the keys that a
-query sees, -inf where it sees none.
+not needed is empty. lse is the logarithm of base 2 of the sum of exp(scale q k) over the keys that
+a query sees, -inf where it sees none. Of base 2, as the exponents that both passes form: large
+scores lose a digit with each change of base.
 """
 
 from __future__ import annotations

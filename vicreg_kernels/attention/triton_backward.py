@@ -6,8 +6,8 @@ With P = exp(s - lse), dS = P (dO V^T - delta), delta = rowsum(dO O):
 
 Two launches. query_gradient_kernel runs over the keys that a tile of queries sees, three products
 a pair of tiles, and leaves delta; key_gradient_kernel over the queries that see a tile of keys,
-four. (delta_kernel forms delta where no dQ is needed.) P is formed in log2 from the saved lse. GPU
-times: not measured yet.
+four. (delta_kernel forms delta where no dQ is needed.) P is formed from the saved lse, of base 2.
+GPU times: not measured yet.
 
 The scores and dO V^T are computed twice, 7 products for 5. What fusing dQ with dK and dV costs
 instead, per element of a T x d operand, without atomics (estimates for an H100: 400 TFLOP/s
@@ -56,9 +56,9 @@ from vicreg_kernels.attention.triton_tiles import (
 
 
 @triton.jit
-def in_log2(lse):
+def peak_of(lse):
     """+inf for a query that sees nothing, so that exp2(s - peak) = 0."""
-    return tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+    return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -67,7 +67,7 @@ def delta_kernel(
     heads, tokens, rows, sg_b, sg_h, sg_t, sg_d,
     ALIGNED: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """delta and peak (in_log2), float32 [B, H, T], where no dq is needed. Reads grad and out once,
+    """delta and peak (peak_of), float32 [B, H, T], where no dq is needed. Reads grad and out once,
     in out's order [B, T, H].
     """
     sg_b, sg_h, sg_t, sg_d = strides(sg_b, sg_h, sg_t, sg_d, ALIGNED)
@@ -81,7 +81,7 @@ def delta_kernel(
     g = load_part(grad, along, live, sg_d, 0, WIDTH, HEAD, True).to(tl.float32)
     to = (b * heads + h) * tokens + token
     tl.store(delta + to, tl.sum(o * g, axis=1), mask=live)
-    tl.store(peak + to, in_log2(tl.load(lse + to, mask=live, other=0.0)), mask=live)
+    tl.store(peak + to, peak_of(tl.load(lse + to, mask=live, other=0.0)), mask=live)
 
 
 @triton.jit
@@ -327,7 +327,7 @@ def query_gradient_kernel(
     if D2:
         o2 = load_part(out + shift, along, live, 1, D1, D2, HEAD, True).to(tl.float32)
         drop += tl.sum(o2 * g2.to(tl.float32), axis=1)
-    top = in_log2(tl.load(lse + at, mask=live, other=float("-inf")))
+    top = peak_of(tl.load(lse + at, mask=live, other=float("-inf")))
     tl.store(delta + at, drop, mask=live)
     tl.store(peak + at, top, mask=live)
     begin, end, second, second_end = key_intervals(

@@ -106,7 +106,7 @@ def forward_kernel(
     FORMAT: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """out: [B, T, H, d] in memory; lse: float32 [B, H, T], natural. scale: |scale| log2(e); NEGATE:
+    """out: [B, T, H, d] in memory; lse: float32 [B, H, T], base 2. scale: |scale| log2(e); NEGATE:
     scale is negative, so queries are negated. TURN_KEYS: keys come unturned.
     """
     scale = tl.cast(scale, tl.float32)
@@ -198,5 +198,5 @@ def forward_kernel(
     store_part(target, along, live, acc1 * inverse[:, None], 0, HEAD, FORMAT)
     if D2:
         store_part(target, along, live, acc2 * inverse[:, None], D1, HEAD, FORMAT)
-    natural = (top + tl.log2(tl.where(total == 0.0, 1.0, total))) * 0.6931471805599453
-    tl.store(lse + (b * heads + h) * tokens + q_at + row, natural, mask=live)
+    logarithm = top + tl.log2(tl.where(total == 0.0, 1.0, total))
+    tl.store(lse + (b * heads + h) * tokens + q_at + row, logarithm, mask=live)

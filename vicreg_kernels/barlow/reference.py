@@ -13,13 +13,15 @@ from torch import Tensor
 def standardise(z: Tensor, eps: float, std_eps: float, unbiased: bool) -> Tensor:
     """(z - mean) / (sqrt(var + eps) + std_eps) over the batch, z: [N, D].
 
-    Without eps under the root it is torch.std, whose derivative at a constant column is 0.
+    Without eps under the root it is torch.std, whose derivative at a constant column is 0. NaN
+    where the dtype does not hold the variance of finite numbers, which would be divided away.
     """
     correction = 1 if unbiased else 0
     if eps > 0:
         std = torch.sqrt(z.var(dim=0, correction=correction) + eps)
     else:
         std = z.std(dim=0, correction=correction)
+    std = std.masked_fill(std.isinf(), torch.nan)
     return (z - z.mean(dim=0)) / (std + std_eps)
 
 

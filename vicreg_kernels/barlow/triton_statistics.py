@@ -16,7 +16,10 @@ from vicreg_kernels.vicreg.triton_statistics import merge, welford
 
 @triton.jit
 def inverse_std(scatter, degrees, eps, std_eps):
-    return 1.0 / (tl.sqrt(scatter / degrees + eps) + std_eps)
+    """NaN where float32 does not hold the sum of squares, as in formula.h."""
+    variance = scatter / degrees + eps
+    held = (variance <= 3.40282347e38) & (variance + std_eps >= 1.17549435e-38)
+    return tl.where(held, 1.0 / (tl.sqrt(variance) + std_eps), float("nan"))
 
 
 @triton.jit
