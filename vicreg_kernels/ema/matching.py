@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 # What torch.compile and activation checkpointing put into the names of a module's tensors.
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -42,6 +44,22 @@ def named_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tenso
         {plain_name(k): z for k, z in module.named_parameters(remove_duplicate=False)},
         {plain_name(k): z for k, z in module.named_buffers(remove_duplicate=False)},
     )
+
+
+def directions(module: nn.Module) -> set[str]:
+    """Plain names of the buffers that hold spectral normalisation's singular vectors: of unit norm,
+    which a mean of two is not.
+    """
+    found = set()
+    for name, part in module.named_modules(remove_duplicate=False):
+        if isinstance(part, _SpectralNorm):
+            kept = ["_u", "_v"]
+        else:
+            hooks = part._forward_pre_hooks.values()
+            norms = [hook for hook in hooks if isinstance(hook, SpectralNorm)]
+            kept = [hook.name + end for hook in norms for end in ("_u", "_v")]
+        found |= {plain_name(f"{name}.{key}" if name else key) for key in kept}
+    return found
 
 
 def ties(tensors: dict[str, Tensor]) -> dict[str, str]:

@@ -39,7 +39,9 @@ class EMA(nn.Module):
             "cosine" go from it to `final_momentum` in `total_steps` updates (`Schedule`).
         dtype: of the teacher's floating tensors; None keeps each one's own.
         buffers: "copy" takes the student's buffers over, "average" averages the floating ones and
-            copies the others (timm), "ignore" leaves all (I-JEPA, torch's AveragedModel).
+            copies the others (timm), spectral normalisation's vectors too; "ignore" leaves all
+            (I-JEPA, torch's AveragedModel). Parameters, and buffers unless ignored, keep their
+            shapes: another one is refused before anything is written.
         rounding, seed: "stochastic" keeps a bfloat16 or float16 teacher from standing still; see
             `ema_update_`. The step number is the EMA's own.
         shadow_dtype: keep a second copy, `ema.shadow`, with parameters of this dtype, for the
@@ -211,14 +213,15 @@ class _Match:
                 matching.check_names(kind, named[0][k], other[k])
             ties = matching.ties(named[0][k])
             averages = k == 0 or ema.buffer_rule == "average"
+            directions = matching.directions(ema.module) if k == 1 and averages else ()
             for name, z in named[0][k].items():
                 if name in ties:
                     if self.trees:
                         places = self.trees[0].places[k]
                         self.ties.append((places[ties[name]], places[name]))
                     continue
-                copies = not (averages and _floats(z))
-                if copies and averages:
+                copies = not (averages and _floats(z)) or name in directions
+                if copies and averages and name not in directions:
                     self.by_dtype.append(len(self.copied))
                 (self.copied if copies else self.averaged).append(name)
                 for pick, tree in zip(picks, self.trees, strict=True):
@@ -247,6 +250,10 @@ class _Match:
             a, b = teacher[one], teacher[other]
             if a is not b and (a is None or b is None or matching.place(a) != matching.place(b)):
                 return None
+        # The op looks at the shapes of what it averages.
+        shapes = [[z.shape for z in tensors] for _, tensors in rows]
+        if shapes.count(shapes[0]) < len(shapes):
+            return None
         return None if any([_floats(copied[i]) for i in self.by_dtype]) else rows
 
     def local(self, rows: Rows) -> list[Sequence[Tensor]]:

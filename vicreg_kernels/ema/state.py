@@ -35,18 +35,23 @@ def translate(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: An
     state_dict[f"{prefix}step"] = torch.as_tensor(step).detach().to(torch.int64)
     ours = all(f"module.{key}" in given for key in own.values())
     shadow: nn.Module | None = module.shadow
-    dtypes = {} if shadow is None else {k: z.dtype for k, z in shadow.state_dict().items()}
+    # None: of another kind, which a module's get_extra_state may give.
+    beside = {} if shadow is None else shadow.state_dict()
+    dtypes = {k: getattr(z, "dtype", None) for k, z in beside.items()}
     rounded: dict[Any, torch.Tensor] = {}
     for key, value in given.items():
         if shadow is not None and key.startswith("shadow."):
             continue
         name = key.removeprefix("module.") if ours else _find(key, own)
         state_dict[f"{prefix}module.{name}" if name is not None else prefix + key] = value
-        if name in dtypes:
+        if name in dtypes and not isinstance(value, torch.Tensor):
+            state_dict[f"{prefix}shadow.{name}"] = value
+        elif name in dtypes:
             # one for each memory, so that assign=True keeps ties
-            place = value.data_ptr() if value.numel() else name, value.shape, dtypes[name]
+            dtype = dtypes[name] or value.dtype
+            place = value.data_ptr() if value.numel() else name, value.shape, dtype
             if place not in rounded:
-                rounded[place] = value.detach().to(dtypes[name], copy=True)
+                rounded[place] = value.detach().to(dtype, copy=True)
             state_dict[f"{prefix}shadow.{name}"] = rounded[place]
 
 
