@@ -28,6 +28,11 @@ struct Task {
   int64_t work;
 };
 
+// A frame longer than any sample is the whole of it.
+inline int at_most_tokens(int64_t count) {
+  return static_cast<int>(std::min(count, kMostTokens));
+}
+
 inline const int* integers(const Optional& tensor) {
   return tensor ? static_cast<const int*>(tensor->const_data_ptr()) : nullptr;
 }
@@ -78,7 +83,7 @@ struct Problem {
         dim(static_cast<int>(q.size(3))),
         padded((dim + kernel.lanes - 1) / kernel.lanes * kernel.lanes) {
     make_samples(q.size(0), q_offsets, k_offsets, lengths, keep, bounds,
-                 static_cast<int>(tokens_per_frame), static_cast<int>(window));
+                 at_most_tokens(tokens_per_frame), at_most_tokens(window));
     if (table) make_rotaries(*table, q_index, k_index, grid);
     make_tasks();
   }

@@ -24,7 +24,7 @@ class Rows {
         dtype_(z.scalar_type()),
         group_stride_(z.stride(0)),
         row_stride_(z.stride(1)),
-        column_stride_(z.stride(2)) {}
+        column_stride_(z.size(2) == 1 ? 1 : z.stride(2)) {}  // one column has any stride
 
   // Columns [begin, begin + count) of a row: in place where they lie there as float32, else copied
   // to `scratch` (count floats).

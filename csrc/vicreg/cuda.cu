@@ -290,6 +290,8 @@ void backward_kernels(const Problem& p, const Tensor& grads, const Tensor& x,
 
 }  // namespace
 
+const bool kSavesCentred = true;
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     Tensor x, std::optional<Tensor> y, double margin, double eps, bool unbiased,
     std::vector<double> scales, std::vector<double> weights) {

@@ -11,6 +11,9 @@ namespace vicreg {
 
 using torch::stable::Tensor;
 
+// Whether forward saves the centred views for backward; else `centred` is empty.
+extern const bool kSavesCentred;
+
 // -> terms, moments, squares, deflated, index, centred.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     Tensor x, std::optional<Tensor> y, double margin, double eps, bool unbiased,
