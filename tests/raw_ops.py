@@ -73,7 +73,6 @@ for _op in ("attention_forward", "attention_backward"):
     VALID[_op, "q_index"] = VALID[_op, "k_index"] = {"none", "size 0"}
     VALID[_op, "tokens_per_frame"] = VALID[_op, "window"] = {"int 0", f"int {FAR}"}
     VALID[_op, "max_q"] = VALID[_op, "max_k"] = {"int 0"}  # of packed samples: nothing is known
-# A grid is not looked at where there is no table.
 NO_TABLE = {"shorter", "longer", "no list", "values of the list"}
 # What the kernels of one kind save for themselves alone.
 NOT_SAVED = {"dtype", "size", "empty"}
@@ -379,7 +378,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 def valid(op: Any, name: str, what: str, values: list[Any], cuda: bool) -> bool:
     given = dict(zip((a.name for a in op._schema.arguments), values, strict=False))
     known = VALID.get((op._schema.name.split("::")[1], name), set())
-    if name == "grid" and given["table"] is None:
+    if name == "grid" and given["table"] is None:  # then it is not looked at
         known = NO_TABLE
     if name in ("centred", "standardised") and not cuda:
         known = NOT_SAVED
