@@ -74,8 +74,6 @@ for _op in ("attention_forward", "attention_backward"):
     VALID[_op, "tokens_per_frame"] = VALID[_op, "window"] = {"int 0", f"int {FAR}"}
     VALID[_op, "max_q"] = VALID[_op, "max_k"] = {"int 0"}  # of packed samples: nothing is known
 NO_TABLE = {"shorter", "longer", "no list", "values of the list"}
-# What the kernels of one kind save for themselves alone.
-NOT_SAVED = {"dtype", "size", "empty"}
 # What a message of the kernels themselves calls them, which is what the public function does.
 ALSO = {
     "offsets": {"q_offsets", "offsets"}, "key_offsets": {"k_offsets"}, "index": {"q_index"},
@@ -381,7 +379,9 @@ def valid(op: Any, name: str, what: str, values: list[Any], cuda: bool) -> bool:
     if name == "grid" and given["table"] is None:  # then it is not looked at
         known = NO_TABLE
     if name in ("centred", "standardised") and not cuda:
-        known = NOT_SAVED
+        known = {"dtype", "size", "empty"}  # nothing is saved there
+    if cuda and given.get("context_offsets") is not None and name.endswith("_index"):
+        known = {"size", "empty"}  # the values of offsets are clamped on the device
     if what in known or what.split()[0] in known or what in ("ones", "values"):
         return True
     first = given[name][0] if isinstance(given[name], list) and given[name] else given[name]
