@@ -268,7 +268,7 @@ def test_any_number_of_multiprocessors(shape, count, monkeypatch):
 
 
 SANITIZED = """
-import sys, torch
+import sys, native, torch
 from vicreg_kernels.barlow import reference
 library, mode = sys.argv[1:]
 torch.ops.load_library(library)
@@ -282,7 +282,7 @@ for i, (rows, dim) in enumerate([(2, 2), (3, 5), (5, 1), (17, 17), (34, 136), (7
             out = op.barlow_forward(x, y, *settings)
             saved = list(out[1:])
             if mode == "short":
-                saved[0] = saved[0].flatten()[:-1].clone()  # the moments, one element short
+                native.shortened(saved[0])  # the moments
             grads = op.barlow_backward(torch.ones(1), x, y, *saved, True, True, *settings)
             a, b = (z.double().requires_grad_() for z in (x, y))
             loss = reference.loss(a, b, *settings)

@@ -8,7 +8,7 @@ import pytest
 pytestmark = pytest.mark.thorough
 
 PROGRAM = """
-import sys, torch
+import sys, native, torch
 sys.path.insert(0, "tests")
 import ema_tensors
 from vicreg_kernels.ema import reference
@@ -20,10 +20,12 @@ shapes = [(), (0,), (1,), (7,), (8,), (3, 5), (2, 3, 4), (511,), (512,), (513,),
 targets, onlines, copies = ema_tensors.every_dtype(shapes)
 if mode == "short":
     targets, onlines = [torch.randn(600)], [torch.randn(600)]
-    copies = [torch.empty(599)]  # one element short
+    copies = [torch.empty(600)]
 for stochastic in (False, True):
     for m in (0.3, 0.996):
         mine, own = ema_tensors.again(targets), ema_tensors.again(copies)
+        if mode == "short":
+            native.shortened(own[0])
         op(mine, onlines, own, None, m, stochastic, 5, None, 2)
         expected, theirs = ema_tensors.again(targets), ema_tensors.again(copies)
         reference.update(expected, onlines, theirs, None, m, stochastic, 5, None, 2)
@@ -49,7 +51,7 @@ def test_every_edge_is_clean() -> None:
 
 
 def test_a_planted_overrun_is_seen() -> None:
-    """The build really is instrumented: a shadow one element short must be reported."""
+    """The build really is instrumented: a shadow short of memory must be reported."""
     done = run("short")
     assert done.returncode != 0
     assert "AddressSanitizer" in done.stderr

@@ -309,7 +309,7 @@ def test_any_number_of_multiprocessors(shape, count, monkeypatch):
 
 
 SANITIZED = """
-import sys, torch
+import sys, native, torch
 from vicreg_kernels.vicreg import reference
 library, mode = sys.argv[1:]
 torch.ops.load_library(library)
@@ -325,7 +325,7 @@ for groups, rows, dim in shapes:
             out = op.vicreg_forward(x, y, *settings)
             saved = list(out[1:])
             if mode == "short":
-                saved[0] = saved[0].flatten()[:-1].clone()  # the moments, one element short
+                native.shortened(saved[0])  # the moments
             grads = op.vicreg_backward(torch.ones(1), x, y, *saved, True, True, *settings)
             a, b = (z.double().requires_grad_() for z in (x, y))
             loss = reference.terms(a, b, *settings)[0]

@@ -13,6 +13,9 @@ namespace attention {
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
+// Tokens of a sample and tokens a frame are counted as int32 in the kernels.
+constexpr int64_t kMostTokens = int64_t{1} << 30;
+
 // -> out, lse.
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Optional q_offsets,
                                    Optional k_offsets, Optional lengths, Optional keep,

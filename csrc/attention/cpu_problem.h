@@ -28,6 +28,11 @@ struct Task {
   int64_t work;
 };
 
+// A frame longer than any sample is the whole of it.
+inline int at_most_tokens(int64_t count) {
+  return static_cast<int>(std::min(count, kMostTokens));
+}
+
 inline const int* integers(const Optional& tensor) {
   return tensor ? static_cast<const int*>(tensor->const_data_ptr()) : nullptr;
 }
@@ -77,10 +82,8 @@ struct Problem {
         k_tokens(k.size(2)),
         dim(static_cast<int>(q.size(3))),
         padded((dim + kernel.lanes - 1) / kernel.lanes * kernel.lanes) {
-    // Past every token it makes no difference how far they reach.
     make_samples(q.size(0), q_offsets, k_offsets, lengths, keep, bounds,
-                 static_cast<int>(std::min<int64_t>(tokens_per_frame, 1 << 30)),
-                 static_cast<int>(std::min<int64_t>(window, 1 << 30)));
+                 at_most_tokens(tokens_per_frame), at_most_tokens(window));
     if (table) make_rotaries(*table, q_index, k_index, grid);
     make_tasks();
   }

@@ -122,8 +122,8 @@ Masks masks_of(const Rule& rule, const Tensor& q, const Tensor& k) {
     masks.bounds_stride = rule.bounds->size(0) > 1 ? rule.bounds->stride(0) : 0;
   }
   // A frame longer than any sample is the whole of it.
-  masks.frame = static_cast<int>(std::min<int64_t>(rule.tokens_per_frame, 1 << 30));
-  masks.window = static_cast<int>(std::min<int64_t>(rule.window, 1 << 30));
+  masks.frame = static_cast<int>(std::min(rule.tokens_per_frame, kMostTokens));
+  masks.window = static_cast<int>(std::min(rule.window, kMostTokens));
   masks.queries = static_cast<int>(q.size(2));
   masks.keys = static_cast<int>(k.size(2));
   return masks;

@@ -1,5 +1,5 @@
 // The op schemas' C++ side; common/registration.h says what a library and a key are.
-#include "attention/attention.h"
+#include "attention/checks.h"
 #include "common/registration.h"
 
 #define ATTENTION_RULES                                                                         \
@@ -20,7 +20,7 @@ KERNELS_LIBRARY(m) {
 }
 
 KERNELS_IMPLEMENTATION(m) {
-  m.impl("attention_forward", TORCH_BOX(&attention::forward));
-  m.impl("attention_backward", TORCH_BOX(&attention::backward));
-  m.impl("attention_rotate", TORCH_BOX(&attention::rotate));
+  m.impl("attention_forward", KERNELS_CHECKED(attention, forward));
+  m.impl("attention_backward", KERNELS_CHECKED(attention, backward));
+  m.impl("attention_rotate", KERNELS_CHECKED(attention, rotate));
 }

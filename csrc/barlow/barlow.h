@@ -10,6 +10,9 @@ namespace barlow {
 
 using torch::stable::Tensor;
 
+// Whether forward saves the standardised views for backward; else `standardised` is empty.
+extern const bool kSavesStandardised;
+
 // -> loss, moments, diagonal, products, standardised.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor y, double eps,
                                                            double std_eps, bool unbiased,

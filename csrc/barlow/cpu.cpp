@@ -309,6 +309,8 @@ void add_gradients(const Problem& p, const Views& views, float grad, const float
 
 }  // namespace
 
+const bool kSavesStandardised = false;
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor y, double eps,
                                                            double std_eps, bool unbiased,
                                                            double lambd, bool) {

@@ -268,6 +268,8 @@ void backward_kernels(const Problem& p, const Tensor& grad, const Tensor& x, con
 
 }  // namespace
 
+const bool kSavesStandardised = true;
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor y, double eps,
                                                            double std_eps, bool unbiased,
                                                            double lambd, bool tf32x3) {

@@ -1,5 +1,5 @@
 // The op schemas' C++ side; common/registration.h says what a library and a key are.
-#include "barlow/barlow.h"
+#include "barlow/checks.h"
 #include "common/registration.h"
 
 #define BARLOW_SETTINGS \
@@ -15,6 +15,6 @@ KERNELS_LIBRARY(m) {
 }
 
 KERNELS_IMPLEMENTATION(m) {
-  m.impl("barlow_forward", TORCH_BOX(&barlow::forward));
-  m.impl("barlow_backward", TORCH_BOX(&barlow::backward));
+  m.impl("barlow_forward", KERNELS_CHECKED(barlow, forward));
+  m.impl("barlow_backward", KERNELS_CHECKED(barlow, backward));
 }

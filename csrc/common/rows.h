@@ -24,7 +24,7 @@ class Rows {
         dtype_(z.scalar_type()),
         group_stride_(z.dim() == 3 ? z.stride(0) : 0),
         row_stride_(z.stride(-2)),
-        column_stride_(z.stride(-1)) {}
+        column_stride_(z.size(-1) == 1 ? 1 : z.stride(-1)) {}  // one column has any stride
 
   // Whether `read` needs scratch.
   bool copies() const { return dtype_ != ScalarType::Float || column_stride_ != 1; }

@@ -236,8 +236,15 @@ void update_range(const Job& job, const std::vector<Layout>& layouts, const Blen
 
 }  // namespace
 
-void update(const Lists& lists, std::optional<Tensor>, double momentum, bool stochastic,
-            int64_t seed, std::optional<Tensor>, int64_t step) {
+void update(const Lists& lists, std::optional<Tensor> momentum_tensor, double momentum,
+            bool stochastic, int64_t seed, std::optional<Tensor> step_tensor, int64_t step) {
+  if (momentum_tensor) {
+    const void* at = momentum_tensor->const_data_ptr();
+    momentum = momentum_tensor->scalar_type() == common::ScalarType::Double
+                   ? *static_cast<const double*>(at)
+                   : *static_cast<const float*>(at);
+  }
+  if (step_tensor) step = *static_cast<const int64_t*>(step_tensor->const_data_ptr());
   const Blend mix = blend(momentum);
   const Rounding rounding = {stochastic, static_cast<uint64_t>(seed), static_cast<uint64_t>(step)};
   std::vector<Job> jobs;

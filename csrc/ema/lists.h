@@ -13,9 +13,10 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
-#include "common/tensors.h"
+#include "common/checks.h"
 
 namespace ema {
 
@@ -86,23 +87,39 @@ class Lists {
   const View& online(size_t i) const { return views_[1][i]; }
   // null: there is none.
   const View* shadow(size_t i) const { return views_[2].empty() ? nullptr : &views_[2][i]; }
-  Tensor first() const {
-    AtenTensorHandle copy;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handles_[0].front(), &copy));
-    return Tensor(copy);
-  }
+  Tensor first() const { return tensor(0, 0); }
 
   // Whether nothing can be wrong: dense tensors of one device and of fused dtypes, the targets'
   // shapes, and written memory that no other tensor has. A false may be too careful: op.py's own
   // checks look closer, and name what is wrong.
-  bool fit() const {
-    if (!alike_ || views_[1].size() != count()) return false;
-    if (!views_[2].empty() && views_[2].size() != count()) return false;
-    for (size_t i = 0; i < count(); ++i) {
-      if (!same_shape(views_[1][i], views_[0][i])) return false;
-      if (!views_[2].empty() && !same_shape(views_[2][i], views_[0][i])) return false;
+  bool fit() const { return matched() && apart(); }
+
+  // Raises an error that names the first tensor by which the lists do not match; whether they
+  // overlap is not looked at.
+  void check() const {
+    if (matched()) return;
+    constexpr const char* kNames[] = {"targets", "onlines", "shadows"};
+    for (int k = 1; k < 3; ++k) {
+      const size_t size = views_[k].size();
+      if (size == count() || (k == 2 && size == 0)) continue;
+      common::refuse(kNames[k], ": got ", size, " tensors, takes ", count(),
+                     ", as many as targets");
     }
-    return apart();
+    const Tensor first = tensor(0, 0);
+    for (size_t i = 0; i < count(); ++i) {
+      for (int k = 0; k < 3 && i < views_[k].size(); ++k) {
+        const auto name = [&](int list) {
+          return std::string(kNames[list]).append("[").append(std::to_string(i)).append("]");
+        };
+        const std::string own = name(k), target = name(0);
+        const Tensor mine = tensor(k, i), like = tensor(0, i);
+        common::Argument(own.c_str(), mine)
+            .on({"targets[0]", first})
+            .dtype(common::kFloats)
+            .like({target.c_str(), like});
+      }
+    }
+    common::refuse("targets, onlines, shadows: take dense (strided) tensors");
   }
 
  private:
@@ -110,6 +127,23 @@ class Lists {
     uintptr_t begin, end;
     bool written;
   };
+
+  Tensor tensor(int k, size_t i) const {
+    AtenTensorHandle copy;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handles_[k][i], &copy));
+    return Tensor(copy);
+  }
+
+  // Dense tensors of one device and of fused dtypes, of the targets' number and shapes.
+  bool matched() const {
+    if (!alike_ || views_[1].size() != count()) return false;
+    if (!views_[2].empty() && views_[2].size() != count()) return false;
+    for (size_t i = 0; i < count(); ++i) {
+      if (!same_shape(views_[1][i], views_[0][i])) return false;
+      if (!views_[2].empty() && !same_shape(views_[2][i], views_[0][i])) return false;
+    }
+    return true;
+  }
 
   void take(StableIValue boxed, int k) {
     const auto list = torch::stable::detail::to<StableListHandle>(boxed);

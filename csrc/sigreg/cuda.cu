@@ -94,11 +94,6 @@ Table table_of(const std::vector<double>& knots) {
   return table;
 }
 
-void check_knots(const std::vector<double>& knots) {
-  STD_TORCH_CHECK(!knots.empty() && knots.size() <= size_t{kMostKnots},
-                  "sigreg: takes 1 to 64 knots");
-}
-
 // out = a b in the dtype of all three.
 void same_dtype_bmm(const Tensor& a, const Tensor& b, const Tensor& out) {
   using torch::stable::detail::from;
@@ -241,7 +236,6 @@ Tensor directions(Tensor like, std::optional<Tensor> step, int64_t number, int64
 }
 
 std::tuple<Tensor, Tensor> sums(Tensor z, Tensor directions, std::vector<double> knots) {
-  check_knots(knots);
   const int64_t groups = z.size(0), slices = directions.size(1);
   const int64_t count = static_cast<int64_t>(knots.size());
   const Tensor projections = common::empty(z, {groups, z.size(1), slices}, ScalarType::Float);
@@ -257,7 +251,6 @@ std::tuple<Tensor, Tensor> sums(Tensor z, Tensor directions, std::vector<double>
 std::tuple<Tensor, Tensor> statistic(Tensor sums, std::vector<double> knots,
                                      std::vector<double> weights, double count, double factor,
                                      double ranks) {
-  check_knots(knots);
   const int64_t groups = sums.size(0), number = sums.size(2), slices = sums.size(3);
   const int64_t size = number * slices;
   const Parts one = {common::strided(sums, {1, groups, 2, number, slices},
@@ -269,7 +262,6 @@ std::tuple<Tensor, Tensor> statistic(Tensor sums, std::vector<double> knots,
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor z, Tensor directions, std::vector<double> knots,
                                            std::vector<double> weights, double count,
                                            double factor) {
-  check_knots(knots);
   const Tensor projections =
       common::empty(z, {z.size(0), z.size(1), directions.size(1)}, ScalarType::Float);
   const Queue queue(z);
@@ -281,7 +273,6 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor z, Tensor directions, std::vec
 
 Tensor gradient(Tensor grad, Tensor coefficients, Tensor projections, Tensor directions,
                 std::vector<double> knots) {
-  check_knots(knots);
   const Tensor result =
       common::empty(projections, {projections.size(0), projections.size(1), directions.size(0)},
                     directions.scalar_type());

@@ -1,6 +1,6 @@
 // The op schemas' C++ side; common/registration.h says what a library and a key are.
 #include "common/registration.h"
-#include "sigreg/sigreg.h"
+#include "sigreg/checks.h"
 
 KERNELS_LIBRARY(m) {
   m.def(
@@ -19,9 +19,9 @@ KERNELS_LIBRARY(m) {
 }
 
 KERNELS_IMPLEMENTATION(m) {
-  m.impl("sigreg_directions", TORCH_BOX(&sigreg::directions));
-  m.impl("sigreg_sums", TORCH_BOX(&sigreg::sums));
-  m.impl("sigreg_statistic", TORCH_BOX(&sigreg::statistic));
-  m.impl("sigreg_forward", TORCH_BOX(&sigreg::forward));
-  m.impl("sigreg_gradient", TORCH_BOX(&sigreg::gradient));
+  m.impl("sigreg_directions", KERNELS_CHECKED(sigreg, directions));
+  m.impl("sigreg_sums", KERNELS_CHECKED(sigreg, sums));
+  m.impl("sigreg_statistic", KERNELS_CHECKED(sigreg, statistic));
+  m.impl("sigreg_forward", KERNELS_CHECKED(sigreg, forward));
+  m.impl("sigreg_gradient", KERNELS_CHECKED(sigreg, gradient));
 }

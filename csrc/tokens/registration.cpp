@@ -1,6 +1,6 @@
 // The op schemas' C++ side; common/registration.h says what a library and a key are.
 #include "common/registration.h"
-#include "tokens/tokens.h"
+#include "tokens/checks.h"
 
 KERNELS_LIBRARY(m) {
   m.def("tokens_gather(Tensor x, Tensor index, Tensor? offsets) -> Tensor");
@@ -23,11 +23,11 @@ KERNELS_LIBRARY(m) {
 }
 
 KERNELS_IMPLEMENTATION(m) {
-  m.impl("tokens_gather", TORCH_BOX(&tokens::gather));
-  m.impl("tokens_scatter", TORCH_BOX(&tokens::scatter));
-  m.impl("tokens_loss_forward", TORCH_BOX(&tokens::loss_forward));
-  m.impl("tokens_loss_backward", TORCH_BOX(&tokens::loss_backward));
-  m.impl("tokens_order", TORCH_BOX(&tokens::order));
-  m.impl("tokens_assemble", TORCH_BOX(&tokens::assemble));
-  m.impl("tokens_column_sum", TORCH_BOX(&tokens::column_sum));
+  m.impl("tokens_gather", KERNELS_CHECKED(tokens, gather));
+  m.impl("tokens_scatter", KERNELS_CHECKED(tokens, scatter));
+  m.impl("tokens_loss_forward", KERNELS_CHECKED(tokens, loss_forward));
+  m.impl("tokens_loss_backward", KERNELS_CHECKED(tokens, loss_backward));
+  m.impl("tokens_order", KERNELS_CHECKED(tokens, order));
+  m.impl("tokens_assemble", KERNELS_CHECKED(tokens, assemble));
+  m.impl("tokens_column_sum", KERNELS_CHECKED(tokens, column_sum));
 }

@@ -81,8 +81,8 @@ void add_gram(const Problem& p, const Rows& z, int64_t group, const float* momen
     const int64_t count = std::min(range.chunk, range.end - begin);
     centre(z, group, 0, p.rows, begin, count, moments, p.dim, zc);
     for (int64_t k = 0; k < p.deflated; ++k) {
+      if (index[k] < begin || index[k] >= begin + count) continue;
       const int64_t j = index[k] - begin;
-      if (j < 0 || j >= count) continue;
       for (int64_t n = 0; n < p.rows; ++n) {
         taken[k * p.rows + n] = zc[n * count + j];
         zc[n * count + j] = 0.f;
@@ -150,12 +150,16 @@ void add_gradient(const Problem& p, const Rows& z, const Rows* other, int64_t gr
   std::vector<float> factor(p.dim);
   const float* scatter = moments + 2 * p.dim;
   hinge_slopes(scatter, p.dim, p.degrees, margin, eps, factor.data());
+  // An index out of range is never followed.
+  const auto named = [&](int64_t k) { return index[k] >= 0 && index[k] < p.dim; };
   std::vector<float> slope(p.deflated);
-  for (int64_t k = 0; k < p.deflated; ++k) slope[k] = factor[index[k]];
+  for (int64_t k = 0; k < p.deflated; ++k) slope[k] = named(k) ? factor[index[k]] : 0.f;
   for (int64_t j = 0; j < p.dim; ++j) {
     factor[j] = column_factor(a, factor[j], p.gram ? scatter[j] : 0.f);
   }
-  for (int64_t k = 0; k < p.deflated; ++k) factor[index[k]] = column_factor(a, slope[k], 0.f);
+  for (int64_t k = 0; k < p.deflated; ++k) {
+    if (named(k)) factor[index[k]] = column_factor(a, slope[k], 0.f);
+  }
 
   for (int64_t begin = range.begin; begin < range.end; begin += range.chunk) {
     // The chunk: rows [row, row + rows), columns [column, column + columns).
@@ -175,8 +179,8 @@ void add_gradient(const Problem& p, const Rows& z, const Rows* other, int64_t gr
       for (int64_t n = first; n < last; ++n) {
         float* out = zc + area + n * columns;
         for (int64_t k = 0; k < p.deflated; ++k) {
-          const int64_t j = index[k] - column;
-          if (j >= 0 && j < columns) out[j] = deflated[k * p.rows + n];
+          if (index[k] < column || index[k] >= column + columns) continue;
+          out[index[k] - column] = deflated[k * p.rows + n];
         }
         const float* own = nullptr;
         const float* opposite = nullptr;
@@ -196,6 +200,9 @@ void add_gradient(const Problem& p, const Rows& z, const Rows* other, int64_t gr
 }
 
 }  // namespace
+
+const bool kSavesCentred = false;
+const bool kTakesRows = true;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     Tensor x, std::optional<Tensor> y, double margin, double eps, bool unbiased,

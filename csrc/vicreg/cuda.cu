@@ -296,6 +296,9 @@ void backward_kernels(const Problem& p, const Tensor& grads, const Tensor& x,
 
 }  // namespace
 
+const bool kSavesCentred = true;
+const bool kTakesRows = false;
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     Tensor x, std::optional<Tensor> y, double margin, double eps, bool unbiased,
     std::vector<double> scales, std::vector<double> weights, bool tf32x3) {

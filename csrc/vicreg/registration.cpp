@@ -1,6 +1,6 @@
 // The op schemas' C++ side; common/registration.h says what a library and a key are.
 #include "common/registration.h"
-#include "vicreg/vicreg.h"
+#include "vicreg/checks.h"
 
 #define VICREG_SETTINGS "float margin, float eps, bool unbiased, float[] scales, float[] weights, " \
                         "bool tf32x3=False"
@@ -15,6 +15,6 @@ KERNELS_LIBRARY(m) {
 }
 
 KERNELS_IMPLEMENTATION(m) {
-  m.impl("vicreg_forward", TORCH_BOX(&vicreg::forward));
-  m.impl("vicreg_backward", TORCH_BOX(&vicreg::backward));
+  m.impl("vicreg_forward", KERNELS_CHECKED(vicreg, forward));
+  m.impl("vicreg_backward", KERNELS_CHECKED(vicreg, backward));
 }

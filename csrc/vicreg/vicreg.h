@@ -12,6 +12,11 @@ namespace vicreg {
 
 using torch::stable::Tensor;
 
+// Whether forward saves the centred views for backward; else `centred` is empty.
+extern const bool kSavesCentred;
+// Whether x and y may be [N, D], one group, beside [G, N, D].
+extern const bool kTakesRows;
+
 // -> terms, moments, squares, deflated, index, centred.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     Tensor x, std::optional<Tensor> y, double margin, double eps, bool unbiased,

@@ -83,19 +83,22 @@ class Search {
   std::vector<int32_t> order_;
 };
 
-// What one direction keeps, and where its matches are.
+// What one direction keeps of `length` positions, and where its matches are, of `other` positions.
 struct Direction {
   const int32_t *nearest, *rank;
   Kept kept;
-  int64_t length;
+  int64_t length, other;
 
-  // each(i, nearest of i, factor) for the matches that are kept, in the order of positions.
+  // each(i, nearest of i, factor, inside) for the matches that are kept, in the order of positions.
+  // One out of range (not `inside`) is not followed: it gives i, and it alone, NaN.
   template <typename Each>
   void over(int64_t pair, const Each& each) const {
     for (int64_t i = 0; kept.sets > 0 && i < length; ++i) {
       const int64_t at = pair * length + i;
       const float factor = kept.factor(rank[at]);
-      if (factor != 0.f) each(i, static_cast<int64_t>(nearest[at]), factor);
+      if (factor == 0.f) continue;
+      const bool inside = nearest[at] >= 0 && nearest[at] < other;
+      each(i, inside ? int64_t{nearest[at]} : 0, inside ? factor : NAN, inside);
     }
   }
 };
@@ -130,9 +133,9 @@ Tensor pairs_forward(Tensor a, Tensor b, Tensor nearest_a, Tensor rank_a, Tensor
   const Views views_a(a), views_b(b);
   const int64_t U = views_a.views, V = views_b.views, B = views_a.batch, dim = views_a.dim;
   const Direction from_a = {integers(nearest_a), integers(rank_a), kept(a, counts_a, weights_a),
-                            views_a.length};
+                            views_a.length, views_b.length};
   const Direction from_b = {integers(nearest_b), integers(rank_b), kept(b, counts_b, weights_b),
-                            views_b.length};
+                            views_b.length, views_a.length};
   std::vector<double> sums(U * V * B);
   torch::stable::parallel_for(0, U * V * B, 1, [&](int64_t first, int64_t last) {
     Views::Sample rows_a(views_a), rows_b(views_b);
@@ -140,10 +143,10 @@ Tensor pairs_forward(Tensor a, Tensor b, Tensor nearest_a, Tensor rank_a, Tensor
       rows_a.read(pair / (V * B), pair % B);
       rows_b.read(pair / B % V, pair % B);
       double sum = 0.0;
-      from_a.over(pair, [&](int64_t i, int64_t j, float factor) {
+      from_a.over(pair, [&](int64_t i, int64_t j, float factor, bool) {
         sum += static_cast<double>(factor) * cpu::squared_distance(rows_a[i], rows_b[j], dim);
       });
-      from_b.over(pair, [&](int64_t j, int64_t i, float factor) {
+      from_b.over(pair, [&](int64_t j, int64_t i, float factor, bool) {
         sum += static_cast<double>(factor) * cpu::squared_distance(rows_b[j], rows_a[i], dim);
       });
       sums[pair] = sum;
@@ -230,9 +233,9 @@ std::tuple<Tensor, Tensor> pairs_backward(Tensor grad, Tensor a, Tensor b, Tenso
   const Views views_a(a), views_b(b);
   const int64_t U = views_a.views, V = views_b.views, B = views_a.batch, dim = views_a.dim;
   const Direction from_a = {integers(nearest_a), integers(rank_a), kept(a, counts_a, weights_a),
-                            views_a.length};
+                            views_a.length, views_b.length};
   const Direction from_b = {integers(nearest_b), integers(rank_b), kept(b, counts_b, weights_b),
-                            views_b.length};
+                            views_b.length, views_a.length};
   const float scale = *static_cast<const float*>(grad.const_data_ptr());
   const Gradient grad_a(views_a, a, need_a), grad_b(views_b, b, need_b);
   if (!need_a && !need_b) return {grad_a.out, grad_b.out};
@@ -247,12 +250,14 @@ std::tuple<Tensor, Tensor> pairs_backward(Tensor grad, Tensor a, Tensor b, Tenso
         for (int64_t v = 0; v < V; ++v) {
           rows_b.read(v, s);
           const int64_t pair = (u * V + v) * B + s;
-          const auto add = [&](int64_t i, int64_t j, float factor) {
+          from_a.over(pair, [&](int64_t i, int64_t j, float factor, bool inside) {
             cpu::step(rows_a[i], rows_b[j], slope(scale, factor), dim, to_a.row(u, s, i),
-                      to_b.row(v, s, j));
-          };
-          from_a.over(pair, add);
-          from_b.over(pair, [&](int64_t j, int64_t i, float factor) { add(i, j, factor); });
+                      inside ? to_b.row(v, s, j) : nullptr);
+          });
+          from_b.over(pair, [&](int64_t j, int64_t i, float factor, bool inside) {
+            cpu::step(rows_a[i], rows_b[j], slope(scale, factor), dim,
+                      inside ? to_a.row(u, s, i) : nullptr, to_b.row(v, s, j));
+          });
         }
       }
       to_a.write(s);

@@ -166,7 +166,7 @@ VICREG_VECTOR inline void step(const float* a, const float* b, float slope, int6
     }
   } else if (to_a != nullptr) {
     for (int64_t c = 0; c < count; ++c) to_a[c] += slope * (a[c] - b[c]);
-  } else {
+  } else if (to_b != nullptr) {
     for (int64_t c = 0; c < count; ++c) to_b[c] -= slope * (a[c] - b[c]);
   }
 }

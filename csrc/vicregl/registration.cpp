@@ -1,6 +1,6 @@
 // The op schemas' C++ side; common/registration.h says what a library and a key are.
 #include "common/registration.h"
-#include "vicregl/vicregl.h"
+#include "vicregl/checks.h"
 
 #define VICREGL_MATCHES \
   "Tensor a, Tensor b, Tensor nearest_a, Tensor rank_a, Tensor nearest_b, Tensor rank_b"
@@ -14,7 +14,7 @@ KERNELS_LIBRARY(m) {
 }
 
 KERNELS_IMPLEMENTATION(m) {
-  m.impl("vicregl_match", TORCH_BOX(&vicregl::match));
-  m.impl("vicregl_pairs_forward", TORCH_BOX(&vicregl::pairs_forward));
-  m.impl("vicregl_pairs_backward", TORCH_BOX(&vicregl::pairs_backward));
+  m.impl("vicregl_match", KERNELS_CHECKED(vicregl, match));
+  m.impl("vicregl_pairs_forward", KERNELS_CHECKED(vicregl, pairs_forward));
+  m.impl("vicregl_pairs_backward", KERNELS_CHECKED(vicregl, pairs_backward));
 }
