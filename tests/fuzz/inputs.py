@@ -78,7 +78,9 @@ class Inputs:
 
 
 def bits(z: Tensor) -> Tensor:
-    return z.detach().reshape(-1).view(torch.uint8)
+    """The bytes of the elements, in order."""
+    flat = torch.zeros(z.numel(), dtype=z.dtype).copy_(z.detach().reshape(-1))
+    return flat.view(torch.uint8)
 
 
 def _drawn(

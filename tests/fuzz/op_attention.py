@@ -45,7 +45,7 @@ def _padding(r: Draw, samples: int, keys: int) -> str:
 
 
 def _blocks(r: Draw, samples: int, longest: int) -> str:
-    cuts = [sorted(_lengths(r, r.choice((1, 2, 3)), longest)) for _ in range(1)][0]
+    cuts = sorted(_lengths(r, r.choice((1, 2, 3)), longest))
     context, sizes = cuts[0], [b - a for a, b in zip(cuts, cuts[1:], strict=False)]
     if r.chance(0.5):
         return f"Blocks({context}, {_spoil(r, r.integers(sizes))})"
@@ -62,7 +62,7 @@ def _joined(rules: list[str]) -> str:
 
 def masked_attention(r: Draw) -> str:
     samples, heads, dim = r.extent(3), r.extent(3), r.choice((16, 24, 40, 64, 128))
-    packed, dtype, size = r.chance(0.3), r.dtype(), 1.0
+    packed, dtype = r.chance(0.3), r.dtype()
     dim = r.extent() if r.chance(0.03) else dim
     tokens = r.extent(17)
     keys = tokens if r.chance(0.6) else r.extent(17)
@@ -85,7 +85,7 @@ def masked_attention(r: Draw) -> str:
     if most[0] == most[1] and r.chance(0.3):
         rules.append(_blocks(r, max(1, samples), min(most)))
     shapes = [(n, heads, dim) if packed else (samples, heads, n, dim) for n in (tokens, keys, keys)]
-    size = r.size(dtype, 2.0)
+    size = r.size(dtype)
     arguments = {n: r.tensor(s, dtype, size) for n, s in zip("qkv", shapes, strict=True)}
     arguments["mask"] = _joined(rules)
     if r.chance(0.4):
