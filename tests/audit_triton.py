@@ -60,7 +60,7 @@ def specialise(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> 
 
     types = {
         torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16",
-        torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32",
+        torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32", torch.int8: "*i8",
     }  # fmt: skip
     names = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
     options = {k: keywords.pop(k) for k in names if k in keywords}

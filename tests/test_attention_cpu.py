@@ -87,7 +87,7 @@ def test_rules(fused, rules, tokens):
 def test_rules_over_many_chunks(fused, rules):
     """Long enough that a sample and head is shared by several tasks."""
     call = cases.draw(
-        rules, batch=1, heads_=1, tokens=1100, tokens_per_frame=129, dim=16, device=fused.device
+        rules, batch=1, heads_=1, tokens=1100, tokens_per_frame=129, device=fused.device
     )
     hold(fused, call)
 
@@ -134,7 +134,7 @@ def test_strides(fused, rules, layout, dtype):
     hold(fused, call)
 
 
-@pytest.mark.triton_takes(lambda rules, dtype, **_: dtype == torch.float16 and rules == ("keep",))
+@pytest.mark.triton_takes(lambda **_: False)  # its kernels in half: test_attention_gpu
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("rules", [(), ("keep",), ("window",), ("ragged",), ("blocks",)])
 def test_half(fused, rules, dtype):
@@ -217,7 +217,7 @@ ROTATIONS = {
 @pytest.mark.parametrize("rules", [(), ("ragged",), ("ragged_keys",)])
 def test_rope(fused, rules, indexed, layout, axes):
     call = cases.draw(
-        rules, tokens=41, keys=53, axes=axes, indexed=indexed, rope_layout=layout, dim=40,
+        rules, tokens=41, keys=53, axes=axes, indexed=indexed, rope_layout=layout,
         device=fused.device,
     )  # fmt: skip
     hold(fused, call)
@@ -231,7 +231,7 @@ def test_rope_index_shared_by_the_batch(fused):
 
 @pytest.mark.triton_takes(
     lambda rules, dtype, axes, **_: (
-        axes == 3 - bool(rules) and dtype != (torch.bfloat16 if rules else torch.float16)
+        axes == 3 - bool(rules) and dtype in (torch.float32, torch.float16 if rules else None)
     )
 )
 @pytest.mark.parametrize("axes", [1, 2, 3])

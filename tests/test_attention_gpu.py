@@ -92,7 +92,7 @@ def test_a_whole_batch_gives_what_its_samples_give_alone(backend, name):
                 assert torch.equal(all_[own], one)
 
 
-@pytest.mark.parametrize("dim", [16, 104])
+@pytest.mark.parametrize("dim", [80, 104])
 def test_backends_agree(dim):
     for name in ("cuda", "triton"):
         if dispatch.missing(name, DEVICE, torch.bfloat16) is not None:
@@ -108,13 +108,15 @@ def test_backends_agree(dim):
 COMBINED = [("keep", "window"), ("lengths", "blocks"), ("ragged", "frames", "blocks")]
 
 
-@pytest.mark.triton_takes(lambda rules, dtype, **_: dtype == torch.bfloat16 or len(rules) > 2)
+@pytest.mark.triton_takes(
+    lambda rules, dtype, **_: dtype == (torch.float16 if len(rules) > 2 else torch.bfloat16)
+)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("rules", [(), *((rule,) for rule in RULES), *COMBINED], ids="-".join)
 def test_rules_match_the_reference(backend, rules, dtype):
     sizes = ((80, 110, 110), (64, 200, 256), (128, 256, 256), (40, 3, 70))
-    if backend == "triton":  # compiles all for each head dim
-        sizes = sizes[:3:2] if rules == ("keep", "window") else sizes[:1]
+    if backend == "triton":  # compiles all for each head dim: test_backends_agree has another
+        sizes = sizes[:1]
     for dim, tokens, keys in sizes:
         call = draw(rules, batch=4, tokens=tokens, keys=keys, dim=dim, axes=3, tokens_per_frame=24,
                     dtype=dtype, device=DEVICE)  # fmt: skip
@@ -132,7 +134,8 @@ def test_strides_match_the_reference(backend, layout):
         hold(backend, call.wanting(True, True, True))
 
 
-@pytest.mark.triton_takes(lambda dtype, **_: dtype != torch.float16)
+# Of what is left out here, Triton's kernels are launched by: float32 and float16: test_apply_rope.
+@pytest.mark.triton_takes(lambda dtype, **_: dtype == torch.bfloat16)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_rotation_matches_the_reference(backend, dtype):
     rope = Rope3d((16, 16, 16))

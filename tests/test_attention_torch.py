@@ -27,6 +27,7 @@ from vicreg_kernels import (
     masked_attention,
 )
 from vicreg_kernels.attention import rope as rope_module
+from vicreg_kernels.kept import Kept
 
 
 @pytest.fixture(autouse=True)
@@ -339,30 +340,28 @@ def test_eager_calls_go_straight_to_the_backend(fused, monkeypatch):
         seen.clear()
 
 
-def test_a_rules_values_are_read_at_every_call(fused):
-    """Nothing about an earlier call is remembered: lengths may be changed in place in between."""
+def test_a_rules_values_are_checked_at_every_call(fused):
+    """Nothing about an earlier call is remembered: the same rule meets other keys."""
     if fused.device != "cpu":
         pytest.skip("values on a device are not read")
     q, k, v = heads(fused, *DENSE)
-    lengths = torch.tensor([4, 9], dtype=torch.int32)
-    mask = KeyPadding(lengths)
+    mask = KeyPadding(torch.tensor([4, 9], dtype=torch.int32))
     masked_attention(q, k, v, mask=mask, backend=fused.name)
-    lengths[1] = 11
-    with pytest.raises(ValueError, match=r"lengths: got 11, takes at most 10"):
-        masked_attention(q, k, v, mask=mask, backend=fused.name)
+    with pytest.raises(ValueError, match=r"lengths: got 9, takes at most 8"):
+        masked_attention(q, k[:, :, :8], v[:, :, :8], mask=mask, backend=fused.name)
 
 
 def test_tables_of_angles_are_kept_as_ordinary_tensors(fused, monkeypatch):
     """One made under inference_mode serves a training step; one of a fake mode is not kept."""
-    monkeypatch.setattr(rope_module, "_TABLES", {})
+    monkeypatch.setattr(rope_module, "_TABLES", Kept(entries=9, nbytes=2**20))
     rope = Rope3d((2, 3, 4))
     (q,) = heads(fused, *DENSE, count=1)
     with FakeTensorMode(allow_non_fake_inputs=True):
         rope.table(16, q.device)
-    assert not rope_module._TABLES
+    assert not rope_module._TABLES.held
     with torch.inference_mode():
         apply_rope(q, rope, backend=fused.name)
-    (table,) = rope_module._TABLES.values()
+    (table,) = rope_module._TABLES.held.values()
     assert not table.is_inference()
     (grad,) = torch.autograd.grad(apply_rope(q, rope, backend=fused.name).sum(), q)
     assert grad.isfinite().all()

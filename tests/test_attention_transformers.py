@@ -5,6 +5,7 @@ attention and rotary position replaced through transformers' own registry, again
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from recording import RecordedOps
 
 transformers = pytest.importorskip("transformers")
 
-from vicreg_kernels.integrations.transformers import attention_forward, fuse  # noqa: E402
+from vicreg_kernels.integrations.transformers import fuse, unfuse  # noqa: E402
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -95,22 +96,111 @@ def test_the_state_dict_is_untouched():
     assert list(fuse(model).state_dict()) == names
 
 
-def test_padding_and_causal_masks():
-    q, k, v = (torch.randn(2, 2, 9, 16) for _ in range(3))
-    keep = torch.arange(9) < torch.tensor([4, 9])[:, None]
-    additive = torch.zeros(2, 1, 1, 9).masked_fill(~keep[:, None, None], -torch.inf)
-    module = torch.nn.Module()
-    plain = torch.nn.functional.scaled_dot_product_attention
-    for mask in (keep[:, None, None], additive):
-        expected = plain(q, k, v, attn_mask=keep[:, None, None]).transpose(1, 2)
-        torch.testing.assert_close(attention_forward(module, q, k, v, mask)[0], expected)
-    expected = plain(q, k, v, is_causal=True).transpose(1, 2)
-    torch.testing.assert_close(attention_forward(module, q, k, v, is_causal=True)[0], expected)
+def sharp(model):
+    """Queries and keys that look somewhere, as a trained model's do."""
+    for name, parameter in model.named_parameters():
+        if "query.weight" in name or "key.weight" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
 
 
-def test_what_cannot_be_replaced_is_refused():
-    q = torch.randn(2, 2, 9, 16)
-    with pytest.raises(ValueError, match=r"dropout: got 0\.1, takes 0"):
-        attention_forward(torch.nn.Module(), q, q, q, None, dropout=0.1)
-    with pytest.raises(ValueError, match="attention_mask: got shape"):
-        attention_forward(torch.nn.Module(), q, q, q, torch.ones(2, 1, 9, 9, dtype=torch.bool))
+def hidden(model, video):
+    with torch.no_grad():
+        return model(video, skip_predictor=True).last_hidden_state
+
+
+@pytest.mark.parametrize("how", ["set_attn_implementation", "config"])
+def test_another_implementation_set_after_fuse_rotates(how):
+    plain, video = sharp(vjepa2()), torch.randn(1, 8, 3, 64, 64)
+    expected = hidden(plain, video)
+    fused = fuse(copy.deepcopy(plain))
+    for name in ("eager", "sdpa", "vicreg_kernels", "eager"):
+        if how == "config":
+            fused.config._attn_implementation = name
+        else:
+            fused.set_attn_implementation(name)
+        torch.testing.assert_close(hidden(fused, video), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("given", [None, "sdpa"])
+def test_unfuse(given):
+    plain, video = sharp(vjepa2()), torch.randn(1, 8, 3, 64, 64)
+    expected = hidden(plain, video)
+    attributes = [set(module.__dict__) for module in plain.modules()]
+    fused = fuse(fuse(plain))  # twice is as once
+    hidden(fused, video)
+    assert unfuse(fused, given) is plain
+    assert plain.config._attn_implementation == (given or "eager")
+    assert [set(module.__dict__) for module in plain.modules()] == attributes
+    torch.testing.assert_close(hidden(plain, video), expected, **CLOSE)
+    with pytest.raises(ValueError, match="model: got VJEPA2Model that is not fused"):
+        unfuse(plain)
+
+
+def test_unfuse_where_fuse_found_this_library_s():
+    model = fuse(ijepa())
+    again = fuse(transformers.IJepaModel(model.config))
+    with pytest.raises(ValueError, match="attn_implementation: got None"):
+        unfuse(again)
+    assert unfuse(again, "sdpa").config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_rotates_by_itself(duplicate):
+    fused, video = fuse(sharp(vjepa2())), torch.randn(1, 8, 3, 64, 64)
+    expected = hidden(fused, video)
+    twin = duplicate(fused)
+    torch.testing.assert_close(hidden(twin, video), expected, **CLOSE)
+    twin.set_attn_implementation("eager")
+    torch.testing.assert_close(hidden(twin, video), expected, **CLOSE)
+    torch.testing.assert_close(hidden(fused, video), expected, **CLOSE)
+    assert all(
+        module.get_position_ids.args[0] is module
+        for module in twin.modules()
+        if "get_position_ids" in module.__dict__
+    )
+
+
+def test_a_model_with_padding():
+    """transformers passes no mask to an attention function that has no mask function beside it."""
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model = transformers.BertModel(config, add_pooling_layer=False).eval()
+    model.set_attn_implementation("eager")
+    ids = torch.randint(0, 50, (2, 9))
+    keep = (torch.arange(9) < torch.tensor([4, 9])[:, None]).long()
+    expected = model(ids, attention_mask=keep).last_hidden_state
+    found = fuse(model)(ids, attention_mask=keep).last_hidden_state
+    torch.testing.assert_close(found[keep.bool()], expected[keep.bool()], **CLOSE)
+
+
+def test_a_causal_model_decodes():
+    """A cache: one query beside many keys, which is not causal from the first key on."""
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, intermediate_size=32,
+    )  # fmt: skip
+    model = transformers.LlamaModel(config).eval()
+    ids = torch.randint(0, 50, (2, 9))
+    keep = torch.ones(2, 9).long()
+    keep[0, 6:] = 0
+    for mask in (None, keep):
+        model.set_attn_implementation("eager")
+        expected = model(ids, attention_mask=mask).last_hidden_state
+        model.set_attn_implementation("vicreg_kernels")
+        whole = model(ids, attention_mask=mask).last_hidden_state
+        seen = slice(None) if mask is None else mask.bool()
+        torch.testing.assert_close(whole[seen], expected[seen], **CLOSE)
+    expected = model(ids).last_hidden_state
+    first = model(ids[:, :8], use_cache=True)
+    last = model(ids[:, 8:], past_key_values=first.past_key_values).last_hidden_state
+    torch.testing.assert_close(last[:, 0], expected[:, 8], **CLOSE)
+
+
+def test_a_model_that_does_not_go_through_the_registry_is_refused():
+    model = ijepa()
+    model._can_set_attn_implementation = lambda: False
+    with pytest.raises(ValueError, match="model: got IJepaModel"):
+        fuse(model)

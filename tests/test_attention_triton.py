@@ -52,28 +52,28 @@ else:
     @triton.jit
     def visits_kernel(
         out, keys_of, bounds, queries, blocks, frame, window,
-        FRAMES: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr,
+        FRAMES: tl.constexpr, BLOCKS: tl.constexpr, TILE: tl.constexpr,
     ):  # fmt: skip
         """out[tile]: key_tiles of a tile of queries, then query_range of the tile of keys."""
         first = tl.program_id(0) * TILE
         keys = tl.load(keys_of)
         row = tl.minimum(first + tl.arange(0, TILE), queries - 1)
         begin, end, second, second_end = triton_rules.key_intervals(
-            row, keys, bounds, blocks, frame, window, FRAMES, WINDOW, BLOCKS
+            row, keys, bounds, blocks, frame, window, FRAMES, BLOCKS
         )
         found = triton_rules.key_tiles(
             begin, end, second, second_end, keys, FRAMES or BLOCKS, BLOCKS, False, TILE
         )
         last = tl.minimum(first + TILE, keys) - 1
         found = found + triton_rules.query_range(
-            first, last, queries, bounds, blocks, frame, window, FRAMES, WINDOW, BLOCKS
+            first, last, queries, bounds, blocks, frame, window, FRAMES, BLOCKS
         )
         for i in range(14):
             tl.store(out + tl.program_id(0) * 14 + i, found[i])
 
     @triton.jit
     def samples_kernel(out, offsets, samples, TILE: tl.constexpr):
-        sample, tile = triton_rules.find_sample(offsets, samples, tl.program_id(0), TILE)
+        sample, tile = triton_rules.find_sample(offsets, samples, 0, tl.program_id(0), TILE)
         tl.store(out + tl.program_id(0) * 2, sample)
         tl.store(out + tl.program_id(0) * 2 + 1, tile)
 
@@ -353,8 +353,8 @@ class TestInterpreter:
         out = torch.full((tiles, 14), -1, dtype=torch.int32)
         visits_kernel[(tiles,)](
             out, lengths, lengths if ends is None else ends, tokens,
-            0 if ends is None else ends.shape[1] - 1, frame, window,
-            FRAMES=frame > 0, WINDOW=window > 0, BLOCKS=ends is not None, TILE=tile,
+            0 if ends is None else ends.shape[1] - 1, frame, window or tokens,
+            FRAMES=frame > 0, BLOCKS=ends is not None, TILE=tile,
         )  # fmt: skip
         for t, row in enumerate(out.tolist()):
             rows = seen[t * tile : (t + 1) * tile]
@@ -389,9 +389,7 @@ class TestInterpreter:
         """16 frames of 16 in tiles of 16: 136 of 256 tiles, none masked."""
         out = torch.zeros(16, 14, dtype=torch.int32)
         keys = torch.tensor([256], dtype=torch.int32)
-        visits_kernel[(16,)](
-            out, keys, keys, 256, 0, 16, 0, FRAMES=True, WINDOW=False, BLOCKS=False, TILE=16
-        )
+        visits_kernel[(16,)](out, keys, keys, 256, 0, 16, 16, FRAMES=True, BLOCKS=False, TILE=16)
         assert out[:, 2].sum() == 0
         assert out[:, 4].sum() == 136
 

@@ -78,9 +78,7 @@ def test_strides(fused, shape, layout_x, layout_y):
     hold(fused, x, y)
 
 
-@pytest.mark.triton_takes(
-    lambda shape, dtype, **_: dtype == torch.float16 and shape in ((64, 1031), (521, 127))
-)
+@pytest.mark.triton_takes(lambda shape, dtype, **_: dtype == torch.float16 and shape == (521, 127))
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("shape", [(3, 4), (33, 31), (31, 67), (64, 1031), (521, 127)])
 def test_half(fused, shape, dtype):

@@ -65,6 +65,9 @@ def test_real_shapes_match_the_reference(backend, shape, dtype):
     assert_matches_reference(barlow_twins_loss, backend, x, y, name=f"{shape}")
 
 
+# Of what is left out here, Triton's kernels are launched by: bfloat16, odd: test_barlow_cpu,
+# test_nan_and_inf_spread_as_in_the_reference.
+@pytest.mark.triton_takes(lambda shape, dtype, **_: dtype == torch.float32 or shape in SOME)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("shape", BOTH_SIDES, ids=str)
 def test_graph_replay_after_poison(backend, shape, dtype):
@@ -135,11 +138,11 @@ def test_no_host_synchronisation_and_on_the_current_stream(backend, shape):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("shape", [(4, 96), (96, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(16, 96), (96, 16)], ids=str)
 def test_offsets_past_two_to_the_31(backend, shape):
     """Rows far apart in memory: the last one begins past 2^31 elements."""
     rows, dim = shape
-    stride = (1 << 31) // (rows - 1) + 64
+    stride = ((1 << 31) // (rows - 1) + 64) // 16 * 16  # as near rows: of one Triton kernel
     if torch.cuda.mem_get_info()[0] < 3 * stride * rows:
         pytest.skip("needs about 7 GB of free memory")
     torch.utils.deterministic.fill_uninitialized_memory = False  # the base is not read

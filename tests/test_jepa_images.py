@@ -13,7 +13,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from jepa import cli, config, data, launch, source, stored, tars
+from jepa import checkpoint, cli, config, data, launch, source, stored, tars
 from PIL import Image
 
 SMALL = ["training.batch=8", "training.steps=2", "model.dim=8", "model.expander=[8, 16]"]
@@ -127,7 +127,7 @@ def test_shards_train_and_are_probed(shards, tmp_path, capsys):
     (state,) = Path(run).glob("checkpoints/*/state.json")
     held = json.loads(state.read_text())
     del held["state"]["config"]["data"]["decoder"]
-    state.write_text(json.dumps(held))
+    state.write_text(json.dumps(checkpoint.sealed(held)))
     assert cli.main(["train", "vicreg_digits", *words, "--output", run]) == 0
     assert "going on from step 2" in capsys.readouterr().err
     train, held_out = launch.images(settings("vicreg", *words))

@@ -63,6 +63,7 @@ class Decoder:
                 self.frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
         except ValueError as error:
             raise RuntimeError(error) from error
+        self.metadata = SimpleNamespace(width=48, height=32)
 
     def __len__(self):
         return len(self.frames)
@@ -125,8 +126,8 @@ def test_no_more_is_decoded_than_a_clip_needs(decoding, tmp_path, monkeypatch):
     def counting(self):
         with opened(self) as container:
 
-            def decode(video):
-                for number, frame in enumerate(container.decode(video=video)):
+            def decode(stream):
+                for number, frame in enumerate(container.decode(stream)):
                     shown.append(number)
                     yield frame
 

@@ -144,6 +144,7 @@ def test_resident_peak(cpu):
 
 
 @pytest.mark.gpu
+@pytest.mark.triton_takes(lambda dtype, **_: dtype == torch.bfloat16)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_on_cuda(fused, dtype):
     if fused.device != "cuda":

@@ -255,14 +255,16 @@ def test_a_setting_that_a_method_does_not_take_is_refused(key):
     elif isinstance(default, float):
         other = (default + 1) / 2 if default != 1 else 0.5
     else:
-        other = others[default]
+        other = 4095.0 if name == "white" else others[default]
     for method in METHODS:
         values = config.describe(settings(method))
         if method in config.ON_VIDEO:
             values["data"]["frames"] = 16  # enough for any
         values[section] |= {name: 16 if name == "frames" else other}
         if method in config.TAKEN_BY[key]:
-            kind = {"data.test": "images", "data.decoder": "videos"}.get(key)
+            kind = {"data.test": "images", "data.white": "images", "data.decoder": "videos"}.get(
+                key
+            )
             if kind:
                 values["data"] |= {"kind": kind, "path": "somewhere"}
             config.parse(values)

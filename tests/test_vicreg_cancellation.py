@@ -96,7 +96,7 @@ def test_beyond_the_deflated_columns(fused, count):
 @pytest.mark.parametrize(("rows", "dim"), [(4096, 64), (600, 512)])
 def test_near_white(fused, rows, dim):
     """No worse than twice the plain D x D formula in float32, with nothing added for rounding."""
-    actual, plain, truth = covariance_outcomes(fused, shapes.white(rows, dim))
+    actual, plain, truth = covariance_outcomes(fused, shapes.white(rows, dim).contiguous())
     for k in ("values", "gradients"):
         mine, theirs, true = (getattr(o, k)[0] for o in (actual, plain, truth))
         assert relative_error(mine, true) <= PLAIN_FACTOR * relative_error(theirs, true)

@@ -11,11 +11,20 @@ the price is a second forward pass.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from vicreg_kernels import module_state
+from vicreg_kernels.module_state import Undo
+
+# Relative differences of two passes that rounding explains: kernels that add up in another order,
+# graphs compiled apart. Under autocast embeddings are as inexact as half precision.
+SINGLE, HALF = 1e-3, 5e-2
 
 
 def accumulate(
@@ -30,10 +39,11 @@ def accumulate(
 
     Takes the place of `loss(...).backward()`. The gradient is that of the micro-batches encoded one
     after the other under one graph: each is encoded from the same random state in both passes, so
-    that dropout draws the same masks, and buffers such as batch norm's running statistics end as
-    one pass leaves them. Batch norm in training mode normalises each micro-batch by its own
-    statistics, as in ordinary accumulation; every other encoder gets exactly the whole batch's
-    gradient.
+    that dropout draws the same masks, and the modules' state (buffers such as batch norm's running
+    statistics, also assigned anew; plain attributes such as tensors, counters, lists and
+    generators) ends as one pass leaves it. Batch norm in training mode normalises each micro-batch
+    by its own statistics, as in ordinary accumulation; every other encoder gets exactly the whole
+    batch's gradient.
 
     Args:
         loss: of the embeddings of the whole batch, one argument for each tensor that the encoder
@@ -45,48 +55,68 @@ def accumulate(
         micro_batches: list or tuple. Each is a tensor (one call of the encoder), a tuple or list of
             tensors (one call for each, say two views), or anything else (one call, which returns
             a tensor or a tuple or list of tensors).
-        modules: the modules that the encoder runs; None: the encoder itself, if it is one. Needed
-            where the encoder is a function around such a module or one with buffers.
+        modules: the modules that the encoder runs; None: the encoder itself, or the one that it is
+            a method of. Needed where the encoder is a function around modules with state.
         scaler: a torch.amp.GradScaler, for float16 autocast: its scale multiplies the gradient.
 
     Returns:
         The loss of the whole batch, detached.
 
     Raises:
-        TypeError, ValueError: naming the argument; no gradient has changed then.
-        RuntimeError: the second pass gave other shapes than the first.
+        TypeError, ValueError: naming the argument; no gradient has changed then. After any error
+            the modules' state is what it was before the call.
+        RuntimeError: the second pass gave other embeddings than the first, by more than rounding
+            explains (1e-3 of their norm, 5e-2 in half precision or under autocast): the encoder
+            has state that is not kept. The gradients have changed then.
     """
     _check(loss, encoder, micro_batches)
-    if modules is None:
-        modules = [encoder] if isinstance(encoder, nn.Module) else []
-    buffers = [buffer for module in modules for buffer in module.buffers()]
-    before = [buffer.clone() for buffer in buffers]
-    random, found = [], []
+    modules = _modules_of(encoder) if modules is None else list(modules)
+    _check_modules(modules)
+    put_back = module_state.keep(modules)
+    random: list[list[Undo]] = []
+    found: list[tuple[Tensor, ...]] = []
     try:
         with torch.no_grad():
             for batch in micro_batches:
-                random.append(_random_states(_devices(batch)))
+                random.append(module_state.random_states(module_state.devices_of(batch)))
                 found.append(_encode(encoder, batch))
         _check_embeddings(found)
-        shapes = [[z.shape for z in parts] for parts in found]
         whole = [torch.cat(parts).requires_grad_() for parts in zip(*found, strict=True)]
+        rows = [[z.shape[0] for z in parts] for parts in zip(*found, strict=True)]
         del found
         value, grads = _loss_and_gradient(loss, whole, scaler)
-        del whole
+        pairs = [_by_micro_batch(parts, rows) for parts in (whole, grads)]
+        del whole, grads
+        put_back()  # the second pass repeats the first, also in what it does to the modules
+        with _random_states_kept(micro_batches), torch.enable_grad():
+            _second_pass(encoder, micro_batches, modules, random, *pairs)
     except BaseException:
-        _put(buffers, before)
+        put_back()
         raise
-    rows = [[shape[0] for shape in parts] for parts in zip(*shapes, strict=True)]
-    pieces = zip(*(grad.split(r) for grad, r in zip(grads, rows, strict=True)), strict=True)
-
-    _put(buffers, before)  # the second pass repeats the first, also in what it does to them
-    last = len(micro_batches) - 1
-    with _random_states_kept(random), torch.enable_grad():
-        for i, (batch, piece) in enumerate(zip(micro_batches, pieces, strict=True)):
-            _set_random_states(random[i])
-            with _no_sync(modules) if i < last else contextlib.nullcontext():
-                _backward(encoder, batch, piece, shapes[i], i)
     return value
+
+
+def _by_micro_batch(whole: Sequence[Tensor], rows: list[list[int]]) -> list[tuple[Tensor, ...]]:
+    return list(zip(*(z.detach().split(r) for z, r in zip(whole, rows, strict=True)), strict=True))
+
+
+def _second_pass(
+    encoder: Callable[..., Any],
+    micro_batches: Sequence[Any],
+    modules: list[nn.Module],
+    random: list[list[Undo]],
+    found: list[tuple[Tensor, ...]],
+    pieces: list[tuple[Tensor, ...]],
+) -> None:
+    """The micro-batches once more; found: what the first pass gave, pieces: its gradient."""
+    last = len(micro_batches) - 1
+    differences = []
+    for i, (batch, first, piece) in enumerate(zip(micro_batches, found, pieces, strict=True)):
+        for put_back in random[i]:
+            put_back()
+        with _no_sync(modules) if i < last else contextlib.nullcontext():
+            differences.append(_backward(encoder, batch, first, piece, i))
+    _check_differences(differences)
 
 
 def _loss_and_gradient(
@@ -107,20 +137,82 @@ def _loss_and_gradient(
 def _backward(
     encoder: Callable[..., Any],
     batch: Any,
+    first: tuple[Tensor, ...],
     grads: tuple[Tensor, ...],
-    shapes: list[torch.Size],
     i: int,
-) -> None:
+) -> Tensor:
+    """The difference of the embeddings from the first ones, as `_difference` gives it."""
     embeddings = _encode(encoder, batch)
-    if [z.shape for z in embeddings] != shapes:
+    if [z.shape for z in embeddings] != [z.shape for z in first]:
         raise RuntimeError(
             f"encoder: gave {[tuple(z.shape) for z in embeddings]} for micro_batches[{i}] in the "
-            f"second pass and {[tuple(shape) for shape in shapes]} in the first"
+            f"second pass and {[tuple(z.shape) for z in first]} in the first"
         )
     pairs = [(z, g) for z, g in zip(embeddings, grads, strict=True) if z.requires_grad]
     if not pairs:
         raise ValueError(f"encoder: no embedding of micro_batches[{i}] requires a gradient")
+    difference = _difference(first, embeddings)
     torch.autograd.backward([z for z, _ in pairs], [g for _, g in pairs])
+    return difference
+
+
+def _difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    """0-d, on the device: the largest |second - first| / |first| by tensor, over what its dtype's
+    arithmetic explains. NaN where the first is not finite, as in a step that a scaler skips.
+    """
+    found = []
+    for a, b in zip(first, second, strict=True):
+        a, b = a.detach(), b.detach()
+        wide = torch.promote_types(a.dtype, torch.float32)
+        size = torch.linalg.vector_norm(a, dtype=wide)
+        apart = torch.linalg.vector_norm(b - a, dtype=wide)
+        apart = torch.where(apart.isnan() & size.isfinite(), torch.inf, apart)
+        half = a.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(
+            a.device.type
+        )
+        found.append(apart / size.clamp_min(torch.finfo(wide).tiny) / (HALF if half else SINGLE))
+    return torch.stack([x.to(found[0]) for x in found]).max()
+
+
+def _check_differences(differences: Sequence[Tensor]) -> None:
+    """One look at the device's values for all micro-batches."""
+    for i, excess in enumerate(torch.stack(list(differences)).tolist()):
+        if excess > 1.0:
+            raise RuntimeError(
+                f"encoder: gave other embeddings for micro_batches[{i}] in the second pass than in "
+                "the first, so that the gradients just added are wrong: set them to zero. Either "
+                "name the modules whose state it changes in modules=, or keep its state in their "
+                "buffers and attributes; state elsewhere (objects, globals, the input itself) must "
+                "not change within a step"
+            )
+
+
+def _modules_of(encoder: Any) -> list[nn.Module]:
+    """The modules that an encoder obviously runs: itself, or the one that it is a method of."""
+    while isinstance(encoder, functools.partial):
+        encoder = encoder.func
+    owner = encoder if isinstance(encoder, nn.Module) else getattr(encoder, "__self__", None)
+    return [owner] if isinstance(owner, nn.Module) else []
+
+
+def _check_modules(modules: list[nn.Module]) -> None:
+    for i, module in enumerate(modules):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"modules: got {type(module).__name__} at {i}, takes torch.nn.Modules")
+    lazy = module_state.uninitialized(modules)
+    if lazy is not None:
+        raise ValueError(f"encoder: {lazy} has no shape yet, takes lazy modules that have run once")
+    if any(ddp.static_graph for ddp in _distributed(modules)):
+        raise ValueError(
+            "encoder: got DistributedDataParallel with static_graph=True, which cannot leave "
+            "gradients unsynchronised; takes static_graph=False (find_unused_parameters=True where "
+            "a step leaves parameters out)"
+        )
+    if parametrize._cache_enabled:
+        raise RuntimeError(
+            "encoder: called under torch.nn.utils.parametrize.cached(), which would keep the first "
+            "pass's weights, made without a graph; call accumulate outside it"
+        )
 
 
 def _check(loss: Any, encoder: Any, micro_batches: Any) -> None:
@@ -165,58 +257,25 @@ def _encode(encoder: Callable[..., Any], batch: Any) -> tuple[Tensor, ...]:
     return tuple(z) if isinstance(z, (tuple, list)) else (z,)
 
 
-def _devices(value: Any) -> set[torch.device]:
-    """The devices with generators of their own that tensors in value, nested in any way, lie on."""
-    if isinstance(value, Tensor):
-        return {value.device} if value.device.type not in ("cpu", "meta") else set()
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (tuple, list)):
-        return set().union(*map(_devices, value))
-    return set()
-
-
-def _random_states(devices: set[torch.device]) -> dict[torch.device, Tensor]:
-    """The states of the CPU's generator and the devices'; also of the current CUDA device, to which
-    an encoder may move its input.
-    """
-    if torch.cuda.is_initialized():
-        devices = devices | {torch.device("cuda", torch.cuda.current_device())}
-    states = {torch.device("cpu"): torch.get_rng_state()}
-    for device in devices:
-        states[device] = torch.get_device_module(device).get_rng_state(device)
-    return states
-
-
-def _set_random_states(states: dict[torch.device, Tensor]) -> None:
-    for device, state in states.items():
-        if device.type == "cpu":
-            torch.set_rng_state(state)
-        else:
-            torch.get_device_module(device).set_rng_state(state, device)
-
-
 @contextlib.contextmanager
-def _random_states_kept(states: list[dict[torch.device, Tensor]]) -> Iterator[None]:
+def _random_states_kept(micro_batches: Sequence[Any]) -> Iterator[None]:
     """Puts the generators back where the first pass and the loss left them."""
-    devices = {device for found in states for device in found if device.type != "cpu"}
-    after = _random_states(devices)
+    after = module_state.random_states(module_state.devices_of(list(micro_batches)))
     try:
         yield
     finally:
-        _set_random_states(after)
+        for put_back in after:
+            put_back()
 
 
-def _put(buffers: list[Tensor], values: list[Tensor]) -> None:
-    with torch.no_grad():
-        for buffer, value in zip(buffers, values, strict=True):
-            buffer.copy_(value)
+def _distributed(modules: Sequence[nn.Module]) -> list[nn.parallel.DistributedDataParallel]:
+    kind = nn.parallel.DistributedDataParallel
+    return [module for module in module_state.owners(modules) if isinstance(module, kind)]
 
 
 @contextlib.contextmanager
 def _no_sync(modules: Sequence[nn.Module]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        for module in modules:
-            if isinstance(module, nn.parallel.DistributedDataParallel):
-                stack.enter_context(module.no_sync())
+        for module in _distributed(modules):
+            stack.enter_context(module.no_sync())
         yield

@@ -77,8 +77,10 @@ struct Problem {
         k_tokens(k.size(2)),
         dim(static_cast<int>(q.size(3))),
         padded((dim + kernel.lanes - 1) / kernel.lanes * kernel.lanes) {
+    // Past every token it makes no difference how far they reach.
     make_samples(q.size(0), q_offsets, k_offsets, lengths, keep, bounds,
-                 static_cast<int>(tokens_per_frame), static_cast<int>(window));
+                 static_cast<int>(std::min<int64_t>(tokens_per_frame, 1 << 30)),
+                 static_cast<int>(std::min<int64_t>(window, 1 << 30)));
     if (table) make_rotaries(*table, q_index, k_index, grid);
     make_tasks();
   }

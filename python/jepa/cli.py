@@ -19,8 +19,10 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("config", help=f"a YAML file or a recipe: {', '.join(config.recipes())}")
     one.add_argument("overrides", nargs="*", metavar="key=value", help="training.steps=500 ...")
     one.add_argument("--output", type=Path, required=True, help="the run's folder")
-    two = commands.add_parser("probe", help="a linear classifier on a run's frozen features")
+    two = commands.add_parser("probe", help="classifiers on a run's frozen features")
     two.add_argument("run", type=Path)
+    two.add_argument("--label", help="of videos: the key of their records; physics: family")
+    two.add_argument("--videos", type=integer(10), default=1000, help="at most so many videos")
     three = commands.add_parser("surprise", help="tell impossible physics from possible")
     three.add_argument("run", type=Path)
     three.add_argument("--output", type=Path, help="folder of the pictures; the run's by default")
@@ -68,7 +70,14 @@ def _probe(options: argparse.Namespace) -> int:
 
     settings, method, step = launch.restore(options.run)
     if settings.is_video:
-        raise config.ConfigError(f"run: trained {settings.method}, probe takes a run on images")
+        from jepa import video_report
+
+        print(video_report.probed(settings, method, step, options.label, options.videos))
+        return 0
+    if options.label is not None:
+        raise config.ConfigError(
+            f"--label: got {options.label!r}, but {settings.method} is of images"
+        )
     workers = settings.data.workers
     train, test = launch.images(settings)
     seen, held_out = (
@@ -89,12 +98,14 @@ def _probe(options: argparse.Namespace) -> int:
 
 def _surprise(options: argparse.Namespace) -> int:
     from jepa import build, intuition, surprise_report
+    from jepa.output import writing
     from jepa.physics import PROPERTIES
 
     name, settings, method = _video_run(options.run)
     stride, size = settings.data.stride, settings.data.size
     output = options.output or options.run / "surprise"
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
     if options.video is not None:
         surprise_report.draw_video(method, options.video, size, output, stride=stride)
         return 0
@@ -138,14 +149,15 @@ def _compare(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from safetensors.torch import save_file
 
-    from jepa import launch
+    from jepa import launch, output
 
     settings, method, step = launch.restore(options.run)
     teacher = getattr(method, "teacher", None)
     part = "encoder" if teacher is None else "teacher"
     encoder = method.encoder if teacher is None else teacher.module
     tensors = {name: z.contiguous() for name, z in encoder.state_dict().items()}
-    save_file(tensors, options.file, metadata={"method": settings.method, "step": str(step)})
+    with output.writing(options.file):
+        save_file(tensors, options.file, metadata={"method": settings.method, "step": str(step)})
     print(f"{len(tensors)} tensors of the {part}: {options.file}")
     return 0
 

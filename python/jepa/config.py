@@ -5,12 +5,14 @@ Unknown keys, wrong types and values out of range are refused by name (pydantic)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from jepa import yamls
+from jepa.pictures import DEFAULT, Limits
 
 RECIPES = Path(__file__).with_name("recipes")
 
@@ -34,11 +36,16 @@ KINDS = {
     "download": ("torchvision",),
     "decoder": ("videos", "webdataset"),
     "videos": ("physics",),
+    "white": ("images", "webdataset"),
+    "max_pixels": ("images", "videos", "webdataset"),
+    "max_bytes": ("webdataset", "physics"),
 }
+
+OF_VIT = ("depth", "heads", "patch")
 
 # The settings that only some methods take.
 TAKEN_BY = {
-    "data.test": (*STATISTICAL, "ijepa"),
+    **dict.fromkeys(("data.test", "data.white"), (*STATISTICAL, "ijepa")),
     **dict.fromkeys(("data.frames", "data.stride", "data.decoder"), ON_VIDEO),
     **dict.fromkeys(("model.tubelet", "model.sees", "loss.still", "loss.spread"), ON_VIDEO),
     **dict.fromkeys(("model.expander", "model.activation"), STATISTICAL),
@@ -67,7 +74,9 @@ class Data(Settings):
     test: the held-out images as path gives the others; without it, a fifth of them. size: edge in
     pixels that images and frames are resized to; frames, stride: of a clip and between its frames;
     decoder: of video files, auto is torchcodec where it can be loaded; workers: processes that
-    read.
+    read. white: the value that is white in pictures of more than 8 bits; without it, all bits of
+    16-bit ones and 1 of floats. What is larger is refused: max_pixels of a picture or a frame,
+    max_bytes of a file in a shard, and of its array when it is unpacked.
     """
 
     kind: Literal["digits", "images", "torchvision", "videos", "webdataset", "physics"] = "digits"
@@ -81,6 +90,13 @@ class Data(Settings):
     stride: Positive = 1
     videos: Positive = 2000
     workers: Annotated[int, Field(ge=0)] = 0
+    white: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    max_pixels: Positive = DEFAULT.max_pixels
+    max_bytes: Positive = DEFAULT.max_bytes
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.white, self.max_pixels, self.max_bytes)
 
     @model_validator(mode="after")
     def _of_its_kind(self) -> Data:
@@ -214,8 +230,8 @@ class Config(Settings):
             if self.method not in methods:
                 self._untouched(key, f"it is of {', '.join(methods)}, not of {self.method}")
         if self.model.encoder == "conv":
-            for key in ("model.depth", "model.heads", "model.patch"):
-                self._untouched(key, "it is of model.encoder 'vit', not of 'conv'")
+            for name in OF_VIT:
+                self._untouched(f"model.{name}", "it is of model.encoder 'vit', not of 'conv'")
         if self.optimizer.name == "lars":
             self._untouched("optimizer.betas", "it is of optimizer.name 'adamw', not of 'lars'")
         if self.method in CAUSAL and self.model.sees != "frame":
@@ -276,27 +292,73 @@ def recipes() -> list[str]:
 def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     """A recipe's name or a YAML file, with `key=value` or `section.key=value` put over it.
 
-    Raises ConfigError naming the key; also where it is given twice, as a shell does that expands
-    braces.
+    Where that replaces data.kind, method, model.encoder or optimizer.name, the file's settings that
+    only its own one takes give way. Raises ConfigError naming the key; also where it is given
+    twice, as a shell does that expands braces.
     """
+    values = _read(source)
+    keys = [_key(word) for word in overrides]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ConfigError(f"{key}: given {keys.count(key)} times, takes one (quote braces)")
+    given: dict[str, Any] = {}
+    for word in overrides:
+        _put(given, word)
+    _give_way(values, given)
+    for word in overrides:
+        _put(values, word)
+    return parse(values)
+
+
+def _read(source: str | Path) -> dict[str, Any]:
     path = Path(source)
     if path.suffix not in (".yaml", ".yml"):
         path = RECIPES / f"{source}.yaml"
     if not path.is_file():
         raise ConfigError(f"config: got {str(source)!r}, takes a YAML file or one of {recipes()}")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config: {path} is not YAML: {error}") from error
+        values = yamls.parse(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config: {path} is not UTF-8 text ({error.reason})") from error
+    except yamls.YamlError as error:
+        raise ConfigError(f"config: {path} {_continued(error)}") from error
+    if values is None:
+        return {}
     if not isinstance(values, dict):
         raise ConfigError(f"config: {path} holds a {type(values).__name__}, takes keys and values")
-    keys = [_key(word) for word in overrides]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ConfigError(f"{key}: given {keys.count(key)} times, takes one (quote braces)")
-    for word in overrides:
-        _put(values, word)
-    return parse(values)
+    return values
+
+
+def _continued(error: Exception) -> str:
+    text = str(error)
+    return text if text.startswith("is ") else f"is refused: {text}"
+
+
+def _give_way(values: dict[str, Any], given: dict[str, Any]) -> None:
+    """Takes from a file's values what is only of the choices that `given` replaces."""
+
+    def replaced(section: str | None, name: str, default: str | None) -> Any:
+        old, new = ((v if section is None else v.get(section)) for v in (values, given))
+        if not isinstance(old, dict) or not isinstance(new, dict) or name not in new:
+            return None
+        return new[name] if new[name] != old.get(name, default) else None
+
+    def drop(section: str, names: Iterable[str]) -> None:
+        for name in names:
+            if isinstance(values.get(section), dict):
+                values[section].pop(name, None)
+
+    if replaced("data", "kind", Data().kind) is not None:
+        drop("data", KINDS)
+    method = replaced(None, "method", None)
+    for key, methods in TAKEN_BY.items() if method is not None else ():
+        if method not in methods:
+            section, name = key.split(".")
+            drop(section, [name])
+    if replaced("model", "encoder", Model().encoder) == "conv":
+        drop("model", OF_VIT)
+    if replaced("optimizer", "name", Optimizer().name) == "lars":
+        drop("optimizer", ["betas"])
 
 
 def layered(words: Sequence[str], over: Sequence[str]) -> list[str]:
@@ -326,9 +388,12 @@ def _put(values: dict[str, Any], word: str) -> None:
         if not isinstance(values, dict):
             raise ConfigError(f"{key}: {section} is not a section")
     try:
-        values[name] = yaml.safe_load(text) if text else None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{key}: got {text!r}, which is not a YAML value: {error}") from error
+        values[name] = yamls.parse(text) if text else None
+    except yamls.YamlError as error:
+        problem = str(error).replace("is not YAML", "is not a YAML value")
+        if ": given twice" in problem:
+            raise ConfigError(f"{key}.{problem}") from error
+        raise ConfigError(f"{key}: got {yamls.shown(text)}, which {problem}") from error
 
 
 def _message(error: ValidationError) -> str:
@@ -341,7 +406,9 @@ def _message(error: ValidationError) -> str:
             lines.append(f"{where}: missing")
         else:
             text = found["msg"].removeprefix("Value error, ")
-            given = "" if isinstance(found["input"], dict) else f"got {found['input']!r}, "
+            given = (
+                "" if isinstance(found["input"], dict) else f"got {yamls.shown(found['input'])}, "
+            )
             lines.append(f"{where}: {given}{text}" if where else text)
     return "; ".join(lines)
 

@@ -18,7 +18,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from jepa import build, checkpoint, config, data, ending, monitor, parallel, stored
+from jepa import (
+    build,
+    checkpoint,
+    config,
+    data,
+    ending,
+    history,
+    locking,
+    monitor,
+    output,
+    parallel,
+    stopping,
+    stored,
+)
 from jepa.config import Config
 from jepa.source import Clips, ClipSource, ImageSource
 from jepa.trainer import Diverged, Ranks, Trainer
@@ -34,10 +47,9 @@ def images(settings: Config) -> tuple[Any, Any]:
     if given.kind == "torchvision":
         assert given.name is not None
         return stored.torchvision(given.name, given.path, given.size, given.download)
-    of = stored.Folder if given.kind == "images" else stored.Shards
-    whole = stored.stored(given.path.name, of(given.path), given.size)
+    whole = _stored(given, given.path)
     if given.test is not None:
-        held_out = stored.stored(given.test.name, of(given.test), given.size)
+        held_out = _stored(given, given.test)
         if held_out.classes != whole.classes:
             raise ValueError(
                 f"data.test: {given.test} has the classes {held_out.classes}, takes data.path's "
@@ -45,6 +57,12 @@ def images(settings: Config) -> tuple[Any, Any]:
             )
         return whole, held_out
     return data.split(whole, seed) if whole.classes else data.split_blind(whole, seed)
+
+
+def _stored(given: config.Data, path: Path) -> stored.Stored:
+    folder = given.kind == "images"
+    found = stored.Folder(path) if folder else stored.Shards(path, given.limits)
+    return stored.stored(path.name, found, given.size, given.limits)
 
 
 def source(settings: Config) -> Any:
@@ -114,7 +132,7 @@ class Spread:
 class Log:
     """A progress line with throughput and time left, TensorBoard, and metrics.jsonl."""
 
-    def __init__(self, settings: Config, folder: Path, spread: Spread) -> None:
+    def __init__(self, settings: Config, folder: Path, spread: Spread, step: int) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -133,8 +151,12 @@ class Log:
         self.task = self.bar.add_task(
             f"{settings.method}, {settings.kernels}", total=settings.training.steps, figures=""
         )
-        self.file = (folder / "metrics.jsonl").open("a")
-        self.writer = _tensorboard(folder)
+        self.path = folder / history.NAME
+        history.take_up(self.path, step)
+        with output.writing(self.path):
+            self.file = self.path.open("a")
+        self.board = folder / "tensorboard"
+        self.writer = _tensorboard(self.board, step)
         self.since, self.samples = time.perf_counter(), 0
 
     def __enter__(self) -> Log:
@@ -143,9 +165,11 @@ class Log:
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
-        self.file.close()
+        with output.writing(self.path):
+            self.file.close()
         if self.writer is not None:
-            self.writer.close()
+            with output.writing(self.board):
+                self.writer.close()
 
     def __call__(self, step: int, loss: float, seconds: float) -> None:
         self.samples += self.settings.training.batch
@@ -157,12 +181,14 @@ class Log:
         self.bar.update(self.task, completed=step)
         if not self.console.is_terminal and step % max(1, self.settings.training.steps // 10) == 0:
             self.console.print(f"step {step} of {self.settings.training.steps}, loss {loss:.4f}")
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        with output.writing(self.path):
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
         if self.writer is not None:
-            for name, value in row.items():
-                if name != "step":
-                    self.writer.add_scalar(name, value, step)
+            with output.writing(self.board):
+                for name, value in row.items():
+                    if name != "step":
+                        self.writer.add_scalar(name, value, step)
 
     def _collapse(self, step: int) -> dict[str, float]:
         found = self.spread(step)
@@ -177,12 +203,14 @@ class Log:
         }
 
 
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard(folder: Path, step: int) -> Any:
+    """Told to forget what a killed run wrote after the step that this one goes on from."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder / "tensorboard"))
+    with output.writing(folder):
+        return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 @torch.no_grad()
@@ -205,27 +233,49 @@ def train(settings: Config, folder: Path) -> int:
 
     Under torchrun on every rank: the folder is the same one for all.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with ranks(settings) as own:
-        return _train(settings, folder, own)
+    with output.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with ranks(settings) as own, _alone(own, folder) as stop:
+        return _train(settings, folder, own, stop)
 
 
-def _train(settings: Config, folder: Path, own: Ranks) -> int:
+@contextmanager
+def _alone(own: Ranks, folder: Path) -> Iterator[stopping.Stop]:
+    """The folder is locked, and the signals are ours where the run has one process."""
+    stop = stopping.Stop()
+    with locking.held(folder) if own.rank == 0 else nullcontext():
+        try:
+            with stop if own.ranks == 1 else nullcontext():
+                yield stop
+        except stopping.Stopped as stopped:
+            raise stopping.Stopped(stopped.number, _how_to_go_on(folder)) from None
+
+
+def _how_to_go_on(folder: Path) -> str:
+    path = checkpoint.newest(folder / "checkpoints")
+    if path is None:
+        return "; it has no checkpoint yet, the same command starts it again"
+    step = int(path.name.removeprefix("step_"))
+    return f"; the same command goes on from step {step} ({path})"
+
+
+def _train(settings: Config, folder: Path, own: Ranks, stop: stopping.Stop) -> int:
     """All that refers to the process group, so that nothing outlives it."""
     found = in_turn(own, lambda: source(settings))
     method = build.method(settings, found.channels).train()
     trainer = Trainer(settings, method, own, folder)
     step = trainer.resume()
     if own.rank == 0:
-        (folder / "config.json").write_text(json.dumps(config.describe(settings), indent=1))
+        described = json.dumps(config.describe(settings), indent=1)
+        output.replace(folder / "config.json", described.encode())
         if step:
             print(f"going on from step {step}", file=sys.stderr)
     spread = Spread(settings, method, found)
     many = own.ranks > 1 and dist.is_torchelastic_launched()
     with ending.watched(trainer.checkpoints) if many else nullcontext():
         if own.rank == 0:
-            with Log(settings, folder, spread) as log:
-                trainer.fit(found, log)
+            with Log(settings, folder, spread, step) as log:
+                trainer.fit(found, log, stop)
         else:
             # Shards give features only where every rank takes part.
             sharded = settings.training.parallel == "fsdp"
@@ -234,16 +284,21 @@ def _train(settings: Config, folder: Path, own: Ranks) -> int:
 
 
 def restore(folder: Path) -> tuple[Config, nn.Module, int]:
-    """(configuration, trained method in evaluation mode, step) of a run's newest checkpoint."""
-    path = checkpoint.newest(folder / "checkpoints")
-    if path is None:
+    """(configuration, trained method in evaluation mode, step) of the newest whole checkpoint."""
+    found = checkpoint.newest_whole(folder / "checkpoints")
+    if found is None:
         raise checkpoint.CheckpointError(f"{folder}: holds no checkpoint of a run")
-    return load(path)
+    return _restored(*found[1])
 
 
 def load(path: Path) -> tuple[Config, nn.Module, int]:
     """What `restore` gives, of one checkpoint."""
-    tensors, step, state = checkpoint.load(path)
+    return _restored(*checkpoint.load(path))
+
+
+def _restored(
+    tensors: dict[str, Tensor], step: int, state: dict[str, Any]
+) -> tuple[Config, nn.Module, int]:
     settings = config.parse(state["config"])
     method = build.method(settings, state["channels"])
     own = {k.removeprefix("method."): v for k, v in tensors.items() if k.startswith("method.")}

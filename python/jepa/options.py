@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 
@@ -23,12 +24,23 @@ def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
 
 
 def reported(program: str, run: Callable[[], int]) -> int:
-    """run()'s exit code; what the user can mend is a line on stderr, and the code 2."""
+    """run()'s exit code; what the user can mend is a line on stderr, and the code 2; what a signal
+    stopped is a line, and 128 and the signal's number.
+    """
+    code = 2
     try:
         return run()
     except ModuleNotFoundError as error:
         text = f"{error}: pip install 'vicreg-kernels[trainer]'"
     except (ImportError, ValueError, FloatingPointError) as error:
         text = str(error)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        text = f"{where}{error.strerror or error}"
+    except MemoryError as error:
+        text = f"out of memory: {error}"
+    except KeyboardInterrupt as error:
+        text = str(error) or "stopped by SIGINT (Ctrl-C)"
+        code = getattr(error, "code", 128 + signal.SIGINT)
     print(f"{program}: {text}", file=sys.stderr)
-    return 2
+    return code

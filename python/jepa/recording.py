@@ -18,17 +18,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jepa.stored import square
+from jepa.pictures import DEFAULT, Limits, Refused, square
 
 
 class Recording(ABC):
     """A video's frames by slices, uint8 [F, size, size, 3]: the central square of each.
 
-    source: a file, or a file's content. Raises ValueError by `name` where it cannot be decoded.
+    source: a file, or a file's content. Raises ValueError by `name` where it cannot be decoded, and
+    where its frames are larger than `limits` allow.
     """
 
-    def __init__(self, name: str, source: Path | bytes, size: int) -> None:
-        self.name, self.source, self.size = f"video {name}", source, size
+    def __init__(
+        self, name: str, source: Path | bytes, size: int, limits: Limits = DEFAULT
+    ) -> None:
+        self.name, self.source, self.size, self.limits = f"video {name}", source, size, limits
 
     def __len__(self) -> int:
         with self._named():
@@ -43,10 +46,17 @@ class Recording(ABC):
             found = self._frames(wanted)
         return np.array(found, np.uint8).reshape(-1, self.size, self.size, 3)
 
+    @property
+    def _whence(self) -> bytes | str:
+        """Whole, because FFmpeg takes a name like a:b.mp4 for one of its protocols."""
+        return self.source if isinstance(self.source, bytes) else os.path.abspath(self.source)
+
     @contextmanager
     def _named(self) -> Iterator[None]:
         try:
             yield
+        except Refused as error:
+            raise ValueError(f"{self.name}: {error}") from error
         except Exception as error:  # both decoders raise many kinds
             raise ValueError(f"{self.name}: cannot be decoded ({error})") from error
 
@@ -60,19 +70,31 @@ class Recording(ABC):
 
 
 class PyAV(Recording):
-    """Decodes from the first frame to the last wanted one."""
+    """Decodes from the first frame to the last wanted one; a frame that FFmpeg could not decode
+    whole, and those that build on it, are refused.
+    """
 
     def _open(self) -> Any:
         import av
 
-        return av.open(io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source)
+        return av.open(
+            io.BytesIO(self._whence) if isinstance(self._whence, bytes) else self._whence
+        )
+
+    def _film(self, container: Any) -> Any:
+        """The stream that FFmpeg takes for the film, as torchcodec does: a cover is none."""
+        found = container.streams.best("video")
+        if found is None or found.disposition & type(found.disposition).attached_pic:
+            raise ValueError("it has no video stream, or a cover alone")
+        self.limits.check(found.codec_context.width, found.codec_context.height)
+        return found
 
     @cached_property
     def _packets(self) -> int:
         """The frames that the file promises: its packets are counted, not decoded."""
         count = 0
         with self._open() as container:
-            for packet in container.demux(container.streams.video[0]):
+            for packet in container.demux(self._film(container)):
                 if packet.is_corrupt:
                     raise ValueError("it is truncated")
                 count += packet.size > 0 and not packet.is_discard
@@ -81,13 +103,21 @@ class PyAV(Recording):
     shown: int | None = None  # frames, where they turned out to be fewer than the packets
 
     def _length(self) -> int:
+        _check_whole(self._whence)
         return self._packets if self.shown is None else self.shown
 
     def _frames(self, wanted: range) -> list[NDArray[np.uint8]]:
-        found, number = [], -1
+        found, number, damaged = [], -1, None
         with self._open() as container:
-            for number, frame in enumerate(container.decode(video=0)):
+            for number, frame in enumerate(container.decode(self._film(container))):
+                if frame.is_corrupt:
+                    damaged = number
+                elif frame.key_frame:  # builds on no other
+                    damaged = None
                 if number in wanted:
+                    if damaged is not None:
+                        raise ValueError(f"frame {damaged} is damaged")
+                    self.limits.check(frame.width, frame.height)
                     # as torchcodec does of itself: a telephone's videos lie on their side
                     upright = frame.to_image().rotate(frame.rotation, expand=True)
                     found.append(square(upright, self.size))
@@ -104,10 +134,12 @@ class TorchCodec(Recording):
     def _decoder(self) -> Any:
         from torchcodec.decoders import VideoDecoder
 
-        source = self.source if isinstance(self.source, bytes) else str(self.source)
-        return VideoDecoder(source, dimension_order="NHWC")
+        found = VideoDecoder(self._whence, dimension_order="NHWC")
+        self.limits.check(found.metadata.width, found.metadata.height)
+        return found
 
     def _length(self) -> int:
+        _check_whole(self._whence)
         return len(self._decoder)
 
     def _frames(self, wanted: range) -> list[NDArray[np.uint8]]:
@@ -115,6 +147,33 @@ class TorchCodec(Recording):
 
         frames = self._decoder.get_frames_at(indices=list(wanted)).data.numpy()
         return [square(Image.fromarray(frame), self.size) for frame in frames]
+
+
+def _check_whole(source: bytes | str) -> None:
+    """Refuses a file that is shorter than its container says: FFmpeg shows what is left."""
+    if isinstance(source, bytes):
+        head, size = source[:256], len(source)
+    else:
+        with open(source, "rb") as file:
+            head, size = file.read(256), os.fstat(file.fileno()).st_size
+    declared = None
+    if head[:4] == b"RIFF":
+        declared = 8 + int.from_bytes(head[4:8], "little")
+    elif head[:4] == b"\x1a\x45\xdf\xa3":  # Matroska: its header, then one segment
+        place, length = _vint(head, 4)
+        if length is not None and head[place + length :][:4] == b"\x18\x53\x80\x67":
+            place, length = _vint(head, place + length + 4)
+            declared = None if length is None else place + length
+    if declared is not None and declared > size:
+        raise ValueError(f"it is truncated: {size} bytes of {declared}")
+
+
+def _vint(head: bytes, place: int) -> tuple[int, int | None]:
+    """(the place after it, the number) of EBML's variable length; None: of unknown size."""
+    width = 9 - head[place].bit_length() if place < len(head) else 9
+    number = int.from_bytes(head[place : place + width], "big") & ((1 << 7 * width) - 1)
+    unknown = width > 8 or number == (1 << 7 * width) - 1
+    return place + width, None if unknown else number
 
 
 @cache

@@ -102,7 +102,7 @@ class ImageSource:
     def batches(self, start: int, share: Share) -> Iterator[Tensor]:
         """The batches of step `start` and after, without end."""
         steps = _Steps(self.plan, start, Share() if self.whole else share)
-        return iter(_loader(self.images, steps, self.workers))
+        return _loader(self.images, steps, self.workers)
 
     def sample(self, most: int) -> Tensor:
         """At most so many images, evenly over the set: it may be in the order of its classes."""
@@ -113,12 +113,52 @@ class ImageSource:
 def in_order(images: Any, batch: int, workers: int) -> Iterator[Tensor]:
     """All images, a batch at a time."""
     rows = range(len(images))
-    return iter(_loader(images, [rows[i : i + batch] for i in rows[::batch]], workers))
+    return _loader(images, [rows[i : i + batch] for i in rows[::batch]], workers)
 
 
-def _loader(images: Any, steps: Iterable[Any], workers: int) -> Any:
-    """Without the DataLoader's own batches: a whole one is asked for at once."""
-    return DataLoader(images, sampler=cast(Any, steps), batch_size=None, num_workers=workers)
+def _loader(found: Any, steps: Iterable[Any], workers: int) -> Iterator[Tensor]:
+    """found[step] of each; a worker's error is raised as this process's own would be.
+
+    Without the DataLoader's own batches: a whole one is asked for at once.
+    """
+    loader = DataLoader(
+        _Told(found), sampler=cast(Any, steps), batch_size=None, num_workers=workers
+    )
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            line = str(error).partition("\n")[0]
+            if "DataLoader worker" not in line:
+                raise
+            raise WorkerError(
+                f"data.workers: {line} (its memory may not suffice: take fewer of them)"
+            ) from error
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
+
+
+class WorkerError(ValueError):
+    """A process that reads has ended."""
+
+
+class _Told(Dataset[Any]):
+    """Gives an error in the place of what cannot be read: the loader would wrap a worker's in the
+    text of a traceback.
+    """
+
+    def __init__(self, found: Any) -> None:
+        self.found = found
+
+    def __getitem__(self, rows: Any) -> Any:
+        try:
+            return self.found[rows]
+        except (ValueError, OSError, MemoryError, ImportError) as error:
+            return error
 
 
 class Clips(Dataset[Tensor]):
@@ -166,5 +206,14 @@ class ClipSource:
         return torch.stack([self.clips[row, 0.0] for row in rows])
 
     def batches(self, start: int, share: Share) -> Iterator[Tensor]:
-        steps: Any = _ClipSteps(self.plan, start, share)
-        return iter(DataLoader(self.clips, batch_sampler=steps, num_workers=self.workers))
+        return _loader(_Stacked(self.clips), _ClipSteps(self.plan, start, share), self.workers)
+
+
+class _Stacked:
+    """Batches of clips."""
+
+    def __init__(self, clips: Clips) -> None:
+        self.clips = clips
+
+    def __getitem__(self, places: list[tuple[int, float]]) -> Tensor:
+        return torch.stack([self.clips[place] for place in places])

@@ -18,10 +18,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
-from jepa import tars
+from jepa import listing, pictures, tars
+from jepa.pictures import Limits
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 PICTURES = tuple(suffix[1:] for suffix in SUFFIXES)
@@ -55,6 +55,7 @@ class Stored:
     pictures: Pictures
     size: int
     rows: Tensor
+    limits: Limits = pictures.DEFAULT
 
     channels = 3
 
@@ -66,9 +67,10 @@ class Stored:
 
     def _read(self, row: int) -> Tensor:
         try:
-            with self.pictures.picture(row) as opened:
-                opened.draft("RGB", (self.size, self.size))  # a JPEG decodes no more than it must
-                pixels = square(opened, self.size)
+            with pictures.own_bound(), self.pictures.picture(row) as opened:
+                pixels = pictures.decoded(opened, self.size, self.limits)
+        except pictures.Refused as error:
+            raise ValueError(f"images: {self.pictures.where(row)} {error}") from error
         except Exception as error:  # each of Pillow's formats raises its own
             where = self.pictures.where(row)
             raise ValueError(f"images: {where} is not an image Pillow reads: {error}") from error
@@ -87,45 +89,27 @@ class Stored:
         return replace(self, rows=self.rows[index])
 
 
-def stored(name: str, pictures: Pictures, size: int) -> Stored:
+def stored(name: str, found: Pictures, size: int, limits: Limits = pictures.DEFAULT) -> Stored:
     if size < 4:
         raise ValueError(f"size: got {size}, takes at least 4 pixels")
-    return Stored(name, pictures, size, torch.arange(len(pictures)))
-
-
-def square(image: Any, size: int) -> NDArray[np.uint8]:
-    """[size, size, 3]: the central square of a Pillow image."""
-    from PIL import ImageOps
-
-    return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size)))
-
-
-def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError(f"images need Pillow: pip install pillow ({error})") from error
-    return Image
+    return Stored(name, found, size, torch.arange(len(found)), limits)
 
 
 class Folder:
-    """`root`/<class>/*, the classes and each one's files in the order of their names.
+    """`root`/<class>/**, the classes and each one's files in the order of their names.
 
-    Raises ValueError where it is not a folder of at least two class folders with images.
+    Raises ValueError where it is not a folder of at least two class folders with images, and where
+    one of them is no regular file.
     """
 
     def __init__(self, root: str | Path) -> None:
-        _pillow()
+        pictures.pillow()
         self.root = Path(root)
         if not self.root.is_dir():
             raise ValueError(
                 f"images: got {str(root)!r}, takes a folder with one sub-folder a class"
             )
-        found = {
-            folder.name: sorted(name for name in os.listdir(folder) if _is_image(name))
-            for folder in sorted(self.root.iterdir())
-            if folder.is_dir()
-        }
+        found = self._found()
         self.classes = tuple(name for name, files in found.items() if files)
         if len(self.classes) < 2:
             raise ValueError(
@@ -137,6 +121,26 @@ class Folder:
         # One array: workers would copy millions of small objects, each of them.
         self.files = np.array([os.fsencode(f) for name in self.classes for f in found[name]])
 
+    def _found(self) -> dict[str, list[str]]:
+        """Each class's files, relative to its folder."""
+        found, skipped, beside = {}, [], []
+        for path in sorted(self.root.iterdir()):
+            if listing.hidden(path.name):
+                skipped += [path.name] if path.is_dir() or _is_image(path.name) else []
+            elif path.is_dir():
+                found[path.name], inside = listing.below(path, _is_image, "images")
+                skipped += [os.path.join(path.name, name) for name in inside]
+            elif _is_image(path.name):
+                beside.append(path.name)
+        listing.skip("images", self.root, skipped)
+        are = (
+            "picture beside the class folders is"
+            if len(beside) == 1
+            else ("pictures beside the class folders are")
+        )
+        listing.tell(f"images: {str(self.root)!r}: {len(beside)} {are} left out", beside)
+        return found
+
     def __len__(self) -> int:
         return len(self.files)
 
@@ -145,7 +149,7 @@ class Folder:
         return self.root / self.classes[int(self.labels[number])] / name
 
     def picture(self, number: int) -> Any:
-        return _pillow().open(self._path(number))
+        return pictures.pillow().open(self._path(number))
 
     def where(self, number: int) -> str:
         return str(self._path(number))
@@ -162,18 +166,19 @@ class Shards:
 
     classes: tuple[str, ...] = ()
 
-    def __init__(self, pattern: str | Path) -> None:
-        _pillow()
+    def __init__(self, pattern: str | Path, limits: Limits = pictures.DEFAULT) -> None:
+        pictures.pillow()
         shards = tars.paths(pattern)
-        samples = [tars.index(shard) for shard in shards]
-        self.files = tars.Files(shards, samples, PICTURES)
-        self.classed = tars.Files(shards, samples, ("cls", "json"), optional=True)
+        samples = tars.indices(shards)
+        most = limits.max_bytes
+        self.files = tars.Files(shards, samples, PICTURES, most)
+        self.classed = tars.Files(shards, samples, ("cls", "json"), most, optional=True)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def picture(self, number: int) -> Any:
-        return _pillow().open(io.BytesIO(self.files.read(number)[1]))
+        return pictures.pillow().open(io.BytesIO(self.files.read(number)[1]))
 
     def where(self, number: int) -> str:
         return self.files.where(number)

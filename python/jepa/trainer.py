@@ -15,12 +15,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import vicreg_kernels as vk
-from jepa import checkpoint, parallel, schedule
+from jepa import checkpoint, output, parallel, schedule
 from jepa.compiled import compile_method
 from jepa.config import Config, describe, parse
 from jepa.masks import Masks
 from jepa.optimizers import build as build_optimizer
 from jepa.source import Share, mixed
+from jepa.stopping import Stop, Stopped
+
+# Settings of how data are read, not of what is trained on: a run may go on with others.
+READING = ("workers", "download", "max_pixels", "max_bytes")
 
 
 class Diverged(FloatingPointError):
@@ -75,7 +79,7 @@ class Trainer:
             compile_method(method, cuda_graphs=config.training.compile == "reduce-overhead")
         self.model = parallel.distribute(method, config.training, ranks.ranks)
         self.optimizer = build_optimizer(config.optimizer, method)
-        self.step = 0
+        self.step, self.saved = 0, -1  # saved: the step of the newest checkpoint
 
     # --------------------------------------------------------------------------------- a step
 
@@ -185,7 +189,8 @@ class Trainer:
         path = self.folder / f"diverged_step_{self.step:08d}_rank_{self.ranks.rank}.safetensors"
         weights = parallel.whole(self._weights(), keep=self.ranks.rank == 0)
         tensors = {"batch": batch, **weights}
-        save_file({name: z.contiguous() for name, z in tensors.items()}, path)
+        with output.writing(path):
+            save_file({name: z.contiguous() for name, z in tensors.items()}, path)
         held = "the batch and the weights are" if weights else "this rank's batch is"
         return f"the loss of step {self.step} is {loss}: {held} in {path}"
 
@@ -210,13 +215,14 @@ class Trainer:
         }
         path = checkpoint.save(self.checkpoints, self.step, tensors, state)
         checkpoint.prune(self.checkpoints, self.config.training.keep)
+        self.saved = self.step
         return path
 
     def resume(self) -> int:
-        """Goes on from the newest checkpoint, if there is one; returns the step."""
-        path = checkpoint.newest(self.checkpoints)
-        if path is not None:
-            self._take_up(path)
+        """Goes on from the newest whole checkpoint, if there is one; returns the step."""
+        found = checkpoint.newest_whole(self.checkpoints)
+        if found is not None:
+            self._take_up(*found)
         if self.ranks.ranks > 1:
             steps = torch.zeros(self.ranks.ranks, dtype=torch.int64)
             steps[self.ranks.rank] = self.step
@@ -226,12 +232,17 @@ class Trainer:
                     f"{self.checkpoints}: the ranks found checkpoints of steps {steps.tolist()}: "
                     "the run's folder must be the same one for all"
                 )
+        if found is not None and self.ranks.rank == 0:
+            checkpoint.set_aside(self.checkpoints, self.step)
+        self.saved = self.step
         return self.step
 
-    def _take_up(self, path: Path) -> None:
-        tensors, step, state = checkpoint.load(path)
+    def _take_up(self, path: Path, held: tuple[dict[str, Tensor], int, dict[str, Any]]) -> None:
+        tensors, step, state = held
         mine = describe(self.config)
         theirs = describe(parse(state["config"]))  # settings that came later have their defaults
+        for name in READING:
+            theirs["data"][name] = mine["data"][name]
         for section in ("method", "data", "model", "loss", "optimizer", "seed"):
             if mine[section] != theirs.get(section):
                 raise checkpoint.CheckpointError(
@@ -246,13 +257,23 @@ class Trainer:
 
     # --------------------------------------------------------------------------------- the loop
 
-    def fit(self, source: Any, log: Any) -> None:
-        """From where it stands to the last step. log(step, loss, seconds) after each."""
-        settings = self.config.training
+    def fit(self, source: Any, log: Any, stop: Stop | None = None) -> None:
+        """From where it stands to the last step. log(step, loss, seconds) after each.
+
+        When `stop` is told to, the step under way is finished and saved, and Stopped raised.
+        """
+        settings, stop = self.config.training, stop or Stop()
         batches = source.batches(self.step, self.ranks.share)
-        while self.step < settings.steps:
-            start = time.perf_counter()
-            loss = self.take(next(batches))
-            log(self.step, float(loss), time.perf_counter() - start)
-            if self.step % settings.save_every == 0 or self.step == settings.steps:
+        try:
+            while self.step < settings.steps:
+                start = time.perf_counter()
+                batch = next(batches)
+                with stop.deferred():
+                    loss = self.take(batch)
+                    log(self.step, float(loss), time.perf_counter() - start)
+                    if self.step % settings.save_every == 0 or self.step == settings.steps:
+                        self.save()
+        except Stopped:
+            if self.step not in (0, self.saved):
                 self.save()
+            raise

@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class Kernels:
     rotate: Callable[..., Tensor]
 
 
-@cache
+@lru_cache(maxsize=64)
 def load(backend: str) -> Kernels:
     if backend == "triton":
         kernels = importlib.import_module("vicreg_kernels.attention.triton")

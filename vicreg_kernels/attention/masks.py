@@ -8,20 +8,22 @@ into these intervals; `reference.visible` writes the rules out as a boolean matr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vicreg_kernels import dispatch
-
-Integers: TypeAlias = Tensor | Sequence[int]
-# Offsets up to which Python's integers are faster than six calls of torch, 20 us.
-FEW = 129
+from vicreg_kernels import dispatch, integers, kept
+from vicreg_kernels.integers import FEW, Integers, readable
 
 
 class Rule:
-    """One rule, or several joined by `&`: a key must be seen under all of them."""
+    """One rule, or several joined by `&`: a key must be seen under all of them.
+
+    A rule on the CPU holds its own copy of lengths, offsets and sizes. Tensors on a device, and
+    boolean ones, are read where they lie: one that changes between a forward and its backward is an
+    error of autograd.
+    """
 
     kind = "rules"
 
@@ -54,22 +56,12 @@ class Rules(Rule):
 
 
 def _integers(name: str, values: Integers, dims: tuple[int, ...]) -> Tensor:
-    """A tensor of int32 where it lies; `dims`: the numbers of dimensions it may have."""
-    if not isinstance(values, Tensor):
-        values = torch.tensor(values)
-        if values.numel() == 0:
-            values = values.int()
-    if values.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: got dtype {values.dtype}, takes int32 or int64")
+    """A tensor of integers; `dims`: the numbers of dimensions it may have."""
+    values = integers.tensor(name, values)
     if values.dim() not in dims:
         wanted = " or ".join(str(d) for d in dims)
         raise ValueError(f"{name}: got {values.dim()} dimensions, takes {wanted}")
-    return values.detach().to(torch.int32).contiguous()
-
-
-def readable(tensor: Tensor) -> bool:
-    """Whether values can be looked at without a device's sync and outside a traced graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return values
 
 
 class _Tensors:
@@ -85,9 +77,13 @@ class _Tensors:
             return tensor
         if torch.compiler.is_compiling():
             return tensor.to(device)
-        if (name, device) not in self.copies:
-            self.copies[name, device] = tensor.to(device)
-        return self.copies[name, device]
+        if (name, device) in self.copies:
+            return self.copies[name, device]
+        with torch.inference_mode(False):
+            copy = tensor.to(device)
+        if not kept.inside_a_mode() and kept.lasts(copy):
+            self.copies[name, device] = copy
+        return copy
 
 
 class KeyPadding(Rule):
@@ -105,12 +101,10 @@ class KeyPadding(Rule):
         if isinstance(lengths, Tensor) and lengths.dtype == torch.bool:
             if lengths.dim() != 2:
                 raise ValueError(f"mask: got shape {tuple(lengths.shape)}, takes bool [B, Tk]")
-            keep = lengths.detach().contiguous()
+            keep = integers.lasting(lengths.detach().contiguous())
             self.tensors = _Tensors(lengths=None, keep=keep)
         else:
-            own = _integers("lengths", lengths, (1,))
-            if readable(own) and (own < 0).any():
-                raise ValueError(f"lengths: got {int(own.min())}, takes integers >= 0")
+            own = integers.narrowed("lengths", _integers("lengths", lengths, (1,)), 0)
             self.tensors = _Tensors(lengths=own, keep=None)
 
     def __repr__(self) -> str:
@@ -168,7 +162,7 @@ def _offsets(name: str, values: Integers, longest: int | None) -> tuple[Tensor, 
     if torch.compiler.is_compiling() or trusted:
         if longest is None:
             raise ValueError(f"{name}: inside torch.compile max_length must be given")
-        return offsets, longest, None
+        return integers.cut(offsets), longest, None
     if offsets.device.type == "cpu" and offsets.shape[0] <= FEW:
         values = offsets.tolist()
         steps = list(map(int.__sub__, values[1:], values))
@@ -180,9 +174,11 @@ def _offsets(name: str, values: Integers, longest: int | None) -> tuple[Tensor, 
         raise ValueError(f"{name}: got offsets from {first}, takes offsets from 0")
     if least < 0:
         raise ValueError(f"{name}: got offsets that decrease, takes offsets that never decrease")
+    if last > integers.MOST:
+        raise ValueError(f"{name}: got offsets up to {last}, takes at most {integers.MOST}")
     if longest is not None and most > longest:
         raise ValueError(f"max_length: got {longest}, takes at least the longest sample, {most}")
-    return offsets, most if longest is None else longest, last
+    return integers.cut(offsets), most if longest is None else longest, last
 
 
 class FrameCausal(Rule):
@@ -236,12 +232,11 @@ class Blocks(Rule):
         for name, tensor in (("context", first), ("sizes", blocks)):
             if tensor.shape[0] not in (1, rows):
                 raise ValueError(f"{name}: got {tensor.shape[0]} samples, takes 1 or {rows}")
-            if readable(tensor) and tensor.numel() and tensor.min() < 0:
-                raise ValueError(f"{name}: got {int(tensor.min())}, takes integers >= 0")
-        first = first.unsqueeze(1).expand(rows, 1)
+        first = integers.narrowed("context", first, 0).unsqueeze(1).expand(rows, 1)
+        blocks = integers.narrowed("sizes", blocks, 0)
         parts = torch.cat((first, blocks.expand(rows, -1)), dim=1)
-        bounds = parts.cumsum(dim=1).to(torch.int32)  # [B or 1, M + 1]
-        self.tensors = _Tensors(bounds=bounds)
+        ends = parts.cumsum(dim=1)  # int64, [B or 1, M + 1]
+        self.tensors = _Tensors(bounds=integers.narrowed("sizes", ends))
 
     def __repr__(self) -> str:
         return "Blocks()"

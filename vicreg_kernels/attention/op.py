@@ -97,15 +97,20 @@ class _Attention(torch.autograd.Function):
             out = _as_packed(out)
             if not torch.compiler.is_compiling():
                 out = out.data  # no view for autograd, which refuses in-place changes of those
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.packed, ctx.arguments = packed, arguments
+        # all tensors, so that autograd notices one that is changed before the backward
+        tensors = arguments[:5] + arguments[9:12]
+        ctx.save_for_backward(q, k, v, out, lse, *tensors)
+        ctx.packed, ctx.numbers = packed, (arguments[5:9], arguments[12:])
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         needs = ctx.needs_input_grad[:3]
         run: Any = _AttentionGradient.apply if torch.is_grad_enabled() else _attention_gradient
-        dq, dk, dv = run(grad, *ctx.saved_tensors, needs, ctx.packed, ctx.arguments)
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        numbers, rest = ctx.numbers
+        arguments = (*tensors[:5], *numbers, *tensors[5:], *rest)
+        dq, dk, dv = run(grad, q, k, v, out, lse, needs, ctx.packed, arguments)
         return dq if needs[0] else None, dk if needs[1] else None, dv if needs[2] else None, *_NONE
 
 
@@ -174,15 +179,17 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, adjoint: bool, arguments: tuple[Any, ...]) -> Tensor:
-        *rest, backend = arguments
-        ctx.adjoint, ctx.arguments = adjoint, arguments
-        # saved for nothing but the rule that they are not changed before the backward
-        ctx.save_for_backward(*(t for t in rest if isinstance(t, Tensor)))
-        return torch.ops.vicreg_kernels.attention_rotate(x, *rest, adjoint, backend)
+        table, index, offsets, grid, backend = arguments
+        ctx.save_for_backward(table, index, offsets)
+        ctx.adjoint, ctx.settings = adjoint, (grid, backend)
+        return torch.ops.vicreg_kernels.attention_rotate(
+            x, table, index, offsets, grid, adjoint, backend
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _Rotation.apply(grad, not ctx.adjoint, ctx.arguments), None, None
+        arguments = (*ctx.saved_tensors, *ctx.settings)
+        return _Rotation.apply(grad, not ctx.adjoint, arguments), None, None
 
 
 def takes_head_dim(dim: int) -> bool:

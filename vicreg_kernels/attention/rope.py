@@ -15,18 +15,21 @@ Cosines and sines depend on an axis position and on j alone, so they are a table
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vicreg_kernels import dispatch
-from vicreg_kernels.attention.masks import readable, rows_and_tokens
+from vicreg_kernels import dispatch, integers
+from vicreg_kernels.attention.masks import rows_and_tokens
+from vicreg_kernels.integers import readable
+from vicreg_kernels.kept import Kept
 
 LAYOUTS = ("vjepa2", "axial")
-# A few kilobytes each; a rope is made anew for every batch's index.
-_TABLES: dict[tuple[object, ...], Tensor] = {}
+# A few kilobytes each as a rule; a rope is made anew for every batch's index.
+_TABLES = Kept(entries=1024, nbytes=64 * 2**20)
 
 
 class RopeArguments(NamedTuple):
@@ -48,7 +51,8 @@ class Rope3d:
     """Rotary position embedding on a grid of (frames, height, width) tokens.
 
     Args:
-        grid: (frames, height, width); (height, width) or (length,) rotate by two axes or one.
+        grid: (frames, height, width); (height, width) or (length,) rotate by two axes or one; at
+            most 2^31 - 1 places.
         index: each token's place in the flattened grid, (frame * height + row) * width + column:
             int [T], [B, T], or [total] for packed tokens. None: a token's place in its sample.
         key_index: the keys' places, where they differ from the queries'.
@@ -76,6 +80,8 @@ class Rope3d:
             raise ValueError(f"layout: got {layout!r}, takes one of {LAYOUTS}")
         if not 0 < theta < float("inf"):
             raise ValueError(f"theta: got {theta}, takes a finite number > 0")
+        if math.prod(grid) > integers.MOST:
+            raise ValueError(f"grid: got {tuple(grid)}, takes at most {integers.MOST} places")
         self.axes = len(grid)
         self.grid = (*(1,) * (3 - len(grid)), *grid)
         self.layout = layout
@@ -97,16 +103,15 @@ class Rope3d:
             raise TypeError(f"{name}: got dtype {index.dtype}, takes int32 or int64")
         if index.dim() not in (1, 2):
             raise ValueError(f"{name}: got shape {tuple(index.shape)}, takes [T] or [B, T]")
-        index = index.detach()
         look = readable(index) or (dispatch.DEBUG and not torch.compiler.is_compiling())
         if look and index.numel():
-            least, most = map(int, index.aminmax())
+            least, most = integers.extremes(index)
             if least < 0 or most >= self.places:
                 raise ValueError(
                     f"{name}: got places {least} to {most}, takes 0 to {self.places - 1} in a grid "
                     f"of {self.grid}"
                 )
-        return index.to(torch.int32).contiguous()
+        return integers.cut(index)
 
     def part(self, head_dim: int) -> int:
         """Elements of the head dim that one axis rotates."""
@@ -122,19 +127,13 @@ class Rope3d:
 
     def table(self, head_dim: int, device: torch.device) -> Tensor:
         """float32 [frames + height + width, part, 2], kept for the next rope like this one."""
-        kept = not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0)
         key = (self.grid, self.axes, self.layout, self.theta, head_dim, device)
-        if kept and key in _TABLES:
-            return _TABLES[key]
-        if kept and torch.is_inference_mode_enabled():
-            with torch.inference_mode(False):  # a later training step saves it
-                return self.table(head_dim, device)
+        return _TABLES.get(key, lambda: self._table(head_dim, device))
+
+    def _table(self, head_dim: int, device: torch.device) -> Tensor:
         rows = torch.cat([torch.arange(n, dtype=torch.float64, device=device) for n in self.grid])
         angles = self.angles(rows, head_dim)
-        table = torch.stack((angles.cos(), angles.sin()), dim=-1).float()
-        if kept:
-            _TABLES[key] = table
-        return table
+        return torch.stack((angles.cos(), angles.sin()), dim=-1).float()
 
     def resolve(self, q: Tensor, k: Tensor, longest: tuple[int, int]) -> RopeArguments:
         """For q, k: [B, H, T, d], or packed [total, H, d]; longest: the longest sample of each,

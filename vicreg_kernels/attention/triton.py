@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ ROTATION = (32, 4, 4)
 DELTA_ROWS = 64
 
 
-@cache
+@lru_cache(maxsize=64)
 def _device(index: int | None) -> tuple[str, int]:
     """(name, compute capability's major number)."""
     if index is None:
@@ -68,7 +68,8 @@ class _Problem:
         rules, rope = self.rules, self.rope
         self.batch, self.heads, self.tokens, self.head_dim = q.shape
         self.keys = k.shape[2]
-        self.samples = self.batch if rules.q_offsets is None else rules.q_offsets.shape[0] - 1
+        # 0: the rows are the samples
+        self.samples = 0 if rules.q_offsets is None else rules.q_offsets.shape[0] - 1
         self.format, self.precision = _format(q)
         self.longest = (min(rules.max_q, self.tokens), min(rules.max_k, self.keys))
         device = _device(q.device.index if q.is_cuda else None)
@@ -76,11 +77,10 @@ class _Problem:
         longest = max(self.tokens, self.keys, 1)
         # Values that make no difference are kept inside int32, whatever was asked for.
         frame = min(rules.tokens_per_frame, longest)
-        self.windowed = 0 < rules.window < triton.cdiv(longest, max(frame, 1))
-        self.frame = (frame, rules.window if self.windowed else 0)
-        self.placeholder = q  # for a tensor that is not there
+        frames = triton.cdiv(longest, max(frame, 1))
+        self.frame = (frame, min(rules.window, frames) if rules.window > 0 else frames)
         self.axes = rope.grid[3]
-        self.part = 1 if rope.table is None else rope.table.shape[1]
+        self.part = 0 if rope.table is None else rope.table.shape[1]
         self.grid = rope_grid(rope.grid)
 
     def tiles(self, side: str, size: int) -> int:
@@ -90,14 +90,19 @@ class _Problem:
             return triton.cdiv(tokens, size)
         return tokens // size + self.samples
 
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self, lse: Tensor) -> tuple[Tensor, ...]:
+        """lse: stands for what is not there, as a tensor of the same dtype: else kernels differ."""
         rules, rope = self.rules, self.rope
-        keep = None if rules.keep is None else rules.keep.view(torch.int8)
-        given = (
-            rules.q_offsets, rules.k_offsets, rules.lengths, keep, rules.bounds,
-            rope.table, rope.q_index, rope.k_index,
+        none = lse.view(torch.int32)
+        given = (rules.q_offsets, rules.k_offsets, rules.lengths, rules.keep, rules.bounds,
+                 rope.table, rope.q_index, rope.k_index)  # fmt: skip
+        q_offsets, k_offsets, lengths, keep, bounds, table, q_index, k_index = (
+            none if t is None else t for t in given
+        )
+        return (
+            q_offsets, k_offsets, lengths, keep.view(torch.int8), bounds,
+            lse if rope.table is None else table, q_index, k_index,
         )  # fmt: skip
-        return tuple(self.placeholder if t is None else t for t in given)
 
     def sizes(self, tiles: int) -> tuple[int, ...]:
         bounds = self.rules.bounds
@@ -105,18 +110,20 @@ class _Problem:
         blocks = 0 if bounds is None else bounds.shape[1] - 1
         return (
             self.samples, self.heads, self.tokens, self.keys, tiles, each, blocks, *self.frame,
-            index_stride(self.rope.q_index), index_stride(self.rope.k_index), *self.grid,
+            int(self.rules.lengths is not None),
+            *indexing(self.rope.q_index), *indexing(self.rope.k_index), *self.grid,
+            self.axes, self.part,
         )  # fmt: skip
 
     def flags(self) -> dict[str, Any]:
-        rules, rope = self.rules, self.rope
+        rules = self.rules
         first, second = parts(self.head_dim, self.format)
         return {
-            "RAGGED": rules.q_offsets is not None, "LENGTHS": rules.lengths is not None,
+            # The plain product spares the registers; under a rule they are not missed.
+            "VARIED": rules.tokens_per_frame > 0
+            or any(t is not None for t in (rules.q_offsets, *rules[2:5])),
             "KEEP": rules.keep is not None, "FRAMES": rules.tokens_per_frame > 0,
-            "WINDOW": self.windowed, "BLOCKS": rules.bounds is not None,
-            "Q_INDEX": rope.q_index is not None, "K_INDEX": rope.k_index is not None,
-            "AXES": self.axes, "PART": self.part,
+            "BLOCKS": rules.bounds is not None, "TURNED": self.axes * self.part,
             "HEAD": self.head_dim, "D1": first, "D2": second,
             "FORMAT": self.format, "PRECISION": self.precision,
         }  # fmt: skip
@@ -130,9 +137,11 @@ class _Problem:
         return rotate(x, rope.table, index, offsets, rope.grid, False)
 
 
-def index_stride(index: Tensor | None) -> int:
-    """Elements between the batch rows of an index [B or 1, T]."""
-    return 0 if index is None or index.shape[0] == 1 else index.shape[1]
+def indexing(index: Tensor | None) -> tuple[int, int]:
+    """(1 if there is an index [B or 1, T], elements between its batch rows)."""
+    if index is None:
+        return 0, 0
+    return 1, 0 if index.shape[0] == 1 else index.shape[1]
 
 
 def rope_grid(grid: Sequence[int]) -> tuple[int, int, int, int]:
@@ -156,7 +165,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, T
         k = p.turned(k, "k")
     with _on_device(q):
         forward_kernel[(tiles * p.heads * p.batch,)](
-            q, k, v, out, lse, *p.tensors(), *p.sizes(tiles),
+            q, k, v, out, lse, *p.tensors(lse), *p.sizes(tiles),
             *q.stride(), *k.stride(), *v.stride(), abs(scale) * LOG2_E,
             **p.flags(), ALIGNED=aligned(q, k, v), TURN_KEYS=turn_keys,
             NEGATE=math.copysign(1.0, scale) < 0,
@@ -191,7 +200,7 @@ def backward(
             queries, keys, warps, stages = p.config.query_gradient
             tiles = p.tiles("q", queries)
             query_gradient_kernel[(tiles * p.heads * p.batch,)](
-                *operands, out, lse, dq, *p.tensors(), *p.sizes(tiles), *strides, scale * LOG2_E,
+                *operands, out, lse, dq, *p.tensors(lse), *p.sizes(tiles), *strides, scale * LOG2_E,
                 **p.flags(), ALIGNED=whole, QUERIES=queries, KEYS=keys,
                 num_warps=warps, num_stages=stages,
             )  # fmt: skip
@@ -209,7 +218,7 @@ def backward(
             queries, keys, warps, stages = p.config.key_gradient
             tiles = p.tiles("k", keys)
             key_gradient_kernel[(tiles * p.heads * p.batch,)](
-                *operands, dk, dv, *p.tensors(), *p.sizes(tiles), *strides, scale * LOG2_E,
+                *operands, dk, dv, *p.tensors(lse), *p.sizes(tiles), *strides, scale * LOG2_E,
                 **p.flags(), ALIGNED=whole, NEED_K=k_now, NEED_V=v_now,
                 QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages,
             )  # fmt: skip
@@ -232,15 +241,17 @@ def rotate(
     operands, _ = _format(x)
     rows, each, warps = ROTATION
     ragged = index is None and offsets is not None
-    samples = offsets.shape[0] - 1 if ragged and offsets is not None else batch
+    samples = offsets.shape[0] - 1 if ragged and offsets is not None else 0
+    none = table.view(torch.int32)
     tiles = tokens // rows + samples if ragged else triton.cdiv(tokens, rows)
     first, second = parts(head_dim)
+    part = table.shape[1]
     with _on_device(x):
         rotate_kernel[(triton.cdiv(heads, each) * tiles * batch,)](
-            x, out, table, x if index is None else index, offsets if ragged else x,
-            samples, heads, tokens, tiles, index_stride(index), *rope_grid(grid), *x.stride(),
-            ALIGNED=aligned(x), RAGGED=ragged, INDEX=index is not None, ADJOINT=adjoint,
-            AXES=grid[3], PART=table.shape[1], FORMAT=operands,
+            x, out, table, none if index is None else index, offsets if ragged else none,
+            samples, heads, tokens, tiles, *indexing(index), *rope_grid(grid), grid[3], part,
+            int(adjoint), *x.stride(), ALIGNED=aligned(x), TURNED=grid[3] * part,
+            FORMAT=operands,
             HEAD=head_dim, D1=first, D2=second, TOKENS=rows, HEADS=each, num_warps=warps,
         )  # fmt: skip
     return out

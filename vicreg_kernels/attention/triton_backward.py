@@ -36,10 +36,10 @@ import triton.language as tl
 from vicreg_kernels.attention.triton_forward import live_keys, seen
 from vicreg_kernels.attention.triton_rope import store_gradient
 from vicreg_kernels.attention.triton_rules import (
-    extent,
-    find_sample,
+    extents,
     key_intervals,
     key_tiles,
+    padded,
     query_range,
     tile_start,
     tiles_of,
@@ -89,7 +89,7 @@ def from_queries(
     k1, k2, v1, v2, dk1, dk2, dv1, dv2, q, grad, peak, delta,
     key, start, limit, keys, bounds, blocks, frame, window, scale,
     sq_t, sq_d, sg_t, sg_d,
-    MASKED: tl.constexpr, FRAMES: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
+    MASKED: tl.constexpr, FRAMES: tl.constexpr, BLOCKS: tl.constexpr,
     NEED_K: tl.constexpr, NEED_V: tl.constexpr,
     HEAD: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, QUERIES: tl.constexpr,
     FORMAT: tl.constexpr, PRECISION: tl.constexpr,
@@ -105,7 +105,7 @@ def from_queries(
         top = tl.load(peak + row, mask=live, other=float("inf"))
         if FRAMES or BLOCKS:
             begin, end, second, second_end = key_intervals(
-                row, keys, bounds, blocks, frame, window, FRAMES, WINDOW, BLOCKS
+                row, keys, bounds, blocks, frame, window, FRAMES, BLOCKS
             )
             mask = (key[:, None] >= begin[None, :]) & (key[:, None] < end[None, :])
             if BLOCKS:
@@ -138,14 +138,13 @@ def from_queries(
 def key_gradient_kernel(
     grad, q, k, v, peak, delta, dk, dv,
     q_offsets, k_offsets, lengths, keep, bounds, table, q_index, k_index,
-    samples, heads, tokens, all_keys, tiles, bounds_stride, blocks, frame, window,
-    q_index_stride, k_index_stride, frames, height, width, last,
+    samples, heads, tokens, all_keys, tiles, bounds_stride, blocks, frame, window, length_stride,
+    q_indexed, q_index_stride, k_indexed, k_index_stride, frames, height, width, last, axes, part,
     sg_b, sg_h, sg_t, sg_d, sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d,
     sv_b, sv_h, sv_t, sv_d,
     scale,
-    RAGGED: tl.constexpr, LENGTHS: tl.constexpr, KEEP: tl.constexpr,
-    FRAMES: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
-    Q_INDEX: tl.constexpr, K_INDEX: tl.constexpr, AXES: tl.constexpr, PART: tl.constexpr,
+    VARIED: tl.constexpr, KEEP: tl.constexpr, FRAMES: tl.constexpr, BLOCKS: tl.constexpr,
+    TURNED: tl.constexpr,
     ALIGNED: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr,
     HEAD: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     FORMAT: tl.constexpr, PRECISION: tl.constexpr,
@@ -160,18 +159,15 @@ def key_gradient_kernel(
     tile = tl.program_id(0) % tiles
     head = tl.program_id(0) // tiles % heads
     batch = tl.program_id(0) // tiles // heads
-    sample = batch
-    if RAGGED:
-        sample, tile = find_sample(k_offsets, samples, tile, KEYS)
-    q_begin, queries = extent(q_offsets, sample, tokens, RAGGED)
-    k_begin, keys = extent(k_offsets, sample, all_keys, RAGGED)
+    sample, tile, q_begin, queries, k_begin, keys = extents(
+        q_offsets, k_offsets, samples, tokens, all_keys, batch, tile, VARIED, False, KEYS
+    )
     first = tile * KEYS
     if first >= keys:
         return
     key = first + tl.arange(0, KEYS)
     there = key < keys
-    if LENGTHS:
-        keys = tl.minimum(keys, tl.load(lengths + sample))
+    keys = padded(lengths, length_stride, sample, keys, VARIED)
     b = tl.cast(batch, tl.int64)
     h = tl.cast(head, tl.int64)
     q_at = tl.cast(q_begin, tl.int64)
@@ -191,7 +187,7 @@ def key_gradient_kernel(
     v1, v2 = load_rows(v, first, sv_t, sv_d, live, True, HEAD, D1, D2, KEYS, FORMAT)
     low, high, whole, whole_end = query_range(
         first, tl.minimum(first + KEYS, keys) - 1, queries, bounds, blocks, frame, window,
-        FRAMES, WINDOW, BLOCKS,
+        FRAMES, BLOCKS,
     )  # fmt: skip
     high = tl.where(first < keys, high, 0)
     masked, lead, count = tiles_of(low, high, whole, whole_end, QUERIES)
@@ -208,7 +204,7 @@ def key_gradient_kernel(
             k1, k2, v1, v2, dk1, dk2, dv1, dv2, q, grad, peak, delta,
             key, start, high, keys, bounds, blocks, frame, window, scale,
             sq_t, sq_d, sg_t, sg_d,
-            True, FRAMES, WINDOW, BLOCKS, NEED_K, NEED_V,
+            True, FRAMES, BLOCKS, NEED_K, NEED_V,
             HEAD, D1, D2, QUERIES, FORMAT, PRECISION,
         )  # fmt: skip
     for t in range(0, count):
@@ -217,12 +213,12 @@ def key_gradient_kernel(
             k1, k2, v1, v2, dk1, dk2, dv1, dv2, q, grad, peak, delta,
             key, start, high, keys, bounds, blocks, frame, window, scale,
             sq_t, sq_d, sg_t, sg_d,
-            False, FRAMES, WINDOW, BLOCKS, NEED_K, NEED_V,
+            False, FRAMES, BLOCKS, NEED_K, NEED_V,
             HEAD, D1, D2, QUERIES, FORMAT, PRECISION,
         )  # fmt: skip
 
-    along = (k_at + key) * heads * HEAD
-    shift = (b * all_keys * heads + h) * HEAD
+    along = key.to(tl.int64) * heads * HEAD
+    shift = ((b * all_keys + k_at) * heads + h) * HEAD
     keeping = live[:, None]
     if NEED_V:
         store_part(dv + shift, along, there, tl.where(keeping, dv1, 0.0), 0, HEAD, FORMAT)
@@ -234,8 +230,8 @@ def key_gradient_kernel(
         if D2:
             dk2 = tl.where(keeping, dk2 * scale, 0.0)
         store_gradient(
-            dk + shift, along, there, dk1, dk2, key, table, k_index, k_begin,
-            frames, height, width, last, K_INDEX, AXES, PART, HEAD, D1, D2, FORMAT,
+            dk + shift, along, there, dk1, dk2, key, table, k_index, k_indexed > 0, k_begin,
+            frames, height, width, last, axes, part, TURNED, HEAD, D1, D2, FORMAT,
         )  # fmt: skip
 
 
@@ -274,14 +270,13 @@ def from_keys(
 def query_gradient_kernel(
     grad, q, k, v, peak, delta, out, lse, dq,
     q_offsets, k_offsets, lengths, keep, bounds, table, q_index, k_index,
-    samples, heads, tokens, all_keys, tiles, bounds_stride, blocks, frame, window,
-    q_index_stride, k_index_stride, frames, height, width, last,
+    samples, heads, tokens, all_keys, tiles, bounds_stride, blocks, frame, window, length_stride,
+    q_indexed, q_index_stride, k_indexed, k_index_stride, frames, height, width, last, axes, part,
     sg_b, sg_h, sg_t, sg_d, sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d,
     sv_b, sv_h, sv_t, sv_d,
     scale,
-    RAGGED: tl.constexpr, LENGTHS: tl.constexpr, KEEP: tl.constexpr,
-    FRAMES: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
-    Q_INDEX: tl.constexpr, K_INDEX: tl.constexpr, AXES: tl.constexpr, PART: tl.constexpr,
+    VARIED: tl.constexpr, KEEP: tl.constexpr, FRAMES: tl.constexpr, BLOCKS: tl.constexpr,
+    TURNED: tl.constexpr,
     ALIGNED: tl.constexpr,
     HEAD: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     FORMAT: tl.constexpr, PRECISION: tl.constexpr,
@@ -299,16 +294,13 @@ def query_gradient_kernel(
         tile = tiles - 1 - tile
     head = tl.program_id(0) // tiles % heads
     batch = tl.program_id(0) // tiles // heads
-    sample = batch
-    if RAGGED:
-        sample, tile = find_sample(q_offsets, samples, tile, QUERIES)
-    q_begin, queries = extent(q_offsets, sample, tokens, RAGGED)
-    k_begin, keys = extent(k_offsets, sample, all_keys, RAGGED)
+    sample, tile, q_begin, queries, k_begin, keys = extents(
+        q_offsets, k_offsets, samples, tokens, all_keys, batch, tile, VARIED, True, QUERIES
+    )
     first = tile * QUERIES
     if first >= queries:
         return
-    if LENGTHS:
-        keys = tl.minimum(keys, tl.load(lengths + sample))
+    keys = padded(lengths, length_stride, sample, keys, VARIED)
     b = tl.cast(batch, tl.int64)
     h = tl.cast(head, tl.int64)
     q_at = tl.cast(q_begin, tl.int64)
@@ -328,8 +320,8 @@ def query_gradient_kernel(
     q1, q2 = load_rows(q, first, sq_t, sq_d, live, True, HEAD, D1, D2, QUERIES, FORMAT)
     g1, g2 = load_rows(grad, first, sg_t, sg_d, live, True, HEAD, D1, D2, QUERIES, FORMAT)
     at = (b * heads + h) * tokens + q_at + row
-    along = (q_at + row) * heads * HEAD
-    shift = (b * tokens * heads + h) * HEAD
+    along = row.to(tl.int64) * heads * HEAD
+    shift = ((b * tokens + q_at) * heads + h) * HEAD
     o1 = load_part(out + shift, along, live, 1, 0, D1, HEAD, True).to(tl.float32)
     drop = tl.sum(o1 * g1.to(tl.float32), axis=1)
     if D2:
@@ -339,7 +331,7 @@ def query_gradient_kernel(
     tl.store(delta + at, drop, mask=live)
     tl.store(peak + at, top, mask=live)
     begin, end, second, second_end = key_intervals(
-        tl.minimum(row, queries - 1), keys, bounds, blocks, frame, window, FRAMES, WINDOW, BLOCKS
+        tl.minimum(row, queries - 1), keys, bounds, blocks, frame, window, FRAMES, BLOCKS
     )
     low, high, masked, lead, whole, low2, high2, masked2, lead2, whole2 = key_tiles(
         begin, end, second, second_end, keys, RULED, BLOCKS, KEEP, KEYS
@@ -384,6 +376,6 @@ def query_gradient_kernel(
         dq2 *= scale
     store_gradient(
         dq + shift, along, live, dq1, dq2,
-        row, table, q_index, q_begin, frames, height, width, last,
-        Q_INDEX, AXES, PART, HEAD, D1, D2, FORMAT,
+        row, table, q_index, q_indexed > 0, q_begin,
+        frames, height, width, last, axes, part, TURNED, HEAD, D1, D2, FORMAT,
     )  # fmt: skip

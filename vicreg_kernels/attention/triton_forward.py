@@ -21,10 +21,10 @@ import triton.language as tl
 
 from vicreg_kernels.attention.triton_rope import load_turned
 from vicreg_kernels.attention.triton_rules import (
-    extent,
-    find_sample,
+    extents,
     key_intervals,
     key_tiles,
+    padded,
     tile_start,
 )
 from vicreg_kernels.attention.triton_tiles import (
@@ -56,11 +56,10 @@ def live_keys(keep, key, end, KEEP: tl.constexpr):
 
 @triton.jit
 def attend(
-    q1, q2, acc1, acc2, top, total, k, v, keep, table, k_index, k_at,
+    q1, q2, acc1, acc2, top, total, k, v, keep, table, k_index, k_indexed, k_at,
     start, limit, begin, end, scale,
-    sk_t, sk_d, sv_t, sv_d, frames, height, width, last,
-    MASKED: tl.constexpr, RULED: tl.constexpr, KEEP: tl.constexpr,
-    INDEX: tl.constexpr, AXES: tl.constexpr, PART: tl.constexpr,
+    sk_t, sk_d, sv_t, sv_d, frames, height, width, last, axes, part,
+    MASKED: tl.constexpr, RULED: tl.constexpr, KEEP: tl.constexpr, TURNED: tl.constexpr,
     HEAD: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, KEYS: tl.constexpr,
     FORMAT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -70,8 +69,8 @@ def attend(
     if MASKED:
         live = live_keys(keep, key, limit, KEEP)
     k1, k2 = load_turned(
-        k, start, sk_t, sk_d, live, table, k_index, k_at, frames, height, width, last,
-        INDEX, AXES, PART, MASKED, HEAD, D1, D2, KEYS, FORMAT,
+        k, start, sk_t, sk_d, live, table, k_index, k_indexed > 0, k_at,
+        frames, height, width, last, axes, part, TURNED, MASKED, HEAD, D1, D2, KEYS, FORMAT,
     )  # fmt: skip
     s = product(q1, q2, k1, k2, D2 > 0, PRECISION)
     if MASKED:
@@ -96,13 +95,12 @@ def attend(
 @triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
     q, k, v, out, lse, q_offsets, k_offsets, lengths, keep, bounds, table, q_index, k_index,
-    samples, heads, tokens, all_keys, tiles, bounds_stride, blocks, frame, window,
-    q_index_stride, k_index_stride, frames, height, width, last,
+    samples, heads, tokens, all_keys, tiles, bounds_stride, blocks, frame, window, length_stride,
+    q_indexed, q_index_stride, k_indexed, k_index_stride, frames, height, width, last, axes, part,
     sq_b, sq_h, sq_t, sq_d, sk_b, sk_h, sk_t, sk_d, sv_b, sv_h, sv_t, sv_d,
     scale,
-    RAGGED: tl.constexpr, LENGTHS: tl.constexpr, KEEP: tl.constexpr,
-    FRAMES: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
-    Q_INDEX: tl.constexpr, K_INDEX: tl.constexpr, AXES: tl.constexpr, PART: tl.constexpr,
+    VARIED: tl.constexpr, KEEP: tl.constexpr, FRAMES: tl.constexpr, BLOCKS: tl.constexpr,
+    TURNED: tl.constexpr,
     ALIGNED: tl.constexpr, TURN_KEYS: tl.constexpr, NEGATE: tl.constexpr,
     HEAD: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     FORMAT: tl.constexpr, PRECISION: tl.constexpr,
@@ -121,16 +119,13 @@ def forward_kernel(
         tile = tiles - 1 - tile
     head = tl.program_id(0) // tiles % heads
     batch = tl.program_id(0) // tiles // heads
-    sample = batch
-    if RAGGED:
-        sample, tile = find_sample(q_offsets, samples, tile, QUERIES)
-    q_begin, queries = extent(q_offsets, sample, tokens, RAGGED)
-    k_begin, keys = extent(k_offsets, sample, all_keys, RAGGED)
+    sample, tile, q_begin, queries, k_begin, keys = extents(
+        q_offsets, k_offsets, samples, tokens, all_keys, batch, tile, VARIED, True, QUERIES
+    )
     first = tile * QUERIES
     if first >= queries:
         return
-    if LENGTHS:
-        keys = tl.minimum(keys, tl.load(lengths + sample))
+    keys = padded(lengths, length_stride, sample, keys, VARIED)
     b = tl.cast(batch, tl.int64)
     h = tl.cast(head, tl.int64)
     q_at = tl.cast(q_begin, tl.int64)
@@ -146,9 +141,8 @@ def forward_kernel(
     row = first + tl.arange(0, QUERIES)
     live = row < queries
     q1, q2 = load_turned(
-        q, first, sq_t, sq_d, live, table, q_index + b * q_index_stride, q_begin,
-        frames, height, width, last,
-        Q_INDEX, AXES, PART, True, HEAD, D1, D2, QUERIES, FORMAT,
+        q, first, sq_t, sq_d, live, table, q_index + b * q_index_stride, q_indexed > 0, q_begin,
+        frames, height, width, last, axes, part, TURNED, True, HEAD, D1, D2, QUERIES, FORMAT,
     )  # fmt: skip
     if NEGATE:
         q1 = -q1
@@ -156,7 +150,7 @@ def forward_kernel(
             q2 = -q2
     # Rows past the end stand for the last one, so that they add no tile.
     begin, end, second, second_end = key_intervals(
-        tl.minimum(row, queries - 1), keys, bounds, blocks, frame, window, FRAMES, WINDOW, BLOCKS
+        tl.minimum(row, queries - 1), keys, bounds, blocks, frame, window, FRAMES, BLOCKS
     )
     low, high, masked, lead, whole, low2, high2, masked2, lead2, whole2 = key_tiles(
         begin, end, second, second_end, keys, RULED, BLOCKS, KEEP, KEYS
@@ -167,7 +161,7 @@ def forward_kernel(
     acc2 = total
     if D2:
         acc2 = tl.zeros((QUERIES, D2), tl.float32)
-    TURNED: tl.constexpr = AXES if TURN_KEYS else 0
+    KEYS_TURNED: tl.constexpr = TURNED if TURN_KEYS else 0
     for t in range(0, masked + masked2):
         start = tile_start(t, low, lead, whole, True, KEYS)
         limit = high
@@ -180,10 +174,10 @@ def forward_kernel(
             row_begin = tl.where(own, second, begin)
             row_end = tl.where(own, second_end, end)
         acc1, acc2, top, total = attend(
-            q1, q2, acc1, acc2, top, total, k, v, keep, table, k_index, k_begin,
+            q1, q2, acc1, acc2, top, total, k, v, keep, table, k_index, k_indexed, k_begin,
             start, limit, row_begin, row_end, scale,
-            sk_t, sk_d, sv_t, sv_d, frames, height, width, last,
-            True, RULED, KEEP, K_INDEX, TURNED, PART, HEAD, D1, D2, KEYS, FORMAT, PRECISION,
+            sk_t, sk_d, sv_t, sv_d, frames, height, width, last, axes, part,
+            True, RULED, KEEP, KEYS_TURNED, HEAD, D1, D2, KEYS, FORMAT, PRECISION,
         )  # fmt: skip
     for t in range(0, whole + whole2):
         start = tile_start(t, low, lead, whole, False, KEYS)
@@ -192,18 +186,17 @@ def forward_kernel(
                 t >= whole, tile_start(t - whole, low2, lead2, whole2, False, KEYS), start
             )
         acc1, acc2, top, total = attend(
-            q1, q2, acc1, acc2, top, total, k, v, keep, table, k_index, k_begin,
+            q1, q2, acc1, acc2, top, total, k, v, keep, table, k_index, k_indexed, k_begin,
             start, start + KEYS, begin, end, scale,
-            sk_t, sk_d, sv_t, sv_d, frames, height, width, last,
-            False, RULED, KEEP, K_INDEX, TURNED, PART, HEAD, D1, D2, KEYS, FORMAT, PRECISION,
+            sk_t, sk_d, sv_t, sv_d, frames, height, width, last, axes, part,
+            False, RULED, KEEP, KEYS_TURNED, HEAD, D1, D2, KEYS, FORMAT, PRECISION,
         )  # fmt: skip
 
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
-    token = q_at + row
-    target = out + (b * tokens * heads + h) * HEAD
-    along = token * heads * HEAD
+    target = out + ((b * tokens + q_at) * heads + h) * HEAD
+    along = row.to(tl.int64) * heads * HEAD
     store_part(target, along, live, acc1 * inverse[:, None], 0, HEAD, FORMAT)
     if D2:
         store_part(target, along, live, acc2 * inverse[:, None], D1, HEAD, FORMAT)
     natural = (top + tl.log2(tl.where(total == 0.0, 1.0, total))) * 0.6931471805599453
-    tl.store(lse + (b * heads + h) * tokens + token, natural, mask=live)
+    tl.store(lse + (b * heads + h) * tokens + q_at + row, natural, mask=live)

@@ -20,8 +20,9 @@ SAMPLES = tl.constexpr(512)
 
 
 @triton.jit
-def find_sample(offsets, samples, program, TILE: tl.constexpr):
-    """(sample, tile in it) of a program of a ragged grid of total // TILE + samples programs.
+def find_sample(offsets, samples, batch, program, TILE: tl.constexpr):
+    """(sample, tile in it) of a program of a batch row. samples: 0 where rows are the samples;
+    else the grid is ragged, of total // TILE + samples programs.
 
     Sample s gets the programs from offsets[s] // TILE + s on. They are enough, since
     (o + n) // TILE + 1 >= o // TILE + cdiv(n, TILE); what is left over finds no row and ends. So
@@ -32,33 +33,63 @@ def find_sample(offsets, samples, program, TILE: tl.constexpr):
         s = first + tl.arange(0, SAMPLES)
         begin = tl.load(offsets + s, mask=s < samples, other=0) // TILE + s
         found += tl.sum(((s < samples) & (begin <= program)).to(tl.int32), axis=0)
-    sample = found - 1
-    return sample, program - (tl.load(offsets + sample) // TILE + sample)
+    ragged = samples > 0
+    sample = tl.where(ragged, found - 1, batch)
+    begin = tl.load(offsets + sample, mask=ragged, other=0)
+    return sample, program - tl.where(ragged, begin // TILE + sample, 0)
 
 
 @triton.jit
-def extent(offsets, sample, tokens, RAGGED: tl.constexpr):
-    """(first token, tokens) of a sample."""
-    if RAGGED:
-        begin = tl.load(offsets + sample)
-        return begin, tl.load(offsets + sample + 1) - begin
+def extent(offsets, samples, sample, tokens):
+    """(first token, tokens) of a sample; samples: as of find_sample."""
+    begin = tl.load(offsets + sample, mask=samples > 0, other=0)
+    return begin, tl.load(offsets + sample + 1, mask=samples > 0, other=tokens) - begin
+
+
+@triton.jit
+def padded(lengths, length_stride, sample, keys, VARIED: tl.constexpr):
+    """The keys of a sample that `lengths` leaves; length_stride: 0 where there are no lengths."""
+    if VARIED:
+        at = lengths + sample * length_stride
+        return tl.minimum(keys, tl.load(at, mask=length_stride > 0, other=keys))
     else:
-        return sample * 0, sample * 0 + tokens
+        return keys
+
+
+@triton.jit
+def extents(
+    q_offsets, k_offsets, samples, tokens, all_keys, batch, program,
+    VARIED: tl.constexpr, OF_QUERIES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Of a program's sample: (number, tile in it, first query, queries, first key, keys). VARIED:
+    samples may have offsets or lengths of their own; else what is the same everywhere is known to
+    be, and takes no registers.
+    """
+    if VARIED:
+        own = q_offsets if OF_QUERIES else k_offsets
+        sample, tile = find_sample(own, samples, batch, program, TILE)
+        q_begin, queries = extent(q_offsets, samples, sample, tokens)
+        k_begin, keys = extent(k_offsets, samples, sample, all_keys)
+        return sample, tile, q_begin, queries, k_begin, keys
+    else:
+        return batch, program, batch * 0, batch * 0 + tokens, batch * 0, batch * 0 + all_keys
 
 
 @triton.jit
 def key_intervals(
     query, keys, bounds, blocks, frame, window,
-    FRAMES: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
+    FRAMES: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """What queries [R] see: begin and end of their first and of their second interval, each [R]."""
+    """What queries [R] see: begin and end of their first and of their second interval, each [R].
+
+    window: frames that a query sees, its own included; as many as there are if all are seen.
+    """
     begin = query * 0
     end = query * 0 + keys
     if FRAMES:
         own = query // frame
         end = tl.minimum((own + 1) * frame, end)
-        if WINDOW:
-            begin = tl.maximum(own - window + 1, 0) * frame
+        begin = tl.maximum(own - window + 1, 0) * frame
     first_end = end
     second = query * 0
     second_end = query * 0
@@ -127,7 +158,7 @@ def key_tiles(
 @triton.jit
 def query_range(
     first, last, queries, bounds, blocks, frame, window,
-    FRAMES: tl.constexpr, WINDOW: tl.constexpr, BLOCKS: tl.constexpr,
+    FRAMES: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Of keys first to last (included, none hidden by padding): begin and end of the queries that
     see any of them, begin and end of those that see all of them.
@@ -162,9 +193,8 @@ def query_range(
         late = last // frame
         low = tl.maximum(low, early * frame)
         whole = tl.maximum(whole, late * frame)
-        if WINDOW:
-            high = tl.minimum(high, (late + window) * frame)
-            whole_end = tl.minimum(whole_end, (early + window) * frame)
+        high = tl.minimum(high, (late + window) * frame)
+        whole_end = tl.minimum(whole_end, (early + window) * frame)
     # blocks may be written for a longer sample than this one
     return low, tl.minimum(high, queries), whole, tl.minimum(whole_end, queries)
 

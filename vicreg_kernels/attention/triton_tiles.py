@@ -24,9 +24,10 @@ from vicreg_kernels.vicreg.triton_operands import narrow, round_to
 # loads do need to know of strides comes as one flag, ALIGNED.
 VARYING = (
     "samples", "heads", "tokens", "all_keys", "rows", "tiles", "bounds_stride", "blocks", "frame",
-    "window", "q_index_stride", "k_index_stride", "index_stride", "frames", "height", "width",
-    "last", "q_offsets", "k_offsets", "offsets", "lengths", "keep", "bounds", "q_index", "k_index",
-    "index", *(f"s{x}_{axis}" for x in "qkvgx" for axis in "bhtd"),
+    "window", "length_stride", "q_indexed", "q_index_stride", "k_indexed", "k_index_stride",
+    "indexed", "index_stride", "frames", "height", "width", "last", "axes", "part", "adjoint",
+    "q_offsets", "k_offsets", "offsets", "lengths", "keep", "bounds", "q_index", "k_index", "index",
+    *(f"s{x}_{axis}" for x in "qkvgx" for axis in "bhtd"),
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def _compiled(namespace: str) -> Kernels:
     return Kernels(exact(ops.barlow_forward), exact(ops.barlow_backward))
 
 
-@cache
+@lru_cache(maxsize=64)
 def load(backend: str) -> Kernels:
     if backend == "triton":
         kernels = importlib.import_module("vicreg_kernels.barlow.triton")

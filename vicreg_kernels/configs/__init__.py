@@ -24,7 +24,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -41,8 +41,8 @@ _forgetters: list[Callable[[], None]] = []
 
 
 def cached(function: F) -> F:
-    """functools.cache of a function whose results come from the files; `forget` empties it."""
-    wrapped = cache(function)
+    """A cache of a function whose results come from the files; `forget` empties it."""
+    wrapped = lru_cache(maxsize=1024)(function)
     on_forget(wrapped.cache_clear)
     return wrapped  # type: ignore[return-value]
 

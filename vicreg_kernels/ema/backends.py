@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 
 import torch
 
@@ -14,7 +14,7 @@ from vicreg_kernels.library import NAMESPACES
 dispatch.register("ema_update_")
 
 
-@cache
+@lru_cache(maxsize=64)
 def load(backend: str) -> Callable[..., None]:
     if backend in ("reference", "triton"):
         return importlib.import_module(f"vicreg_kernels.ema.{backend}").update

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import lru_cache
 from operator import attrgetter
 
 import torch
@@ -48,7 +48,7 @@ def _compiled(namespace: str) -> Kernels:
     return Kernels(directions, forward, sums, statistic, gradient)
 
 
-@cache
+@lru_cache(maxsize=64)
 def load(backend: str) -> Kernels:
     if backend == "triton":
         kernels = importlib.import_module("vicreg_kernels.sigreg.triton")

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ DIRECTIONS = (32, 8, 8)  # groups of four rows, columns, warps
 FINISH = (256, 4)  # elements, warps
 
 
-@cache
+@lru_cache(maxsize=64)
 def _device(index: int | None) -> tuple[int, int]:
     """(multiprocessors, compute capability's major number)."""
     if index is None:

@@ -46,9 +46,9 @@ from vicreg_kernels.sigreg.triton_maths import MOST_KNOTS, SIZES, circle, normal
 from vicreg_kernels.vicreg.triton_operands import narrow, round_to
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, "number", "key"])
 def directions_kernel(
-    step, out, number, key, dim, slices,
+    step, out, number: tl.int64, key: tl.int64, dim, slices,
     FORMAT: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS columns of out [D, M], each divided by its norm. step: None, or added to `number`.
@@ -57,23 +57,22 @@ def directions_kernel(
     """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     lane = tl.arange(0, GROUPS)
-    now = tl.cast(number, tl.int64)
+    now = number
     if step is not None:
         now += tl.load(step)
-    seed = tl.cast(key, tl.int64)
     groups = tl.cdiv(dim, 4)
     first = column.to(tl.int64)[None, :] * groups
     square = tl.zeros((GROUPS, COLUMNS), tl.float32)
     for start in range(0, groups, GROUPS):
         group = (start + lane)[:, None]
-        draw = normals(seed, now, first + group)
+        draw = normals(key, now, first + group)
         for i in tl.static_range(4):
             live = (4 * group + i < dim) & (column >= 0)[None, :]
             square += tl.where(live, draw[i] * draw[i], 0.0)
     norm = tl.sqrt_rn(tl.sum(square, axis=0))[None, :]
     for start in range(0, groups, GROUPS):
         group = (start + lane)[:, None]
-        draw = normals(seed, now, first + group)
+        draw = normals(key, now, first + group)
         for i in tl.static_range(4):
             row = 4 * group + i
             live = (row < dim) & (column < slices)[None, :]

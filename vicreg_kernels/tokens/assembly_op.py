@@ -378,8 +378,9 @@ def _assembled(
         args = (context, context_index, target, target_index, positions)
         made = reference.assemble_ragged(*args, *offsets) if offsets else reference.assemble(*args)
         return Assembly(*made, whole)
-    context_index = context_index.contiguous()
-    target_index = target_index.to(context_index.dtype).contiguous()
+    wider = torch.promote_types(context_index.dtype, target_index.dtype)
+    context_index = context_index.to(wider).contiguous()
+    target_index = target_index.to(wider).contiguous()
     direct = calls.direct(context_index, target_index, *offsets)
     run = _order if direct else torch.ops.vicreg_kernels.tokens_order
     index, context_rows, target_rows = run(

@@ -24,7 +24,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ def _compiled(namespace: str) -> Kernels:
     return Kernels(*(getattr(ops, f"tokens_{field.name}") for field in fields(Kernels)))
 
 
-@cache
+@lru_cache(maxsize=64)
 def load(backend: str) -> Kernels:
     if backend == "triton":
         module = importlib.import_module("vicreg_kernels.tokens.triton")

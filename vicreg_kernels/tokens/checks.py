@@ -17,12 +17,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from vicreg_kernels import dispatch
+from vicreg_kernels import dispatch, integers
 
 DTYPES = (torch.float64, *dispatch.FUSED_DTYPES)
-INDEX_DTYPES = (torch.int32, torch.int64)
-
-Offsets: TypeAlias = Tensor | Sequence[int]
+Offsets: TypeAlias = integers.Integers
 # What `calls.seen` gives of a tensor.
 Seen: TypeAlias = tuple[torch.Size, torch.dtype, torch.device, torch.layout]
 
@@ -51,7 +49,7 @@ def not_empty(name: str, shape: torch.Size) -> None:
 def index(name: str, z: Seen, packed: bool, shapes: str, device: torch.device) -> None:
     """Integers, [B, K] or, packed, [total]; shapes: what is wanted where the shape is another."""
     shape, dtype, place, _ = z
-    if dtype not in INDEX_DTYPES:
+    if dtype not in integers.DTYPES:
         raise TypeError(f"{name}: got dtype {dtype}, takes int32 or int64")
     if len(shape) != (1 if packed else 2):
         raise ValueError(f"{name}: got shape {tuple(shape)}, takes {shapes}")
@@ -66,9 +64,7 @@ def same_device(name: str, got: torch.device, device: torch.device) -> None:
 def offsets(name: str, given: Offsets, batch: int | None, total: int, like: Tensor) -> Tensor:
     """`given` as an int64 tensor beside `like`; where it comes from the host it is checked here."""
     on_host = not isinstance(given, Tensor) or given.device.type == "cpu"
-    made = given if isinstance(given, Tensor) else torch.tensor(list(given), dtype=torch.int64)
-    if made.dtype not in INDEX_DTYPES:
-        raise TypeError(f"{name}: got dtype {made.dtype}, takes int32 or int64")
+    made = integers.tensor(name, given)
     if made.dim() != 1 or made.shape[0] < 2:
         raise ValueError(f"{name}: got shape {tuple(made.shape)}, takes [B + 1], B at least 1")
     if batch is not None and made.shape[0] != batch + 1:

@@ -7,8 +7,9 @@ on shapes alone, so all can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from vicreg_kernels.tokens.triton_rows import (
     scatter_kernel,
     sum_kernel,
 )
+from vicreg_kernels.units import unit as unit_of
 
 # What the interpreter, which has no multiprocessors, is launched for.
 _INTERPRETED_PROCESSORS = 2
@@ -36,7 +38,7 @@ _INTERPRETED_PROCESSORS = 2
 LONGEST_ROW = 32768
 
 
-@cache
+@lru_cache(maxsize=64)
 def _processors(index: int | None) -> int:
     if index is None:
         return _INTERPRETED_PROCESSORS
@@ -48,9 +50,11 @@ def _on_device(z: Tensor) -> AbstractContextManager[Any]:
 
 
 def _columns(dim: int, most: int = 2048) -> dict[str, int]:
-    """A block of columns, and warps for 8 elements a thread where there are enough."""
-    block = min(triton.next_power_of_2(dim), most)
-    return {"BLOCK": block, "num_warps": max(1, min(16, block // 256))}
+    """A block of columns, and warps for 8 elements a thread. Fewer than 256 would be kernels of
+    their own, and hardly faster: they are masked in the loads of one warp.
+    """
+    block = max(256, min(triton.next_power_of_2(dim), most))
+    return {"BLOCK": block, "num_warps": min(16, block // 256)}
 
 
 def _round(z: Tensor) -> bool:
@@ -58,14 +62,20 @@ def _round(z: Tensor) -> bool:
     return z.dtype == torch.bfloat16 and z.device.type == "cpu"
 
 
-def _samples(
-    index: Tensor, offsets: Tensor | None, batch: int
-) -> tuple[Any, tuple[int, int], dict[str, Any]]:
-    """(offsets or a stand-in, rows a sample and steps, the constants of sample_of)."""
+def _samples(index: Tensor, offsets: Tensor | None, batch: int) -> tuple[Tensor, tuple[int, int]]:
+    """(offsets or a stand-in, rows a sample and steps of sample_of)."""
     each = max(1, index.shape[-1])
-    packed = offsets is not None
-    steps = max(1, batch - 1).bit_length() if packed else 0
-    return offsets if packed else index, (each, steps), {"PACKED": packed}
+    if offsets is None:
+        return index, (each, 0)
+    return offsets, (each, max(1, batch - 1).bit_length())
+
+
+def _in_units(like: Tensor, dim: int, *places: Sequence[int]) -> tuple[int, int, list[int]]:
+    """(unit, dim in it, strides in it but for those of columns). places: the strides of group, row
+    and column of one tensor each.
+    """
+    unit = unit_of(like, (dim, *(s for *wide, _ in places for s in wide)), [p[2] for p in places])
+    return unit, dim // unit, [s for a, b, step in places for s in (a // unit, b // unit, step)]
 
 
 def _place(z: Tensor) -> tuple[int, int, int, int]:
@@ -80,11 +90,12 @@ def gather(x: Tensor, index: Tensor, offsets: Tensor | None) -> Tensor:
     out = x.new_empty((*index.shape, dim))
     if index.numel() == 0:
         return out
-    at, each, constants = _samples(index, offsets, x.shape[0])
+    at, each = _samples(index, offsets, x.shape[0])
+    unit, width, strides = _in_units(x, dim, x.stride())
     with _on_device(x):
         gather_kernel[(index.numel(),)](
-            x, index, at, out, x.shape[1], dim, x.shape[0], *each, *x.stride(),
-            **constants, **_columns(dim),
+            x, index, at, out, x.shape[1], width, x.shape[0], *each, *strides,
+            UNIT=unit, **_columns(dim),
         )  # fmt: skip
     return out
 
@@ -101,23 +112,23 @@ def scatter(
 ) -> Tensor:
     dim, count, slots = rows.shape[-1], index.numel(), batch * length
     out = rows.new_empty((length, dim) if reduce else (batch, length, dim))
-    at, each, constants = _samples(index, offsets, batch)
-    row_each, *strides = _place(rows)
+    at, each = _samples(index, offsets, batch)
+    row_each, *place = _place(rows)
+    unit, width, strides = _in_units(rows, dim, place)
     with _on_device(rows):
         maps = torch.full((2, slots), -1, dtype=torch.int32, device=rows.device)
         if count > 0:
             map_kernel[(triton.cdiv(count, 256),)](
-                index, at, maps, count, length, batch, *each, slots,
-                **constants, BLOCK=256, num_warps=4,
-            )  # fmt: skip
+                index, at, maps, count, length, batch, *each, slots, BLOCK=256, num_warps=4
+            )
         if accumulate:
             sum_kernel[(length if reduce else slots,)](
-                rows, index, maps, out, count, length, dim, row_each, slots,
-                batch if reduce else 1, *strides, ROUND=_round(rows), **_columns(dim),
+                rows, index, maps, out, count, length, width, row_each, slots,
+                batch if reduce else 1, *strides, ROUND=_round(rows), UNIT=unit, **_columns(dim),
             )  # fmt: skip
         else:
             scatter_kernel[(slots,)](
-                rows, maps, out, dim, row_each, fill, *strides, **_columns(dim)
+                rows, maps, out, width, row_each, fill, *strides, UNIT=unit, **_columns(dim)
             )
     return out
 
@@ -129,11 +140,12 @@ def _loss_arguments(
     dim = teacher.shape[2]
     if dim > LONGEST_ROW:
         raise RuntimeError(f"backend='triton': got D = {dim}, takes at most {LONGEST_ROW}")
-    at, each, constants = _samples(index, offsets, teacher.shape[0])
-    pred_each, *strides = _place(pred)
-    sizes = teacher.shape[1], dim, teacher.shape[0], *each, pred_each
-    where = *sizes, *strides, *teacher.stride()
-    return at, where, {**constants, **_columns(dim, LONGEST_ROW)}
+    at, each = _samples(index, offsets, teacher.shape[0])
+    pred_each, *place = _place(pred)
+    smaller = min(pred, teacher, key=Tensor.element_size)
+    unit, width, strides = _in_units(smaller, dim, place, teacher.stride())
+    sizes = teacher.shape[1], width, teacher.shape[0], *each, pred_each
+    return at, (*sizes, *strides), {"UNIT": unit, **_columns(dim, LONGEST_ROW)}
 
 
 def _terms(index: Tensor, teacher: Tensor, kind: int) -> int:
@@ -234,22 +246,24 @@ def assemble(
     contexts, kept, dim = context.shape
     sequences, wanted = target_index.shape
     out = context.new_empty((sequences, kept + wanted, dim))
-    strides = (0, 0, 1) if target.dim() == 1 else target.stride()
     if out.numel() == 0:
         return out
+    place = (0, 0, 1) if target.dim() == 1 else target.stride()
+    smaller = min(context, target, key=Tensor.element_size)
+    unit, width, strides = _in_units(smaller, dim, context.stride(), place)
     with _on_device(context):
         assemble_kernel[(sequences * (kept + wanted),)](
             context, context_index, context_rows, target, target_index, target_rows,
-            target if positions is None else positions, out, kept, wanted, contexts, dim,
-            0 if positions is None else positions.shape[0], *context.stride(), *strides,
-            TABLE=positions is not None, ROUND=_round(context), **_columns(dim),
+            target if positions is None else positions, out, kept, wanted, contexts, width,
+            0 if positions is None else positions.shape[0], *strides,
+            TABLE=positions is not None, ROUND=_round(context), UNIT=unit, **_columns(dim),
         )  # fmt: skip
     return out
 
 
 def column_sum(sequence: Tensor, rows: Tensor) -> Tensor:
     dim, count = sequence.shape[2], rows.numel()
-    columns = min(256, triton.next_power_of_2(dim))
+    columns = 256
     tiles = triton.cdiv(dim, columns)
     processors = _processors(sequence.device.index if sequence.is_cuda else None)
     wanted = max(1, min(2 * processors // tiles, count // 64))
@@ -257,11 +271,12 @@ def column_sum(sequence: Tensor, rows: Tensor) -> Tensor:
     blocks = triton.cdiv(count, block_rows)
     out = sequence.new_empty(dim, dtype=torch.float32)
     partials = sequence.new_empty((max(1, blocks), dim), dtype=torch.float32)
+    unit, width, strides = _in_units(sequence, dim, sequence.stride())
     with _on_device(sequence):
         if blocks > 0:
             column_kernel[(tiles * blocks,)](
-                sequence, rows, partials, sequence.shape[1], dim, count, rows.shape[1], tiles,
-                block_rows, *sequence.stride(), ROWS=8, COLUMNS=columns, num_warps=8,
+                sequence, rows, partials, sequence.shape[1], width, count, rows.shape[1], tiles,
+                block_rows, *strides, UNIT=unit, ROWS=8, COLUMNS=columns, num_warps=8,
             )  # fmt: skip
         column_finish_kernel[(triton.cdiv(dim, 128),)](
             partials, out, blocks, dim, COLUMNS=128, num_warps=4

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vicreg_kernels.tokens.triton_rows import narrow
+from vicreg_kernels.tokens.triton_rows import SIZES, across, along, narrow
 
 
 @triton.jit
@@ -70,15 +70,22 @@ def order_kernel(
         tl.store(target_rows + t_begin + k - c_count, row, mask=there & (is_context == 0))
 
 
-@triton.jit(do_not_specialize=["kept", "wanted", "contexts", "table_length"])
+@triton.jit(
+    do_not_specialize=[
+        "kept", "wanted", "contexts", "dim", "table_length",
+        "sc_g", "sc_r", "sc_d", "st_g", "st_r", "st_d",
+    ]
+)  # fmt: skip
 def assemble_kernel(
     context, context_index, context_rows, target, target_index, target_rows, table, out,
     kept, wanted, contexts, dim, table_length, sc_g, sc_r, sc_d, st_g, st_r, st_d,
-    TABLE: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
+    TABLE: tl.constexpr, ROUND: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program a token: its row, plus its position's, to its place. NaN where the position is not
-    in the table; a place out of range is not written.
+    in the table; a place out of range is not written. dim and strides: in UNITs.
     """
+    dim *= UNIT
+    sc_d, st_d = along(sc_d, UNIT), along(st_d, UNIT)
     total = kept + wanted
     s = (tl.program_id(0) // total).to(tl.int64)
     k = tl.program_id(0) % total
@@ -97,8 +104,8 @@ def assemble_kernel(
     t_limit = tl.where(is_context, 0, dim)
     table_limit = tl.where(known, dim, 0)
     limit = tl.where(there, dim, 0)
-    c_at = context + own * sc_g + tl.cast(k, tl.int64) * sc_r
-    t_at = target + s * st_g + tl.cast(k - kept, tl.int64) * st_r
+    c_at = context + own * across(sc_g, UNIT) + tl.cast(k, tl.int64) * across(sc_r, UNIT)
+    t_at = target + s * across(st_g, UNIT) + tl.cast(k - kept, tl.int64) * across(st_r, UNIT)
     to = out + (s * total + place) * dim
     for first in range(0, dim, BLOCK):
         column = first + tl.arange(0, BLOCK)
@@ -112,12 +119,14 @@ def assemble_kernel(
         tl.store(to + column, narrow(value, out, ROUND), mask=column < limit)
 
 
-@triton.jit(do_not_specialize=["length", "count", "each", "tiles", "block_rows"])
+@triton.jit(do_not_specialize=[*SIZES, "count", "tiles", "block_rows"])
 def column_kernel(
     sequence, rows, partials, length, dim, count, each, tiles, block_rows, stride_g, stride_r,
-    stride_d, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    stride_d, UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """partials[row block, D] = the sum of a block of rows of sequence that `rows` names."""
+    dim *= UNIT
+    stride_d = along(stride_d, UNIT)
     tile = tl.program_id(0) % tiles
     block = tl.program_id(0) // tiles
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -129,7 +138,7 @@ def column_kernel(
         there = r < last
         row = tl.load(rows + r, mask=there, other=0).to(tl.int64)
         there = there & (row >= 0) & (row < length)
-        at = sequence + (r // each) * stride_g + row * stride_r
+        at = sequence + (r // each) * across(stride_g, UNIT) + row * across(stride_r, UNIT)
         at = at[:, None] + column.to(tl.int64)[None, :] * stride_d
         keep = there[:, None] & inside[None, :]
         total += tl.load(at, mask=keep, other=0.0).to(tl.float32)
@@ -137,7 +146,7 @@ def column_kernel(
     tl.store(at, tl.sum(total, axis=0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@triton.jit(do_not_specialize=["blocks", "dim"])
 def column_finish_kernel(partials, out, blocks, dim, COLUMNS: tl.constexpr):
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < dim

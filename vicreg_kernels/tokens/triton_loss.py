@@ -12,8 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vicreg_kernels.tokens.triton_rows import narrow, row_offset, sample_of
+from vicreg_kernels.tokens.triton_rows import SIZES, across, along, narrow, row_offset, sample_of
 
+LOSS_SIZES = [*SIZES, "pred_each", *(f"s{x}" for x in ("p_g", "p_r", "p_d", "t_b", "t_t", "t_d"))]
 # As in csrc/tokens/formula.h.
 SMOOTH_L1: tl.constexpr = tl.constexpr(0)
 L1: tl.constexpr = tl.constexpr(1)
@@ -47,28 +48,29 @@ def element_slope(d, beta, inverse_beta, KIND: tl.constexpr):
 def load_rows(
     row, column, inside, pred, teacher, index, offsets, length, batch, each, steps, pred_each,
     sp_g, sp_r, sp_d, st_b, st_t, st_d,
-    PACKED: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Both rows in float32, and whether the index names a token."""
     token = tl.load(index + row).to(tl.int64)
     valid = (token >= 0) & (token < length)
-    sample = sample_of(row, offsets, batch, each, steps, PACKED)
+    sample = sample_of(row, offsets, batch, each, steps)
     wide = column.to(tl.int64)
-    at = teacher + sample * st_b + tl.where(valid, token, 0) * st_t
-    t = tl.load(at + wide * st_d, mask=inside, other=0.0).to(tl.float32)
-    at = pred + row_offset(row, pred_each, sp_g, sp_r)
-    p = tl.load(at + wide * sp_d, mask=inside, other=0.0).to(tl.float32)
+    at = teacher + sample * across(st_b, UNIT) + tl.where(valid, token, 0) * across(st_t, UNIT)
+    t = tl.load(at + wide * along(st_d, UNIT), mask=inside, other=0.0).to(tl.float32)
+    at = pred + row_offset(row, pred_each, across(sp_g, UNIT), across(sp_r, UNIT))
+    p = tl.load(at + wide * along(sp_d, UNIT), mask=inside, other=0.0).to(tl.float32)
     return p, t, valid
 
 
-@triton.jit(do_not_specialize=["rows", "length", "batch", "each", "steps", "pred_each"])
+@triton.jit(do_not_specialize=["rows", *LOSS_SIZES])
 def loss_kernel(
     pred, teacher, index, offsets, saved, partials, rows, length, dim, batch, each, steps,
     pred_each, sp_g, sp_r, sp_d, st_b, st_t, st_d, beta, inverse_beta, eps,
-    KIND: tl.constexpr, NORMALIZE: tl.constexpr, PACKED: tl.constexpr,
+    KIND: tl.constexpr, NORMALIZE: tl.constexpr, UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """partials[program] = its rows' sum; saved as backends.py says."""
+    """partials[program] = its rows' sum; saved as backends.py says. dim and strides: in UNITs."""
+    dim *= UNIT
     beta = tl.cast(beta, tl.float32)
     inverse_beta = tl.cast(inverse_beta, tl.float32)
     eps = tl.cast(eps, tl.float32)
@@ -79,7 +81,7 @@ def loss_kernel(
         row = tl.cast(r, tl.int64)
         p, t, valid = load_rows(
             row, column, inside, pred, teacher, index, offsets, length, batch, each, steps,
-            pred_each, sp_g, sp_r, sp_d, st_b, st_t, st_d, PACKED,
+            pred_each, sp_g, sp_r, sp_d, st_b, st_t, st_d, UNIT,
         )  # fmt: skip
         mean = 0.0
         rstd = 1.0
@@ -119,14 +121,15 @@ def finish_kernel(partials, loss, count, scale, BLOCK: tl.constexpr):
     tl.store(loss, (tl.sum(total, axis=0) * scale).to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["length", "batch", "each", "steps", "pred_each"])
+@triton.jit(do_not_specialize=LOSS_SIZES)
 def gradient_kernel(
     grad, pred, teacher, index, offsets, saved, out, length, dim, batch, each, steps, pred_each,
     sp_g, sp_r, sp_d, st_b, st_t, st_d, beta, inverse_beta, scale,
-    KIND: tl.constexpr, PACKED: tl.constexpr, ROUND: tl.constexpr,
+    KIND: tl.constexpr, UNIT: tl.constexpr, ROUND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program a row; out is contiguous. scale: 1 over the number of terms."""
+    dim *= UNIT
     beta = tl.cast(beta, tl.float32)
     inverse_beta = tl.cast(inverse_beta, tl.float32)
     factor = tl.load(grad) * tl.cast(scale, tl.float32)
@@ -135,7 +138,7 @@ def gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     p, t, valid = load_rows(
         row, column, inside, pred, teacher, index, offsets, length, batch, each, steps, pred_each,
-        sp_g, sp_r, sp_d, st_b, st_t, st_d, PACKED,
+        sp_g, sp_r, sp_d, st_b, st_t, st_d, UNIT,
     )  # fmt: skip
     own = saved + row * (4 if KIND == COSINE else 2)
     z = (t - tl.load(own)) * tl.load(own + 1)

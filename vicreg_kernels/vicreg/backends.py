@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ def _compiled(namespace: str) -> Kernels:
     return _grouped(exact(ops.vicreg_forward), exact(ops.vicreg_backward))
 
 
-@cache
+@lru_cache(maxsize=64)
 def load(backend: str) -> Kernels:
     if backend == "triton":
         kernels = importlib.import_module("vicreg_kernels.vicreg.triton")

@@ -4,7 +4,7 @@ dtypes and the GPU alone, so that the shapes of what is saved follow from it und
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ _INTERPRETED_PROCESSORS = 4
 CAPABILITIES = (9, 10)
 
 
-@cache
+@lru_cache(maxsize=64)
 def device(index: int | None) -> tuple[str, int, int]:
     """(name, multiprocessors, compute capability's major number) of a CUDA device; None, or where
     there is no GPU (fake tensors): what the interpreter is launched for.

@@ -27,7 +27,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class Kernels:
     pairs_backward: Callable[..., Any]
 
 
-@cache
+@lru_cache(maxsize=64)
 def load(backend: str) -> Kernels:
     if backend == "triton":
         module = importlib.import_module("vicreg_kernels.vicregl.triton")

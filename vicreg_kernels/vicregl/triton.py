@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ _GRADIENT_WIDTH = 64  # the other side's positions that a program looks through 
 _TILES = ((8, (16, 32, 4)), (64, (16, 16, 32)), (None, (8, 8, 128)))
 
 
-@cache
+@lru_cache(maxsize=64)
 def _processors(index: int | None) -> int:
     if index is None:
         return _INTERPRETED_PROCESSORS
@@ -55,9 +55,11 @@ def _tile(dim: int) -> tuple[int, int, int]:
 
 
 def _columns(dim: int) -> dict[str, int]:
-    """A block of channels, and warps for 8 elements a thread where there are enough."""
-    block = min(triton.next_power_of_2(dim), 1024)
-    return {"BLOCK": block, "num_warps": max(1, block // 256)}
+    """A block of channels, and warps for 8 elements a thread. Fewer than 256 would be kernels of
+    their own, and no faster: one warp loads 256 in as many vectors as it does fewer.
+    """
+    block = max(256, min(triton.next_power_of_2(dim), 1024))
+    return {"BLOCK": block, "num_warps": block // 256}
 
 
 def _rule(z: Tensor, counts: Sequence[int], weights: Sequence[float]) -> tuple[float, ...]:

@@ -106,6 +106,6 @@ class Pixels(Causal):
     def present(self, x: Tensor, tokens: Tensor) -> Tensor:
         return self.encoder.patch_embed.pixels(x)
 
-    def features(self, x: Tensor) -> Tensor:
-        """[B, D]: the encoder's tokens, averaged."""
-        return encode(self.encoder, self.kernels, x, None).mean(dim=1)
+    def tokens(self, x: Tensor) -> Tensor:
+        """The encoder's."""
+        return encode(self.encoder, self.kernels, x, None)

@@ -41,6 +41,6 @@ class IJEPA(Predictive):
     def after_step(self) -> None:
         self.teacher.update(self.encoder)
 
-    def features(self, x: Tensor) -> Tensor:
-        """[B, D]: the teacher's tokens, averaged, as published for probing."""
-        return self.targets(x).mean(dim=1)
+    def tokens(self, x: Tensor) -> Tensor:
+        """The teacher's, as published for probing."""
+        return self.targets(x)

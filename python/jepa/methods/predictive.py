@@ -58,6 +58,14 @@ class Predictive(nn.Module, ABC):
     def targets(self, x: Tensor) -> Tensor:
         """[B, T, D] of images or clips, without a gradient."""
 
+    @abstractmethod
+    def tokens(self, x: Tensor) -> Tensor:
+        """[B, T, D] of images or clips, what a probe of tokens sees."""
+
+    def features(self, x: Tensor) -> Tensor:
+        """[B, D], what a probe sees: the tokens, averaged."""
+        return self.tokens(x).mean(dim=1)
+
     def narrowed(self, drawn: masks.Masks, clips: Tensor, chance: Tensor) -> masks.Masks:
         """Without the still tokens left out; chance: uniform [B, T]."""
         changing = masks.changing(self.encoder.patch_embed.patches(clips), self.encoder.grid).cpu()

@@ -1,0 +1,84 @@
+"""Which files of a folder a run reads: what is hidden is left out with a word, links are followed,
+and what is no regular file (a pipe, a socket, a device) is refused before it is opened.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+# What a Mac's zip and a Synology leave beside pictures: copies that no one meant to keep.
+COPIES = ("@eaDir", "__MACOSX")
+
+
+def hidden(name: str) -> bool:
+    """Of a file's or folder's own name."""
+    return name.startswith(".") or name in COPIES
+
+
+def regular(path: str | Path, what: str) -> Path:
+    """path, where it is a regular file or a link to one; else a ValueError that begins with
+    `what`.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if not os.path.islink(path):
+            raise ValueError(f"{what}: {str(path)!r} is no file ({error.strerror})") from error
+        raise ValueError(
+            f"{what}: {str(path)!r} is a link that leads nowhere ({os.readlink(path)!r})"
+        ) from error
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{what}: {str(path)!r} is no regular file, and is not read")
+    return Path(path)
+
+
+def below(root: Path, wanted: Callable[[str], bool], what: str) -> tuple[list[str], list[str]]:
+    """(found, skipped): the files at any depth whose names are wanted, and what is hidden, both
+    relative to root and in the order of their names. Folders behind links are entered, but not
+    those that hold the link. Raises ValueError where a wanted name is no regular file.
+    """
+    found: list[str] = []
+    skipped: list[str] = []
+
+    def enter(place: str, above: frozenset[tuple[int, int]]) -> None:
+        here = os.stat(root / place)
+        inside = above | {(here.st_dev, here.st_ino)}
+        if len(inside) == len(above):
+            skipped.append(place)
+            return
+        with os.scandir(root / place) as entries:
+            for entry in entries:
+                name = os.path.join(place, entry.name)
+                if hidden(entry.name):
+                    if wanted(entry.name) or entry.is_dir():
+                        skipped.append(name)
+                elif entry.is_dir():
+                    enter(name, inside)
+                elif wanted(entry.name):
+                    if not entry.is_file():
+                        regular(root / name, what)
+                    found.append(name)
+
+    enter("", frozenset())
+    return sorted(found, key=_parts), sorted(skipped, key=_parts)
+
+
+def _parts(name: str) -> list[str]:
+    return name.split(os.sep)
+
+
+def tell(what: str, names: Sequence[str]) -> None:
+    """One line for all of them, from one process of a run."""
+    if names and os.environ.get("RANK", "0") == "0":
+        more = ", ..." if len(names) > 3 else ""
+        print(f"{what} ({', '.join(map(repr, names[:3]))}{more})", file=sys.stderr)
+
+
+def skip(what: str, where: object, names: Sequence[str]) -> None:
+    """Says which hidden ones are left out."""
+    are = "file is" if len(names) == 1 else "files are"
+    tell(f"{what}: {str(where)!r}: {len(names)} hidden {are} skipped", names)

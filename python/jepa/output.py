@@ -1,0 +1,60 @@
+"""What a run writes: errors name the file and say what to do; files are replaced as a whole."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ANOTHER = "make it writable, or give another --output"
+ADVICE = {
+    errno.ENOSPC: "free some space, then the same command goes on",
+    errno.EDQUOT: "free some space, then the same command goes on",
+    errno.EFBIG: "allow larger files (ulimit -f), then the same command goes on",
+    errno.EACCES: ANOTHER,
+    errno.EPERM: ANOTHER,
+    errno.EROFS: ANOTHER,
+    errno.EEXIST: "a file is where a folder is meant: move it, or give another --output",
+    errno.ENOTDIR: "a file is where a folder is meant: move it, or give another --output",
+    errno.EISDIR: "a folder is where a file is meant: move it, or give another --output",
+    errno.ENOENT: "make its folder, or give another --output",
+    errno.ELOOP: "its links lead in a circle: remove them, or give another --output",
+}
+
+
+class OutputError(ValueError):
+    """Names what cannot be written, and says what to do."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what goes wrong inside, also in safetensors' own writing, into an OutputError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError as error:
+        raise _named(path, error.errno or 0, error.strerror or str(error)) from error
+    except SafetensorError as error:
+        found = re.search(r"([^:]*) \(os error (\d+)\)", str(error))
+        number, why = (int(found[2]), found[1].strip()) if found else (0, str(error))
+        raise _named(path, number, why) from error
+
+
+def _named(path: Path, number: int, why: str) -> OutputError:
+    advice = ADVICE.get(number)
+    return OutputError(f"{path}: cannot be written ({why})" + (f": {advice}" if advice else ""))
+
+
+def replace(path: Path, content: bytes) -> None:
+    """The file holds either what it held, or all of `content`."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with writing(path):
+            partial.write_bytes(content)
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,72 @@
+"""Ctrl-C and SIGTERM in a run of one process: the step that is under way is finished and kept.
+
+A second one ends the process at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """By a signal; `code` is the conventional exit code, 130 or 143."""
+
+    def __init__(self, number: int, text: str = "") -> None:
+        name = signal.Signals(number).name
+        super().__init__(f"stopped by {name}{' (Ctrl-C)' if number == signal.SIGINT else ''}{text}")
+        self.number, self.code = number, 128 + number
+
+
+class Stop:
+    """As a context, raises Stopped when a signal comes; inside `deferred`, at its end.
+
+    Elsewhere than in the main thread, where Python takes no signals, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.told: int | None = None
+        self.depth, self.pid = 0, os.getpid()
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._signalled) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _signalled(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.pid:  # a worker that was forked: the main process ends it
+            if number != signal.SIGINT:
+                _default(number)
+        elif self.told is not None:
+            _default(number)
+        else:
+            self.told = number
+            if not self.depth:
+                raise Stopped(number)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+        if self.told is not None and not self.depth:
+            raise Stopped(self.told)
+
+
+def _default(number: int) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
