@@ -37,6 +37,7 @@ CASES = {
 SETTINGS = {
     "variant": ({"variant": "sigreg"}, ValueError, "variant", ["'sigreg'", *VARIANTS]),
     "slices": ({"slices": 0}, ValueError, "slices", ["0", "at least 1"]),
+    "slices past int64": ({"slices": 2**70}, ValueError, "slices", ["2^63"]),
     "half slices": ({"slices": 1.5}, TypeError, "slices", ["float", "int"]),
     "one knot": ({"knots": 1}, ValueError, "knots", ["1", "at least 2"]),
     "a bool": ({"knots": True}, TypeError, "knots", ["bool", "int"]),
@@ -211,3 +212,8 @@ def test_compiled(case):
             compiled(arg)
         if not fullgraph:
             assert caught.type is exception
+
+
+def test_directions_of_more_dimensions_than_an_int64_counts() -> None:
+    with pytest.raises(ValueError, match=r"^dim: got \d+, takes .* less than 2\^63"):
+        sigreg_directions(2**70, 3)

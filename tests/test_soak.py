@@ -24,7 +24,7 @@ def test_two_hundred_calls_leave_nothing_behind(name) -> None:
     assert not soak.growth(sizes)
 
 
-@pytest.fixture()
+@pytest.fixture
 def leak():
     """What a leaking step holds on to; let go of afterwards."""
     held: list = []

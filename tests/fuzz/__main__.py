@@ -22,8 +22,8 @@ TESTS = Path(__file__).parent.parent
 
 import native  # noqa: E402
 import torch  # noqa: E402
-from fuzz import campaign, runner  # noqa: E402
 
+from fuzz import campaign, runner  # noqa: E402
 from vicreg_kernels import library  # noqa: E402
 
 # The folder of csrc that holds an op's CPU kernels, by how the op's name begins.

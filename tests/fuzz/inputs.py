@@ -116,16 +116,20 @@ def lay(values: Tensor, layout: str) -> tuple[Tensor, Tensor]:
 
 # What may stand in place of an argument; {} is its expression.
 BAD_TENSORS = (
-    "None", "'a'", "3", "[{}]", "({}).long()", "({}) > 0", "({}).to(torch.complex64)", "({}).double()",
-    "({})[:0]", "({})[..., :0]", "({})[None]", "({})[..., :-1]", "({})[:-1]", "({})[0]", "({}).sum()",
-    "({}).detach().to_sparse()", "({}).to('meta')",
+    "None", "'a'", "3", "[{}]", "({}).long()", "({}) > 0", "({}).to(torch.complex64)",
+    "({}).double()", "({})[:0]", "({})[..., :0]", "({})[None]", "({})[..., :-1]", "({})[:-1]",
+    "({})[0]", "({}).sum()", "({}).detach().to_sparse()", "({}).to('meta')",
 )  # fmt: skip
 BAD_INTEGERS = (
-    "None", "'a'", "3", "({}).float()", "({}) + 1000", "({}) - 1000", "({}).long() + 2**32", "({})[:-1]",
-    "({})[None]", "({})[..., :0]", "({}).flip(0)", "({}).to('meta')",
+    "None", "'a'", "3", "({}).float()", "({}) + 1000", "({}) - 1000", "({}).long() + 2**32",
+    "({})[:-1]", "({})[None]", "({})[..., :0]", "({}).flip(0)", "({}).to('meta')",
+)  # fmt: skip
+BAD_LISTS = (
+    "None", "'a'", "{}[:-1]", "{}[:1]", "[]", "[*{}, *{}]", "(1, 2)", "{}[0]", "[None]",
 )  # fmt: skip
 BAD_SETTINGS = (
-    "-1", "-0.5", "nan", "inf", "'a'", "[1.0]", "torch.tensor(1.0)", "1j", "2**70", "0", "0.0", "b''",
+    "-1", "-0.5", "nan", "inf", "'a'", "[1.0]", "torch.tensor(1.0)", "1j", "2**70", "0", "0.0",
+    "b''",
 )  # fmt: skip
 
 
@@ -211,8 +215,7 @@ class Draw(random.Random):
         elif expression.startswith("I("):
             words = BAD_INTEGERS
         elif expression.startswith("["):
-            words = ("None", "'a'", "{}[:-1]", "{}[:1]", "[]", "[*{}, *{}]", "(1, 2)", "{}[0]", "[None]")
+            words = BAD_LISTS
         else:
             words = BAD_SETTINGS
         return self.choice(words).replace("{}", expression)
-

@@ -5,10 +5,10 @@ backward, and drops it.
 from __future__ import annotations
 
 import torch
-from fuzz.inputs import Draw
 from torch import Tensor, nn
 
 import vicreg_kernels as kernels
+from fuzz.inputs import Draw
 
 
 def _leaf(r: Draw, *shape: int) -> Tensor:

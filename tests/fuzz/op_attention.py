@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from fuzz.inputs import Draw
 
@@ -46,7 +46,7 @@ def _padding(r: Draw, samples: int, keys: int) -> str:
 
 def _blocks(r: Draw, samples: int, longest: int) -> str:
     cuts = sorted(_lengths(r, r.choice((1, 2, 3)), longest))
-    context, sizes = cuts[0], [b - a for a, b in zip(cuts, cuts[1:], strict=False)]
+    context, sizes = cuts[0], [b - a for a, b in pairwise(cuts)]
     if r.chance(0.5):
         return f"Blocks({context}, {_spoil(r, r.integers(sizes))})"
     rows = r.integers([sizes] * samples)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fuzz.inputs import Draw
-
 from vicreg_kernels.barlow.conventions import CONVENTIONS
 
 

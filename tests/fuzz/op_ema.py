@@ -6,7 +6,9 @@ from fuzz.inputs import Draw
 
 
 def ema_update_(r: Draw) -> str:
-    shapes = [[r.extent() for _ in range(r.choice((0, 1, 2, 3)))] for _ in range(r.choice((0, 1, 2, 5)))]
+    shapes = [
+        [r.extent() for _ in range(r.choice((0, 1, 2, 3)))] for _ in range(r.choice((0, 1, 2, 5)))
+    ]
     one = r.dtype()
 
     def each(word: str) -> str:

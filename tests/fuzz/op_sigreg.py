@@ -22,7 +22,9 @@ def sigreg_loss(r: Draw) -> str:
     else:
         arguments |= {"slices": repr(r.extent())} | _drawn(r)
     if r.chance(0.3):
-        arguments["knots"] = r.choice(("[0.1, 0.5, 2.0]", "[0.0, 3.0]", "[1.0, 0.5]", "[-1.0, 1.0]"))
+        arguments["knots"] = r.choice(
+            ("[0.1, 0.5, 2.0]", "[0.0, 3.0]", "[1.0, 0.5]", "[-1.0, 1.0]")
+        )
     else:
         arguments |= r.some(knots=repr(r.randrange(1, 70)), t_max=r.number(3.0, 5.0))
     arguments |= r.some(variant=r.one_of(*VARIANTS))

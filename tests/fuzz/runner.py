@@ -6,7 +6,8 @@ A call either raises or is right.
 reference raises one of the two as well. A RuntimeError must say that the named backend cannot run
 here ("backend='cpu' cannot run ..."), and why.
 
-**It is right**: with `truth` the reference in float64 and `plain` the reference in the inputs' dtype,
+**It is right**: with `truth` the reference in float64 and `plain` the reference in the inputs'
+dtype,
 
     1. shapes and dtypes are those of `plain`; integers, and what an op only moves (`EXACT`), are
        equal to the bit;
@@ -38,11 +39,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from fuzz.inputs import Inputs, bits
 from tolerances import FEWEST_ROUNDINGS, PLAIN_FACTOR, _all, _some
 from torch import Tensor
 
 import vicreg_kernels
+from fuzz.inputs import Inputs, bits
 
 OPS = ("vicreg_loss", "vicreg_terms", "variance_covariance", "barlow_twins_loss", "sigreg_loss",
        "sigreg_directions", "vicregl_loss", "vicregl_terms", "masked_attention", "apply_rope",
@@ -198,9 +199,7 @@ class _Comparison:
     def run(self) -> str:
         exact = op_of(self.line) in EXACT
         for kind in ("values", "gradients"):
-            found, plain, truth = (
-                getattr(o, kind) for o in (self.actual, self.plain, self.truth)
-            )
+            found, plain, truth = (getattr(o, kind) for o in (self.actual, self.plain, self.truth))
             if not len(found) == len(plain) == len(truth):
                 raise Fault(f"{len(found)} {kind}, {len(plain)} by the reference")
             for i, (one, two, three) in enumerate(zip(found, plain, truth, strict=True)):
@@ -251,7 +250,7 @@ class _Comparison:
         if op_of(self.line) != "masked_attention":
             return 0.0
         arguments = self.truth.arguments
-        q, k, v = (arguments[name].detach().double() for name in "qkv")
+        q, k, v = (arguments[n].detach().double().nan_to_num(0.0, 0.0, 0.0) for n in "qkv")
         scale = arguments.get("scale")
         scale = q.shape[-1] ** -0.5 if scale is None else abs(scale)
         products = _weights(q).norm(dim=-1).max() * v.norm(dim=-1).max() * q.shape[-2] ** 0.5
@@ -287,5 +286,7 @@ def _excess(
         bound = PLAIN_FACTOR * (usual + max(near, default=0.0)) + floor * found.numel() ** 0.5
         bound += eps * FEWEST_ROUNDINGS**0.5 * size
         if not error <= bound:
-            return f"{norm}-norm error {error:.2e} > {bound:.2e} (plain {usual:.2e}, truth {size:.2e})"
+            return (
+                f"{norm}-norm error {error:.2e} > {bound:.2e} (plain {usual:.2e}, truth {size:.2e})"
+            )
     return None
