@@ -18,17 +18,16 @@ import tempfile
 import time
 from pathlib import Path
 
+import native
+import torch
+
+from fuzz import campaign, runner
+from vicreg_kernels import library
+
 TESTS = Path(__file__).parent.parent
-
-import native  # noqa: E402
-import torch  # noqa: E402
-
-from fuzz import campaign, runner  # noqa: E402
-from vicreg_kernels import library  # noqa: E402
-
 # The folder of csrc that holds an op's CPU kernels, by how the op's name begins.
 FOLDERS = {
-    "vicregl": ("vicreg", "vicregl"),
+    "vicregl": ("vicreg", "vicregl", "tokens"),
     "vicreg": ("vicreg",),
     "variance": ("vicreg",),
     "barlow": ("barlow",),

@@ -41,8 +41,8 @@ class Size(NamedTuple):
     kept: dict[str, int]
 
 
-# By how much a size may grow after the warm-up: the allocator's own movement, and the objects that a
-# bounded cache still takes up. A leak of one list a call would be 6,000 objects in 10,000 calls.
+# By how much a size may grow after the warm-up: the allocator's own movement, and the objects that
+# a bounded cache still takes up. A leak of one list a call would be 6,000 objects in 10,000 calls.
 ALLOWED = {"memory": 8.0, "objects": 2000, "threads": 0, "descriptors": 0}
 
 
