@@ -47,6 +47,7 @@ SETTINGS = {
     "infinite": ({"knots": [0.0, float("inf")]}, ValueError, "knots", ["inf", "finite"]),
     "NaN": ({"knots": [0.0, float("nan")]}, ValueError, "knots", ["nan", "finite"]),
     "many": ({"knots": 66}, ValueError, "knots", ["65", "at most 64"]),
+    "more than memory holds": ({"knots": 2**70}, ValueError, "knots", ["at most 64"]),
     "two rules": ({"knots": [0.0, 1.0], "t_max": 1.0}, ValueError, "t_max", ["1.0", "None"]),
     "t_max": ({"t_max": 0.0}, ValueError, "t_max", ["0.0", "> 0"]),
     "NaN t_max": ({"t_max": float("nan")}, ValueError, "t_max", ["nan", "finite"]),

@@ -38,6 +38,26 @@ KNOWN = (
         "Barlow Twins past 1e18: float32 squares overflow",
     ),
     Known(
+        r"^barlow_twins_loss\(x=T\(\([23], ",
+        r"gradients \d: .*norm error",
+        "Barlow's gradient of two or three rows cancels; the rule has no floor for it yet",
+    ),
+    Known(
+        r"^barlow_twins_loss.*e-\d\d, .*eps=0\.0",
+        r"nan where|norm error|inf where",
+        "Barlow with eps=0 where float32 squares underflow",
+    ),
+    Known(
+        r"^(vicreg|variance).*eps=0\.0",
+        r"where the truth is nan",
+        "eps=0 and a column without variance: the reference's gradient is 0/0, ours is a number",
+    ),
+    Known(
+        r"^vicregl_.*'float16'",
+        r"inf where",
+        "VICRegL adds up parts of a float16 gradient that overflow",
+    ),
+    Known(
         rf"^masked_attention.*{_LARGE}",
         r"norm error|nan where",
         "attention's scores past 1e5 lose digits or become NaN",

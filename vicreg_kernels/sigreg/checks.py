@@ -100,6 +100,8 @@ def _check_knots(
     if is_int(knots):
         if knots < 2:  # type: ignore[operator]
             raise ValueError(f"knots: got {knots}, takes at least 2")
+        if knots > 4 * MOST_KNOTS:  # type: ignore[operator]
+            raise ValueError(f"knots: got {knots}, takes at most {MOST_KNOTS} distances from 0")
         t_max = rule.t_max if t_max is None else t_max
         if not 0 < t_max < math.inf:
             raise ValueError(f"t_max: got {t_max}, takes a finite number > 0")
