@@ -6,10 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
-.PHONY: setup demo physics test audit lint bench gpu gpu-bench gpu-check gpu-packages docs clean help
+.PHONY: setup demo physics test fuzz soak audit lint bench gpu gpu-bench gpu-check gpu-packages docs clean help
 
 help:
-	@echo "make setup | demo | physics | test | audit | lint | bench | docs | clean"
+	@echo "make setup | demo | physics | test | fuzz | soak | audit | lint | bench | docs | clean"
 	@echo "on a machine with a GPU: make gpu | gpu-bench | gpu-check; before: make gpu-packages"
 
 # torch first and alone: the compiled libraries take their headers from it. timm, for the tests of
@@ -42,6 +42,21 @@ physics: setup
 
 test: setup
 	$(BIN)/python -m pytest -m "not gpu and not thorough" -n 2 --dist loadfile
+
+# Random calls of every op against the float64 reference, 60 seconds an op or
+# VICREG_KERNELS_FUZZ_SECONDS, once on the library and once on its build under ASan and UBSan; then
+# the trainer's damaged files. A failure prints its seed and its call as one line of Python
+# (tests/fuzz).
+fuzz: setup
+	PYTHONPATH=.:tests $(BIN)/python -m fuzz
+	PYTHONPATH=.:tests $(BIN)/python -m fuzz --sanitized
+	for file in $(wildcard tests/test_jepa_damage*.py); do \
+	    $(BIN)/python -m pytest -n 2 $$file || exit 1; done
+
+# 10,000 calls of every op and module on random shapes: memory, caches, threads and descriptors must
+# stay flat after a warm-up.
+soak: setup
+	PYTHONPATH=.:tests $(BIN)/python -W ignore -m fuzz.soak
 
 # What takes minutes of compiling: the GPU kernels for every architecture (`make test` compiles them
 # for one), and the CUDA sources under sanitizers.

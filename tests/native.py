@@ -111,23 +111,26 @@ def shortened(z: torch.Tensor) -> torch.Tensor:
     return z
 
 
-def run_sanitized(program: str, library: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """`program` (Python source; its arguments are the library and `words`) in a process of its
-    own, because the sanitizer must be the first library loaded.
+def sanitizer_environment() -> dict[str, str]:
+    """What a process needs in its environment for a sanitized library: the sanitizer must be the
+    first library loaded.
     """
     found = [
         subprocess.check_output([compiler(), f"-print-file-name={name}"], text=True).strip()
         for name in ("libasan.so", "libstdc++.so")
     ]
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": ":".join(found),
-        "ASAN_OPTIONS": "detect_leaks=0",  # torch and Python keep memory until the process ends
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-    }
+    # torch and Python keep memory until the process ends
+    return {"LD_PRELOAD": ":".join(found), "ASAN_OPTIONS": "detect_leaks=0"}
+
+
+def run_sanitized(program: str, library: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """`program` (Python source; its arguments are the library and `words`) in a process of its
+    own.
+    """
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     return subprocess.run(
         [sys.executable, "-c", program, str(library), *words],
-        env=environment,
+        env={**os.environ, **sanitizer_environment(), "PYTHONPATH": path},
         capture_output=True,
         text=True,
     )

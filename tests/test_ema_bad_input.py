@@ -266,3 +266,20 @@ def test_not_a_module():
         EMA(torch.ones(2))
     with contextlib.suppress(TypeError):
         EMA(nn.Linear)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("first", [None, 1, "a", [torch.ones(3)]])
+def test_the_first_target_is_no_tensor(first, backend):
+    """It is looked at before any other, for its device."""
+    for onlines, said in (([torch.ones(3)], r"targets\[0\]: got"), ([], "onlines: got 0 tensors")):
+        with pytest.raises((TypeError, ValueError), match=said):
+            ema_update_([first], onlines, 0.5, backend=backend)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_an_empty_list_of_shadows_is_not_none(backend):
+    targets = [torch.ones(3)]
+    with pytest.raises(ValueError, match="shadows: got 0 tensors, takes 1"):
+        ema_update_(targets, [torch.zeros(3)], 0.5, shadows=[], backend=backend)
+    assert targets[0].tolist() == [1.0, 1.0, 1.0]

@@ -37,6 +37,7 @@ CASES = {
 SETTINGS = {
     "variant": ({"variant": "sigreg"}, ValueError, "variant", ["'sigreg'", *VARIANTS]),
     "slices": ({"slices": 0}, ValueError, "slices", ["0", "at least 1"]),
+    "slices past int64": ({"slices": 2**70}, ValueError, "slices", ["2^63"]),
     "half slices": ({"slices": 1.5}, TypeError, "slices", ["float", "int"]),
     "one knot": ({"knots": 1}, ValueError, "knots", ["1", "at least 2"]),
     "a bool": ({"knots": True}, TypeError, "knots", ["bool", "int"]),
@@ -46,6 +47,7 @@ SETTINGS = {
     "infinite": ({"knots": [0.0, float("inf")]}, ValueError, "knots", ["inf", "finite"]),
     "NaN": ({"knots": [0.0, float("nan")]}, ValueError, "knots", ["nan", "finite"]),
     "many": ({"knots": 66}, ValueError, "knots", ["65", "at most 64"]),
+    "more than memory holds": ({"knots": 2**70}, ValueError, "knots", ["at most 64"]),
     "two rules": ({"knots": [0.0, 1.0], "t_max": 1.0}, ValueError, "t_max", ["1.0", "None"]),
     "t_max": ({"t_max": 0.0}, ValueError, "t_max", ["0.0", "> 0"]),
     "NaN t_max": ({"t_max": float("nan")}, ValueError, "t_max", ["nan", "finite"]),
@@ -211,3 +213,8 @@ def test_compiled(case):
             compiled(arg)
         if not fullgraph:
             assert caught.type is exception
+
+
+def test_directions_of_more_dimensions_than_an_int64_counts() -> None:
+    with pytest.raises(ValueError, match=r"^dim: got \d+, takes .* less than 2\^63"):
+        sigreg_directions(2**70, 3)

@@ -51,6 +51,10 @@ GATHER = {
 }
 SCATTER = {
     "dimensions": ((z(5, 3), INDEX, 5), {}, ValueError, "tokens", ["(5, 3)"]),
+    "length of a float": ((z(2, 2, 3), INDEX, 5.0), {}, TypeError, "length", ["float", "int"]),
+    "length of a tensor": ((z(2, 2, 3), INDEX, i(5)), {}, TypeError, "length", ["Tensor"]),
+    "length of a bool": ((z(2, 2, 3), INDEX, True), {}, TypeError, "length", ["bool"]),
+    "length past int64": ((z(2, 2, 3), INDEX, 2**70), {}, ValueError, "length", ["2^63"]),
     "length": ((z(2, 2, 3), INDEX, 0), {}, ValueError, "length", ["0", "at least 1"]),
     "shapes": ((z(2, 3, 3), INDEX, 5), {}, ValueError, "index", ["(2, 2)", "(2, 3)"]),
     "empty": ((z(2, 2, 0), INDEX, 5), {}, ValueError, "tokens", ["no elements"]),

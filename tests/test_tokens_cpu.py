@@ -20,7 +20,7 @@ from token_cases import (
 )
 
 from vicreg_kernels import dispatch
-from vicreg_kernels.tokens import gather_tokens, prediction_loss
+from vicreg_kernels.tokens import assemble_tokens, gather_tokens, prediction_loss
 
 pytestmark = pytest.mark.skipif(
     dispatch.missing("cpu", "cpu", torch.float32) is not None, reason="the cpu backend is not built"
@@ -225,3 +225,19 @@ def test_any_number_of_threads_gives_the_same_bits(threads):
             same(mine, theirs, f"{threads} threads")
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.int32, torch.int64), (torch.int64, torch.int32)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_assembly_of_two_index_dtypes_gives_the_wider(dtypes, packed) -> None:
+    shape, offsets = ((3,), {"context_offsets": [0, 3], "target_offsets": [0, 2]})
+    if not packed:
+        shape, offsets = (1, 3), {}
+    index = torch.tensor([4, 0, 2], dtype=dtypes[0]).reshape(shape)
+    target = torch.tensor([1, 3], dtype=dtypes[1]).reshape(*shape[:-1], 2)
+    for backend in ("reference", "cpu"):
+        made = assemble_tokens(
+            torch.randn(*shape, 5), index, torch.zeros(5), target, backend=backend, **offsets
+        )
+        assert made.index.flatten().tolist() == [0, 1, 2, 3, 4]
+        assert {z.dtype for z in made[1:4]} == {torch.int64}, backend

@@ -120,6 +120,8 @@ def ema_update_(
     copies = None if shadows is None else checks.as_list("shadows", shadows)
     dispatch.check_backend(backend)
     checks.check_rounding(rounding, seed)
+    if targets and (not isinstance(targets[0], Tensor) or copies == []):
+        checks.check_lists(targets, onlines, copies)  # names it
     device = targets[0].device if targets else torch.device("cpu")
 
     momentum_tensor = step_tensor = None

@@ -16,7 +16,7 @@ from vicreg_kernels.sigreg.variants import VARIANTS, Variant, quadrature
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MOST_KNOTS = 64
-_INT64 = 1 << 63
+MOST = 1 << 63
 
 
 class Settings(NamedTuple):
@@ -73,11 +73,11 @@ def _check_settings(
         slices = rule.slices
     if not is_int(slices):
         raise TypeError(f"slices: got {type(slices).__name__}, takes an int or None")
-    if slices < 1:
-        raise ValueError(f"slices: got {slices}, takes at least 1")
+    if not 1 <= slices < MOST:
+        raise ValueError(f"slices: got {slices}, takes at least 1 and less than 2^63")
     if not is_int(seed):
         raise TypeError(f"seed: got {type(seed).__name__}, takes an int")
-    if not -_INT64 <= seed < _INT64:
+    if not -MOST <= seed < MOST:
         raise ValueError(f"seed: got {seed}, takes a signed 64-bit int")
     positions, weights = quadrature(rule, *_check_knots(rule, knots, t_max))
     if len(positions) > MOST_KNOTS:
@@ -100,6 +100,8 @@ def _check_knots(
     if is_int(knots):
         if knots < 2:  # type: ignore[operator]
             raise ValueError(f"knots: got {knots}, takes at least 2")
+        if knots > 4 * MOST_KNOTS:  # type: ignore[operator]
+            raise ValueError(f"knots: got {knots}, takes at most {MOST_KNOTS} distances from 0")
         t_max = rule.t_max if t_max is None else reals.real("t_max", t_max, "a finite number > 0")
         if not 0 < t_max < math.inf:
             raise ValueError(f"t_max: got {t_max}, takes a finite number > 0")
@@ -179,7 +181,7 @@ def check_step(step: int | Tensor | None, device: torch.device) -> None:
         raise TypeError(
             f"step: got {type(step).__name__}, takes an int, a 0-d int64 tensor or None"
         )
-    if not 0 <= step < _INT64:
+    if not 0 <= step < MOST:
         raise ValueError(f"step: got {step}, takes 0 <= step < 2^63")
 
 

@@ -21,7 +21,14 @@ from torch import Tensor
 
 from vicreg_kernels import calls, dispatch, distributed
 from vicreg_kernels.sigreg import backends, reference
-from vicreg_kernels.sigreg.checks import Settings, check_call, check_settings, check_step, is_int
+from vicreg_kernels.sigreg.checks import (
+    MOST,
+    Settings,
+    check_call,
+    check_settings,
+    check_step,
+    is_int,
+)
 
 OP = "sigreg_loss"
 
@@ -254,8 +261,8 @@ def sigreg_directions(
     """
     if not is_int(dim):
         raise TypeError(f"dim: got {type(dim).__name__}, takes an int")
-    if dim < 1:
-        raise ValueError(f"dim: got {dim}, takes at least 1")
+    if not 1 <= dim < MOST:
+        raise ValueError(f"dim: got {dim}, takes at least 1 and less than 2^63")
     if slices is None:
         raise TypeError("slices: got None, takes an int")
     check_settings(slices=slices, seed=seed, backend=backend)

@@ -370,6 +370,9 @@ def _assembled(
 ) -> Assembly:
     """The checked arguments, on the backend `name`. offsets: none, or both."""
     whole = offsets[0] + offsets[1] if offsets else None
+    wider = torch.promote_types(context_index.dtype, target_index.dtype)
+    context_index = context_index.to(wider).contiguous()
+    target_index = target_index.to(wider).contiguous()
     if name == "reference":
         if checks.wanted(name, context_index):
             check_order_values(context_index, target_index, *(offsets or (None, None)))
@@ -378,9 +381,6 @@ def _assembled(
         args = (context, context_index, target, target_index, positions)
         made = reference.assemble_ragged(*args, *offsets) if offsets else reference.assemble(*args)
         return Assembly(*made, whole)
-    wider = torch.promote_types(context_index.dtype, target_index.dtype)
-    context_index = context_index.to(wider).contiguous()
-    target_index = target_index.to(wider).contiguous()
     direct = calls.direct(context_index, target_index, *offsets)
     run = _order if direct else torch.ops.vicreg_kernels.tokens_order
     index, context_rows, target_rows = run(

@@ -20,6 +20,7 @@ from torch import Tensor
 from vicreg_kernels import dispatch, integers
 
 DTYPES = (torch.float64, *dispatch.FUSED_DTYPES)
+MOST_TOKENS = 2**63
 Offsets: TypeAlias = integers.Integers
 # What `calls.seen` gives of a tensor.
 Seen: TypeAlias = tuple[torch.Size, torch.dtype, torch.device, torch.layout]

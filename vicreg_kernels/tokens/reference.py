@@ -88,7 +88,7 @@ def assemble(
     if target.dim() == 1:
         target = target.expand(count, target_index.shape[1], -1)
     tokens = torch.cat([context.to(dtype), target.to(dtype)], dim=1)
-    index = torch.cat([context_index, target_index.to(context_index.dtype)], dim=1)
+    index = torch.cat([context_index, target_index], dim=1)
     order = torch.argsort(index, dim=1, stable=True)
     if positions is not None:
         tokens = tokens + positions.to(dtype)[index.long()]
@@ -113,7 +113,7 @@ def assemble_ragged(
     if target.dim() == 1:
         target = target.expand(target_index.shape[0], -1)
     tokens = torch.cat([context.to(dtype), target.to(dtype)])
-    index = torch.cat([context_index, target_index.to(context_index.dtype)])
+    index = torch.cat([context_index, target_index])
     samples = torch.cat([_samples(context_offsets, kept), _samples(target_offsets, total - kept)])
     if positions is not None:
         tokens = tokens + positions.to(dtype)[index.long()]

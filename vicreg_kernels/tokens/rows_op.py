@@ -150,8 +150,8 @@ def _check_scatter(length: int, packed: bool, backend: str | None, *seen: Any) -
         "tokens", tokens, (2,) if packed else (3,), "[total, D]" if packed else "[B, K, D]"
     )
     shape = tokens[0]
-    if length < 1:
-        raise ValueError(f"length: got {length}, takes at least 1")
+    if not 1 <= length < checks.MOST_TOKENS:
+        raise ValueError(f"length: got {length}, takes at least 1 and less than 2^63")
     if shape[-1] < 1 or (not packed and shape[0] < 1):
         raise ValueError(f"tokens: got no elements (shape {tuple(shape)})")
     _check_index(index, packed, tokens[2])
@@ -227,6 +227,8 @@ def scatter_tokens(
     Raises: as `gather_tokens`; a token named twice in a sample is a ValueError on the CPU and in
         debug mode, elsewhere the last of its rows is taken.
     """
+    if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
+        raise TypeError(f"length: got {type(length).__name__}, takes an int")
     seen = calls.seen("tokens", tokens)
     _check_scatter(length, offsets is not None, backend, *seen, *calls.seen("index", index))
     at = None
