@@ -50,8 +50,7 @@ test: setup
 fuzz: setup
 	PYTHONPATH=.:tests $(BIN)/python -m fuzz
 	PYTHONPATH=.:tests $(BIN)/python -m fuzz --sanitized
-	for file in $(wildcard tests/test_jepa_damage*.py); do \
-	    $(BIN)/python -m pytest -n 2 $$file || exit 1; done
+	VICREG_KERNELS_FUZZ=$${VICREG_KERNELS_FUZZ:-20} $(BIN)/python -m pytest -n 2 tests/test_damage.py
 
 # 10,000 calls of every op and module on random shapes: memory, caches, threads and descriptors must
 # stay flat after a warm-up.

@@ -108,6 +108,7 @@ def _read_threshold(op: str, index: int | None, dtype: torch.dtype) -> float:
     return found
 
 
+_transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _CPU_ORDER: tuple[str, ...] = ("cpu",)
 _CUDA_ORDER, _LARGE_ORDER = ("cuda", "triton"), ("triton", "cuda")
 
@@ -125,18 +126,26 @@ def choose(
     device: where the tensors are; of a device type alone, "cuda", the current device counts.
     unfit: backends that do not take this call's sizes, and why, beyond what `missing` knows.
 
+    Under a transform of torch.func (grad, vmap, jvp) it is the reference, made of operations that
+    torch can transform.
+
     Raises ValueError for an unknown backend, RuntimeError for a named one that cannot run here.
     """
     check_backend(backend)
+    transformed = not torch.compiler.is_compiling() and _transforming()
     device_type = device if isinstance(device, str) else device.type
     named = backend if backend is not None else ENVIRONMENT_BACKEND
     if named is not None:
         if named not in BACKENDS:
             raise ValueError(f"VICREG_KERNELS_BACKEND: got {named!r}, takes one of {BACKENDS}")
         reason = missing(named, device_type, dtype) or (unfit or {}).get(named)
+        if transformed and named != "reference":
+            reason = "torch.func transforms plain PyTorch alone; leave the backend to the library"
         if reason is not None:
             raise RuntimeError(f"{_source(backend)} cannot run {op} here: {reason}")
         return named
+    if transformed:
+        return "reference"
     order = _CPU_ORDER
     if device_type == "cuda":
         order = _CUDA_ORDER

@@ -7,6 +7,7 @@ a CPU build of torch lacks.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from collections.abc import Callable
@@ -75,6 +76,13 @@ def constant_in_graphs(function: Function) -> Function:
     return function
 
 
+def no_autocast(device: torch.device) -> Any:
+    """A context in which autocast lowers nothing on `device`: none where torch has no autocast."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def exact(op: Any) -> Callable[..., Any]:
     """The op (a packet of torch.ops with one overload), whose first argument is a tensor, with
     autocast off: it must not lower the products inside. Entering its context costs 20 us a call,
@@ -85,7 +93,7 @@ def exact(op: Any) -> Callable[..., Any]:
     def run(*arguments: Any) -> Any:
         if not torch._C._is_any_autocast_enabled():
             return call(*arguments)
-        with torch.autocast(arguments[0].device.type, enabled=False):
+        with no_autocast(arguments[0].device):
             return call(*arguments)
 
     return run

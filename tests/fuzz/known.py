@@ -21,23 +21,6 @@ _LARGE = r"(\d{3,}\.0|e\+\d\d), "
 
 KNOWN = (
     Known(
-        r"",
-        r"not supported between instances|unhashable type|must be Number|could not convert"
-        r"|must be a string or a real|too big to convert|Expected a value of type"
-        r"|object is not iterable",
-        "a setting of a wrong type is refused, but not by name",
-    ),
-    Known(
-        r"'meta'",
-        r"unsupported scalarType|of meta tensor|device type for autocast",
-        "a meta tensor is not named",
-    ),
-    Known(
-        r"^barlow_twins_loss.*e\+\d\d, ",
-        r"norm error|nan where|inf where",
-        "Barlow Twins past 1e18: float32 squares overflow",
-    ),
-    Known(
         r"^barlow_twins_loss\(x=T\(\([23], ",
         r"gradients \d: .*norm error",
         "Barlow's gradient of two or three rows cancels; the rule has no floor for it yet",
@@ -75,16 +58,7 @@ KNOWN = (
 )
 
 # Lines that end the process, and are therefore not run: (regular expression, reason).
-CRASHES: tuple[tuple[str, str], ...] = (
-    (
-        r"(masked_attention|apply_rope)\(\w=T\(\(\d+, 0, \d+\)",
-        "packed tokens of 0 heads: a division by 0 in csrc",
-    ),
-    (
-        r"vicregl_\w+\(.*maps=\[.*T\(\(\d+, (\d+, )?\d+, 1\), '\w+', '(strided|transposed|sliced)'",
-        "maps of one channel whose last stride is not 1: segmentation fault in csrc",
-    ),
-)
+CRASHES: tuple[tuple[str, str], ...] = ()
 
 
 def reason(line: str, message: str) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vicreg_kernels import dispatch, reals
+from vicreg_kernels import dispatch, library, reals
 from vicreg_kernels.attention import backends, masks, reference
 from vicreg_kernels.attention.masks import MaskArguments, Ragged, Rule, Rules
 from vicreg_kernels.attention.rope import NO_ROPE, Rope3d, RopeArguments
@@ -210,7 +210,8 @@ def _check_heads(name: str, x: Tensor, like: Tensor | None = None) -> None:
         raise ValueError(
             f"{name}: got head dim {x.shape[-1]}, takes a multiple of 8 from 16 to 128"
         )
-    if 0 in x.shape[:-1] and x.dim() == 4:
+    # Packed samples may hold no token, a batch must; heads there are in both.
+    if 0 in x.shape[:-1] and (x.dim() == 4 or x.shape[1] == 0):
         raise ValueError(f"{name}: got no elements (shape {tuple(x.shape)})")
     if like is not None:
         if x.dtype != like.dtype:
@@ -222,6 +223,11 @@ def _check_heads(name: str, x: Tensor, like: Tensor | None = None) -> None:
                 f"{name}: got shape {tuple(x.shape)}, takes q's dimensions and head dim "
                 f"{tuple(like.shape)}"
             )
+
+
+def _autocast(device_type: str) -> bool:
+    available = torch.amp.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)
 
 
 def _usual(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -245,13 +251,13 @@ def _usual(q: Tensor, k: Tensor, v: Tensor) -> bool:
     if dims == 4:
         if shape[0] != keys[0] or shape[0] * shape[1] * shape[2] * keys[2] == 0:
             return False
-    elif dims != 3:
+    elif dims != 3 or shape[1] == 0:
         return False
     if len(keys) != dims or shape[1] != keys[1] or shape[-1] != keys[-1]:
         return False
     if not takes_head_dim(shape[-1]):
         return False
-    if not torch.is_autocast_enabled(device.type):
+    if not _autocast(device.type):
         return True
     return dtype is torch.float64 or dtype is torch.get_autocast_dtype(device.type)
 
@@ -349,7 +355,7 @@ def masked_attention(
         if any(isinstance(x, Tensor) and x.is_nested for x in (q, k, v)):
             settings = {"rope": rope, "scale": scale, "backend": backend}
             return _nested(q, k, v, mask, settings)
-        if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
+        if isinstance(q, Tensor) and _autocast(q.device.type):
             lower = torch.get_autocast_dtype(q.device.type)
             q, k, v = (x.to(lower) if x.dtype in DTYPES[1:] else x for x in (q, k, v))
         _check_three(q, k, v)
@@ -436,7 +442,7 @@ def _turn(
     if not torch.compiler.is_compiling():
         dispatch.log_choice("rope", name, backend, x.device, x.shape)
     if name == "reference":
-        with torch.autocast(x.device.type, enabled=False):
+        with library.no_autocast(x.device):
             wide = x if x.dtype == torch.float64 else x.float()
             return reference.rotate(wide, rope, index, offsets).to(x.dtype)
     return _Rotation.apply(x, False, (table, index, offsets, grid, name))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vicreg_kernels import library
 from vicreg_kernels.attention.masks import MaskArguments
 from vicreg_kernels.attention.rope import Rope3d
 
@@ -81,7 +82,7 @@ def attention(
 
     Half inputs are computed in float32 and rounded once, whatever autocast says.
     """
-    with torch.autocast(q.device.type, enabled=False):
+    with library.no_autocast(q.device):
         given = q.dtype
         dtype = torch.float64 if given == torch.float64 else torch.float32
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vicreg_kernels import dispatch, distributed
+from vicreg_kernels import dispatch, distributed, library
 from vicreg_kernels.barlow import reference
 from vicreg_kernels.distributed import Pending
 from vicreg_kernels.shares import product, square_product, statistics
@@ -61,7 +61,7 @@ _LIBRARY.define(
 
 @torch.library.impl(_LIBRARY, "barlow_ranks_forward", "CompositeExplicitAutograd")
 def _forward(x: Tensor, y: Tensor, *settings: Any) -> tuple[Tensor, ...]:
-    with torch.autocast(x.device.type, enabled=False):
+    with library.no_autocast(x.device):
         return forward(x, y, *settings)
 
 

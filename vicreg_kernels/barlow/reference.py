@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vicreg_kernels import library
+
 
 def standardise(z: Tensor, eps: float, std_eps: float, unbiased: bool) -> Tensor:
     """(z - mean) / (sqrt(var + eps) + std_eps) over the batch, z: [N, D].
@@ -30,7 +32,7 @@ def loss(x: Tensor, y: Tensor, eps: float, std_eps: float, unbiased: bool, lambd
 
     Half inputs are computed in float32, whatever autocast says.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with library.no_autocast(x.device):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         first, second = (standardise(z.to(dtype), eps, std_eps, unbiased) for z in (x, y))
         correlation = first.t() @ second / x.shape[0]  # [D, D]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vicreg_kernels import distributed, reals
+from vicreg_kernels import distributed, library, reals
 from vicreg_kernels.sigreg.checks import check_settings, check_z
 from vicreg_kernels.sigreg.op import OP, mean_over_ranks, sigreg_loss
 
@@ -151,7 +151,7 @@ class LeJEPALoss(nn.Module):
         group = None if process_group is None else distributed.group_name(process_group)
         difference = distributed.checked(OP, group, _difference, z, global_views, predicted, target)
         regularizer = self.sigreg(z, step)
-        with torch.autocast(z.device.type, enabled=False):
+        with library.no_autocast(z.device):
             wide = difference.to(torch.promote_types(difference.dtype, torch.float32))
             square = wide.square()
             invariance = square.mean() if group is None else mean_over_ranks(square, group)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from vicreg_kernels import library
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -82,7 +84,7 @@ def loss(
     sin(t p), with p = z directions; reduce: adds those of the other ranks to [2, G, M, K]. Half
     inputs are computed in float32, whatever autocast says.
     """
-    with torch.autocast(z.device.type, enabled=False):
+    with library.no_autocast(z.device):
         dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
         t = torch.tensor(knots, dtype=dtype, device=z.device)
         w = torch.tensor(weights, dtype=dtype, device=z.device)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vicreg_kernels import library
+
 # Norms are kept from 0 by this much, as in torch.nn.functional.cosine_similarity.
 LEAST_NORM = 1e-8
 
@@ -54,7 +56,7 @@ def loss(
     eps: float,
 ) -> Tensor:
     """pred: [P, K, D] or [R, D]. Half inputs are computed in float32, whatever autocast says."""
-    with torch.autocast(pred.device.type, enabled=False):
+    with library.no_autocast(pred.device):
         dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
         pred, teacher = pred.to(dtype), teacher.detach().to(dtype)
         if normalize:

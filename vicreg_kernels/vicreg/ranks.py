@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vicreg_kernels import dispatch, distributed
+from vicreg_kernels import dispatch, distributed, library
 from vicreg_kernels.shares import statistics, two_floats
 from vicreg_kernels.vicreg import ranks_squares, reference
 from vicreg_kernels.vicreg.conventions import covariance_scale
@@ -57,13 +57,13 @@ _LIBRARY.define(
 
 @torch.library.impl(_LIBRARY, "vicreg_ranks_forward", "CompositeExplicitAutograd")
 def _forward(x: Tensor, y: Tensor | None, *settings: Any) -> tuple[Tensor, ...]:
-    with torch.autocast(x.device.type, enabled=False):
+    with library.no_autocast(x.device):
         return forward(x, y, *settings)
 
 
 @torch.library.impl(_LIBRARY, "vicreg_ranks_backward", "CompositeExplicitAutograd")
 def _backward(grads: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
+    with library.no_autocast(x.device):
         return backward(grads, x, *args)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vicreg_kernels import library
+
 
 def _per_view(z: Tensor, margin: float, eps: float, unbiased: bool) -> tuple[Tensor, Tensor]:
     """Hinge and off-diagonal sum of squares of one view, z: [G, N, D]; each the mean over G."""
@@ -37,7 +39,7 @@ def terms(
     scales turn the raw quantities of `conventions.py` (summed over views) into the terms; weights
     add the terms up to the loss. Half inputs are computed in float32, whatever autocast says.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with library.no_autocast(x.device):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         x = x.to(dtype)
         variance, covariance = _per_view(x, margin, eps, unbiased)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vicreg_kernels import library
 from vicreg_kernels.vicreg.reference import _per_view
 
 
@@ -38,7 +39,7 @@ def _nearest(distances: Tensor) -> tuple[Tensor, Tensor]:
 
 def match(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """a: [U, B, L1, C]; b: [V, B, L2, C] -> nearest and rank of a's positions, then of b's."""
-    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+    with torch.no_grad(), library.no_autocast(a.device):
         distances = _distances(a[:, None], b[None])  # [U, V, B, L1, L2]
         return *_nearest(distances), *_nearest(distances.mT)
 
@@ -63,7 +64,7 @@ def pairs(
     weights_b: Sequence[float],
 ) -> Tensor:
     """The weighed mean squared differences of `backends.py`."""
-    with torch.autocast(a.device.type, enabled=False):
+    with library.no_autocast(a.device):
         a, b = _working(a, b)
         a, b = a[:, None], b[None]
         total = a.new_zeros(())
@@ -165,7 +166,7 @@ def terms(
     first. With alpha = 1 the maps are not read, with alpha = 0 the embeddings: their terms are 0.
     """
     first = (embeddings or maps)[0]
-    with torch.autocast(first.device.type, enabled=False):
+    with library.no_autocast(first.device):
         embeddings, maps, grids = (_working(*zs) for zs in (embeddings, maps, grids))
         zero = _working(first)[0].new_zeros(())
         both = [(zero,) * 3, (zero,) * 3]

@@ -1,0 +1,77 @@
+"""Transforms of torch.func, meta tensors, and tensors without heads: taken or refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import vicreg_kernels as vk
+
+X, Y = torch.randn(2, 3, 8, 6, generator=torch.Generator().manual_seed(0))
+Q = torch.randn(3, 1, 2, 8, 16, generator=torch.Generator().manual_seed(1))
+INDEX = torch.arange(3)[None]
+
+
+def attend(q: Tensor) -> Tensor:
+    return vk.masked_attention(q, q.flip(-2), q.sin()).square().sum()
+
+
+# name -> (a loss of one example, examples along the first dimension)
+LOSSES = {
+    "vicreg": (lambda x: vk.vicreg_loss(x, Y[0]), X),
+    "barlow": (lambda x: vk.barlow_twins_loss(x, Y[0]), X),
+    "sigreg": (lambda x: vk.sigreg_loss(x, seed=1), X),
+    "prediction": (lambda x: vk.prediction_loss(x[None, :3], Y[:1], INDEX), X),
+    "attention": (attend, Q),
+    "rope": (lambda q: vk.apply_rope(q, vk.Rope3d((8,))).sin().sum(), Q),
+    "gather": (lambda x: vk.gather_tokens(x[None], INDEX).square().sum(), X),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_transforms_of_torch_func(name: str) -> None:
+    loss, examples = LOSSES[name]
+    gradients, values = torch.func.vmap(torch.func.grad_and_value(loss))(examples)
+    for k, example in enumerate(examples):
+        z = example.clone().requires_grad_()
+        value = loss(z)
+        (gradient,) = torch.autograd.grad(value, z)
+        torch.testing.assert_close(values[k], value.detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradients[k], gradient, rtol=1e-4, atol=1e-5)
+    direction = torch.ones_like(examples[0])
+    _, slope = torch.func.jvp(loss, (examples[0],), (direction,))
+    # torch gives the slope of a 0-d tensor times a number in float64
+    torch.testing.assert_close(slope.float(), gradients[0].sum(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_fused_backend_that_is_named_says_what_transforms_it() -> None:
+    if vk.vicreg_loss(X[0], Y[0], backend="cpu") is None:
+        pytest.skip("cpu is not built")
+    with pytest.raises(RuntimeError, match=r"backend='cpu' cannot run vicreg here: torch.func"):
+        torch.func.grad(lambda x: vk.vicreg_loss(x, Y[0], backend="cpu"))(X[0])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_meta_tensors(name: str) -> None:
+    """A model on meta has shapes alone; its loss has too."""
+    if name == "prediction" or name == "gather":
+        pytest.skip("the other tensors here are on the CPU")
+    loss, examples = LOSSES[name]
+    if name in ("vicreg", "barlow"):
+        kernel = vk.vicreg_loss if name == "vicreg" else vk.barlow_twins_loss
+        found = kernel(examples[0].to("meta"), Y[0].to("meta"))
+    else:
+        found = loss(examples[0].to("meta"))
+    assert found.device.type == "meta"
+    assert found.shape == ()
+
+
+@pytest.mark.parametrize("shape", [(19, 0, 64), (2, 0, 19, 64), (2, 1, 0, 64)], ids=str)
+def test_attention_without_heads_or_tokens_is_refused(shape) -> None:
+    q = torch.zeros(shape)
+    mask = vk.Ragged(torch.tensor([0, 19])) if q.dim() == 3 else None
+    with pytest.raises(ValueError, match=r"^q: got no elements"):
+        vk.masked_attention(q, q, q, mask=mask)
+    with pytest.raises(ValueError, match=r"^x: got no elements"):
+        vk.apply_rope(q, vk.Rope3d((19,)))
