@@ -75,3 +75,25 @@ def test_attention_without_heads_or_tokens_is_refused(shape) -> None:
         vk.masked_attention(q, q, q, mask=mask)
     with pytest.raises(ValueError, match=r"^x: got no elements"):
         vk.apply_rope(q, vk.Rope3d((19,)))
+
+
+def test_meta_integers_beside_tensors_with_values_are_refused() -> None:
+    index = torch.arange(8).to("meta")
+    with pytest.raises(ValueError, match=r"^index: got a meta tensor"):
+        vk.apply_rope(Q[0], vk.Rope3d((8,), index=index))
+    with pytest.raises(ValueError, match=r"^lengths: got a meta tensor"):
+        vk.masked_attention(Q[0], Q[0], Q[0], mask=vk.KeyPadding(torch.tensor([3]).to("meta")))
+
+
+@pytest.mark.parametrize("bad", [["vicreg"], {}, 1], ids=str)
+def test_names_that_are_no_words(bad: object) -> None:
+    for call, name in (
+        (lambda: vk.vicreg_loss(X[0], Y[0], convention=bad), "convention"),
+        (lambda: vk.barlow_twins_loss(X[0], Y[0], convention=bad), "convention"),
+        (lambda: vk.sigreg_loss(X[0], variant=bad), "variant"),
+        (lambda: vk.variance_covariance(X[0], covariance_normalizer=bad), "covariance_normalizer"),
+        (lambda: vk.prediction_loss(X[:1, :3], Y[:1], INDEX, kind=bad), "kind"),
+        (lambda: vk.vicreg_loss(X[0], Y[0], backend=bad), "backend"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=rf"^{name}: got "):
+            call()

@@ -73,6 +73,13 @@ def cut(values: Tensor) -> Tensor:
     return lasting(values.to(torch.int32, copy=look).contiguous())
 
 
+def onto(name: str, values: Tensor, device: torch.device) -> Tensor:
+    """`values` on `device`; a ValueError where they are meta, which have no values to copy."""
+    if values.is_meta and device.type != "meta":
+        raise ValueError(f"{name}: got a meta tensor, takes one with values, or all on meta")
+    return values.to(device)
+
+
 def lasting(values: Tensor) -> Tensor:
     """`values`, or a copy of what inference mode made: autograd could not save it."""
     if torch.compiler.is_compiling() or not values.is_inference():

@@ -107,7 +107,8 @@ def evaluate(line: str, backend: str | None = None, **inputs: Any) -> Outcome:
     try:
         found = eval(line, words)
         outcome.values = _tensors(found) + made.written
-        outcome.gradients = _gradients(outcome.values, made.leaves)
+        if not any(z.is_meta for z in outcome.values):  # whose leaves are on the CPU
+            outcome.gradients = _gradients(outcome.values, made.leaves)
         outcome.values = [z.detach().clone() for z in outcome.values]
     except Exception as error:
         if not entered and not _from_rules(error):
@@ -149,8 +150,8 @@ def _weights(like: Tensor) -> Tensor:
 
 
 def hold(line: str) -> str:
-    """Raise a Fault where the line breaks the rule; else what came: "right", "refused" or "noise"
-    (only which numbers are finite could be compared).
+    """Raise a Fault where the line breaks the rule; else what came: "right", "refused", "meta" (of
+    shapes alone) or "noise" (only which numbers are finite could be compared).
     """
     actual = evaluate(line)
     if actual.changed:
@@ -158,6 +159,8 @@ def hold(line: str) -> str:
     if actual.error is not None:
         _hold_error(line, actual.error)
         return "refused"
+    if any(z.is_meta for z in actual.values):
+        return "meta"
     again, plain = evaluate(line), evaluate(line, "reference")
     for one, two in zip(
         actual.values + actual.gradients, again.values + again.gradients, strict=True

@@ -76,11 +76,11 @@ class _Tensors:
         if tensor is None or tensor.device == device:
             return tensor
         if torch.compiler.is_compiling():
-            return tensor.to(device)
+            return integers.onto(name, tensor, device)
         if (name, device) in self.copies:
             return self.copies[name, device]
         with torch.inference_mode(False):
-            copy = tensor.to(device)
+            copy = integers.onto(name, tensor, device)
         if not kept.inside_a_mode() and kept.lasts(copy):
             self.copies[name, device] = copy
         return copy
@@ -167,6 +167,8 @@ def _offsets(name: str, values: Integers, longest: int | None) -> tuple[Tensor, 
         values = offsets.tolist()
         steps = list(map(int.__sub__, values[1:], values))
         first, last, least, most = values[0], values[-1], min(steps), max(steps)
+    elif offsets.is_meta:
+        raise ValueError(f"{name}: got a meta tensor, takes one with values")
     else:
         ends = (offsets[0], offsets[-1], *offsets.diff().aminmax())
         first, last, least, most = torch.stack(ends).tolist()

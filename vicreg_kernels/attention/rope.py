@@ -160,7 +160,7 @@ class Rope3d:
                     f"{name}: got shape {tuple(index.shape)}, takes [T] or [B, T] with "
                     f"B = {rows}, T = {tokens}"
                 )
-            found.append(index.to(q.device))
+            found.append(integers.onto(name, index, q.device))
         table = self.table(q.shape[-1], q.device)
         return RopeArguments(table, found[0], found[1], [*self.grid, self.axes])
 

@@ -25,7 +25,7 @@ def check_settings(
     """lambd and eps as numbers, the convention's own for None. Raises a ValueError or TypeError
     that names the first setting that is wrong.
     """
-    if convention not in CONVENTIONS:
+    if convention not in tuple(CONVENTIONS):
         raise ValueError(f"convention: got {convention!r}, takes one of {tuple(CONVENTIONS)}")
     rule = CONVENTIONS[convention]
     lambd = rule.lambd if lambd is None else reals.finite("lambd", lambd, None, " or None")

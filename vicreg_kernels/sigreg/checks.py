@@ -66,7 +66,7 @@ def _check_settings(
     seed: int,
     backend: str | None,
 ) -> Settings:
-    if variant not in VARIANTS:
+    if variant not in tuple(VARIANTS):
         raise ValueError(f"variant: got {variant!r}, takes one of {tuple(VARIANTS)}")
     rule = VARIANTS[variant]
     if slices is None:

@@ -33,7 +33,7 @@ def check_settings(
     """Margin and eps as numbers; raises a ValueError or TypeError that names the first setting that
     is wrong.
     """
-    if convention not in CONVENTIONS:
+    if convention not in tuple(CONVENTIONS):
         raise ValueError(f"convention: got {convention!r}, takes one of {tuple(CONVENTIONS)}")
     if covariance_normalizer not in NORMALIZERS:
         raise ValueError(
