@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import torch
@@ -31,7 +32,8 @@ def case(dim, **settings):
 
 CASES = {
     **{name: case((WIDE, NARROW)[i % 2], convention=name) for i, name in enumerate(CONVENTIONS)},
-    "gram": case(WIDE, lambd=0.5),
+    # The whole batch's own gradient in float32 is up to 1e-6 from float64's here.
+    "gram": dataclasses.replace(case(WIDE, lambd=0.5), relative=2e-6),
     "correlation": case(NARROW, lambd=0.5),
     "square": case(ROWS, convention="monai"),
     "one dimension": case(1),

@@ -83,7 +83,8 @@ def specialise(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> 
         elif isinstance(value, float):
             signature[name], aligned = "fp32", False
         else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            fits = "i32" if -(2**31) <= value < 2**31 else "i64"
+            signature[name] = parameter.annotation_type or fits
             aligned = special and value % 16 == 0
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]

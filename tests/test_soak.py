@@ -43,7 +43,7 @@ def _thread(held: list) -> None:
 
 # In 100 calls.
 LEAKS = {
-    "memory": lambda held: held.append(torch.ones(100_000)),
+    "memory": lambda held: held.append(torch.ones(1_000_000)),
     "objects": lambda held: held.append([nn.Identity() for _ in range(10)]),
     "threads": _thread,
     "descriptors": lambda held: held.append(os.open(os.devnull, os.O_RDONLY)),

@@ -12,6 +12,10 @@ _SHORT.maxstring = _SHORT.maxother = 200
 _SHORT.maxlevel = 2
 
 
+# Levels of lists and mappings; a recipe has three.
+DEEPEST = 64
+
+
 class YamlError(ValueError):
     """Says in one line what is wrong, and in which line of the text."""
 
@@ -28,7 +32,7 @@ def parse(text: str) -> Any:
     """What yaml.safe_load gives. Raises YamlError."""
     loader = None
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -36,14 +40,27 @@ def parse(text: str) -> Any:
         return loader.construct_document(node)
     except YamlError:
         raise
-    except RecursionError:
-        raise YamlError("is nested too deeply") from None
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:
         # safe_load raises all of these where a value is not what its tag says
         raise YamlError(f"is not YAML: {' '.join(str(error).split())[:400]}") from error
     finally:
         if loader is not None:
             loader.dispose()
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader, which calls itself for each level, up to a depth."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.depth == DEEPEST:
+            raise YamlError("is nested too deeply")
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
 
 
 def _check(node: yaml.Node, where: str, seen: set[int]) -> None:

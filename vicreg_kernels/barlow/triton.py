@@ -198,7 +198,7 @@ def backward(
             )
         gradient_kernel[(views * down * triton.cdiv(p.dim, width),)](
             grad, x, y, moments, diagonal, products, sums, *out,
-            p.rows, p.dim, p.side, 0 if need_x else 1, *p.strides, lambd, *p.scale,
+            p.rows, p.dim, 0 if need_x else 1, *p.strides, lambd, *p.scale,
             GRAM=p.gram, FORMAT=p.format, PRECISION=p.backward_precision,
             ROWS=height, COLUMNS=width, DEPTH=depth, num_warps=warps, num_stages=stages,
         )  # fmt: skip

@@ -70,10 +70,10 @@ def cross_squares_kernel(
     tl.store(sums + dim + strip, tl.sum(by_column, axis=0), mask=strip < dim)
 
 
-@triton.jit(do_not_specialize=["grad", "rows", "first_view"])
+@triton.jit(do_not_specialize=["first_view"])
 def gradient_kernel(
     grad, x, y, moments, diagonal, products, sums, out_x, out_y,
-    rows, dim, side, first_view,
+    rows, dim, first_view,
     sx_n, sx_d, sy_n, sy_d,
     lambd, degrees, eps, std_eps,
     GRAM: tl.constexpr, FORMAT: tl.constexpr, PRECISION: tl.constexpr,
@@ -86,8 +86,8 @@ def gradient_kernel(
     The Gram matrix's diagonal, N^0.5 or more times the rest, multiplies z unrounded: most of that
     is in z's own direction, where the standardisation's gradient takes it out again.
 
-    2 N D m operations a view, m = min(N, D) = side; reads N D elements (else 3 N D) and writes N D,
-    while the square matrix stays in L2.
+    2 N D m operations a view, m = min(N, D); reads N D elements (else 3 N D) and writes N D, while
+    the square matrix stays in L2.
     """
     lambd = tl.cast(lambd, tl.float32)
     degrees = tl.cast(degrees, tl.float32)
@@ -123,7 +123,7 @@ def gradient_kernel(
         for start in range(0, rows, DEPTH):
             r = start + tl.arange(0, DEPTH)
             inside = r < rows
-            square_at = square + tall[:, None] * side + r[None, :]
+            square_at = square + tall[:, None] * rows + r[None, :]
             a = tl.load(square_at, mask=some_rows & inside[None, :], other=0.0)
             a = tl.where(row[:, None] == r[None, :], 0.0, a)
             z_at = own + r.to(tl.int64)[:, None] * own_n + column.to(tl.int64)[None, :] * own_d
@@ -193,7 +193,7 @@ def view_coefficients(
     return coefficients(grad, lambd, c, scatter, dot, rows, degrees, eps, std_eps, True)
 
 
-@triton.jit(do_not_specialize=["grad", "rows", "parts", "block_rows"])
+@triton.jit(do_not_specialize=["rows", "parts", "block_rows"])
 def finish_kernel(
     grad, x, y, moments, diagonal, sums, product_x, product_y, grad_x, grad_y,
     rows, dim, parts, block_rows,

@@ -195,7 +195,7 @@ def combine_kernel(
         tl.store(products + at, c, mask=valid)
 
 
-@triton.jit(do_not_specialize=["invariances", "taken", "sums", "column_count", "sum_count"])
+@triton.jit(do_not_specialize=["column_count", "sum_count"])
 def loss_kernel(
     loss, invariances, taken, sums, column_count, sum_count, factor,
     GRAM: tl.constexpr, BLOCK: tl.constexpr,

@@ -85,7 +85,7 @@ def rounded_product(
     return tl.sum(acc, axis=0)
 
 
-@triton.jit(do_not_specialize=["invariances", "taken", "rows", "row_blocks", "block_rows"])
+@triton.jit(do_not_specialize=["rows", "row_blocks", "block_rows"])
 def statistics_kernel(
     x, y, moments, diagonal, partials, invariances, taken,
     rows, dim, row_blocks, block_rows,
@@ -165,7 +165,7 @@ def statistics_kernel(
         tl.store(at + 4 * dim, both, mask=inside)
 
 
-@triton.jit(do_not_specialize=["invariances", "taken", "rows", "row_blocks", "block_rows"])
+@triton.jit(do_not_specialize=["rows", "row_blocks", "block_rows"])
 def merge_kernel(
     x, y, moments, diagonal, partials, invariances, taken,
     rows, dim, row_blocks, block_rows, sx_d, sy_d,

@@ -57,7 +57,7 @@ def directions_kernel(
     """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     lane = tl.arange(0, GROUPS)
-    now = number
+    now = tl.cast(number, tl.int64)
     if step is not None:
         now += tl.load(step)
     groups = tl.cdiv(dim, 4)
@@ -65,14 +65,14 @@ def directions_kernel(
     square = tl.zeros((GROUPS, COLUMNS), tl.float32)
     for start in range(0, groups, GROUPS):
         group = (start + lane)[:, None]
-        draw = normals(key, now, first + group)
+        draw = normals(tl.cast(key, tl.int64), now, first + group)
         for i in tl.static_range(4):
             live = (4 * group + i < dim) & (column >= 0)[None, :]
             square += tl.where(live, draw[i] * draw[i], 0.0)
     norm = tl.sqrt_rn(tl.sum(square, axis=0))[None, :]
     for start in range(0, groups, GROUPS):
         group = (start + lane)[:, None]
-        draw = normals(key, now, first + group)
+        draw = normals(tl.cast(key, tl.int64), now, first + group)
         for i in tl.static_range(4):
             row = 4 * group + i
             live = (row < dim) & (column < slices)[None, :]

@@ -59,8 +59,6 @@ class _Problem:
         self.gram = self.rows < self.dim
         self.side, self.length = min(self.rows, self.dim), max(self.rows, self.dim)
         self.taken = min(backends.DEFLATED_COLUMNS, self.dim)
-        # The other side takes none, so no kernel of it is compiled for their number.
-        self.compiled_taken = self.taken if self.gram else backends.DEFLATED_COLUMNS
         self.degrees = float(self.rows - (1 if unbiased else 0))
         on_gpu = x.device.type == "cuda"
         name, self.processors, capability = tma.device(x.device.index if on_gpu else None)
@@ -151,10 +149,9 @@ class _Product:
         product_kernel[(p.planes * self.splits * self.tiles,)](
             p.x, p.y, moments, out, sums, columns.candidates, columns.candidate_index, index,
             columns.taken, columns.diagonal,
-            p.groups, p.rows, p.dim, p.side, columns.blocks, self.splits, self.chunk,
-            *p.strides, p.degrees,
+            p.groups, p.rows, p.dim, columns.blocks, self.splits, self.chunk, *p.strides, p.degrees,
             GRAM=p.gram, WHOLE=self.whole, FORMAT=p.format, PRECISION=p.forward_precision,
-            TAKEN=p.compiled_taken, WIDTH=columns.width,
+            TAKEN=p.taken, WIDTH=columns.width,
             TILE=tile, DEPTH=depth, num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
@@ -306,8 +303,8 @@ def backward(
             height, width, depth, warps, stages = p.config.gradient
             tiles = triton.cdiv(p.rows, height) * triton.cdiv(p.dim, width)
             gradient_kernel[(planes * tiles,)](
-                grads, p.x, p.y, moments, squares, deflated, index, grad_x, grad_y, p.side, *shared,
-                VIEWS=p.views, GRAM=p.gram, TAKEN=p.compiled_taken,
+                grads, p.x, p.y, moments, squares, deflated, index, grad_x, grad_y, *shared,
+                VIEWS=p.views, GRAM=p.gram, TAKEN=p.taken,
                 FORMAT=p.format, PRECISION=p.backward_precision,
                 ROWS=height, COLUMNS=width, DEPTH=depth, num_warps=warps, num_stages=stages,
             )  # fmt: skip

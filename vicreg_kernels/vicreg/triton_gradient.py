@@ -78,9 +78,9 @@ def store_gradient(
     tl.store(target, narrow(grad, grad_x, FORMAT), mask=keep)
 
 
-@triton.jit(do_not_specialize=["grads", "groups", "rows", "first_plane", "each"])
+@triton.jit(do_not_specialize=["first_plane", "each"])
 def gradient_kernel(
-    grads, x, y, moments, squares, deflated, index, grad_x, grad_y, side,
+    grads, x, y, moments, squares, deflated, index, grad_x, grad_y,
     groups, rows, dim, first_plane, each,
     sx_g, sx_n, sx_d, sy_g, sy_n, sy_d,
     invariance_factor, variance_factor, covariance_factor, w0, w1, w2,
@@ -90,7 +90,6 @@ def gradient_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One tile of the gradient of one plane: the product K Zc (GRAM) or Zc S, then the epilogue.
-    side: of the square matrix, m.
 
     2 N D m operations a view; reads 3 N D elements and writes N D, while the square matrix stays
     in L2.
@@ -108,6 +107,7 @@ def gradient_kernel(
     z = tl.where(is_x, x + g * sx_g, y + g * sy_g)
     s_n = tl.where(is_x, sx_n, sy_n).to(tl.int64)
     s_d = tl.where(is_x, sx_d, sy_d).to(tl.int64)
+    side = rows if GRAM else dim
     square_ptr = squares + p * side * side
     mean_ptr = moments + p * 3 * dim
 
@@ -123,7 +123,7 @@ def gradient_kernel(
         for start in range(0, rows, DEPTH):
             r = start + tl.arange(0, DEPTH)
             inside = r < rows
-            square_at = square_ptr + tall[:, None] * side + r[None, :]
+            square_at = square_ptr + tall[:, None] * rows + r[None, :]
             a = tl.load(square_at, mask=some_rows & inside[None, :], other=0.0)
             z_at = z + r.to(tl.int64)[:, None] * s_n + wide[None, :] * s_d
             b = tl.load(z_at, mask=inside[:, None] & some_columns, other=0.0).to(tl.float32)

@@ -60,10 +60,10 @@ def largest_columns(candidates, candidate_index, blocks, TAKEN: tl.constexpr, WI
     return chosen, tl.sum(own * own + rest, axis=0)
 
 
-@triton.jit(do_not_specialize=["groups", "rows", "blocks", "splits", "sums", "diagonal"])
+@triton.jit(do_not_specialize=["groups", "blocks", "splits"])
 def product_kernel(
     x, y, moments, out, sums, candidates, candidate_index, index, taken, diagonal,
-    groups, rows, dim, side, blocks, splits, chunk,
+    groups, rows, dim, blocks, splits, chunk,
     sx_g, sx_n, sx_d, sy_g, sy_n, sy_d,
     degrees,
     GRAM: tl.constexpr, WHOLE: tl.constexpr, FORMAT: tl.constexpr, PRECISION: tl.constexpr,
@@ -74,14 +74,14 @@ def product_kernel(
 
     GRAM: Zr Zr^T [N, N] over columns, where Zr leaves out the columns of largest scatter: they go
     to `taken` [planes, 4, N] and `index`, the sum of the others' squared variances to `diagonal`.
-    Else Zc^T Zc [D, D] over rows with a zero diagonal. out: [planes, splits, m, m]; side: m, whose
-    multiples of 16 are specialised on, as those of the rows are not.
+    Else Zc^T Zc [D, D] over rows with a zero diagonal. out: [planes, splits, m, m].
     WHOLE (D x D, one split): the sum of squared covariances too; else `strips_kernel` finds it.
 
     N D m operations a view, half of the full product's; a tile reads 2 TILE chunk elements and
     writes at most 8 TILE^2 bytes. Splits fill the GPU where tiles are few, and keep the tensor
     core's truncating accumulation short.
     """
+    side = rows if GRAM else dim
     length = dim if GRAM else rows
     across = tl.cdiv(side, TILE)
     tiles = across * (across + 1) // 2
@@ -122,7 +122,7 @@ def product_kernel(
             origin, offset = load_mean(mean_ptr, dim, chosen, there)
             centred = (column - origin[None, :]) - offset[None, :]
             column = tl.where(there[None, :], centred, 0.0)
-            at = (p * 4 + k)[None, :] * side + a_side[:, None]
+            at = (p * 4 + k)[None, :] * rows + a_side[:, None]
             tl.store(taken + at, column, mask=a_live)
             if i == 0:
                 tl.store(index + p * TAKEN + k, chosen.to(tl.int64), mask=k < TAKEN)
@@ -167,7 +167,7 @@ def product_kernel(
         tl.store(mirror, tl.trans(acc), mask=tl.trans(valid))
 
 
-@triton.jit(do_not_specialize=["splits", "sums", "diagonal"])
+@triton.jit(do_not_specialize=["splits"])
 def strips_kernel(
     parts, squares, sums, taken, deflated, diagonal,
     side, splits,
@@ -246,7 +246,7 @@ def total(values, count, BLOCK: tl.constexpr):
     return tl.sum(acc, axis=0)
 
 
-@triton.jit(do_not_specialize=["difference_count", "hinge_count", "sum_count", "hinges", "sums"])
+@triton.jit(do_not_specialize=["difference_count", "hinge_count", "sum_count"])
 def terms_kernel(
     terms, differences, hinges, sums,
     difference_count, hinge_count, sum_count,

@@ -87,7 +87,7 @@ def used_scatter(
     return tl.sum(acc, axis=0)
 
 
-@triton.jit(do_not_specialize=["groups", "rows", "row_blocks", "block_rows", "hinges"])
+@triton.jit(do_not_specialize=["groups", "rows", "row_blocks", "block_rows"])
 def statistics_kernel(
     x, y, moments, partials, hinges, differences, candidates, candidate_index,
     groups, rows, dim, row_blocks, block_rows,
@@ -177,7 +177,7 @@ def statistics_kernel(
             tl.store(at + dim, b_scatter, mask=inside)
 
 
-@triton.jit(do_not_specialize=["groups", "rows", "row_blocks", "block_rows", "hinges"])
+@triton.jit(do_not_specialize=["groups", "rows", "row_blocks", "block_rows"])
 def merge_kernel(
     x, y, moments, partials, hinges, candidates, candidate_index,
     groups, rows, dim, row_blocks, block_rows,
