@@ -18,8 +18,11 @@ from vicreg_kernels.vicreg.triton_statistics import merge, welford
 def inverse_std(scatter, degrees, eps, std_eps):
     """NaN where float32 does not hold the sum of squares, as in formula.h."""
     variance = scatter / degrees + eps
-    held = (variance <= 3.40282347e38) & (variance + std_eps >= 1.17549435e-38)
-    return tl.where(held, 1.0 / (tl.sqrt(variance) + std_eps), float("nan"))
+    inverse = 1.0 / (tl.sqrt(variance) + std_eps)
+    # Infinity less itself is NaN.
+    return tl.where(
+        variance + std_eps >= 1.17549435e-38, inverse + (variance - variance), float("nan")
+    )
 
 
 @triton.jit

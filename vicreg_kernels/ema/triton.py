@@ -26,7 +26,6 @@ STRIDED_BLOCK = 1024
 WARPS = 8
 _KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SHADOWS = {dtype: code for code, dtype in enumerate(_KINDS, start=1)}  # 0: there is none
-MOMENTA = {torch.float32: 1, torch.float64: 2}  # a momentum on the device; 0: there is none
 VECTOR = 8  # elements that two or one 16-byte accesses take, whatever the dtype
 FIELDS = 7  # of a row before its dims
 _MOST_TABLES = 16
@@ -172,9 +171,8 @@ def update(
         for launch in launches:
             update_kernel[(launch.programs,)](
                 table,
-                0 if momentum_tensor is None else momentum_tensor.data_ptr(),
-                0 if momentum_tensor is None else MOMENTA[momentum_tensor.dtype],
-                0 if step_tensor is None else step_tensor.data_ptr(),
+                table if momentum_tensor is None else momentum_tensor,
+                table if step_tensor is None else step_tensor,
                 1.0 - momentum if near else -momentum,
                 int(near),
                 seed,
@@ -185,6 +183,8 @@ def update(
                 TARGET=launch.kinds[0],
                 ONLINE=launch.kinds[1],
                 STOCHASTIC=stochastic and launch.kinds[0] != "fp32",
+                DEVICE_MOMENTUM=momentum_tensor is not None,
+                DEVICE_STEP=step_tensor is not None,
                 ALIGNED=launch.aligned,
                 STRIDED=launch.strided,
                 BLOCK=STRIDED_BLOCK if launch.strided else BLOCK,

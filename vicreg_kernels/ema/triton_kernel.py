@@ -1,9 +1,8 @@
 """The EMA op's one Triton kernel: table in, tensors of one pair of dtypes updated in place.
 
 What a tensor's row says at run time costs no compilation: the shadow's dtype, the dimensions and
-their number; nor does whether momentum and step are numbers or lie on the device. The dtypes of
-target and online tensor are compiled for, because a branch between two loads would make the second
-wait for the first.
+their number. The dtypes of target and online tensor are compiled for, because a branch between two
+loads would make the second wait for the first.
 
 bfloat16 is read and written as integers, with the rounding of formula.h, because Triton's
 interpreter rounds it otherwise. The launcher forbids fused multiply-adds, so that every backend has
@@ -119,24 +118,11 @@ def _write_shadow(address, at, value, mask, kind, ALIGNED: tl.constexpr):
         _write(address, at, value, mask, "fp16", ALIGNED)
 
 
-@triton.jit
-def _scale_of(momentum):
-    """What the difference is multiplied by, and whether the target is near: as triton.py's."""
-    m = momentum.to(tl.float64)
-    is_near = 1.0 - m < 0.5
-    return tl.where(is_near, 1.0 - m, -m).to(tl.float32), is_near.to(tl.int32)
-
-
-@triton.jit(
-    do_not_specialize=[
-        "momentum", "momentum_kind", "step_at", "near", "seed", "step", "rows", "blocks", "dims",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["near", "seed", "step", "rows", "blocks", "dims"])
 def update_kernel(
     table,  # int64: rows of this launch from `rows` on, its programs' places from `blocks` on
-    momentum: tl.int64,  # an address, or 0
-    momentum_kind: tl.int32,  # 0: there is none; 1: float32, 2: float64
-    step_at: tl.int64,  # an address, or 0
+    momentum,
+    step_at,
     factor,
     near: tl.int32,
     seed: tl.int64,
@@ -147,6 +133,8 @@ def update_kernel(
     TARGET: tl.constexpr,
     ONLINE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    DEVICE_MOMENTUM: tl.constexpr,
+    DEVICE_STEP: tl.constexpr,
     ALIGNED: tl.constexpr,
     STRIDED: tl.constexpr,  # False: each tensor is one run of memory, and dims is 0
     BLOCK: tl.constexpr,
@@ -174,19 +162,19 @@ def update_kernel(
             at_online += coordinate * tl.load(row + 9 + 4 * d)
             at_shadow += coordinate * tl.load(row + 10 + 4 * d)
 
-    scale = tl.full([], factor, tl.float32)
-    if momentum_kind == 1:
-        scale, near = _scale_of(tl.load(momentum.to(tl.pointer_type(tl.float32))))
-    elif momentum_kind == 2:
-        scale, near = _scale_of(tl.load(momentum.to(tl.pointer_type(tl.float64))))
-    is_near = near != 0
+    if DEVICE_MOMENTUM:
+        m = tl.load(momentum).to(tl.float64)
+        is_near = 1.0 - m < 0.5
+        scale = tl.where(is_near, 1.0 - m, -m).to(tl.float32)
+    else:
+        scale = tl.full([], factor, tl.float32)
+        is_near = tl.full([], near, tl.int32) != 0
     t = _read(target, at_target, mask, TARGET, ALIGNED)
     o = _read(online, at_online, mask, ONLINE, ALIGNED)
     result = tl.where(is_near, t, o) + scale * (o - t)
     if STOCHASTIC:
-        if step_at != 0:
-            step = tl.load(step_at.to(tl.pointer_type(tl.int64)))
-        random = _random(seed, step, index, number + first, BLOCK)
+        now = tl.load(step_at) if DEVICE_STEP else tl.full([], step, tl.int64)
+        random = _random(seed, now, index, number + first, BLOCK)
         kept = _write_stochastic(target, at_target, result, random, mask, TARGET, ALIGNED)
     else:
         kept = _write(target, at_target, result, mask, TARGET, ALIGNED)
