@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 from jepa import cli, config
@@ -14,6 +18,21 @@ SMALL += ["training.log_every=2"]
 def train(folder: Path, steps: int = 6, *words: str) -> int:
     given = config.layered([*SMALL, f"training.steps={steps}"], words)
     return cli.main(["train", "vicreg_digits", *given, "--output", str(folder)])
+
+
+@cache
+def trained() -> Path:
+    parent = Path(tempfile.mkdtemp(prefix="jepa_runs_"))
+    atexit.register(shutil.rmtree, parent, ignore_errors=True)
+    assert train(parent / "run") == 0
+    return parent / "run"
+
+
+def a_run(tmp_path: Path, capsys) -> Path:
+    """A copy of a run of six steps, with checkpoints of steps 4 and 6, trained once a process."""
+    copied = shutil.copytree(trained(), tmp_path / "run")
+    capsys.readouterr()
+    return Path(copied)
 
 
 def steps_of(folder: Path) -> list[int]:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import resource
-import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -16,30 +15,21 @@ import pytest
 import torch
 from jepa import cli, config, launch, output, source, stored
 from jepa.trainer import Trainer
-from jepa_runs import SMALL, checkpoint_of, column, said, steps_of, train
+from jepa_runs import SMALL, a_run, checkpoint_of, column, said, steps_of, train, trained
 from PIL import Image
 from test_jepa_pictures import folder as pictures_of
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    assert train(folder) == 0
-    return folder
-
-
 @pytest.fixture
-def run(trained, tmp_path, capsys) -> Path:
-    """Of six steps, with checkpoints of steps 4 and 6."""
-    capsys.readouterr()
-    return Path(shutil.copytree(trained, tmp_path / "run"))
+def run(tmp_path, capsys) -> Path:
+    return a_run(tmp_path, capsys)
 
 
 # ------------------------------------------------------------------------------ how it ends
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_ends_in_one_line(number, code, trained, tmp_path, capsys, monkeypatch):
+def test_a_signal_saves_and_ends_in_one_line(number, code, tmp_path, capsys, monkeypatch):
     """In the middle of a step: the step is finished and kept."""
     take, before = Trainer.take, signal.getsignal(number)
 
@@ -56,7 +46,7 @@ def test_a_signal_saves_and_ends_in_one_line(number, code, trained, tmp_path, ca
     assert f"goes on from step 3 ({checkpoint_of(tmp_path / 'run', 3)})" in lines[-1]
     assert signal.getsignal(number) is before
     assert train(tmp_path / "run") == 0
-    assert column(tmp_path / "run", "loss") == column(trained, "loss")
+    assert column(tmp_path / "run", "loss") == column(trained(), "loss")
 
 
 @pytest.mark.parametrize("when", ["waiting", "before"])

@@ -15,21 +15,12 @@ from types import ModuleType
 
 import pytest
 from jepa import checkpoint, launch, locking
-from jepa_runs import checkpoint_of, column, said, steps_of, train
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    assert train(folder) == 0
-    return folder
+from jepa_runs import a_run, checkpoint_of, column, said, steps_of, train
 
 
 @pytest.fixture
-def run(trained, tmp_path, capsys) -> Path:
-    """Of six steps, with checkpoints of steps 4 and 6."""
-    capsys.readouterr()
-    return Path(shutil.copytree(trained, tmp_path / "run"))
+def run(tmp_path, capsys) -> Path:
+    return a_run(tmp_path, capsys)
 
 
 # ------------------------------------------------------------------------------ the log

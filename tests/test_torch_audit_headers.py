@@ -59,7 +59,8 @@ def headers(version: str) -> Path:
 def declared(include: Path) -> set[str]:
     """The C functions of torch's stable ABI that these headers declare."""
     files = [include / "torch/csrc/stable/c/shim.h"]
-    files += (include / "torch/csrc/inductor/aoti_torch/c").glob("*.h")
+    for folder in ("c", "generated"):
+        files += (include / "torch/csrc/inductor/aoti_torch" / folder).glob("*.h")
     return {name for file in files for name in DECLARED.findall(file.read_text())}
 
 

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 from shapes import randn
+from tolerances import differentiate
+
+from vicreg_kernels import vicreg_terms
 
 TERMS = (1.0, 0.7, -1.3, 0.4)  # cotangents of (loss, invariance, variance, covariance)
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -30,3 +33,17 @@ def reconfiguring(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(configs, "nearest", changed)
 
     return change
+
+
+def assert_alike_where_not_finite(inputs: list[torch.Tensor], *, nan: bool) -> None:
+    """Values and gradients of "triton" are finite where the reference's are; with `nan`, NaN where
+    those are.
+    """
+    runs = [
+        differentiate(lambda x, y, b=b: vicreg_terms(x, y, backend=b), *inputs)
+        for b in ("triton", "reference")
+    ]
+    for got, want in zip(*(r.values + r.gradients for r in runs), strict=True):
+        assert torch.equal(got.isfinite(), want.isfinite())
+        if nan:
+            assert torch.equal(got.isnan(), want.isnan())
