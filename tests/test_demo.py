@@ -302,6 +302,48 @@ def test_the_physics_are_drawn(tmp_path, capsys, monkeypatch):
     assert launch.restore(tmp_path / "vjepa_causal_physics")[2] == 1
 
 
+def test_a_slow_machine_takes_fewer_steps_and_says_so(capsys):
+    made = config.load("vjepa_causal_physics", ["training.steps=700"])
+    assert physics.fitted(made, physics.SECONDS / 700) == made
+    assert physics.fitted(made, 1e-9) == made
+    assert capsys.readouterr().err == ""
+    fewer = physics.fitted(made, 2.0)
+    assert fewer.training.steps == physics.SECONDS // 2
+    changed = {"training": {**config.describe(made)["training"], "steps": physics.SECONDS // 2}}
+    assert config.describe(fewer) == config.describe(made) | changed
+    assert "a step takes 2.00 s on this machine" in capsys.readouterr().err
+    assert physics.fitted(made, 1e9).training.steps == 1
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_the_physics_are_in_float32_where_bfloat16_is_slow(tmp_path, monkeypatch, slow):
+    monkeypatch.setattr(physics.trainer, "bfloat16_is_slow", lambda device: slow)
+    monkeypatch.setattr(physics, "in_own_process", lambda function, *words: function(*words))
+    monkeypatch.setattr(physics, "seconds_of_a_step", lambda described: 1e-6)
+    made = physics.settings(tmp_path, [])
+    assert made.training.precision == ("float32" if slow else "bfloat16")
+    assert made.training.steps == physics.STEPS
+    asked = physics.settings(tmp_path, ["training.precision=bfloat16", "training.steps=9"])
+    assert (asked.training.precision, asked.training.steps) == ("bfloat16", 9)
+
+
+def test_the_time_of_a_step_is_measured():
+    words = ["training.steps=1", "training.batch=2", "model.depth=1", "model.dim=48",
+             "model.predictor_depth=1", "model.predictor_dim=48", "data.videos=2"]  # fmt: skip
+    made = config.load("vjepa_causal_physics", [*words, "training.precision=float32"])
+    assert 1e-4 < physics.seconds_of_a_step(config.describe(made)) < 60
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_run_in_bfloat16_on_a_cpu_without_it_is_warned(tmp_path, monkeypatch, capsys, slow):
+    monkeypatch.setattr(launch, "bfloat16_is_slow", lambda device: slow)
+    for precision in ("bfloat16", "float32"):
+        words = ["training.steps=1", f"training.precision={precision}", "training.batch=64"]
+        launch.train(config.load("vicreg_digits", words), tmp_path / precision)
+        warned = "training.precision: this CPU" in capsys.readouterr().err
+        assert warned == (slow and precision == "bfloat16")
+
+
 def exit_code(words: list[str]) -> object:
     try:
         return demo.main(words)

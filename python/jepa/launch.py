@@ -34,7 +34,7 @@ from jepa import (
 )
 from jepa.config import Config
 from jepa.source import Clips, ClipSource, ImageSource
-from jepa.trainer import Diverged, Ranks, Trainer
+from jepa.trainer import Diverged, Ranks, Trainer, bfloat16_is_slow
 
 
 def images(settings: Config) -> tuple[Any, Any]:
@@ -270,6 +270,12 @@ def _train(settings: Config, folder: Path, own: Ranks, stop: stopping.Stop) -> i
         output.replace(folder / "config.json", described.encode())
         if step:
             print(f"going on from step {step}", file=sys.stderr)
+        if settings.training.precision == "bfloat16" and bfloat16_is_slow(settings.training.device):
+            print(
+                "training.precision: this CPU has no instructions for bfloat16, which takes many "
+                "times as long as float32 here; training.precision=float32 is the fast one",
+                file=sys.stderr,
+            )
     spread = Spread(settings, method, found)
     many = own.ranks > 1 and dist.is_torchelastic_launched()
     with ending.watched(trainer.checkpoints) if many else nullcontext():

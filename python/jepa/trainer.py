@@ -58,6 +58,13 @@ def device_of(config: Config) -> torch.device:
     return torch.device(name)
 
 
+def bfloat16_is_slow(device: str) -> bool:
+    """Whether torch multiplies bfloat16 many times more slowly than float32 there: on a CPU without
+    AVX-512 or the like, where it has no kernels of its own for products and convolutions.
+    """
+    return device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 class Trainer:
     """config's method, its optimizer, and how many steps they have taken."""
 

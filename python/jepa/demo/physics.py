@@ -3,25 +3,61 @@
 from __future__ import annotations
 
 import json
+import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from jepa import config, intuition, launch, surprise_report
+from jepa import build, compare, config, intuition, launch, surprise_report, timing, trainer
 from jepa.config import Config
 from jepa.memory import in_own_process
 
 STEPS, VIDEOS = 700, 2000
+# The training's limit. A slow machine takes fewer steps, so that the demo ends in ten minutes.
+SECONDS = 210
+TIMED_STEPS = 3
 PROPERTY = "permanence"
 QUADRUPLETS = 10
 
 
 def settings(output: Path, overrides: Sequence[str]) -> Config:
-    own = (
+    own = [
         f"training.steps={STEPS}",
         f"data.videos={VIDEOS}",
         f"data.path={json.dumps(str(output / 'physics_videos'))}",
-    )
-    return config.load("vjepa_causal_physics", config.layered(own, overrides))
+    ]
+    if trainer.bfloat16_is_slow("cpu"):
+        own.append("training.precision=float32")
+    made = config.load("vjepa_causal_physics", config.layered(own, overrides))
+    if any(words.startswith("training.steps=") for words in overrides):
+        return made
+    return fitted(made, in_own_process(seconds_of_a_step, config.describe(made)))
+
+
+def seconds_of_a_step(described: dict[str, Any]) -> float:
+    """The median of some steps after two that warm up, without reading the videos."""
+    made = config.parse(described)
+    batch = compare.batch_of(made)
+    with tempfile.TemporaryDirectory() as folder:
+        method = build.method(made, batch.shape[1]).train()
+        steps = trainer.Trainer(made, method, trainer.Ranks(), Path(folder))
+        action = {"step": lambda: steps.take(batch)}
+        seconds = timing.interleaved(action, steps.device, rounds=TIMED_STEPS)["step"]
+    return sorted(seconds)[TIMED_STEPS // 2]
+
+
+def fitted(made: Config, seconds: float) -> Config:
+    """`made` with as many steps as SECONDS hold, at most those that it has; seconds: of a step."""
+    steps = max(1, min(made.training.steps, int(SECONDS / seconds)))
+    if steps < made.training.steps:
+        print(
+            f"a step takes {seconds:.2f} s on this machine: training {steps} steps in place of "
+            f"{made.training.steps}, about {SECONDS} s",
+            file=sys.stderr,
+        )
+    values = config.describe(made)
+    return config.parse(values | {"training": values["training"] | {"steps": steps}})
 
 
 def run(made: Config, output: Path) -> None:
