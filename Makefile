@@ -48,20 +48,20 @@ test: setup
 # the trainer's damaged files. A failure prints its seed and its call as one line of Python
 # (tests/fuzz).
 fuzz: setup
-	PYTHONPATH=.:tests $(BIN)/python -m fuzz
-	PYTHONPATH=.:tests $(BIN)/python -m fuzz --sanitized
-	VICREG_KERNELS_FUZZ=$${VICREG_KERNELS_FUZZ:-20} $(BIN)/python -m pytest -n 2 tests/test_damage.py
+	$(BIN)/python -m tests.fuzz
+	$(BIN)/python -m tests.fuzz --sanitized
+	VICREG_KERNELS_FUZZ=$${VICREG_KERNELS_FUZZ:-20} $(BIN)/python -m pytest -n 2 tests/trainer/test_damage.py
 
 # 10,000 calls of every op and module on random shapes: memory, caches, threads and descriptors must
 # stay flat after a warm-up.
 soak: setup
-	PYTHONPATH=.:tests $(BIN)/python -W ignore -m fuzz.soak
+	$(BIN)/python -W ignore -m tests.fuzz.soak
 
 # What takes minutes of compiling: the GPU kernels for every architecture (`make test` compiles them
 # for one), and the CUDA sources under sanitizers.
 audit: setup
-	VICREG_KERNELS_AUDIT=all $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_*_audit_*.py
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m thorough --ignore-glob="tests/test_*_audit_*.py"
+	VICREG_KERNELS_AUDIT=all $(BIN)/python -m pytest -n 2 --dist loadfile tests/*/test_audit_*.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m thorough --ignore-glob="tests/*/test_audit_*.py"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -25,7 +25,7 @@ from bench.stages import FAIL, PASS, SKIPPED, Verdict
 
 # CUDA before Triton, and these ops first; the trainer last.
 FIRST = ("vicreg", "attention", "ema")
-LAST = ("trainer", "jepa", "training")
+LAST = ("trainer",)
 # A process that dies this often is not started again.
 RESTARTS = 5
 # Of each process: its CUDA context, its modules and Triton's compiler, and its tests' tensors.
@@ -96,10 +96,15 @@ def count_workers(device_bytes: int | None) -> int:
 def rank(title: str) -> tuple[int, str]:
     """The order of the test files: FIRST, the others by name, LAST."""
     for place, op in enumerate(FIRST):
-        if title.startswith(f"test_{op}_"):
+        if title.startswith(f"{op}/"):
             return place, title
     late = any(word in title for word in LAST)
     return len(FIRST) + late, title
+
+
+def title_of(file: str) -> str:
+    """vicreg/test_cpu of tests/vicreg/test_cpu.py."""
+    return file.removeprefix("tests/").removesuffix(".py")
 
 
 def make_jobs(tests: dict[str, str]) -> list[Job]:
@@ -107,7 +112,7 @@ def make_jobs(tests: dict[str, str]) -> list[Job]:
     jobs: dict[tuple[str, str], Job] = {}
     for test, part in tests.items():
         file = test.split("::")[0]
-        title = "all" if part == "memory" else Path(file).stem
+        title = "all" if part == "memory" else title_of(file)
         job = jobs.setdefault((title, part), Job(title, part, [], []))
         job.tests.append(test)
         if file not in job.files:
@@ -162,7 +167,7 @@ def uncollected(plan: Plan, tests: dict[str, str]) -> list[str]:
     """Files that mark a test as gpu, by their text, of which no test was collected."""
     files = {test.split("::")[0] for test in tests}
     found = []
-    for path in sorted((plan.root / "tests").glob("test_*.py")):
+    for path in sorted((plan.root / "tests").rglob("test_*.py")):
         name = path.relative_to(plan.root).as_posix()
         if name not in files and MARKED.search(path.read_text(errors="replace")):
             found.append(name)

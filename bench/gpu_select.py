@@ -25,7 +25,7 @@ from bench.gpu_records import finished
 
 # Tests that need most of the GPU's memory: past 2^31 elements, those that count peaks, and SIGReg's
 # real shapes, whose float64 reference holds every angle.
-MEMORY = re.compile(r"two_to_the_31|far_offsets|peak_memory|test_sigreg_gpu\.py::test_real_shapes")
+MEMORY = re.compile(r"two_to_the_31|far_offsets|peak_memory|sigreg/test_gpu\.py::test_real_shapes")
 # After one of these every later call of the process fails too.
 POISONED = re.compile(
     r"CUDA error: (?!out of memory)|CUBLAS_STATUS_EXECUTION_FAILED"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 # Read once, when torch and vicreg_kernels load. Threads that spin while they wait make the suite
 # several times slower on a machine that has other work.
@@ -17,21 +16,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.helpers import triton_interpreter
 from vicreg_kernels import dispatch
-
-# What tests of the trainer import; `make test` installs it, a machine with a GPU may not have it.
-TRAINER = ("matplotlib", "pydantic", "pymunk", "rich", "safetensors", "sklearn", "tqdm", "yaml")
-collect_ignore = []
-if not os.environ.get("CI") and not all(map(find_spec, TRAINER)):
-    collect_ignore += ["test_demo.py", "test_jepa_cli.py", "test_jepa_images.py"]
-    collect_ignore += ["test_jepa_pictures.py", "test_jepa_ends.py", "test_jepa_runs.py"]
-    collect_ignore += ["test_jepa_tars.py"]
-    collect_ignore += ["test_damage.py", "test_jepa_video_probe.py"]
-    collect_ignore += ["test_jepa_video_files.py", "test_jepa_videos.py", "test_jepa_yaml.py"]
-    collect_ignore += ["test_jepa_contract.py", "test_jepa_lars.py", "test_physics.py"]
-    collect_ignore += ["test_physics_shards.py", "test_surprise.py", "test_trainer.py"]
-    collect_ignore += ["test_trainer_compile.py", "test_trainer_curves.py", "test_trainer_gpu.py"]
-    collect_ignore += ["test_training_ranks.py"]
 
 # The same examples every time: a red run is a change in the code, not in the draw.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
@@ -39,8 +25,10 @@ settings.load_profile("fixed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(triton_interpreter, "triton interpreter")
     for marker in (
         "gpu: needs an NVIDIA GPU",
+        "interpreted: a Triton kernel's numerics, run under TRITON_INTERPRET=1",
         "gpu_memory: takes gigabytes of a GPU's memory, or measures it: no other test beside it",
         "triton_takes(which): of the parameters, those that Triton compiles kernels for",
         "sampled(n): of its parameters all but each nth are thorough",

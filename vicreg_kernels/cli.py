@@ -177,8 +177,10 @@ def main(argv: list[str] | None = None) -> int:
         print("vicreg-kernels: the audit runs under pytest, which is missing", file=sys.stderr)
         return 2
     os.environ.setdefault("VICREG_KERNELS_AUDIT", "all")  # every architecture
-    audits = sorted(str(p) for p in (CHECKOUT / "tests").glob("test_*_audit_triton.py"))
-    return _in_checkout("tests/audit_triton.py", ["-m", "pytest", "-s", "-rs", *audits, *rest])
+    audits = sorted(str(p) for p in (CHECKOUT / "tests").glob("*/test_audit_triton.py"))
+    return _in_checkout(
+        "tests/helpers/audit_triton.py", ["-m", "pytest", "-s", "-rs", *audits, *rest]
+    )
 
 
 if __name__ == "__main__":

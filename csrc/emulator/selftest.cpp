@@ -1,4 +1,4 @@
-// Kernels with known answers and known faults, for tests/test_emulator.py: `selftest CASE`.
+// Kernels with known answers and known faults, for tests/library/test_emulator.py: `selftest CASE`.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>

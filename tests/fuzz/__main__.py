@@ -1,10 +1,10 @@
-"""`python -m fuzz [op ...]`: random calls of each op, each op in a process of its own, so that a
+"""`python -m tests.fuzz [op ...]`: random calls of each op, each in a process of its own, so that a
 crash fails with its line like any other fault. Ends with 1 where there is one.
 
     --seconds N    for each op; by default VICREG_KERNELS_FUZZ_SECONDS, or 60
     --start N      the first number of the seeds; by default another one every time
     --seed NAME    run that one line alone and show what comes
-    --sanitized    on the CPU kernels built with ASan and UBSan (tests/native.py)
+    --sanitized    on the CPU kernels built with ASan and UBSan (tests/helpers/native.py)
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import native
 import torch
 
-from fuzz import campaign, runner
+from tests.fuzz import campaign, runner
+from tests.helpers import native
 from vicreg_kernels import library
 
-TESTS = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # The folder of csrc that holds an op's CPU kernels, by how the op's name begins.
 FOLDERS = {
     "vicregl": ("vicreg", "vicregl", "tokens"),
@@ -66,9 +66,9 @@ def child(op: str, options: argparse.Namespace) -> int:
 def parent(op: str, options: argparse.Namespace) -> bool:
     """Whether one op's campaign, in a process of its own, found nothing."""
     with tempfile.NamedTemporaryFile("r", suffix=".txt") as line:
-        command = [sys.executable, "-W", "ignore", "-m", "fuzz", op, "--line", line.name]
+        command = [sys.executable, "-W", "ignore", "-m", "tests.fuzz", op, "--line", line.name]
         command += ["--seconds", str(options.seconds), "--start", str(options.start)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         if options.sanitized:
             for folder in folders(op):
                 command += ["--library", str(native.sanitized(folder))]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fuzz import (
+from tests.fuzz import (
     known,
     op_attention,
     op_barlow,
@@ -21,7 +21,7 @@ from fuzz import (
     op_vicregl,
     runner,
 )
-from fuzz.inputs import Draw
+from tests.fuzz.inputs import Draw
 
 MODULES = (op_vicreg, op_barlow, op_sigreg, op_vicregl, op_attention, op_tokens, op_ema)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import vicreg_kernels as kernels
-from fuzz.inputs import Draw
+from tests.fuzz.inputs import Draw
 
 
 def _leaf(r: Draw, *shape: int) -> Tensor:

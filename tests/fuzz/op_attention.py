@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from itertools import accumulate, pairwise
 
-from fuzz.inputs import Draw
+from tests.fuzz.inputs import Draw
 
 
 def _lengths(r: Draw, samples: int, longest: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fuzz.inputs import Draw
+from tests.fuzz.inputs import Draw
 
 VARIANTS = ("lejepa", "eb_jepa", "lewm", "lightly", "stable_pretraining")
 

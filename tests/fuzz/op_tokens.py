@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import accumulate
 
-from fuzz.inputs import Draw
+from tests.fuzz.inputs import Draw
 
 
 def _index(r: Draw, samples: int, tokens: int, packed: bool, once: bool) -> tuple[str, str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fuzz.inputs import Draw
+from tests.fuzz.inputs import Draw
 
 CONVENTIONS = ("vicreg", "vicregl", "eb_jepa", "solo_learn", "stable_pretraining", "lightly",
                "pytorch_metric_learning")  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fuzz.inputs import Draw
+from tests.fuzz.inputs import Draw
 
 
 def _views(function: str, r: Draw) -> str:

@@ -39,11 +39,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tolerances import FEWEST_ROUNDINGS, PLAIN_FACTOR, _all, _some
 from torch import Tensor
 
 import vicreg_kernels
-from fuzz.inputs import Inputs, bits
+from tests.fuzz.inputs import Inputs, bits
+from tests.helpers.tolerances import FEWEST_ROUNDINGS, PLAIN_FACTOR, _all, _some
 
 OPS = ("vicreg_loss", "vicreg_terms", "variance_covariance", "barlow_twins_loss", "sigreg_loss",
        "sigreg_directions", "vicregl_loss", "vicregl_terms", "masked_attention", "apply_rope",

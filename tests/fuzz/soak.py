@@ -1,4 +1,4 @@
-"""`python -m fuzz.soak [--calls 10000] [name ...]`: calls each op and each module with random
+"""`python -m tests.fuzz.soak [--calls 10000] [name ...]`: calls each op and each module with random
 shapes and holds the process to its size after a warm-up. Prints a table; ends with 1 where
 something grows.
 
@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from fuzz import campaign, known, modules, runner
-from fuzz.inputs import Draw
+from tests.fuzz import campaign, known, modules, runner
+from tests.fuzz.inputs import Draw
 from vicreg_kernels.kept import Kept
 
 PAGE = os.sysconf("SC_PAGE_SIZE")

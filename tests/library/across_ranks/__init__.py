@@ -1,0 +1,1 @@
+"""Cases of test_across_ranks.py: CASES of each op."""

@@ -1,0 +1,93 @@
+"""Tier 5: the VICRegL ops' Triton kernels compiled ahead of time: no spills, registers and shared
+memory within the recorded budget, 16-byte loads where rows are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.helpers import audit_triton
+from tests.helpers.audit_triton import Recorder
+
+KERNELS = ("match_kernel", "rank_kernel", "pairs_kernel", "pairs_gradient_kernel")
+
+
+class Case(NamedTuple):
+    """A kernel of a launch. shape: views of both, samples, positions of both, channels."""
+
+    arch: int
+    dtype: str
+    shape: tuple[int, ...]
+    kernel: str
+
+    def __str__(self) -> str:
+        return f"sm_{self.arch}-{self.dtype}-{'x'.join(map(str, self.shape))}-{self.kernel}"
+
+
+# Two large views; two large and six small ones; grids; narrow maps, under `make audit` alone.
+LARGE, SMALL = (1, 1, 64, 49, 49, 512), (2, 6, 64, 49, 9, 512)
+GRIDS, NARROW = (1, 1, 64, 49, 49, 2), (1, 1, 64, 49, 49, 64)
+ALL = len(audit_triton.ARCHITECTURES) > 1
+
+
+def _cases() -> Iterator[Case]:
+    for arch in audit_triton.ARCHITECTURES:
+        for kernel in KERNELS:
+            yield Case(arch, "float32", LARGE, kernel)
+        for kernel in KERNELS if ALL else ("pairs_gradient_kernel",):
+            yield Case(arch, "bfloat16", SMALL, kernel)
+        for shape in (GRIDS, NARROW) if ALL else (GRIDS,):
+            yield Case(arch, "float32", shape, "match_kernel")
+
+
+CASES = list(_cases())
+
+
+def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    import torch
+
+    from vicreg_kernels.vicregl import triton as launchers
+
+    views_a, views_b, samples, rows_a, rows_b, dim = case.shape
+    dtype = getattr(torch, case.dtype)
+    a = torch.empty(views_a, samples, rows_a, dim, dtype=dtype, device="meta")
+    b = torch.empty(views_b, samples, rows_b, dim, dtype=dtype, device="meta")
+    rules = [20, 4], [0.5, 0.5], [min(20, rows_b), 4], [0.5, 0.5]
+    found: dict[str, Any] = {}
+    names = (*KERNELS, "finish_kernel", "_processors")
+    replaced = {name: getattr(launchers, name) for name in names}
+    try:
+        for name in names[:-1]:
+            setattr(launchers, name, Recorder(replaced[name], found))
+        launchers._processors = lambda device: 132
+        matches = launchers.match(a, b)
+        loss = launchers.pairs_forward(a, b, *matches, *rules)
+        launchers.pairs_backward(loss, a, b, *matches, True, True, *rules)
+    finally:
+        for name, value in replaced.items():
+            setattr(launchers, name, value)
+    return found[case.kernel]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict[str, Any]]:
+    pytest.importorskip("triton")
+    return audit_triton.compile_all(launched, CASES)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernel(case: Case, compiled: dict[str, Any]) -> None:
+    found = compiled[str(case)]
+    audit_triton.check("vicregl", str(case), found)
+    assert found["matrix"] == []
+    if case.kernel != "rank_kernel" and case.shape != GRIDS:
+        assert found["wide_loads"] > 0, "every load is narrower than 16 bytes"
+    if case.kernel == "match_kernel" and case.arch < 100 and found["fused"] is not None:
+        assert found["fused"] >= 16, "squares are not multiply-adds"  # sm_100 packs two in one
+
+
+if __name__ == "__main__":
+    audit_triton.record("vicregl", launched, CASES)
