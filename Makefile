@@ -2,6 +2,7 @@
 # compiler; nvcc is used when present.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+PEERS := timm==1.0.31 lightly==1.6.0 pytorch-metric-learning==2.9.0
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
@@ -11,14 +12,14 @@ SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
-# torch first and alone: the compiled libraries take their headers from it. timm, for the tests of
-# its EMA, without its own requirements, which would bring another torch along.
+# torch first and alone: the compiled libraries take their headers from it. The peers that tests
+# compare with come without their own requirements, which would bring another torch along.
 $(VENV)/packages: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)" "setuptools>=70.1" wheel
 	VICREG_KERNELS_BUILD=python $(BIN)/python -m pip install -q --disable-pip-version-check \
 	    --no-build-isolation -e ".[triton,trainer,test,lint]"
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps timm==1.0.31
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(PEERS)
 	touch $@
 
 # Beside a torch without CUDA this builds the CPU library alone; the audits compile the CUDA sources.
@@ -66,10 +67,8 @@ lint: setup ## run ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The peers' own requirements would bring another torch along.
 bench: setup ## time the kernels against plain PyTorch and other libraries
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps \
-	    lightly==1.6.0 pytorch-metric-learning==2.9.0 scipy tqdm
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps scipy tqdm
 	$(BIN)/python -m bench.run
 
 # Three commands for a machine with an NVIDIA GPU, with its own python3, without network or .venv, each
