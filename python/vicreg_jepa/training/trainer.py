@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -73,6 +74,7 @@ class Trainer:
         self.model = sharding.distribute(method, config.training, ranks.ranks)
         self.optimizer = build_optimizer(config.optimizer, method)
         self.step, self.saved = 0, -1  # saved: the step of the newest checkpoint
+        self.stop, self.agreed_to_stop = Stop(), False
 
     # --------------------------------------------------------------------------------- a step
 
@@ -109,8 +111,11 @@ class Trainer:
         else:
             loss = self._of_tokens(batch, generator)
         if self.ranks.ranks > 1:
-            dist.all_reduce(loss)
-            loss /= self.ranks.ranks
+            # The ranks must stop after the same step, so the loss takes the request along.
+            told = loss.new_tensor(0.0 if self.stop.told is None else 1.0)
+            total = torch.stack((loss, told))
+            dist.all_reduce(total)
+            loss, self.agreed_to_stop = total[0] / self.ranks.ranks, bool(total[1] > 0)
         return loss
 
     def _of_statistics(self, batch: Tensor, generator: torch.Generator) -> Tensor:
@@ -253,19 +258,22 @@ class Trainer:
     def fit(self, source: Any, log: Any, stop: Stop | None = None) -> None:
         """From where it stands to the last step. log(step, loss, seconds) after each.
 
-        When `stop` is told to, the step under way is finished and saved, and Stopped raised.
+        When `stop` is told to on any rank, the step under way is finished and saved on all, and
+        Stopped raised.
         """
-        settings, stop = self.config.training, stop or Stop()
+        settings, self.stop = self.config.training, stop or Stop()
         batches = source.batches(self.step, self.ranks.share)
         try:
             while self.step < settings.steps:
                 start = time.perf_counter()
                 batch = next(batches)
-                with stop.deferred():
+                with self.stop.deferred():
                     loss = self.take(batch)
                     log(self.step, float(loss), time.perf_counter() - start)
                     if self.step % settings.save_every == 0 or self.step == settings.steps:
                         self.save()
+                if self.agreed_to_stop:
+                    raise Stopped(self.stop.told or signal.SIGTERM)
         except Stopped:
             if self.step not in (0, self.saved):
                 self.save()
