@@ -20,6 +20,7 @@ from vicreg_jepa.data.batches import mixed
 from vicreg_jepa.distributed import sharding
 from vicreg_jepa.distributed.ranks import Ranks
 from vicreg_jepa.files import output
+from vicreg_jepa.methods import METHODS
 from vicreg_jepa.models.masks import Masks
 from vicreg_jepa.training import checkpoint, schedule
 from vicreg_jepa.training.compilation import compile_method
@@ -67,10 +68,11 @@ class Trainer:
                 "training.compile: got 'reduce-overhead', takes one process, not "
                 f"{ranks.ranks} ranks"
             )
-        self.device = device_of(config)
+        self.device, self.of_views = device_of(config), METHODS[config.method].learns == "views"
         self.method.to(self.device)
         if config.training.compile:
-            compile_method(method, cuda_graphs=config.training.compile == "reduce-overhead")
+            graphs = config.training.compile == "reduce-overhead"
+            compile_method(method, whole=self.of_views, cuda_graphs=graphs)
         self.model = sharding.distribute(method, config.training, ranks.ranks)
         self.optimizer = build_optimizer(config.optimizer, method)
         self.step, self.saved = 0, -1  # saved: the step of the newest checkpoint
@@ -91,7 +93,7 @@ class Trainer:
             torch.compiler.cudagraph_mark_step_begin()
         torch.manual_seed(mixed(self.config.seed, 3, self.step, self.ranks.rank) % 2**63)
         # Views are drawn on the device, masks on the host.
-        where = self.device if hasattr(self.method, "views") else "cpu"
+        where = self.device if self.of_views else "cpu"
         generator = torch.Generator(where).manual_seed(mixed(self.config.seed, 4, self.step))
         with self._precision():
             loss = self._differentiate(batch, generator)
@@ -106,7 +108,7 @@ class Trainer:
 
     def _differentiate(self, batch: Tensor, generator: torch.Generator) -> Tensor:
         """Puts the gradient of the whole batch's loss into the parameters; returns that loss."""
-        if hasattr(self.method, "views"):
+        if self.of_views:
             loss = self._of_statistics(batch, generator)
         else:
             loss = self._of_tokens(batch, generator)
@@ -153,19 +155,15 @@ class Trainer:
         return total
 
     def _masks(self, batch: Tensor, generator: torch.Generator) -> tuple[Masks, int]:
-        """Of this rank's samples, and how many tokens all ranks predict."""
-        whole, own = self.config.training.batch, len(batch)
-        first = own * self.ranks.rank
-        drawn = self.method.draw(whole, generator)
-        tokens, mine = drawn.tokens(), drawn.part(first, first + own)
-        if getattr(self.method, "still", 1.0) < 1.0:  # jepa's own methods have it
-            chance = torch.rand(whole, self.method.encoder.grid.tokens, generator=generator)
-            mine = self.method.narrowed(mine, batch, chance[first : first + own])
-            count = torch.tensor(mine.tokens(), device=self.device)
-            if self.ranks.ranks > 1:
-                dist.all_reduce(count)
+        """The masks of this rank's samples, and how many tokens all ranks predict."""
+        first = len(batch) * self.ranks.rank
+        masks = self.method.draw(batch, first, self.config.training.batch, generator)
+        tokens = masks.tokens()
+        if self.ranks.ranks > 1:
+            count = torch.tensor(tokens, device=self.device)
+            dist.all_reduce(count)
             tokens = int(count)
-        return mine, tokens
+        return masks, tokens
 
     def _one_reduction(self, last: bool) -> Any:
         if last or not isinstance(self.model, nn.parallel.DistributedDataParallel):
