@@ -26,7 +26,7 @@ from jepa.data import Images
 from jepa.demo import figure, losses, table
 from jepa.memory import in_own_exact_process, in_own_process, resident_peak
 from jepa.trainer import device_of
-from vicreg_kernels import dispatch
+from vicreg_kernels.core import dispatch
 
 # Parity is looked at before the training and at the checkpoints.
 SETTINGS = ("training.steps=200", "training.save_every=40", "training.keep=5")
