@@ -115,7 +115,7 @@ class TestInterpreter:
 
         reconfigure(**TINY)
         x, y = views(*shape, dtype)
-        problem = launchers._Problem(x, y, 1e-5, 0.0, False, False)
+        problem = launchers.LaunchPlan(x, y, 1e-5, 0.0, False, False)
         assert (launchers._row_blocks(problem, 2)[0] > 1) == (dtype == "fp32")
         assert launchers._splits(problem, 6)[0] > 1
         found = check(x, y)

@@ -97,7 +97,7 @@ class TestInterpreter:
             statistics=(8, 32, 4), block_rows=16, product=(16, 16, 4, 3), occupancy=8,
             strips=(8, 16, 4), gradient=(16, 32, 16, 4, 3),
         )  # fmt: skip
-        problem = launchers._Problem(torch.empty(1, *shape), torch.empty(1, *shape), True, False)
+        problem = launchers.LaunchPlan(torch.empty(1, *shape), torch.empty(1, *shape), True, False)
         assert launchers._row_blocks(problem, 2)[0] > 1
         assert launchers._splits(problem, 6)[0] == max(1, max(shape) // min(shape))
         inputs = views(*shape, FLOATS[dtype])
