@@ -232,9 +232,8 @@ def figures_stage(
 def trainer_stage(setting: Setting) -> Stage:
     recipes = COMPARED if setting.device == "cuda" else REHEARSED
     rounds = "5" if setting.device == "cuda" else "1"
-    commands = [
-        [sys.executable, "-m", "jepa", "compare", "--rounds", rounds, *words] for words in recipes
-    ]
+    compare = [sys.executable, "-m", "vicreg_jepa", "compare", "--rounds", rounds]
+    commands = [[*compare, *words] for words in recipes]
     count = sum("=" not in word for words in recipes for word in words)
 
     def check(output: str) -> str | None:

@@ -3,12 +3,12 @@
 // Operations: 4 d forward and 10 d backward a head and pair of a query and a key that it sees (two
 // products, and five: scores are made anew), and one exponential each way; bytes: every input once
 // and every result once, O(T d) a head, so the products decide. They are hand-written
-// (cpu_kernels.h), because torch's own ran at 110 GFLOP/s a core where the machine's AVX-512 peak
+// (cpu/kernels.h), because torch's own ran at 110 GFLOP/s a core where the machine's AVX-512 peak
 // was 325. Measured on one thread, AMD EPYC of family 26, float32: a backward over samples of 256
 // to 1806 tokens 175 to 220, a forward with d >= 64 160 to 215; short samples (T = 69, d = 80) 103
 // and 134, where copies and the last, part-filled panel of keys weigh more.
 //
-// A task is a sample and head, or a part of its queries where there are few (cpu_problem.h). It
+// A task is a sample and head, or a part of its queries where there are few (cpu/problem.h). It
 // packs the keys it needs once, which drops what a boolean mask drops, and turns them by rotary
 // position on the way; then tiles of 64 queries meet chunks of keys that they see. Forward keeps
 // running maxima; backward takes chunks outermost, so that a chunk's keys, values and sums stay in
@@ -16,8 +16,8 @@
 // Threads take whole tasks, largest first: one parallel region a pass, besides those of the angles
 // and of partial sums. Scratch is O(T d) a thread.
 #include "attention/attention.h"
-#include "attention/cpu_backward.h"
-#include "attention/cpu_forward.h"
+#include "attention/cpu/backward.h"
+#include "attention/cpu/forward.h"
 
 namespace attention {
 

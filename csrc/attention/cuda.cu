@@ -41,31 +41,24 @@
 #include <cmath>
 
 #include "attention/attention.h"
-#include "attention/backward.cuh"
-#include "attention/forward.cuh"
-#include "attention/rotate.cuh"
-#include "common/launch.h"
+#include "attention/cuda/backward.cuh"
+#include "attention/cuda/forward.cuh"
+#include "attention/cuda/rotate.cuh"
+#include "common/cuda/launch.h"
 #include "common/tensors.h"
 
 namespace attention {
 namespace {
 
-using common::Queue;
-using common::ScalarType;
+using common::ceil_div, common::data, common::Queue, common::ScalarType;
 using namespace kernels;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int to_tiles(int64_t tokens) {
   return static_cast<int>(std::max<int64_t>(ceil_div(tokens, kTile), 1));
 }
 
 const int* integers(const Optional& tensor) {
   return tensor ? static_cast<const int*>(tensor->const_data_ptr()) : nullptr;
-}
-
-template <typename T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
 }
 
 // 16-byte vectors of T, which the head dim is a multiple of.
@@ -301,18 +294,7 @@ Tensor rotate(Tensor x, Tensor table, Optional index, Optional offsets, std::vec
     queue.launch(arguments.x.vectors ? &attention_rotate<T, true> : &attention_rotate<T, false>,
                  static_cast<unsigned>(blocks), common::kThreads, 0, arguments);
   };
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      run(float{});
-      break;
-    case ScalarType::Half:
-      run(__half{});
-      break;
-    default:
-      STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16,
-                      "attention_rotate: takes float32, bfloat16, float16");
-      run(__nv_bfloat16{});
-  }
+  common::by_dtype("attention_rotate", x.scalar_type(), run);
   return out;
 }
 

@@ -5,11 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define ATTENTION_BOTH __host__ __device__ __forceinline__
-#else
-#define ATTENTION_BOTH inline
-#endif
+#include "common/inline.h"
 
 namespace attention {
 
@@ -17,15 +13,15 @@ namespace attention {
 struct Interval {
   int begin, end;
 
-  ATTENTION_BOTH bool has(int key) const { return begin <= key && key < end; }
-  ATTENTION_BOTH bool empty() const { return end <= begin; }
+  KERNELS_INLINE bool has(int key) const { return begin <= key && key < end; }
+  KERNELS_INLINE bool empty() const { return end <= begin; }
 };
 
 // A query sees the keys of both; they never overlap, and `first` lies before `second`.
 struct Intervals {
   Interval first, second;
 
-  ATTENTION_BOTH bool has(int key) const { return first.has(key) || second.has(key); }
+  KERNELS_INLINE bool has(int key) const { return first.has(key) || second.has(key); }
 };
 
 // The rules of one sample. keys: how many it has, padding taken off; frame: tokens a frame and
@@ -36,13 +32,13 @@ struct Rules {
   const int* bounds;
 };
 
-ATTENTION_BOTH Interval clip(Interval a, Interval to) {
+KERNELS_INLINE Interval clip(Interval a, Interval to) {
   return {a.begin < to.begin ? to.begin : a.begin, a.end > to.end ? to.end : a.end};
 }
 
 // What the query at place `query` of its sample sees. Both ends are monotone in `query` but at the
 // step from one block to the next, so a tile of queries lies within the hull of its rows.
-ATTENTION_BOTH Intervals key_intervals(const Rules& rules, int query) {
+KERNELS_INLINE Intervals key_intervals(const Rules& rules, int query) {
   Interval all = {0, rules.keys};
   if (rules.frame > 0) {
     const int frame = query / rules.frame;
@@ -69,7 +65,7 @@ struct Rows {
   int row[3];
 };
 
-ATTENTION_BOTH Rows table_rows(const int64_t* grid, int axes, int64_t place) {
+KERNELS_INLINE Rows table_rows(const int64_t* grid, int axes, int64_t place) {
   const int64_t places = grid[0] * grid[1] * grid[2];
   if (place < 0 || place >= places) place = places - 1;
   // A place is an int32: divisions of 32 bits, a fifth of the instructions of 64 on a GPU.
@@ -84,7 +80,7 @@ ATTENTION_BOTH Rows table_rows(const int64_t* grid, int axes, int64_t place) {
 }
 
 // The pair (even, odd) turned, each element by its own angle; `adjoint`: what the gradient takes.
-ATTENTION_BOTH void turn(float& even, float& odd, float cos_even, float sin_even, float cos_odd,
+KERNELS_INLINE void turn(float& even, float& odd, float cos_even, float sin_even, float cos_odd,
                          float sin_odd, bool adjoint) {
   const float a = even, b = odd;
   if (adjoint) {

@@ -15,12 +15,12 @@
 
 #include "barlow/barlow.h"
 #include "barlow/formula.h"
-#include "common/products.h"
-#include "common/rows.h"
-#include "common/statistics.h"
-#include "common/tasks.h"
+#include "common/cpu/products.h"
+#include "common/cpu/rows.h"
+#include "common/cpu/statistics.h"
+#include "common/cpu/tasks.h"
 #include "common/tensors.h"
-#include "common/vector.h"
+#include "common/cpu/vector.h"
 
 namespace barlow {
 namespace {
@@ -69,12 +69,12 @@ struct Chunk {
   int64_t row, rows, column, columns;
 };
 
-VICREG_VECTOR void inverse_stds(const float* scatter, int64_t count, const Standard& s,
+KERNELS_VECTOR void inverse_stds(const float* scatter, int64_t count, const Standard& s,
                                 float* out) {
   for (int64_t j = 0; j < count; ++j) out[j] = inverse_std(scatter[j], s);
 }
 
-VICREG_VECTOR void standardise_row(const float* row, const float* origin, const float* offset,
+KERNELS_VECTOR void standardise_row(const float* row, const float* origin, const float* offset,
                                    const float* inverse, int64_t count, float* out) {
   for (int64_t j = 0; j < count; ++j) out[j] = ((row[j] - origin[j]) - offset[j]) * inverse[j];
 }
@@ -113,7 +113,7 @@ class Views {
   std::vector<float> inverse_;
 };
 
-VICREG_VECTOR void add_products(const float* a, const float* b, int64_t stride, int64_t count,
+KERNELS_VECTOR void add_products(const float* a, const float* b, int64_t stride, int64_t count,
                                 int64_t width, float* sum) {
   int64_t n = 0;
   for (; n + 4 <= count; n += 4) {
@@ -148,7 +148,7 @@ void column_dots(const float* a, const float* b, int64_t rows, int64_t columns, 
   });
 }
 
-VICREG_VECTOR double row_dot(const float* a, const float* b, int64_t count) {
+KERNELS_VECTOR double row_dot(const float* a, const float* b, int64_t count) {
   double lanes[8] = {};
   int64_t j = 0;
   for (; j + 8 <= count; j += 8) {
@@ -203,7 +203,7 @@ void add_correlation(const Problem& p, const Views& views, const Range& range,
   }
 }
 
-VICREG_VECTOR void scale_row(float factor, int64_t count, float* row) {
+KERNELS_VECTOR void scale_row(float factor, int64_t count, float* row) {
   for (int64_t j = 0; j < count; ++j) row[j] *= factor;
 }
 
@@ -221,7 +221,7 @@ void take_diagonal(float* correlation, int64_t dim, int64_t rows, double* diagon
   });
 }
 
-VICREG_VECTOR void add_squares(const float* row, int64_t count, double* sum) {
+KERNELS_VECTOR void add_squares(const float* row, int64_t count, double* sum) {
   for (int64_t j = 0; j < count; ++j) sum[j] += static_cast<double>(row[j]) * row[j];
 }
 
@@ -251,7 +251,7 @@ void column_coefficients(const Problem& p, float grad, const float* scatter, con
   }
 }
 
-VICREG_VECTOR void gradient_row(const float* product, const float* other, const float* own,
+KERNELS_VECTOR void gradient_row(const float* product, const float* other, const float* own,
                                 const float* a, int64_t count, float* out) {
   for (int64_t j = 0; j < count; ++j) {
     out[j] = gradient({a[j], a[count + j], a[2 * count + j]}, product[j], other[j], own[j]);

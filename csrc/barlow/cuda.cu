@@ -37,7 +37,7 @@
 // N < D that sum is z' K z and takes a pass over the product.
 //
 // Float products follow torch's own TF32 setting, off unless the user turns it on; where the call
-// asks for tf32x3, common/tf32_product.cuh multiplies in place of bmm. For half inputs
+// asks for tf32x3, common/cuda/tf32_product.cuh multiplies in place of bmm. For half inputs
 // the gradient's product multiplies the square matrix rounded to half, times a power of two by which
 // float16 cannot overflow: C_ij is at most 1, an element of a Gram matrix at most N D.
 #include <algorithm>
@@ -45,11 +45,11 @@
 
 #include "barlow/barlow.h"
 #include "barlow/formula.h"
-#include "barlow/gradient.cuh"
-#include "barlow/squares.cuh"
-#include "barlow/statistics.cuh"
-#include "common/plan.cuh"
-#include "common/tf32_product.h"
+#include "barlow/cuda/gradient.cuh"
+#include "barlow/cuda/squares.cuh"
+#include "barlow/cuda/statistics.cuh"
+#include "common/cuda/plan.cuh"
+#include "common/cuda/tf32_product.h"
 
 // Elements of float32 that a product for half inputs may take before it is done in pieces; small in
 // the emulator's build, so that the pieces are tested.
@@ -60,8 +60,9 @@
 namespace barlow {
 namespace {
 
-using common::aligned, common::blocks_of, common::blocks_of_warps, common::ceil_div;
-using common::cut, common::product, common::Queue, common::ScalarType;
+using common::aligned, common::blocks_of, common::blocks_of_warps, common::by_dtype;
+using common::ceil_div, common::cut, common::data, common::product, common::Queue;
+using common::ScalarType;
 using namespace kernels;
 
 struct Problem {
@@ -91,25 +92,6 @@ View<T> view(const Tensor& z) {  // [N, D]
 template <typename T>
 bool vectors(const Problem& p, const Tensor& x, const Tensor& y) {
   return aligned(p.dim, view<T>(x)) && aligned(p.dim, view<T>(y));
-}
-
-template <typename T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
-
-// run(element) with an element of the problem's dtype.
-template <typename F>
-void by_dtype(const Problem& p, F&& run) {
-  switch (p.dtype) {
-    case ScalarType::Float:
-      return run(float{});
-    case ScalarType::Half:
-      return run(__half{});
-    default:
-      STD_TORCH_CHECK(p.dtype == ScalarType::BFloat16, "barlow: takes float32, bfloat16, float16");
-      return run(__nv_bfloat16{});
-  }
 }
 
 // One of the two views of `standardised`, its rows [row, row + rows) and columns likewise; upright
@@ -279,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor y, d
   const Tensor diagonal = common::empty(x, {p.dim}, ScalarType::Float);
   const Tensor products = common::empty(x, {p.gram ? 2 : 1, p.side, p.side}, ScalarType::Float);
   const Tensor standardised = common::empty(x, {2, p.rows, p.dim}, p.dtype);
-  by_dtype(p, [&](auto element) {
+  by_dtype("barlow", p.dtype, [&](auto element) {
     using T = decltype(element);
     const auto run = vectors<T>(p, x, y) ? &forward_kernels<T, true> : &forward_kernels<T, false>;
     run(p, x, y, lambd, loss, moments, diagonal, products, standardised);
@@ -299,7 +281,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor y, Tensor mome
                        : common::empty(x, {0}, p.dtype);
   }
   if (need_x || need_y) {
-    by_dtype(p, [&](auto element) {
+    by_dtype("barlow", p.dtype, [&](auto element) {
       using T = decltype(element);
       const auto run = vectors<T>(p, x, y) ? &backward_kernels<T, true>
                                            : &backward_kernels<T, false>;

@@ -15,11 +15,7 @@
 
 #include <cmath>
 
-#ifdef __CUDACC__
-#define BARLOW_INLINE __host__ __device__ inline
-#else
-#define BARLOW_INLINE inline
-#endif
+#include "common/inline.h"
 
 namespace barlow {
 
@@ -32,7 +28,7 @@ struct Standard {
 
 // NaN where float32 does not hold the sum of squares: where it is infinite, and where it is below
 // the normal numbers with nothing added to it.
-BARLOW_INLINE float inverse_std(float scatter, const Standard& s) {
+KERNELS_INLINE float inverse_std(float scatter, const Standard& s) {
   constexpr float kLeast = 1.17549435e-38f, kMost = 3.40282347e38f;
   const float variance = scatter / s.degrees + s.eps;
   const bool held = variance <= kMost && variance + s.std_eps >= kLeast;
@@ -41,23 +37,23 @@ BARLOW_INLINE float inverse_std(float scatter, const Standard& s) {
 
 // What multiplies (sum_n g z) z in the gradient of the standardisation: (root + std_eps) / root /
 // degrees. A constant column without eps has root = 0 and zc = 0: there it is 0, as torch.std has it.
-BARLOW_INLINE float radial_slope(float scatter, const Standard& s) {
+KERNELS_INLINE float radial_slope(float scatter, const Standard& s) {
   const float root = std::sqrt(scatter / s.degrees + s.eps);
   return root == 0.f ? 0.f : (root + s.std_eps) / (root * s.degrees);
 }
 
 // d loss / d C_ij = 2 lambd C_ij off the diagonal and 2 (C_jj - 1) on it, through P.
-BARLOW_INLINE float product_slope(float lambd, float rows, bool gram) {
+KERNELS_INLINE float product_slope(float lambd, float rows, bool gram) {
   return gram ? 2.f * lambd / (rows * rows) : 2.f * lambd / rows;
 }
 
 // P of the Gram side has the diagonal's lambd C_jj z2 in it, which is taken out here.
-BARLOW_INLINE float diagonal_slope(float diagonal, float lambd, float rows, bool gram) {
+KERNELS_INLINE float diagonal_slope(float diagonal, float lambd, float rows, bool gram) {
   return 2.f / rows * (gram ? (diagonal - 1.f) - lambd * diagonal : diagonal - 1.f);
 }
 
 // sum_n g z of a column, from sum_n P z: that is N sum_{i != j} C_ij^2 on the other side.
-BARLOW_INLINE float radial(float product_dot, float diagonal, float lambd, float rows, bool gram) {
+KERNELS_INLINE float radial(float product_dot, float diagonal, float lambd, float rows, bool gram) {
   return product_slope(lambd, rows, gram) * product_dot +
          diagonal_slope(diagonal, lambd, rows, gram) * rows * diagonal;
 }
@@ -70,7 +66,7 @@ struct Coefficients {
 };
 
 // grad: the gradient of the loss.
-BARLOW_INLINE Coefficients coefficients(float grad, float scatter, const Standard& s,
+KERNELS_INLINE Coefficients coefficients(float grad, float scatter, const Standard& s,
                                         float product_dot, float diagonal, float lambd, float rows,
                                         bool gram) {
   const float scale = grad * inverse_std(scatter, s);
@@ -79,7 +75,7 @@ BARLOW_INLINE Coefficients coefficients(float grad, float scatter, const Standar
           -scale * radial_slope(scatter, s) * radial(product_dot, diagonal, lambd, rows, gram)};
 }
 
-BARLOW_INLINE float gradient(const Coefficients& a, float product, float other, float own) {
+KERNELS_INLINE float gradient(const Coefficients& a, float product, float other, float own) {
   return a.product * product + a.other * other + a.own * own;
 }
 

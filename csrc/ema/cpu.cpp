@@ -11,8 +11,8 @@
 #include <algorithm>
 
 #include "common/tensors.h"
-#include "common/vector.h"
-#include "ema/convert.h"
+#include "common/cpu/vector.h"
+#include "ema/cpu/convert.h"
 #include "ema/formula.h"
 #include "ema/layout.h"
 
@@ -42,7 +42,7 @@ struct Job {
 };
 
 // out may be target.
-VICREG_VECTOR void interpolate_row(const float* target, const float* online, Blend blend,
+KERNELS_VECTOR void interpolate_row(const float* target, const float* online, Blend blend,
                                    int64_t count, float* out) {
   if (blend.near) {
 #pragma GCC ivdep
@@ -60,7 +60,8 @@ constexpr int64_t kStep = 64;
 typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
 
 // A run of memory longer than the caches, in place.
-VICREG_VECTOR void interpolate_run(float* target, const float* online, Blend blend, int64_t count) {
+KERNELS_VECTOR void interpolate_run(float* target, const float* online, Blend blend,
+                                    int64_t count) {
   const float factor = blend.factor;
   int64_t i = 0;
   for (; blend.near && i + kStep <= count; i += kStep) {

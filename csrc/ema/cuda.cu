@@ -18,8 +18,8 @@
 
 #include <algorithm>
 
-#include "common/columns.cuh"
-#include "common/launch.h"
+#include "common/cuda/columns.cuh"
+#include "common/cuda/launch.h"
 #include "common/tensors.h"
 #include "ema/formula.h"
 #include "ema/layout.h"

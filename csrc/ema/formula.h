@@ -7,11 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __CUDACC__
-#define EMA_INLINE __host__ __device__ inline
-#else
-#define EMA_INLINE inline
-#endif
+#include "common/inline.h"
 
 // GCC would contract a product and a sum into one operation. Not popped at the end: a function that
 // is compiled with other options than its caller is not inlined.
@@ -21,13 +17,13 @@
 
 namespace ema {
 
-EMA_INLINE uint32_t bits_of(float value) {
+KERNELS_INLINE uint32_t bits_of(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-EMA_INLINE float float_of(uint32_t bits) {
+KERNELS_INLINE float float_of(uint32_t bits) {
   float value;
   memcpy(&value, &bits, sizeof value);
   return value;
@@ -40,13 +36,13 @@ struct Blend {
   bool near;
 };
 
-EMA_INLINE Blend blend(double momentum) {
+KERNELS_INLINE Blend blend(double momentum) {
   const double weight = 1.0 - momentum;
   if (weight < 0.5) return {static_cast<float>(weight), true};
   return {static_cast<float>(-momentum), false};
 }
 
-EMA_INLINE float interpolate(float target, float online, const Blend& blend) {
+KERNELS_INLINE float interpolate(float target, float online, const Blend& blend) {
   const float base = blend.near ? target : online;
 #ifdef __CUDA_ARCH__
   return __fadd_rn(base, __fmul_rn(blend.factor, __fsub_rn(online, target)));
@@ -60,7 +56,7 @@ struct Words {
   uint32_t x, y, z, w;
 };
 
-EMA_INLINE Words philox(Words counter, uint32_t key0, uint32_t key1) {
+KERNELS_INLINE Words philox(Words counter, uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; ++round) {
     const uint64_t first = uint64_t{0xD2511F53u} * counter.x;
     const uint64_t second = uint64_t{0xCD9E8D57u} * counter.z;
@@ -78,7 +74,7 @@ EMA_INLINE Words philox(Words counter, uint32_t key0, uint32_t key1) {
 constexpr int kGroup = 8;
 
 // The draw of elements 8 group to 8 group + 7 of a tensor.
-EMA_INLINE Words draw(uint64_t seed, uint64_t step, uint32_t tensor, uint64_t group) {
+KERNELS_INLINE Words draw(uint64_t seed, uint64_t step, uint32_t tensor, uint64_t group) {
   const uint32_t high = static_cast<uint32_t>(group >> 32 & 0xffffu) |
                         static_cast<uint32_t>(step >> 32 & 0xffffu) << 16;
   return philox({static_cast<uint32_t>(group), high, tensor, static_cast<uint32_t>(step)},
@@ -86,14 +82,14 @@ EMA_INLINE Words draw(uint64_t seed, uint64_t step, uint32_t tensor, uint64_t gr
 }
 
 // bfloat16 bits of value, up with the probability of what truncation would drop. random: 16 bits.
-EMA_INLINE uint16_t stochastic_bfloat16(float value, uint32_t random) {
+KERNELS_INLINE uint16_t stochastic_bfloat16(float value, uint32_t random) {
   const uint32_t bits = bits_of(value);
   const uint32_t rounded = (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : bits + random;
   return static_cast<uint16_t>(rounded >> 16);
 }
 
 // The same to float16. Below 2^-14 its step is 2^-24 whatever the exponent.
-EMA_INLINE uint16_t stochastic_float16(float value, uint32_t random) {
+KERNELS_INLINE uint16_t stochastic_float16(float value, uint32_t random) {
   const uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
   // Normal: 13 bits of the mantissa go, and the exponent is rebased from 127 to 15.
   const uint32_t rounded = size + (random >> 3);
@@ -109,7 +105,7 @@ EMA_INLINE uint16_t stochastic_float16(float value, uint32_t random) {
 }
 
 // To nearest, ties to even.
-EMA_INLINE uint16_t nearest_bfloat16(float value) {
+KERNELS_INLINE uint16_t nearest_bfloat16(float value) {
   const uint32_t bits = bits_of(value);
   const uint32_t rounded = (bits & 0x7fffffffu) > 0x7f800000u
                                ? 0x7fc00000u

@@ -2,10 +2,10 @@
 //
 //   g++ -x c++ -I csrc/emulator -I csrc op/cuda.cu
 //
-// Launches go through common/launch.h, which is <<<>>> under nvcc and emulator::launch here.
+// Launches go through common/cuda/launch.h, which is <<<>>> under nvcc and emulator::launch here.
 // scheduler.h says how blocks, barriers and shared memory behave. Shared memory is declared with
-// SHARED_ARRAY or DYNAMIC_SHARED, which common/launch.h defines for nvcc: a plain __shared__ array
-// also works, but is neither refilled with NaN for each block nor counted towards the 48 KiB.
+// SHARED_ARRAY or DYNAMIC_SHARED, which common/cuda/launch.h defines for nvcc: a plain __shared__
+// array also works, but is neither refilled with NaN for each block nor counted towards the 48 KiB.
 //
 // EMULATOR_SEED             order of blocks and threads
 // EMULATOR_MULTIPROCESSORS  what the device says it has (4)

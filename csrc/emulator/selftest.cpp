@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "common/async.cuh"
-#include "common/mma.cuh"
+#include "common/cuda/async.cuh"
+#include "common/cuda/mma.cuh"
 
 namespace {
 

@@ -2,7 +2,7 @@
 //
 // Products: 2 N D M operations forward (p = z A) and as many backward (dz = dp A^T), by torch's own
 // matmul. Between them an element of p costs 29 + 20 + 2 K operations forward (angle, multiples,
-// sums; cpu_sums.h) and as many backward. N = 1024, D = 128, M = 1024, K = 16 on one core of an AMD
+// sums; cpu/sums.h) and as many backward. N = 1024, D = 128, M = 1024, K = 16 on one core of an AMD
 // EPYC at 3.6 GHz, of which a vector multiply-add a cycle is the most: predicted 2 x 2.3 ms of
 // products and, by 70 multiply-adds an element, 2 x 1.3 ms of the rest; measured 2 x 2.4 and
 // 2 x 1.25, and 0.3 ms for drawing the directions.
@@ -16,11 +16,11 @@
 #include <algorithm>
 #include <vector>
 
-#include "common/products.h"
-#include "common/rows.h"
+#include "common/cpu/products.h"
+#include "common/cpu/rows.h"
 #include "common/tensors.h"
-#include "sigreg/cpu_directions.h"
-#include "sigreg/cpu_sums.h"
+#include "sigreg/cpu/directions.h"
+#include "sigreg/cpu/sums.h"
 #include "sigreg/formula.h"
 #include "sigreg/sigreg.h"
 

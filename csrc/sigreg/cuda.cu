@@ -45,28 +45,22 @@
 #include <array>
 #include <optional>
 
-#include "common/bmm.h"
-#include "common/launch.h"
-#include "common/plan.cuh"
+#include "common/cuda/bmm.h"
+#include "common/cuda/launch.h"
+#include "common/cuda/plan.cuh"
 #include "common/tensors.h"
-#include "sigreg/columns.cuh"
-#include "sigreg/directions.cuh"
+#include "sigreg/cuda/columns.cuh"
+#include "sigreg/cuda/directions.cuh"
 #include "sigreg/formula.h"
 #include "sigreg/sigreg.h"
-#include "sigreg/statistic.cuh"
-#include "sigreg/waves.cuh"
+#include "sigreg/cuda/statistic.cuh"
+#include "sigreg/cuda/waves.cuh"
 
 namespace sigreg {
 namespace {
 
-using common::Queue;
-using common::ScalarType;
+using common::by_dtype, common::data, common::Queue, common::ScalarType;
 using namespace kernels;
-
-template <typename T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
-}
 
 unsigned grid(int64_t blocks) {
   STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "sigreg: too large for one launch");
@@ -74,20 +68,6 @@ unsigned grid(int64_t blocks) {
 }
 
 // run(an element of the tensor's dtype).
-template <typename F>
-void by_dtype(const Tensor& tensor, F&& run) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return run(float{});
-    case ScalarType::Half:
-      return run(__half{});
-    default:
-      STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::BFloat16,
-                      "sigreg: takes float32, bfloat16, float16");
-      return run(__nv_bfloat16{});
-  }
-}
-
 Table table_of(const std::vector<double>& knots) {
   Table table = {};
   for (size_t k = 0; k < knots.size(); ++k) table.turns[k] = turns_of(knots[k]);
@@ -226,7 +206,7 @@ Tensor directions(Tensor like, std::optional<Tensor> step, int64_t number, int64
                   int64_t dim, int64_t slices) {
   const Tensor out = common::empty(like, {dim, slices}, like.scalar_type());
   const Queue queue(like);
-  by_dtype(out, [&](auto element) {
+  by_dtype("sigreg", out.scalar_type(), [&](auto element) {
     using T = decltype(element);
     queue.launch(&draw_directions<T>, grid(common::ceil_div(slices, kDrawn)), kThreads, 0,
                  step ? static_cast<const int64_t*>(step->const_data_ptr()) : nullptr, number,
@@ -276,7 +256,7 @@ Tensor gradient(Tensor grad, Tensor coefficients, Tensor projections, Tensor dir
   const Tensor result =
       common::empty(projections, {projections.size(0), projections.size(1), directions.size(0)},
                     directions.scalar_type());
-  by_dtype(directions, [&](auto element) {
+  by_dtype("sigreg", directions.scalar_type(), [&](auto element) {
     gradient_kernels<decltype(element)>(grad, coefficients, projections, directions, knots, result);
   });
   return result;

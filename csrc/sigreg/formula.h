@@ -12,14 +12,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define SIGREG_INLINE __host__ __device__ inline
-#elif defined(__GNUC__)
-// Inlined into each of cpu.cpp's clones, whatever its vector width.
-#define SIGREG_INLINE inline __attribute__((always_inline))
-#else
-#define SIGREG_INLINE inline
-#endif
+#include "common/inline.h"
 
 namespace sigreg {
 
@@ -32,7 +25,8 @@ constexpr uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
 
 // High and low halves of a product.
 struct WideProduct {
-  SIGREG_INLINE void operator()(uint32_t a, uint32_t b, uint32_t* high, uint32_t* low) const {
+  KERNELS_ALWAYS_INLINE void operator()(uint32_t a, uint32_t b, uint32_t* high,
+                                        uint32_t* low) const {
     const uint64_t product = static_cast<uint64_t>(a) * b;
     *high = static_cast<uint32_t>(product >> 32);
     *low = static_cast<uint32_t>(product);
@@ -41,7 +35,7 @@ struct WideProduct {
 
 // counter becomes four words of noise. Word: uint32_t, or a vector of them with its own Product.
 template <typename Word, typename Product = WideProduct>
-SIGREG_INLINE void philox(Word (&counter)[4], uint32_t key0, uint32_t key1,
+KERNELS_ALWAYS_INLINE void philox(Word (&counter)[4], uint32_t key0, uint32_t key1,
                           Product wide_product = {}) {
   for (int round = 0; round < 10; ++round) {
     Word high0, low0, high1, low1;
@@ -59,16 +53,16 @@ SIGREG_INLINE void philox(Word (&counter)[4], uint32_t key0, uint32_t key1,
 // (word + 0.5) 2^-32 in float32, at most 1 - 2^-24: never 0, never 1, the same bits everywhere.
 constexpr float kWordScale = 0x1p-32f, kHalfWord = 0x1p-33f, kBelowOne = 1.f - 0x1p-24f;
 
-SIGREG_INLINE float uniform(uint32_t word) {
+KERNELS_ALWAYS_INLINE float uniform(uint32_t word) {
   const float u = static_cast<float>(word) * kWordScale + kHalfWord;
   return u < kBelowOne ? u : kBelowOne;
 }
 
 // The radius of Box-Muller for u in (0, 1); the angle is 2 pi times the other uniform.
-SIGREG_INLINE float radius(float u) { return std::sqrt(-2.f * std::log(u)); }
+KERNELS_ALWAYS_INLINE float radius(float u) { return std::sqrt(-2.f * std::log(u)); }
 
 // Entry d of slice m is normal d % 4 of group m * groups_of(dim) + d / 4.
-SIGREG_INLINE int64_t groups_of(int64_t dim) { return (dim + 3) / 4; }
+KERNELS_ALWAYS_INLINE int64_t groups_of(int64_t dim) { return (dim + 3) / 4; }
 
 // ---- Knots.
 
@@ -102,13 +96,13 @@ struct Unit {
 
 // The sum of two angles: four multiply-adds.
 template <typename T>
-SIGREG_INLINE Unit<T> rotate(const Unit<T>& a, const Unit<T>& b) {
+KERNELS_ALWAYS_INLINE Unit<T> rotate(const Unit<T>& a, const Unit<T>& b) {
   return {a.c * b.c - a.s * b.s, a.s * b.c + a.c * b.s};
 }
 
 // Twice an angle. 1 - 2 s^2 keeps the digits of a small angle, which c has lost.
 template <typename T>
-SIGREG_INLINE Unit<T> twice(const Unit<T>& a) {
+KERNELS_ALWAYS_INLINE Unit<T> twice(const Unit<T>& a) {
   const T s2 = a.s + a.s;
   return {1.f - s2 * a.s, s2 * a.c};
 }
@@ -116,13 +110,13 @@ SIGREG_INLINE Unit<T> twice(const Unit<T>& a) {
 // One step of sum_k a_k cos(k x) + b_k sin(k x) = Re sum_k (a_k - i b_k) e^{ikx} by Horner's rule:
 // held <- held * e + (a - i b), held = (real, imaginary).
 template <typename T>
-SIGREG_INLINE Unit<T> horner(const Unit<T>& held, const Unit<T>& e, T a, T b) {
+KERNELS_ALWAYS_INLINE Unit<T> horner(const Unit<T>& held, const Unit<T>& e, T a, T b) {
   return {a + held.c * e.c - held.s * e.s, held.s * e.c - b + held.c * e.s};
 }
 
 // ---- The statistic.
 
-SIGREG_INLINE double phi_of(double knot) { return std::exp(-0.5 * knot * knot); }
+KERNELS_ALWAYS_INLINE double phi_of(double knot) { return std::exp(-0.5 * knot * knot); }
 
 struct KnotTerm {
   double loss;  // this knot's term of the statistic
@@ -131,7 +125,7 @@ struct KnotTerm {
 
 // In float64, because C / count - phi cancels.
 // phi: phi_of(knot).
-SIGREG_INLINE KnotTerm knot_term(double cosines, double sines, double knot, double phi,
+KERNELS_ALWAYS_INLINE KnotTerm knot_term(double cosines, double sines, double knot, double phi,
                                  double weight, double count, double scale) {
   const double real = cosines / count - phi;
   const double imaginary = sines / count;

@@ -5,9 +5,9 @@
 // assembly reads and writes its sequence once. All are bound by it: a row is worked on in cache.
 // Threads take rows; what a row gives never depends on how they are shared out, and sums over rows
 // are added up in the order of the rows. Indices are checked before anything is allocated.
-#include "tokens/cpu_assembly.h"
-#include "tokens/cpu_loss.h"
-#include "tokens/cpu_rows.h"
+#include "tokens/cpu/assembly.h"
+#include "tokens/cpu/loss.h"
+#include "tokens/cpu/rows.h"
 #include "tokens/tokens.h"
 
 namespace tokens {

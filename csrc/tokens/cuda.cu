@@ -24,35 +24,23 @@
 // scatter leaves the row out.
 #include <algorithm>
 
-#include "common/launch.h"
-#include "tokens/assembly.cuh"
+#include "common/cuda/launch.h"
+#include "tokens/cuda/assembly.cuh"
 #include "tokens/host.h"
-#include "tokens/loss.cuh"
-#include "tokens/rows.cuh"
+#include "tokens/cuda/loss.cuh"
+#include "tokens/cuda/rows.cuh"
 #include "tokens/tokens.h"
 
 namespace tokens {
 namespace {
 
-using common::Queue;
+using common::by_dtype, common::ceil_div, common::data, common::Queue, common::reading;
 using namespace kernels;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Blocks for `rows` warps, at most `each` a multiprocessor.
 unsigned blocks_of(int64_t rows, const Queue& queue, int each = 16) {
   return static_cast<unsigned>(
       std::clamp<int64_t>(ceil_div(rows, kWarps), 1, int64_t{each} * queue.multiprocessors()));
-}
-
-template <typename T>
-T* data(const Tensor& z) {
-  return static_cast<T*>(z.data_ptr());
-}
-
-template <typename T>
-const T* reading(const Tensor& z) {
-  return static_cast<const T*>(z.const_data_ptr());
 }
 
 int64_t element_bytes(ScalarType dtype) { return dtype == ScalarType::Float ? 4 : 2; }
@@ -81,23 +69,10 @@ void by_unit(const Tensor& z, F&& run) {
   }
 }
 
-template <typename F>
-void by_dtype(ScalarType dtype, F&& run) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return run(float{});
-    case ScalarType::Half:
-      return run(__half{});
-    default:
-      STD_TORCH_CHECK(dtype == ScalarType::BFloat16, "tokens: takes float32, bfloat16, float16");
-      return run(__nv_bfloat16{});
-  }
-}
-
 // run(element, vectors): an element of z's dtype, and whether 16-byte accesses are aligned.
 template <typename F>
 void by_kind(ScalarType dtype, bool vectors, F&& run) {
-  by_dtype(dtype, [&](auto element) {
+  by_dtype("tokens", dtype, [&](auto element) {
     if (vectors) {
       run(element, std::true_type{});
     } else {
@@ -110,7 +85,7 @@ void by_kind(ScalarType dtype, bool vectors, F&& run) {
 template <typename Unit>
 Unit filling(double fill, ScalarType dtype) {
   Unit unit;
-  by_dtype(dtype, [&](auto element) {
+  by_dtype("tokens", dtype, [&](auto element) {
     using T = decltype(element);
     T values[sizeof(Unit) < sizeof(T) ? 1 : sizeof(Unit) / sizeof(T)];
     for (T& value : values) {
@@ -147,8 +122,8 @@ void by_access(const Tensor& pred, const Tensor& teacher, const Tensor& out, F&&
     run(strided(pred), strided(teacher), strided(out));
     return;
   }
-  by_dtype(pred.scalar_type(), [&](auto p) {
-    by_dtype(teacher.scalar_type(), [&](auto t) {
+  by_dtype("tokens", pred.scalar_type(), [&](auto p) {
+    by_dtype("tokens", teacher.scalar_type(), [&](auto t) {
       using P = decltype(p);
       using T = decltype(t);
       if constexpr (std::is_same_v<P, T> || std::is_same_v<P, float> || std::is_same_v<T, float>) {

@@ -8,10 +8,9 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define TOKENS_INLINE __host__ __device__ __forceinline__
-#else
-#define TOKENS_INLINE [[gnu::always_inline]] inline
+#include "common/inline.h"
+
+#ifndef __CUDACC__
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are returned by what is always inlined
 #endif
 
@@ -23,11 +22,13 @@ enum Kind : int { kSmoothL1 = 0, kL1 = 1, kMse = 2, kCosine = 3 };
 constexpr float kLeastNorm = 1e-8f;
 
 // Floats saved for a row: mean and rstd, and for the cosine kind the factors of z and p.
-TOKENS_INLINE constexpr int64_t saved_floats(int64_t kind) { return kind == kCosine ? 4 : 2; }
+KERNELS_ALWAYS_INLINE constexpr int64_t saved_floats(int64_t kind) {
+  return kind == kCosine ? 4 : 2;
+}
 
 // F is float, or a vector of floats in the CPU's clones. A NaN passes every branch.
 template <int kind, typename F>
-TOKENS_INLINE F element_loss(const F& d, float beta, float inverse_beta) {
+KERNELS_ALWAYS_INLINE F element_loss(const F& d, float beta, float inverse_beta) {
   if constexpr (kind == kMse) return d * d;
   const F size = d < 0.f ? -d : d;
   if constexpr (kind == kL1) return size;
@@ -38,7 +39,7 @@ TOKENS_INLINE F element_loss(const F& d, float beta, float inverse_beta) {
 // d loss / d p; 0 for a NaN of the L1 kind, as torch's l1_loss. inverse_beta is 0 for beta = 0, where
 // the smooth kind is L1.
 template <int kind, typename F>
-TOKENS_INLINE F element_slope(const F& d, float beta, float inverse_beta) {
+KERNELS_ALWAYS_INLINE F element_slope(const F& d, float beta, float inverse_beta) {
   const F one = F{} + 1.f;
   if constexpr (kind == kMse) return d + d;
   if constexpr (kind == kL1) {
@@ -55,7 +56,7 @@ struct Cosine {
   float loss, toward, along;
 };
 
-TOKENS_INLINE Cosine cosine(float pp, float zz, float pz) {
+KERNELS_ALWAYS_INLINE Cosine cosine(float pp, float zz, float pz) {
   const float p_norm = std::sqrt(pp), z_norm = std::sqrt(zz);
   const float p_safe = p_norm < kLeastNorm ? kLeastNorm : p_norm;
   const float z_safe = z_norm < kLeastNorm ? kLeastNorm : z_norm;

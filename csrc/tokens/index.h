@@ -11,7 +11,7 @@ struct Divider {
   int64_t by;
   double inverse;
 
-  TOKENS_INLINE int64_t divide(int64_t value, int64_t& rest) const {
+  KERNELS_ALWAYS_INLINE int64_t divide(int64_t value, int64_t& rest) const {
     int64_t quotient = static_cast<int64_t>(static_cast<double>(value) * inverse);
     rest = value - quotient * by;
     if (rest < 0) {
@@ -23,11 +23,11 @@ struct Divider {
     }
     return quotient;
   }
-  TOKENS_INLINE int64_t quotient(int64_t value) const {
+  KERNELS_ALWAYS_INLINE int64_t quotient(int64_t value) const {
     int64_t rest;
     return divide(value, rest);
   }
-  TOKENS_INLINE int64_t rest(int64_t value) const {
+  KERNELS_ALWAYS_INLINE int64_t rest(int64_t value) const {
     int64_t rest;
     divide(value, rest);
     return rest;
@@ -42,7 +42,7 @@ struct Indices {
   const void* data;
   bool wide;  // int64, else int32
 
-  TOKENS_INLINE int64_t operator[](int64_t i) const {
+  KERNELS_ALWAYS_INLINE int64_t operator[](int64_t i) const {
     return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
   }
 };
@@ -55,7 +55,7 @@ struct Samples {
   int64_t count;
 
   // In [0, batch) whatever the offsets hold.
-  TOKENS_INLINE int64_t of(int64_t row) const {
+  KERNELS_ALWAYS_INLINE int64_t of(int64_t row) const {
     if (offsets == nullptr) return batch.rest(each.quotient(row));
     int64_t low = 0, high = batch.by;  // offsets[low] <= row < offsets[high]
     while (high - low > 1) {
@@ -69,15 +69,15 @@ struct Samples {
     return low;
   }
   // Rows [begin, end) of a sample, inside [0, count] whatever the offsets hold.
-  TOKENS_INLINE int64_t begin(int64_t sample) const {
+  KERNELS_ALWAYS_INLINE int64_t begin(int64_t sample) const {
     return clamp(offsets == nullptr ? sample * each.by : offsets[sample]);
   }
-  TOKENS_INLINE int64_t end(int64_t sample) const {
+  KERNELS_ALWAYS_INLINE int64_t end(int64_t sample) const {
     return clamp(offsets == nullptr ? (sample + 1) * each.by : offsets[sample + 1]);
   }
 
  private:
-  TOKENS_INLINE int64_t clamp(int64_t row) const {
+  KERNELS_ALWAYS_INLINE int64_t clamp(int64_t row) const {
     return row < 0 ? 0 : row > count ? count : row;
   }
 };
@@ -87,12 +87,14 @@ struct Place {
   Divider each;
   int64_t group, row, column;
 
-  TOKENS_INLINE int64_t operator()(int64_t r) const {
+  KERNELS_ALWAYS_INLINE int64_t operator()(int64_t r) const {
     int64_t rest;
     const int64_t quotient = each.divide(r, rest);
     return quotient * group + rest * row;
   }
-  TOKENS_INLINE int64_t operator()(int64_t g, int64_t r) const { return g * group + r * row; }
+  KERNELS_ALWAYS_INLINE int64_t operator()(int64_t g, int64_t r) const {
+    return g * group + r * row;
+  }
 };
 
 }  // namespace tokens

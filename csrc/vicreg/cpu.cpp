@@ -16,15 +16,15 @@
 #include <array>
 #include <numeric>
 
-#include "common/products.h"
-#include "common/rows.h"
-#include "common/statistics.h"
-#include "common/tasks.h"
+#include "common/cpu/products.h"
+#include "common/cpu/rows.h"
+#include "common/cpu/statistics.h"
+#include "common/cpu/tasks.h"
 #include "common/tensors.h"
-#include "common/vector.h"
+#include "common/cpu/vector.h"
 #include "vicreg/formula.h"
-#include "vicreg/products.h"
-#include "vicreg/statistics.h"
+#include "vicreg/cpu/deflation.h"
+#include "vicreg/cpu/hinge.h"
 #include "vicreg/vicreg.h"
 
 namespace vicreg {
@@ -53,7 +53,7 @@ struct Problem {
   float degrees;
 };
 
-VICREG_VECTOR void centre_row(const float* row, const float* origin, const float* offset,
+KERNELS_VECTOR void centre_row(const float* row, const float* origin, const float* offset,
                               int64_t count, float* out) {
   for (int64_t j = 0; j < count; ++j) out[j] = (row[j] - origin[j]) - offset[j];
 }
@@ -123,7 +123,7 @@ double finish_square(const Problem& p, const float* scatter, const int64_t* inde
   return sum;
 }
 
-VICREG_VECTOR void gradient_row(const float* product, const float* centred, const float* factor,
+KERNELS_VECTOR void gradient_row(const float* product, const float* centred, const float* factor,
                                 const float* own, const float* other, const Coefficients& a,
                                 int64_t count, float* out) {
   if (other == nullptr) {

@@ -35,21 +35,22 @@
 // and the gradient of those columns was saved in `deflated`. Everything that the Gram side
 // subtracts is computed from the values that are multiplied, rounding included. Float products
 // follow torch's own TF32 setting, off unless the user turns it on; with it the covariance has
-// TF32's accuracy. Where the call asks for tf32x3, common/tf32_product.cuh multiplies in place of
-// bmm, the symmetric half alone (1 launch more where the sum is split). It takes `centred` as well:
-// to subtract n m m^T from an uncentred product would lose all digits where the mean is large beside
-// the spread, and the gradient's product needs the centred values anyway. For half inputs the gradient's product multiplies the squares rounded to half,
-// an error within the rounding of the result, each row scaled by a power of two so that float16
-// neither over- nor underflows. A centred float16 value beyond 65504 is infinite.
+// TF32's accuracy. Where the call asks for tf32x3, common/cuda/tf32_product.cuh multiplies in place
+// of bmm, the symmetric half alone (1 launch more where the sum is split). It takes `centred` as
+// well: to subtract n m m^T from an uncentred product would lose all digits where the mean is large
+// beside the spread, and the gradient's product needs the centred values anyway. For half inputs the
+// gradient's product multiplies the squares rounded to half, an error within the rounding of the
+// result, each row scaled by a power of two so that float16 neither over- nor underflows. A centred
+// float16 value beyond 65504 is infinite.
 #include <algorithm>
 #include <array>
 
-#include "common/plan.cuh"
-#include "common/tf32_product.h"
+#include "common/cuda/plan.cuh"
+#include "common/cuda/tf32_product.h"
 #include "vicreg/formula.h"
-#include "vicreg/gradient.cuh"
-#include "vicreg/squares.cuh"
-#include "vicreg/statistics.cuh"
+#include "vicreg/cuda/gradient.cuh"
+#include "vicreg/cuda/squares.cuh"
+#include "vicreg/cuda/statistics.cuh"
 #include "vicreg/vicreg.h"
 
 // Elements of float32 that a product for half inputs may take before it is done in pieces; small in
@@ -62,7 +63,7 @@ namespace vicreg {
 namespace {
 
 using common::aligned, common::blocks_of, common::blocks_of_warps, common::ceil_div;
-using common::cut, common::product, common::Queue, common::ScalarType, common::view;
+using common::cut, common::data, common::product, common::Queue, common::ScalarType, common::view;
 using namespace kernels;
 
 struct Problem {
@@ -103,20 +104,7 @@ void by_kind(const Problem& p, const Tensor& x, const std::optional<Tensor>& y, 
       run(element, std::false_type{});
     }
   };
-  switch (p.dtype) {
-    case ScalarType::Float:
-      return with(float{});
-    case ScalarType::Half:
-      return with(__half{});
-    default:
-      STD_TORCH_CHECK(p.dtype == ScalarType::BFloat16, "vicreg: takes float32, bfloat16, float16");
-      return with(__nv_bfloat16{});
-  }
-}
-
-template <typename T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.data_ptr());
+  common::by_dtype("vicreg", p.dtype, with);
 }
 
 template <typename T, bool Vectors>

@@ -8,11 +8,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define VICREG_INLINE __host__ __device__ inline
-#else
-#define VICREG_INLINE inline
-#endif
+#include "common/inline.h"
 
 namespace vicreg {
 
@@ -26,7 +22,7 @@ struct Moments {
   float scatter = 0.f;
 };
 
-VICREG_INLINE Moments merge(const Moments& a, const Moments& b) {
+KERNELS_INLINE Moments merge(const Moments& a, const Moments& b) {
   const float count = a.count + b.count;
   if (count == 0.f) {
     return a;
@@ -37,13 +33,13 @@ VICREG_INLINE Moments merge(const Moments& a, const Moments& b) {
 }
 
 // relu(margin - std) that passes NaN on, as torch.relu does.
-VICREG_INLINE float hinge(float scatter, float degrees, float margin, float eps) {
+KERNELS_INLINE float hinge(float scatter, float degrees, float margin, float eps) {
   const float gap = margin - std::sqrt(scatter / degrees + eps);
   return gap <= 0.f ? 0.f : gap;
 }
 
 // -d hinge / d z_nj = slope * zc_nj: 1 / (degrees std) below the margin, 0 at or above it.
-VICREG_INLINE float hinge_slope(float scatter, float degrees, float margin, float eps) {
+KERNELS_INLINE float hinge_slope(float scatter, float degrees, float margin, float eps) {
   const float std = std::sqrt(scatter / degrees + eps);
   return std >= margin ? 0.f : 1.f / (degrees * std);
 }
@@ -57,7 +53,7 @@ struct Coefficients {
 
 // grads: the gradient of the loss (count 1) or of loss, invariance, variance, covariance (count 4).
 // scales, weights: [3], as in conventions.py. elements = G N D, columns = G D.
-VICREG_INLINE Coefficients coefficients(const float* grads, int64_t count, const float* scales,
+KERNELS_INLINE Coefficients coefficients(const float* grads, int64_t count, const float* scales,
                                         const float* weights, float groups, float columns,
                                         float elements, float degrees) {
   float terms[3];
@@ -71,12 +67,12 @@ VICREG_INLINE Coefficients coefficients(const float* grads, int64_t count, const
 // The factor of zc in the gradient: the hinge, and on the Gram side the diagonal that the product
 // gram . Zc has too much (pass scatter = 0 where it does not: the covariance side, and deflated
 // columns).
-VICREG_INLINE float column_factor(const Coefficients& a, float slope, float scatter) {
+KERNELS_INLINE float column_factor(const Coefficients& a, float slope, float scatter) {
   return -a.variance * slope - a.covariance * scatter;
 }
 
 // One element of the gradient.
-VICREG_INLINE float gradient(const Coefficients& a, float product, float factor, float centred,
+KERNELS_INLINE float gradient(const Coefficients& a, float product, float factor, float centred,
                              float difference) {
   return a.covariance * product + factor * centred + a.invariance * difference;
 }

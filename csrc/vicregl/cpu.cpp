@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "common/tensors.h"
-#include "vicregl/cpu_rows.h"
+#include "vicregl/cpu/rows.h"
 #include "vicregl/vicregl.h"
 
 namespace vicregl {

@@ -27,20 +27,17 @@
 // graphs capture it. A match out of range is never followed: what it would add is NaN.
 #include <algorithm>
 
-#include "common/launch.h"
+#include "common/cuda/launch.h"
 #include "common/tensors.h"
-#include "vicregl/match.cuh"
-#include "vicregl/pairs.cuh"
+#include "vicregl/cuda/match.cuh"
+#include "vicregl/cuda/pairs.cuh"
 #include "vicregl/vicregl.h"
 
 namespace vicregl {
 namespace {
 
-using common::Queue;
-using common::ScalarType;
+using common::ceil_div, common::data, common::Queue, common::reading, common::ScalarType;
 using namespace kernels;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 unsigned blocks_of(int64_t blocks) {
   STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "vicregl: too large for one launch");
@@ -51,16 +48,6 @@ unsigned blocks_of(int64_t blocks) {
 unsigned blocks_of_warps(int64_t rows, const Queue& queue, int each) {
   return static_cast<unsigned>(
       std::clamp<int64_t>(ceil_div(rows, kWarps), 1, int64_t{each} * queue.multiprocessors()));
-}
-
-template <typename T>
-T* data(const Tensor& z) {
-  return static_cast<T*>(z.data_ptr());
-}
-
-template <typename T>
-const T* reading(const Tensor& z) {
-  return static_cast<const T*>(z.const_data_ptr());
 }
 
 template <typename T>
@@ -103,16 +90,7 @@ void by_kind(const Tensor& a, const Tensor& b, F&& run) {
       run(element, std::false_type{});
     }
   };
-  switch (a.scalar_type()) {
-    case ScalarType::Float:
-      return with(float{});
-    case ScalarType::Half:
-      return with(__half{});
-    default:
-      STD_TORCH_CHECK(a.scalar_type() == ScalarType::BFloat16,
-                      "vicregl: takes float32, bfloat16, float16");
-      return with(__nv_bfloat16{});
-  }
+  common::by_dtype("vicregl", a.scalar_type(), with);
 }
 
 // run(W, RA, RB): elements of an access, and a lane's rows and columns, few for maps of few positions.

@@ -8,23 +8,19 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define VICREGL_INLINE __host__ __device__ __forceinline__
-#else
-#define VICREGL_INLINE [[gnu::always_inline]] inline
-#endif
+#include "common/inline.h"
 
 namespace vicregl {
 
 // Sets of kept matches that one direction can have; MOST_COUNTS in backends.py.
 constexpr int kMostCounts = 4;
 
-VICREGL_INLINE float ordered(float distance) {
+KERNELS_ALWAYS_INLINE float ordered(float distance) {
   return distance == distance ? distance : INFINITY;
 }
 
 // Whether the distance `d` of index `i` comes before `e` of `j`; both `ordered`.
-VICREGL_INLINE bool before(float d, int64_t i, float e, int64_t j) {
+KERNELS_ALWAYS_INLINE bool before(float d, int64_t i, float e, int64_t j) {
   return d < e || (d == e && i < j);
 }
 
@@ -35,7 +31,7 @@ struct Kept {
   float factors[kMostCounts] = {};
 
   // What multiplies the squared distance of the match of this rank; 0 for one that is not kept.
-  VICREGL_INLINE float factor(int64_t rank) const {
+  KERNELS_ALWAYS_INLINE float factor(int64_t rank) const {
     float total = 0.f;
     for (int t = 0; t < kMostCounts; ++t) total += rank < counts[t] ? factors[t] : 0.f;
     return total;
@@ -43,6 +39,6 @@ struct Kept {
 };
 
 // d / d a of factor (a - b)^2, times the gradient of the result; d / d b is its negative.
-VICREGL_INLINE float slope(float grad, float factor) { return 2.f * grad * factor; }
+KERNELS_ALWAYS_INLINE float slope(float grad, float factor) { return 2.f * grad * factor; }
 
 }  // namespace vicregl

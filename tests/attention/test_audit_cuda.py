@@ -11,6 +11,9 @@ import pytest
 
 from tests.helpers import audit_cuda
 
+# A minute of nvcc; `make audit` runs it, and `make test` the audits of the smaller ops.
+pytestmark = pytest.mark.thorough
+
 
 def kernels() -> dict[str, str]:
     """PTX by kernel."""

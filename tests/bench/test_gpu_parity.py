@@ -69,7 +69,7 @@ def test_files_that_mark_tests_are_found_by_their_text(collected):
     chosen, _ = collected
     plan = Plan(ROOT, Path())
     assert gpu_parity.uncollected(plan, chosen) == []
-    fewer = {test: part for test, part in chosen.items() if "test_trainer_gpu" not in test}
+    fewer = {test: part for test, part in chosen.items() if "trainer/test_gpu" not in test}
     assert gpu_parity.uncollected(plan, fewer) == ["tests/trainer/test_gpu.py"]
 
 
@@ -106,9 +106,9 @@ def test_cuda_comes_before_triton_and_memory_last(collected):
     parts = [job.part for job in jobs]
     assert parts == sorted(parts, key=PARTS.index)
     titles = [job.title for job in jobs if job.part == "cuda"]
-    ops = [title.split("_")[1] for title in titles]
+    ops = [title.split("/")[0] for title in titles]
     assert list(dict.fromkeys(ops))[:3] == ["vicreg", "attention", "ema"]
-    assert titles[-1] == "test_trainer_gpu"
+    assert titles[-1] == "trainer/test_gpu"
     assert [job.title for job in jobs if job.part == "memory"] == ["all"]
 
 

@@ -41,7 +41,7 @@ def test_a_rehearsal_with_failures(tmp_path):
     lines = text.splitlines()
     (parity,) = [line for line in lines if " parity, " in line]
     # a test that needs the library, which was not built, proves nothing
-    skipped = "1 skipped; all skipped: test_ema_reference cuda"
+    skipped = "1 skipped; all skipped: ema/test_reference cuda"
     assert parity.endswith(f": 4 passed, 1 failed, 1 crashed, 1 hung, {skipped}")
     assert any(line.startswith("- PASS figures of tokens") for line in lines)
     assert any(re.match(r"- tokens .*: reference [\d.]+ ms", line) for line in lines), "a figure"

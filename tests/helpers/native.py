@@ -37,7 +37,7 @@ def key(op: str, *parts: str) -> str:
     """A hash of the C++ sources that op's builds see, of torch's version and of `parts`."""
     total = hashlib.sha256("\0".join((torch.__version__, *parts)).encode())
     folders = [ROOT / "csrc" / name for name in {op, "common", "emulator"}]
-    for path in sorted(path for folder in folders for path in folder.glob("*") if path.is_file()):
+    for path in sorted(path for folder in folders for path in folder.rglob("*") if path.is_file()):
         total.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return total.hexdigest()[:16]
 

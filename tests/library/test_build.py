@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import native
+
 ROOT = Path(__file__).resolve().parents[2]
 TORCH = Path(torch.__file__).parent
 
@@ -211,3 +213,15 @@ def test_without_ninja_the_package_is_pure_python_and_says_so(checkout: Checkout
     assert "built as pure Python: ninja was not installed" in done.stderr
     assert checkout.built() == []
     assert "ninja was not installed" in checkout.report()["_C"]
+
+
+def test_an_edited_header_of_a_subfolder_is_seen_by_the_test_builds(tmp_path, monkeypatch):
+    """Else the emulator's library of before the edit would be tested."""
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    monkeypatch.setattr(native, "ROOT", tmp_path)
+    seen = {native.key("attention")}
+    for name in ("attention/cuda/tiles.cuh", "attention/cpu/kernels.h", "common/cuda/mma.cuh"):
+        with (tmp_path / "csrc" / name).open("a") as file:
+            file.write("// edited\n")
+        seen.add(native.key("attention"))
+    assert len(seen) == 4

@@ -14,14 +14,20 @@ from vicreg_kernels.core.triton.operands import value
 
 
 @triton.jit
-def inverse_std(scatter, degrees, eps, std_eps):
-    """NaN where float32 does not hold the sum of squares, as in formula.h."""
+def representable(scatter, degrees, eps, std_eps):
+    """The scatter; NaN where float32 does not hold the sum of squares, as in formula.h. Whatever is
+    computed from the stored one is then NaN too, without a check in the loops that load it.
+    """
     variance = scatter / degrees + eps
-    inverse = 1.0 / (tl.sqrt(variance) + std_eps)
     # Infinity less itself is NaN.
     return tl.where(
-        variance + std_eps >= 1.17549435e-38, inverse + (variance - variance), float("nan")
+        variance + std_eps >= 1.17549435e-38, scatter + (variance - variance), float("nan")
     )
+
+
+@triton.jit
+def inverse_std(scatter, degrees, eps, std_eps):
+    return 1.0 / (tl.sqrt(scatter / degrees + eps) + std_eps)
 
 
 @triton.jit
@@ -48,6 +54,8 @@ def finish_columns(
     digits under a large offset; the scatter), C_jj, the sum of (C_jj - 1)^2. Returns N C_jj.
     """
     inside = columns < dim
+    x_scatter = representable(x_scatter, degrees, eps, std_eps)
+    y_scatter = representable(y_scatter, degrees, eps, std_eps)
     store_moments(moments, dim, columns, inside, x_pivot, x_mean, x_scatter)
     store_moments(moments + 3 * dim, dim, columns, inside, y_pivot, y_mean, y_scatter)
     product = comoment * inverse_std(x_scatter, degrees, eps, std_eps)

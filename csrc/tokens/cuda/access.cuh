@@ -1,0 +1,114 @@
+// How the CUDA kernels share out rows and reach their elements.
+//
+// A block is 8 warps and a warp takes whole rows, one after the other; its lanes lie side by side
+// along D, W elements each: 16 bytes' worth where every row is aligned for it, else one.
+#pragma once
+
+#include "common/cuda/columns.cuh"
+#include "tokens/index.h"
+
+namespace tokens {
+namespace kernels {
+
+using common::kAllLanes;
+using common::kLanes;
+using common::kThreads;
+using common::kWarps;
+using common::narrow;
+using common::Pack;
+using common::warp_sum;
+using common::widen;
+
+__device__ __forceinline__ int lane() { return threadIdx.x % kLanes; }
+__device__ __forceinline__ int64_t first_row() {
+  return int64_t{blockIdx.x} * kWarps + threadIdx.x / kLanes;
+}
+__device__ __forceinline__ int64_t row_step() { return int64_t{gridDim.x} * kWarps; }
+
+__device__ __forceinline__ float not_a_number() {
+  const unsigned bits = 0x7fffffffu;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+template <typename T, bool Vectors>
+constexpr int kWidth = Vectors ? 16 / static_cast<int>(sizeof(T)) : 1;
+
+// W elements from or to an address: accesses of 16 bytes where W is 16 bytes' worth or more.
+template <int W, typename T>
+__device__ __forceinline__ void load(const T* from, float (&out)[W]) {
+  constexpr int N = 16 / static_cast<int>(sizeof(T));
+  if constexpr (W % N == 0) {
+#pragma unroll
+    for (int part = 0; part < W; part += N) {
+      const auto pack = Pack<T, N>::read(from + part);
+#pragma unroll
+      for (int w = 0; w < N; ++w) out[part + w] = widen(pack.values[w]);
+    }
+  } else {
+    static_assert(W == 1);
+    out[0] = widen(*from);
+  }
+}
+
+template <int W, typename T>
+__device__ __forceinline__ void store(T* to, const float (&in)[W]) {
+  constexpr int N = 16 / static_cast<int>(sizeof(T));
+  if constexpr (W % N == 0) {
+#pragma unroll
+    for (int part = 0; part < W; part += N) {
+      Pack<T, N> pack;
+#pragma unroll
+      for (int w = 0; w < N; ++w) pack.values[w] = narrow<T>(in[part + w]);
+      pack.write(to + part);
+    }
+  } else {
+    static_assert(W == 1);
+    *to = narrow<T>(in[0]);
+  }
+}
+
+// Bits that move as they are: 16 bytes, 4 or 2; all ones is a NaN of every dtype.
+template <typename Unit>
+__device__ __forceinline__ Unit ones() {
+  if constexpr (sizeof(Unit) == 16) {
+    return Unit{~0u, ~0u, ~0u, ~0u};
+  } else {
+    return static_cast<Unit>(~Unit{0});
+  }
+}
+
+template <typename Unit>
+__device__ __forceinline__ void put(Unit* to, const Unit& value) {
+  if constexpr (sizeof(Unit) == 16) {
+    __stwb(to, value);
+  } else {
+    *to = value;
+  }
+}
+
+// Copies a row of `columns` units, `stride` apart; four loads are under way at once.
+template <typename Unit>
+__device__ __forceinline__ void copy_row(const Unit* from, int64_t stride, int64_t columns,
+                                         Unit* to) {
+  for (int64_t c = lane(); c < columns; c += 4 * kLanes) {
+    Unit kept[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (c + i * kLanes < columns) kept[i] = from[(c + i * kLanes) * stride];
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (c + i * kLanes < columns) put(to + c + i * kLanes, kept[i]);
+    }
+  }
+}
+
+template <typename Unit>
+__device__ __forceinline__ void fill_row(const Unit& value, int64_t columns, Unit* to) {
+  for (int64_t c = lane(); c < columns; c += kLanes) put(to + c, value);
+}
+
+}  // namespace kernels
+}  // namespace tokens
