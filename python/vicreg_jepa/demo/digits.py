@@ -32,7 +32,7 @@ from vicreg_jepa.methods import build
 from vicreg_jepa.training import checkpoint
 from vicreg_jepa.training.run import load, restore, train
 from vicreg_jepa.training.trainer import device_of
-from vicreg_kernels import dispatch
+from vicreg_kernels.core import dispatch
 
 # Parity is looked at before the training and at the checkpoints.
 SETTINGS = ("training.steps=200", "training.save_every=40", "training.keep=5")
