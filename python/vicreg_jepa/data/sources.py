@@ -37,7 +37,7 @@ def images(settings: Config) -> tuple[Any, Any]:
 
 def _stored(given: Data, path: Path) -> image_files.Stored:
     folder = given.kind == "images"
-    found = image_files.Folder(path) if folder else image_files.Shards(path, given.limits)
+    found = image_files.ImageFolder(path) if folder else image_files.ImageShards(path, given.limits)
     return image_files.stored(path.name, found, given.size, given.limits)
 
 

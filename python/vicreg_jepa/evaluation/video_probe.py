@@ -113,7 +113,9 @@ class Scores:
 def scores(
     tokens: Tensor, found: Labelled, *, heads: int, seed: int, backend: str | None = None
 ) -> Scores:
-    """Of tokens [N, T, D] in the order of the videos, a fifth of each class held out by seed."""
+    """Fit both probes to tokens [N, T, D], in the order of the videos; seed holds out a fifth of
+    each class.
+    """
     train, test = image_sets.split(found, seed)  # type: ignore[type-var]
     seen, held_out = tokens[train.rows], tokens[test.rows]
     settings: dict[str, Any] = {"heads": heads, "seed": seed, "backend": backend}

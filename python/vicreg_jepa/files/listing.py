@@ -15,7 +15,7 @@ COPIES = ("@eaDir", "__MACOSX")
 
 
 def hidden(name: str) -> bool:
-    """Of a file's or folder's own name."""
+    """Whether a file or folder is hidden by its own name."""
     return name.startswith(".") or name in COPIES
 
 

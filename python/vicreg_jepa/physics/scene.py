@@ -201,12 +201,6 @@ class Clip:
         """[T, N]: wholly in the picture."""
         return np.all((self.bounds >= 0) & (self.bounds <= SIZE), axis=2)
 
-    def energy(self) -> NDArray[np.float64]:
-        """[T]: kinetic energy and potential energy above the floor, of all things."""
-        kinetic = self.mass * (self.velocity**2).sum(2) + self.moment * self.spin**2
-        height = self.scene.floor - self.position[:, :, 1]
-        return (kinetic / 2 + self.mass * self.scene.gravity * height).sum(1)
-
     def record(self) -> dict[str, Any]:
         """What happens, for JSON; the states to a thousandth of a pixel."""
         scene = asdict(self.scene)

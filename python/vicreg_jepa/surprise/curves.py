@@ -114,7 +114,7 @@ def relative_accuracy(possible: Sequence[float], impossible: Sequence[float]) ->
 
 
 def auroc(possible: Sequence[float], impossible: Sequence[float]) -> float:
-    """Of telling impossible videos from possible ones by one threshold."""
+    """The area under the ROC of telling impossible videos from possible ones by a threshold."""
     from sklearn.metrics import roc_auc_score
 
     labels = [0] * len(possible) + [1] * len(impossible)

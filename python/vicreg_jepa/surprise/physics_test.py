@@ -19,7 +19,8 @@ SurpriseOf = Callable[[Tensor], dict[str, list[float]]]
 
 @dataclass(frozen=True)
 class Score:
-    """Of one property: the share of quadruplets told apart, and the AUROC over single videos.
+    """The results for one property: the share of quadruplets told apart, and the AUROC over
+    single videos.
 
     A quadruplet is told apart where its two impossible videos surprise more than its two possible
     ones together: IntPhys' relative score. Its videos are made of the same frames, so what a model
@@ -39,7 +40,7 @@ def quadruplets(property: str, count: int, first_seed: int = 0) -> Tensor:
 
 
 def scores(surprise_of: SurpriseOf, videos: Tensor, property: str) -> dict[str, Score]:
-    """Of quadruplets [count, 4, F, H, W, 3], by how a video's curve becomes one number."""
+    """The surprise of quadruplets [count, 4, F, H, W, 3], by how a curve becomes one number."""
     count, result = len(videos), {}
     for kind, values in surprise_of(videos.flatten(0, 1)).items():
         grid = torch.tensor(values, dtype=torch.float64).view(count, 2, 2)
