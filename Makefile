@@ -31,13 +31,13 @@ setup: $(VENV)/libraries ## build the CPU library and install what the rest need
 # Anew: a physics run that is there would be gone on with.
 demo: setup ## train VICReg on digits, fused against plain, and a V-JEPA on physics: 10 minutes
 	rm -rf runs/demo
-	$(BIN)/python -m jepa.demo --output runs/demo
+	$(BIN)/python -m vicreg_jepa.demo --output runs/demo
 
 # The whole of the physics test: a model of embeddings and one of pixels, 11 minutes each on two cores.
 physics: setup ## train the physics models in full and measure their surprise: half an hour
-	$(BIN)/jepa train vjepa_causal_physics --output runs/vjepa_causal_physics
-	$(BIN)/jepa train pixels_physics --output runs/pixels_physics
-	$(BIN)/jepa surprise runs/vjepa_causal_physics --beside runs/pixels_physics
+	$(BIN)/vicreg-jepa train vjepa_causal_physics --output runs/vjepa_causal_physics
+	$(BIN)/vicreg-jepa train pixels_physics --output runs/pixels_physics
+	$(BIN)/vicreg-jepa surprise runs/vjepa_causal_physics --beside runs/pixels_physics
 
 test: setup ## run all tests that end within 10 minutes
 	$(BIN)/python -m pytest -m "not gpu and not thorough" -n 2 --dist loadfile

@@ -11,8 +11,8 @@ from torch import Tensor
 from bench import measure
 from bench.barlow_baselines import BASELINES, COMPILED, PEERS
 from bench.case import Case, Plan
-from vicreg_kernels import dispatch
 from vicreg_kernels.barlow import barlow_twins_loss
+from vicreg_kernels.core import dispatch
 
 TITLE = "Barlow Twins loss, forward and backward, by batch x dimensions"
 CONTENDERS = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.case import Case, Plan, Step
-from vicreg_kernels import dispatch
+from vicreg_kernels.core import dispatch
 from vicreg_kernels.ema import ema_update_
 
 TITLE = "EMA update of a vision transformer's parameters"

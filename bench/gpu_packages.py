@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".gpu-packages"
-# What python/jepa imports beside torch. The image has all but the first two.
+# What python/vicreg_jepa imports beside torch. The image has all but the first two.
 IMPORTS = (
     "pydantic", "pymunk", "safetensors", "yaml", "rich", "sklearn", "matplotlib", "tqdm", "numpy",
     "PIL",

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 import vicreg_kernels as vk
 from bench import measure
 from bench.case import Case, Plan
-from vicreg_kernels import dispatch
+from vicreg_kernels.core import dispatch
 
 TITLE = "V-JEPA 2-style step: encoder, predictor, teacher, backward and EMA"
 CONTENDERS = {

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bench import measure
 from bench.case import Case, Plan
-from vicreg_kernels import dispatch
+from vicreg_kernels.core import dispatch
 from vicreg_kernels.tokens import (
     assemble_tokens,
     gather_tokens,

@@ -12,7 +12,7 @@ from torch import Tensor
 from bench import measure
 from bench.case import Case, Plan
 from bench.vicregl_baselines import COMPILED, baselines
-from vicreg_kernels import dispatch
+from vicreg_kernels.core import dispatch
 from vicreg_kernels.vicregl import vicregl_loss
 
 TITLE = "VICRegL, forward and backward, by batch x views x positions x channels"

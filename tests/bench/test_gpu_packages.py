@@ -65,12 +65,12 @@ def test_what_the_trainer_imports_is_named():
     import ast
 
     found = set()
-    for path in (ROOT / "python" / "jepa").rglob("*.py"):
+    for path in (ROOT / "python" / "vicreg_jepa").rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.Import):
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 found.add(node.module.split(".")[0])
-    found -= {*sys.stdlib_module_names, "torch", "vicreg_kernels", "jepa"}
+    found -= {*sys.stdlib_module_names, "torch", "vicreg_kernels", "vicreg_jepa"}
     assert found <= set(gpu_packages.IMPORTS)
     assert "pydantic" in found

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vicreg_kernels import library
+from vicreg_kernels.core import library
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCH_SITE = Path(torch.__file__).parent.parent
@@ -24,7 +24,7 @@ import warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import torch, vicreg_kernels as vk
-from vicreg_kernels import dispatch, library
+from vicreg_kernels.core import dispatch, library
 x = torch.randn(8, 32, requires_grad=True)
 vk.vicreg_loss(x, torch.randn(8, 32)).backward()
 print(vk.__file__)
@@ -33,11 +33,11 @@ print(library.CPU_MISSING)
 print(sum("plain PyTorch on CPUs" in str(w.message) for w in caught))
 """
 
-# The command `jepa` where a package of its extra is missing.
+# The command `vicreg-jepa` where a package of its extra is missing.
 COMMAND = """
 import contextlib, importlib.metadata, io, sys
 sys.modules["yaml"] = None
-(command,) = importlib.metadata.entry_points(group="console_scripts", name="jepa")
+(command,) = importlib.metadata.entry_points(group="console_scripts", name="vicreg-jepa")
 with contextlib.redirect_stderr(io.StringIO()) as said:
     code = command.load()(["train", "vicreg_digits", "--output", "x"])
 print(code, said.getvalue())
@@ -108,14 +108,14 @@ def test_a_pure_python_wheel_that_is_asked_for(tmp_path: Path) -> None:
     wheel, _ = build_wheel(tmp_path, VICREG_KERNELS_BUILD="python")
     assert wheel.name.endswith("-py3-none-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    for path in (ROOT / "python").rglob("jepa/**/*"):
+    for path in (ROOT / "python").rglob("vicreg_jepa/**/*"):
         if path.suffix in (".py", ".yaml"):
             assert str(path.relative_to(ROOT / "python")) in names
     lines = run_installed(wheel, tmp_path, CHECK + COMMAND)
     assert lines[1] == "reference True"
     assert lines[2].startswith("_C.abi3.so was not built: VICREG_KERNELS_BUILD=python")
     assert lines[3] == "1"  # said once
-    assert lines[4].startswith("2 jepa: import of yaml")
+    assert lines[4].startswith("2 vicreg-jepa: import of yaml")
     assert "pip install 'vicreg-kernels[trainer]'" in lines[4]
 
 
@@ -136,7 +136,7 @@ def test_no_wheel_without_kernels_unless_asked_for(
     """
     source = tmp_path / "source"
     (source / "vicreg_kernels").mkdir(parents=True)
-    (source / "python" / "jepa").mkdir(parents=True)
+    (source / "python" / "vicreg_jepa").mkdir(parents=True)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("__init__.py", "version.py"):

@@ -9,7 +9,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from jepa import cli, config
+from vicreg_jepa import cli, config
 
 SMALL = ["training.batch=16", "model.dim=8", "model.expander=[8, 16]", "training.save_every=2"]
 SMALL += ["training.log_every=2"]
@@ -22,7 +22,7 @@ def train(folder: Path, steps: int = 6, *words: str) -> int:
 
 @cache
 def trained() -> Path:
-    parent = Path(tempfile.mkdtemp(prefix="jepa_runs_"))
+    parent = Path(tempfile.mkdtemp(prefix="vicreg_jepa_runs_"))
     atexit.register(shutil.rmtree, parent, ignore_errors=True)
     assert train(parent / "run") == 0
     return parent / "run"

@@ -1,4 +1,4 @@
-"""`jepa train | probe | surprise | compare | export`, on runs of a few steps."""
+"""`vicreg-jepa train | probe | surprise | compare | export`, on runs of a few steps."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from jepa import cli, launch, videos
 from safetensors.torch import load_file
+from vicreg_jepa import cli
+from vicreg_jepa.data import videos
+from vicreg_jepa.training.run import restore
 
 SMALL = ["training.batch=64", "model.dim=32", "model.expander=[32, 64]", "training.save_every=2"]
 
@@ -41,7 +43,7 @@ def test_probe(trained, capsys):
 def test_export_holds_the_encoder(trained, tmp_path):
     file = tmp_path / "encoder.safetensors"
     assert cli.main(["export", str(trained), str(file)]) == 0
-    _, method, _ = launch.restore(trained)
+    _, method, _ = restore(trained)
     for name, z in load_file(file).items():
         assert torch.equal(z, method.encoder.state_dict()[name])
 

@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from jepa import build, compiled, config
-from jepa.trainer import Ranks, Trainer
 from torch._dynamo.utils import counters
+from vicreg_jepa import config
+from vicreg_jepa.distributed.ranks import Ranks
+from vicreg_jepa.methods import build
+from vicreg_jepa.training import compilation
+from vicreg_jepa.training.trainer import Trainer
 
 from tests.trainer.test_trainer import samples, settings
 
@@ -29,7 +32,7 @@ def steps(made: config.Config, folder) -> tuple[list[float], list[int]]:
 @pytest.mark.parametrize("method", ["lejepa", "vjepa"])
 def test_compiled_and_eager_train_alike(method, tmp_path, monkeypatch):
     """The graphs that inductor would be given, differentiated and run: it is torch's own."""
-    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     torch._dynamo.reset()
     counters.clear()
     eager, none = steps(settings(method), tmp_path)
@@ -68,4 +71,4 @@ def test_other_words_are_refused():
 
 def test_torch_knows_what_cuda_graphs_are_asked_for():
     """It refuses an option that it does not know; nothing is run here."""
-    compiled.compile_method(build.method(settings("vicreg"), 1), cuda_graphs=True)
+    compilation.compile_method(build.method(settings("vicreg"), 1), cuda_graphs=True)

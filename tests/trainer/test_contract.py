@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from jepa import checkpoint, config
-from jepa.masks import Masks, multi_block
-from jepa.trainer import Ranks, Trainer
-from jepa.vit import Grid
 from torch import Tensor, nn
+from vicreg_jepa import config
+from vicreg_jepa.distributed.ranks import Ranks
+from vicreg_jepa.models.masks import Masks, multi_block
+from vicreg_jepa.models.vit import Grid
+from vicreg_jepa.training import checkpoint
+from vicreg_jepa.training.trainer import Trainer
 
 
 class Tokens(nn.Module):

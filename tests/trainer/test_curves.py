@@ -10,8 +10,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from jepa import build, config, launch, probe, source
-from jepa.trainer import Ranks, Trainer
+from vicreg_jepa import config
+from vicreg_jepa.data import batches, sources
+from vicreg_jepa.distributed.ranks import Ranks
+from vicreg_jepa.evaluation import probe
+from vicreg_jepa.evaluation.features import features
+from vicreg_jepa.methods import build
+from vicreg_jepa.training.trainer import Trainer
 
 from tests.trainer.test_trainer import METHODS, run, settings
 
@@ -49,14 +54,14 @@ def test_lejepa_learns(tmp_path):
     values["loss"] |= {"views": 4, "slices": 64}
     values["optimizer"]["rate"] = 5e-3
     made = config.parse(values)
-    train, test = launch.images(made)
+    train, test = sources.images(made)
     method = build.method(made, 1).train()
 
     def score() -> float:
-        seen, held_out = (launch.features(method, part.images) for part in (train, test))
+        seen, held_out = (features(method, part.images) for part in (train, test))
         return probe.accuracy(seen, train.labels, held_out, test.labels)
 
     before = score()
     trainer = Trainer(made, method, Ranks(), tmp_path)
-    trainer.fit(source.ImageSource(train, 128, made.seed), lambda *_: None)
+    trainer.fit(batches.ImageSource(train, 128, made.seed), lambda *_: None)
     assert score() > before + 0.08

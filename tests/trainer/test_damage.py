@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from jepa import checkpoint, recording, stored, tars, videos
-from jepa.pictures import Limits
 from PIL import Image, features
+from vicreg_jepa.data import image_files, video_decoders, videos
+from vicreg_jepa.files import tar_index
+from vicreg_jepa.files.pictures import Limits
+from vicreg_jepa.training import checkpoint
 
 from tests.trainer.test_tars import tar_of
 
@@ -63,10 +65,10 @@ FILES = {f"{n}.{s}": bytes(40 + n) for n in range(3) for s in ("png", "json")}
 
 def read_tar(path: Path) -> dict[str, dict[str, int]]:
     """Sizes, not contents: of those a tar has no checksum."""
-    found = tars.index(path)
+    found = tar_index.index(path)
     for sample in found:
         for place in sample.files.values():
-            tars.read(path, place)
+            tar_index.read(path, place)
     return {sample.key: {k: size for k, (_, size) in sample.files.items()} for sample in found}
 
 
@@ -143,7 +145,7 @@ class One:
 
 def read_picture(path: Path) -> np.ndarray:
     limits = Limits(max_pixels=10**6)  # a bit in a header makes a picture of any size
-    return stored.stored("x", One(path), 16, limits)[[0]].numpy()
+    return image_files.stored("x", One(path), 16, limits)[[0]].numpy()
 
 
 def picture(format: str, deep: bool = False, **words: Any) -> Callable[[], bytes]:
@@ -212,7 +214,7 @@ def film(format: str, codec: str, **options: str) -> Callable[[], bytes]:
 
 
 def read_film(path: Path) -> np.ndarray:
-    found = recording.PyAV(repr(str(path)), path, 16)
+    found = video_decoders.PyAV(repr(str(path)), path, 16)
     return found[:]
 
 

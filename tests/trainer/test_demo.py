@@ -9,12 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from jepa import augment, build, config, data, launch, memory, plain, probe, source, timing
-from jepa.demo import __main__ as demo
-from jepa.demo import parity, physics, table
-from jepa.trainer import Ranks, Trainer
 from PIL import Image
 from safetensors.torch import load_file
+from vicreg_jepa import config
+from vicreg_jepa.compare import memory, timing
+from vicreg_jepa.data import batches, image_sets
+from vicreg_jepa.demo import __main__ as demo
+from vicreg_jepa.demo import parity, physics, table
+from vicreg_jepa.distributed.ranks import Ranks
+from vicreg_jepa.evaluation import probe
+from vicreg_jepa.evaluation.features import features
+from vicreg_jepa.methods import augment, build
+from vicreg_jepa.ops import published
+from vicreg_jepa.training import run
+from vicreg_jepa.training.run import restore, train
+from vicreg_jepa.training.trainer import Trainer
 
 import vicreg_kernels
 
@@ -29,7 +38,7 @@ def generator(seed: int) -> torch.Generator:
 @pytest.mark.parametrize("shape", [(2, 3), (7, 5), (16, 16), (24, 67), (130, 31)])
 def test_plain_is_the_reference_in_float64(shape):
     x, y = (torch.randn(shape, dtype=torch.float64).mul_(s).requires_grad_() for s in (0.9, 1.1))
-    ours = plain.vicreg_loss(x, y)
+    ours = published.vicreg_loss(x, y)
     theirs = vicreg_kernels.vicreg_loss(x, y, backend="reference")
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
     for found, wanted in zip(
@@ -41,14 +50,14 @@ def test_plain_is_the_reference_in_float64(shape):
 def test_off_diagonal_leaves_out_the_diagonal_alone():
     square = torch.arange(16.0).view(4, 4)
     wanted = [v for v in range(16) if v % 5]
-    assert plain.off_diagonal(square).tolist() == wanted
+    assert published.off_diagonal(square).tolist() == wanted
 
 
 # Views
 
 
 def test_views_depend_on_the_seed_alone_and_stay_images():
-    images = data.digits().images[:64]
+    images = image_sets.digits().images[:64]
     before = images.clone()
     view = augment.Augment()(images, generator(1))
     assert torch.equal(view, augment.Augment()(images, generator(1)))
@@ -67,7 +76,7 @@ def test_views_are_made_where_the_images_are():
 
 
 def test_every_image_has_its_own_draw():
-    image = data.digits().images[:1]
+    image = image_sets.digits().images[:1]
     view = augment.Augment()(image.expand(16, -1, -1, -1), generator(0))
     assert len(torch.unique(view.flatten(1), dim=0)) == 16
 
@@ -103,10 +112,10 @@ def test_erasing_clears_one_rectangle_of_at_most_the_given_edge():
 
 
 def test_split_keeps_proportions_and_loses_nothing():
-    whole = data.digits()
-    first, second = data.split(whole, 3)
-    again, _ = data.split(whole, 3)
-    other, _ = data.split(whole, 4)
+    whole = image_sets.digits()
+    first, second = image_sets.split(whole, 3)
+    again, _ = image_sets.split(whole, 3)
+    other, _ = image_sets.split(whole, 4)
     assert torch.equal(first.images, again.images)
     assert not torch.equal(first.images, other.images)
     assert len(first) + len(second) == len(whole) == 1797
@@ -126,7 +135,7 @@ def test_image_folder_reads_every_class(tmp_path):
     paint(tmp_path, "red", 3, (255, 0, 0))
     paint(tmp_path, "blue", 2, (0, 0, 255))
     (tmp_path / "red" / "notes.txt").write_text("not an image")
-    found = data.image_folder(tmp_path, 8)
+    found = image_sets.image_folder(tmp_path, 8)
     assert found.classes == ("blue", "red")
     assert found.labels.tolist() == [0, 0, 1, 1, 1]
     assert found.images.shape == (5, 3, 8, 8)
@@ -136,14 +145,14 @@ def test_image_folder_reads_every_class(tmp_path):
 
 def test_image_folder_says_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="takes a folder"):
-        data.image_folder(tmp_path / "none")
+        image_sets.image_folder(tmp_path / "none")
     paint(tmp_path, "red", 1, (255, 0, 0))
     with pytest.raises(ValueError, match="1 sub-folders"):
-        data.image_folder(tmp_path)
+        image_sets.image_folder(tmp_path)
     (tmp_path / "blue").mkdir()
     (tmp_path / "blue" / "broken.png").write_bytes(b"not a png")
     with pytest.raises(ValueError, match=r"broken\.png is not an image"):
-        data.image_folder(tmp_path)
+        image_sets.image_folder(tmp_path)
 
 
 # Training
@@ -156,16 +165,16 @@ def small(words: tuple[str, ...] = ()) -> config.Config:
 
 def test_training_teaches_the_encoder(tmp_path):
     made = small(("training.steps=80",))
-    sets = data.split(data.digits(), 0)
+    sets = image_sets.split(image_sets.digits(), 0)
     method = build.method(made, 1)
     untrained = probe.calibrated(method, sets[0].images)
     losses: list[float] = []
     trainer = Trainer(made, method, Ranks(), tmp_path)
-    trainer.fit(source.ImageSource(sets[0], 128, 0), lambda step, loss, s: losses.append(loss))
+    trainer.fit(batches.ImageSource(sets[0], 128, 0), lambda step, loss, s: losses.append(loss))
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
 
     def score(found):
-        seen = [launch.features(found, part.images) for part in sets]
+        seen = [features(found, part.images) for part in sets]
         return probe.probe(*seen, *sets, seed=0, draws=4).few_labels
 
     assert score(method) > score(untrained) + 0.02
@@ -191,7 +200,7 @@ def test_few_takes_so_many_of_each_class():
 
 def test_calibration_sets_the_copys_statistics():
     method = build.method(small(), 1)
-    encoder, images = method.encoder, data.digits().images[:200]
+    encoder, images = method.encoder, image_sets.digits().images[:200]
     found = probe.calibrated(method, images).encoder
     assert torch.equal(encoder[1].running_mean, torch.zeros(32))
     torch.testing.assert_close(found[1].running_mean, encoder[0](images).mean(dim=(0, 2, 3)))
@@ -201,7 +210,10 @@ def test_calibration_sets_the_copys_statistics():
 
 
 def test_parity_sees_a_difference():
-    losses = {"fused": lambda x, y: 1.01 * plain.vicreg_loss(x, y), "reference": plain.vicreg_loss}
+    losses = {
+        "fused": lambda x, y: 1.01 * published.vicreg_loss(x, y),
+        "reference": published.vicreg_loss,
+    }
     found = parity.compare(losses, torch.randn(32, 48), torch.randn(32, 48))
     assert found.loss_between == pytest.approx(0.01, rel=1e-2)
     assert found.gradient_between == pytest.approx(0.01, rel=1e-2)
@@ -297,9 +309,9 @@ def test_the_physics_are_drawn(tmp_path, capsys, monkeypatch):
     for kind, least in (("png", 20_000), ("gif", 50_000)):
         assert str(tmp_path / f"permanence.{kind}") in printed
         assert (tmp_path / f"permanence.{kind}").stat().st_size > least
-    assert f"jepa surprise {tmp_path / 'vjepa_causal_physics'}" in printed
+    assert f"vicreg-jepa surprise {tmp_path / 'vjepa_causal_physics'}" in printed
     assert any(f"permanence: {share} % of 1" in printed for share in (0, 50, 100))
-    assert launch.restore(tmp_path / "vjepa_causal_physics")[2] == 1
+    assert restore(tmp_path / "vjepa_causal_physics")[2] == 1
 
 
 def test_a_slow_machine_takes_fewer_steps_and_says_so(capsys):
@@ -336,10 +348,10 @@ def test_the_time_of_a_step_is_measured():
 
 @pytest.mark.parametrize("slow", [True, False])
 def test_a_run_in_bfloat16_on_a_cpu_without_it_is_warned(tmp_path, monkeypatch, capsys, slow):
-    monkeypatch.setattr(launch, "bfloat16_is_slow", lambda device: slow)
+    monkeypatch.setattr(run, "bfloat16_is_slow", lambda device: slow)
     for precision in ("bfloat16", "float32"):
         words = ["training.steps=1", f"training.precision={precision}", "training.batch=64"]
-        launch.train(config.load("vicreg_digits", words), tmp_path / precision)
+        train(config.load("vicreg_digits", words), tmp_path / precision)
         warned = "training.precision: this CPU" in capsys.readouterr().err
         assert warned == (slow and precision == "bfloat16")
 
@@ -381,7 +393,7 @@ def test_a_gpu_that_is_not_there_is_named(tmp_path, monkeypatch):
 
 
 def test_a_package_that_is_missing_is_named_with_its_extra(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "jepa.demo", None)
+    monkeypatch.setitem(sys.modules, "vicreg_jepa.demo", None)
     assert demo.main(["--only", "digits"]) == 2
     assert "pip install 'vicreg-kernels[trainer]'" in capsys.readouterr().err
 

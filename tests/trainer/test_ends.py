@@ -13,9 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from jepa import cli, config, launch, output, source, stored
-from jepa.trainer import Trainer
 from PIL import Image
+from vicreg_jepa import cli, config
+from vicreg_jepa.data import batches, image_files, sources
+from vicreg_jepa.files import output
+from vicreg_jepa.training.run import restore
+from vicreg_jepa.training.run import train as train_settings
+from vicreg_jepa.training.trainer import Trainer
 
 from tests.trainer.runs import SMALL, a_run, checkpoint_of, column, said, steps_of, train, trained
 from tests.trainer.test_pictures import folder as pictures_of
@@ -43,7 +47,7 @@ def test_a_signal_saves_and_ends_in_one_line(number, code, tmp_path, capsys, mon
         patched.setattr(Trainer, "take", told)
         assert train(tmp_path / "run") == code
     lines = said(capsys).splitlines()
-    assert "jepa: stopped by " + number.name in lines[-1]
+    assert "vicreg-jepa: stopped by " + number.name in lines[-1]
     assert f"goes on from step 3 ({checkpoint_of(tmp_path / 'run', 3)})" in lines[-1]
     assert signal.getsignal(number) is before
     assert train(tmp_path / "run") == 0
@@ -53,22 +57,22 @@ def test_a_signal_saves_and_ends_in_one_line(number, code, tmp_path, capsys, mon
 @pytest.mark.parametrize("when", ["waiting", "before"])
 def test_a_signal_outside_of_a_step(when, tmp_path, capsys, monkeypatch):
     """While it waits for data it saves what it has; before the first step there is nothing."""
-    batches = source.ImageSource.batches
+    unhurried = batches.ImageSource.batches
 
     def slow(self, start, share):
         if when == "before":
             os.kill(os.getpid(), signal.SIGTERM)
-        for number, batch in enumerate(batches(self, start, share)):
+        for number, batch in enumerate(unhurried(self, start, share)):
             if number == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(source.ImageSource, "batches", slow)
+    monkeypatch.setattr(batches.ImageSource, "batches", slow)
     assert train(tmp_path / "run", 60, "training.save_every=50") == 143
     line = said(capsys).splitlines()[-1]
     if when == "waiting":
         assert "goes on from step 3" in line
-        assert launch.restore(tmp_path / "run")[2] == 3
+        assert restore(tmp_path / "run")[2] == 3
     else:
         assert "no checkpoint yet" in line
 
@@ -76,7 +80,7 @@ def test_a_signal_outside_of_a_step(when, tmp_path, capsys, monkeypatch):
 def test_a_run_in_a_thread_leaves_signals_alone(tmp_path):
     made = config.load("vicreg_digits", [*SMALL, "training.steps=2"])
     found: list[int] = []
-    thread = threading.Thread(target=lambda: found.append(launch.train(made, tmp_path / "run")))
+    thread = threading.Thread(target=lambda: found.append(train_settings(made, tmp_path / "run")))
     thread.start()
     thread.join()
     assert found == [2]
@@ -102,7 +106,7 @@ def test_a_full_disk_ends_in_one_line(most, tmp_path, capsys):
     with files_of(most):
         assert train(run, 8) == 2
     line = said(capsys).splitlines()[-1]
-    assert line.startswith(f"jepa: {run}"), line
+    assert line.startswith(f"vicreg-jepa: {run}"), line
     assert "cannot be written (File too large)" in line
     assert {path: path.read_bytes() for path in checkpoint_of(run, 2).iterdir()} == kept
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000002"]
@@ -161,7 +165,7 @@ def test_a_workers_error_is_one_line(tmp_path, capsys):
     words = ["data.kind=images", f"data.path={root}", "data.workers=1", "training.batch=12"]
     assert train(tmp_path / "run", 3, *words) == 2
     line = said(capsys).splitlines()[-1]
-    assert line.startswith(f"jepa: images: {root}/a/3.png is not an image Pillow reads")
+    assert line.startswith(f"vicreg-jepa: images: {root}/a/3.png is not an image Pillow reads")
 
 
 class Dying:
@@ -182,8 +186,8 @@ class Dying:
 
 
 def test_a_worker_that_is_killed_is_one_line(tmp_path, capsys, monkeypatch):
-    found = stored.stored("x", Dying(), 8)
-    monkeypatch.setattr(launch, "images", lambda settings: (found, found))
+    found = image_files.stored("x", Dying(), 8)
+    monkeypatch.setattr(sources, "images", lambda settings: (found, found))
     assert train(tmp_path / "run", 3, "data.workers=1", "training.batch=4") == 2
     line = said(capsys).splitlines()[-1]
     assert re.search(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)", line)
@@ -228,7 +232,7 @@ def test_too_little_memory_is_one_line(error, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Trainer, "take", take)
     assert train(tmp_path / "run") == 2
     line = said(capsys).splitlines()[-1]
-    assert re.match("jepa: .*out of memory.*take a smaller training.batch, or larger", line)
+    assert re.match("vicreg-jepa: .*out of memory.*take a smaller training.batch, or larger", line)
 
 
 def test_a_fault_of_ours_keeps_its_traceback(tmp_path, monkeypatch):

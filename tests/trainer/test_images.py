@@ -13,8 +13,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from jepa import checkpoint, cli, config, data, launch, source, stored, tars
 from PIL import Image
+from vicreg_jepa import cli, config
+from vicreg_jepa.data import batches, image_files, image_sets, sources
+from vicreg_jepa.files import tar_index
+from vicreg_jepa.training import checkpoint
 
 SMALL = ["training.batch=8", "training.steps=2", "model.dim=8", "model.expander=[8, 16]"]
 
@@ -80,18 +83,18 @@ def settings(method: str, *words: str) -> config.Config:
 def test_batches_depend_on_seed_and_step_alone(tmp_path):
     root = folder_of(tmp_path)
     words = ("data.kind=images", f"data.path={root}", "data.size=8", "training.batch=4")
-    alone = launch.source(settings("ijepa", "model.patch=2", *words))
-    whole = list(islice(alone.batches(0, source.Share()), 7))
-    many = launch.source(settings("ijepa", "model.patch=2", "data.workers=2", *words))
+    alone = sources.source(settings("ijepa", "model.patch=2", *words))
+    whole = list(islice(alone.batches(0, batches.Share()), 7))
+    many = sources.source(settings("ijepa", "model.patch=2", "data.workers=2", *words))
     for start in (0, 3):
-        later = islice(many.batches(start, source.Share()), 4)
+        later = islice(many.batches(start, batches.Share()), 4)
         assert all(torch.equal(a, b) for a, b in zip(later, whole[start:], strict=False))
-    ranks = [islice(many.batches(5, source.Share(rank, 2)), 2) for rank in (0, 1)]
+    ranks = [islice(many.batches(5, batches.Share(rank, 2)), 2) for rank in (0, 1)]
     for batch, parts in zip(whole[5:], zip(*ranks, strict=True), strict=True):
         assert torch.equal(torch.cat(parts), batch)
     # views are drawn for the whole batch: every rank takes it
-    views = launch.source(settings("vicreg", *words))
-    assert torch.equal(next(views.batches(6, source.Share(1, 2))), whole[6])
+    views = sources.source(settings("vicreg", *words))
+    assert torch.equal(next(views.batches(6, batches.Share(1, 2))), whole[6])
     # the batch that collapse is measured on is of all classes
     assert [number_of(image) for image in alone.sample(3)] == [
         number_of(image) for image in alone.images[[0, 4, 9]]
@@ -100,10 +103,13 @@ def test_batches_depend_on_seed_and_step_alone(tmp_path):
 
 def test_a_stored_folder_is_the_one_in_memory(tmp_path):
     root = folder_of(tmp_path)
-    found, held = stored.stored("x", stored.Folder(root), 8), data.image_folder(root, 8)
+    found, held = (
+        image_files.stored("x", image_files.Folder(root), 8),
+        image_sets.image_folder(root, 8),
+    )
     assert torch.equal(found[range(12)], held.images)
     assert torch.equal(found.labels, held.labels)
-    for ours, theirs in zip(data.split(found, 3), data.split(held, 3), strict=True):
+    for ours, theirs in zip(image_sets.split(found, 3), image_sets.split(held, 3), strict=True):
         assert torch.equal(ours[range(len(ours))], theirs.images)
         assert torch.equal(ours.labels, theirs.labels)
 
@@ -111,9 +117,9 @@ def test_a_stored_folder_is_the_one_in_memory(tmp_path):
 def test_a_corrupt_image_is_named_by_the_worker_that_reads_it(tmp_path):
     bad = folder_of(tmp_path) / "b" / "07.png"
     bad.write_bytes(bad.read_bytes()[:60])
-    found = stored.stored("x", stored.Folder(tmp_path), 8)
+    found = image_files.stored("x", image_files.Folder(tmp_path), 8)
     with pytest.raises(ValueError, match=r"b/07\.png is truncated"):
-        list(source.in_order(found, 5, workers=1))
+        list(batches.in_order(found, 5, workers=1))
 
 
 def test_shards_train_and_are_probed(shards, tmp_path, capsys):
@@ -130,14 +136,14 @@ def test_shards_train_and_are_probed(shards, tmp_path, capsys):
     state.write_text(json.dumps(checkpoint.sealed(held)))
     assert cli.main(["train", "vicreg_digits", *words, "--output", run]) == 0
     assert "going on from step 2" in capsys.readouterr().err
-    train, held_out = launch.images(settings("vicreg", *words))
+    train, held_out = sources.images(settings("vicreg", *words))
     assert [number_of(i) for i in train[range(8)]] == list(range(8))
     assert [number_of(i) for i in held_out[range(4)]] == [8, 9, 10, 11]
     assert train.labels.tolist() == [0, 1] * 4
     assert held_out.labels.tolist() == [0, 1] * 2
     # without a test set a fifth is held out, and no label is asked for
     over = config.layered(words, ["data.test=", f"data.path={shards}"])
-    train, held_out = launch.images(settings("vicreg", *over))
+    train, held_out = sources.images(settings("vicreg", *over))
     seen = [[number_of(i) for i in part[range(len(part))]] for part in (train, held_out)]
     assert [len(part) for part in seen] == [10, 2]
     assert sorted(seen[0] + seen[1]) == list(range(12))
@@ -159,7 +165,7 @@ def test_what_is_wrong_in_a_shard_is_named(files, message, tmp_path):
     write(tmp_path / "a.tar", files)
 
     def read() -> None:
-        found = stored.stored("x", stored.Shards(tmp_path), 8)
+        found = image_files.stored("x", image_files.Shards(tmp_path), 8)
         assert found[[0]].shape == (1, 3, 8, 8)
         assert found.labels is None
 
@@ -171,11 +177,11 @@ def test_a_truncated_shard_is_named(tmp_path):
     path = tmp_path / "a.tar"
     write(path, {f"{n}.png": picture(n) for n in range(30)})
     whole = path.read_bytes()
-    (place,) = tars.index(path)[7].files.values()
+    (place,) = tar_index.index(path)[7].files.values()
     for size in (0, 1, place[0] - 512, place[0] + 10, 10240):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"a\.tar' is truncated"):
-            tars.index(path)
+            tar_index.index(path)
 
 
 @pytest.fixture
@@ -195,7 +201,7 @@ def tars_named(tmp_path, monkeypatch):
     ],
 )
 def test_shards_are_named_by_folder_braces_and_stars(pattern, found, tars_named):
-    assert [path.stem for path in tars.paths(pattern)] == found
+    assert [path.stem for path in tar_index.paths(pattern)] == found
 
 
 @pytest.mark.parametrize(
@@ -210,7 +216,7 @@ def test_shards_are_named_by_folder_braces_and_stars(pattern, found, tars_named)
 )
 def test_shards_that_are_not_there_are_named(pattern, message, tars_named):
     with pytest.raises(ValueError, match=r"data\.path or data\.test: got .*" + message):
-        tars.paths(pattern)
+        tar_index.paths(pattern)
 
 
 class ByTrain:
@@ -266,7 +272,7 @@ def torchvision(monkeypatch):
 @pytest.mark.parametrize("name", ["ByTrain", "BySplit", "WithLabels"])
 def test_torchvisions_sets(name, torchvision, tmp_path):
     words = ("data.kind=torchvision", f"data.name={name}", f"data.path={tmp_path}", "data.size=8")
-    train, test = launch.images(settings("vicreg", *words))
+    train, test = sources.images(settings("vicreg", *words))
     assert [number_of(i) for i in train[range(12)]] == list(range(12))
     assert [number_of(i) for i in test[[0, 3]]] == [12, 15]
     assert train.labels.tolist() == [0, 1, 2] * 4
@@ -284,15 +290,15 @@ def test_torchvisions_sets(name, torchvision, tmp_path):
 )
 def test_what_torchvision_cannot_give_is_named(name, download, error, message, torchvision):
     with pytest.raises(error, match=message):
-        stored.torchvision(name, Path("/nowhere"), 8, download)
+        image_files.torchvision(name, Path("/nowhere"), 8, download)
 
 
 def test_download_is_asked_for_and_torchvision_is_optional(torchvision, monkeypatch):
-    train, _ = stored.torchvision("ByTrain", Path("/nowhere"), 8, True)
+    train, _ = image_files.torchvision("ByTrain", Path("/nowhere"), 8, True)
     assert len(train) == 12
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
     with pytest.raises(ImportError, match="torchvision cannot be imported, pip install"):
-        stored.torchvision("ByTrain", Path("/nowhere"), 8, False)
+        image_files.torchvision("ByTrain", Path("/nowhere"), 8, False)
 
 
 @pytest.mark.parametrize(

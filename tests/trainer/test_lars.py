@@ -9,9 +9,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from jepa import build, checkpoint, config, optimizers
-from jepa.optimizers import LARS
 from torch import nn
+from vicreg_jepa import config
+from vicreg_jepa.methods import build
+from vicreg_jepa.training import checkpoint, optimizers
+from vicreg_jepa.training.optimizers import LARS
 
 RATE, MOMENTUM, TRUST, DECAY = 0.3, 0.9, 0.001, 0.05
 

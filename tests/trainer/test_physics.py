@@ -8,10 +8,10 @@ from itertools import product
 
 import numpy as np
 import pytest
-from jepa.physics import PROPERTIES, possible, quadruplet, sheet
-from jepa.physics.scene import COLOURS, SIZE
-from jepa.physics.videos import FAMILIES
 from PIL import Image
+from vicreg_jepa.physics import PROPERTIES, contact_sheet, possible, quadruplet
+from vicreg_jepa.physics.scene import COLOURS, SIZE
+from vicreg_jepa.physics.videos import FAMILIES
 
 SEEDS = range(160)
 
@@ -330,7 +330,7 @@ def test_bad_arguments_are_named(make, message):
 
 
 def test_sheets_are_drawn(tmp_path):
-    sheet.main(["--output", str(tmp_path), "--seed", "1"])
+    contact_sheet.main(["--output", str(tmp_path), "--seed", "1"])
     for name in ("possible", "in_view", "behind_panels"):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert len(np.unique(np.asarray(picture.convert("L")))) > 50

@@ -8,10 +8,10 @@ import os
 import numpy as np
 import pytest
 import torch
-from jepa.output import OutputError
-from jepa.physics import __main__, possible, quadruplet, shards
-from jepa.physics.datasets import Shards, Simulated
 from torch.utils.data import DataLoader
+from vicreg_jepa.files.output import OutputError
+from vicreg_jepa.physics import __main__, possible, quadruplet, shards
+from vicreg_jepa.physics.datasets import Shards, Simulated
 
 SETTINGS = shards.Settings(seed=7, per_shard=4)
 

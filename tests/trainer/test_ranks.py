@@ -20,7 +20,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from jepa import checkpoint, launch
+from vicreg_jepa.training import checkpoint
+from vicreg_jepa.training.run import train
 
 from tests.trainer import training_ranks
 
@@ -101,7 +102,7 @@ def trained(tmp_path_factory) -> Path:
     """one/<name>: in one process; two/<name>: on two ranks; two/<name>-resumed: begun in one."""
     root = tmp_path_factory.mktemp("ranks")
     for name in training_ranks.RUNS:
-        launch.train(training_ranks.settings(name, root, 1), root / "one" / name)
+        train(training_ranks.settings(name, root, 1), root / "one" / name)
         (root / "two" / name).mkdir(parents=True)
     begun(root / "one" / "vjepa_shards", root / "two" / "vjepa_shards-resumed")
     with Ranks(
@@ -126,14 +127,14 @@ def test_a_run_goes_on_with_other_ranks(trained, tmp_path):
     more = figures(trained / "two" / "vjepa_shards-resumed", "loss")
     torch.testing.assert_close(more, whole[2:], rtol=1e-5, atol=0)
     fewer = begun(trained / "two" / "vjepa_shards", tmp_path / "fewer")
-    launch.train(training_ranks.settings("vjepa_shards", trained, 1), fewer)
+    train(training_ranks.settings("vjepa_shards", trained, 1), fewer)
     torch.testing.assert_close(figures(fewer, "loss"), whole[2:], rtol=1e-5, atol=0)
 
 
 def test_shards_take_several_processes(tmp_path):
     made = training_ranks.settings("ijepa_shards", tmp_path, 2)
     with pytest.raises(ValueError, match=r"training\.parallel: got 'fsdp' in one process"):
-        launch.train(made, tmp_path)
+        train(made, tmp_path)
 
 
 def until(run: Ranks, found: Callable[[], bool], seconds: float = TIMEOUT) -> None:
@@ -149,7 +150,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(tmp_path):
     folder = tmp_path / "run"
     words = ["train", "vicreg_digits", "model.dim=16", "model.expander=[16, 32]"]
     words += ["training.batch=16", "training.steps=9000", "training.save_every=10"]
-    start = ["--nproc-per-node", "2", "-m", "jepa", *words, "--output", str(folder)]
+    start = ["--nproc-per-node", "2", "-m", "vicreg_jepa", *words, "--output", str(folder)]
 
     def seen() -> int:
         return len(rows(folder)) if (folder / "metrics.jsonl").exists() else 0

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from jepa import checkpoint, launch, locking
+from vicreg_jepa.training import checkpoint, locking
+from vicreg_jepa.training.run import restore
 
 from tests.trainer.runs import a_run, checkpoint_of, column, said, steps_of, train
 
@@ -121,14 +122,14 @@ def test_a_checkpoint_under_another_name_is_refused(run, capsys):
 
 def test_another_format_is_no_damage(run, capsys):
     """A newer or older version's checkpoint: nothing is fallen back to."""
-    for format in ("jepa-checkpoint/1", "jepa-checkpoint/99"):
+    for format in ("jepa-checkpoint/1", "jepa-checkpoint/2", "vicreg-jepa-checkpoint/99"):
         state = checkpoint_of(run, 6) / "state.json"
         found = json.loads(state.read_text())
         found.pop("checksum", None)
         found["format"] = format
         state.write_text(json.dumps(found if format.endswith("1") else checkpoint.sealed(found)))
         assert train(run, 8) == 2
-        assert f"has format '{format}', takes 'jepa-checkpoint/2'" in said(capsys)
+        assert f"has format '{format}', takes 'vicreg-jepa-checkpoint/1'" in said(capsys)
 
 
 def damage(kind: str, path: Path) -> None:
@@ -157,7 +158,7 @@ def damage(kind: str, path: Path) -> None:
 def test_a_pipe_in_a_checkpoint_is_not_opened(name, run, capsys):
     (checkpoint_of(run, 6) / name).unlink()
     os.mkfifo(checkpoint_of(run, 6) / name)
-    assert launch.restore(run)[2] == 4
+    assert restore(run)[2] == 4
     assert name in said(capsys)
 
 
@@ -175,7 +176,7 @@ KINDS = ("cut", "flipped", "no tensors", "no state", "half a state", "deep", "a 
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(kind, run, tmp_path, capsys):
     whole = column(run, "loss")
     damage(kind, checkpoint_of(run, 6))
-    assert launch.restore(run)[2] == 4
+    assert restore(run)[2] == 4
     assert "step_00000006" in said(capsys)
     assert train(run) == 0
     text = said(capsys)
@@ -219,7 +220,7 @@ def test_how_files_are_read_may_change(run):
 HOLD = """
 import sys, time
 from pathlib import Path
-from jepa import locking
+from vicreg_jepa.training import locking
 with locking.held(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from jepa import build, config, intuition, masks, surprise
-from jepa.kernels import encode, predict
 from torch.nn import functional as F
+from vicreg_jepa import config
+from vicreg_jepa.methods import build
+from vicreg_jepa.models import masks
+from vicreg_jepa.ops.encode import encode, predict
+from vicreg_jepa.surprise import curves, physics_test
 
 from tests.trainer.test_trainer import settings
 
@@ -24,7 +27,7 @@ def videos(count: int = 2, frames: int = 9) -> torch.Tensor:
 
 def test_one_window_is_the_l1_to_the_layer_normed_teacher(method):
     clip = videos(1, 4)
-    (curve,) = surprise.curves(method, clip, contexts=(2,))
+    (curve,) = curves.curves(method, clip, contexts=(2,))
     x = clip.permute(0, 4, 1, 2, 3) / 255.0
     with torch.no_grad():
         drawn = masks.future(method.encoder.grid, 1, 1)
@@ -43,7 +46,7 @@ def test_a_causal_model_is_surprised_by_the_next_token_frame():
     made["data"]["frames"] = 8
     causal = build.method(config.parse(made), 3).eval()
     clip = videos(1, 8)
-    (curve,) = surprise.curves(causal, clip)
+    (curve,) = curves.curves(causal, clip)
     assert curve.contexts == (4, 6)
     assert curve.values.isfinite().nonzero().tolist() == [[0, 4], [0, 5], [1, 6], [1, 7]]
     x = clip.permute(0, 4, 1, 2, 3) / 255.0
@@ -54,13 +57,13 @@ def test_a_causal_model_is_surprised_by_the_next_token_frame():
     wanted = F.layer_norm(teacher, teacher.shape[-1:])[0, 48:]  # the last of four pairs of frames
     torch.testing.assert_close(curve.values[1, 7], (following[0, 32:] - wanted).abs().mean())
     with pytest.raises(ValueError, match="a clip of 4 frames is too short for any"):
-        surprise.curves(build.method(settings("vjepa_causal"), 3), clip)
+        curves.curves(build.method(settings("vjepa_causal"), 3), clip)
 
 
 def test_a_frame_has_the_mean_of_the_windows_that_predict_it(method):
     clip = videos(1, 8)
-    (whole,) = surprise.curves(method, clip, contexts=(2,), step=2)
-    parts = [surprise.curves(method, clip[:, s : s + 4], contexts=(2,))[0] for s in (0, 2, 4)]
+    (whole,) = curves.curves(method, clip, contexts=(2,), step=2)
+    parts = [curves.curves(method, clip[:, s : s + 4], contexts=(2,))[0] for s in (0, 2, 4)]
     for start, part in zip((0, 2, 4), parts, strict=True):
         torch.testing.assert_close(whole.values[0, start + 2 : start + 4], part.values[0, 2:])
     assert whole.maximum == pytest.approx(max(part.maximum for part in parts))
@@ -71,7 +74,7 @@ def test_a_change_surprises_from_its_moment_on(method):
     clip = videos(1, 12)
     changed = clip.clone()
     changed[:, 8:] = 255 - changed[:, 8:]
-    (a,), (b,) = (surprise.curves(method, v, contexts=(2,), step=2) for v in (clip, changed))
+    (a,), (b,) = (curves.curves(method, v, contexts=(2,), step=2) for v in (clip, changed))
     assert torch.equal(a.over_time[2:8], b.over_time[2:8])
     assert not torch.equal(a.over_time[8:], b.over_time[8:])
 
@@ -82,14 +85,14 @@ def test_a_change_surprises_from_its_moment_on(method):
 )
 def test_what_does_not_fit_is_named(method, frames, contexts, message):
     with pytest.raises(ValueError, match=message):
-        surprise.curves(method, videos(1, frames), contexts=contexts)
+        curves.curves(method, videos(1, frames), contexts=contexts)
 
 
 def test_scores():
     possible, impossible = [1.0, 2.0, 3.0, 4.0], [2.0, 1.0, 3.0, 5.0]
-    assert surprise.relative_accuracy(possible, impossible) == (1 + 0 + 0.5 + 1) / 4
+    assert curves.relative_accuracy(possible, impossible) == (1 + 0 + 0.5 + 1) / 4
     # of 16 pairs 7 are above and 3 equal
-    assert surprise.auroc(possible, impossible) == pytest.approx((7 + 1.5) / 16)
+    assert curves.auroc(possible, impossible) == pytest.approx((7 + 1.5) / 16)
 
 
 def test_an_oracle_tells_every_property_and_the_control_not():
@@ -98,8 +101,8 @@ def test_an_oracle_tells_every_property_and_the_control_not():
     def oracle(found: torch.Tensor) -> dict[str, list[float]]:
         return {"mean": [float(i % 4 >= 2) for i in range(len(found))]}
 
-    clips = intuition.quadruplets("gravity", 3)
-    score = intuition.scores(oracle, clips, "gravity")["mean"]
+    clips = physics_test.quadruplets("gravity", 3)
+    score = physics_test.scores(oracle, clips, "gravity")["mean"]
     assert (score.accuracy, score.auroc, score.quadruplets) == (1.0, 1.0, 3)
 
 
@@ -110,5 +113,5 @@ def test_brightness_alone_tells_nothing():
         return {"mean": found.long().sum(dim=(1, 2, 3, 4)).tolist()}
 
     for name in ("permanence", "solidity", "control"):
-        clips = intuition.quadruplets(name, 4)
-        assert intuition.scores(brightness, clips, name)["mean"].accuracy == 0.5
+        clips = physics_test.quadruplets(name, 4)
+        assert physics_test.scores(brightness, clips, name)["mean"].accuracy == 0.5

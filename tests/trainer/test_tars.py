@@ -8,7 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from jepa import tars
+from vicreg_jepa.files import tar_index
 
 
 def tar_of(files: dict[str, bytes], format: int = tarfile.USTAR_FORMAT) -> bytes:
@@ -35,14 +35,14 @@ def test_a_damaged_header_is_named_with_its_place(format, tmp_path):
     whole = tar_of(LONG if format != tarfile.USTAR_FORMAT else FILES, format)
     with tarfile.open(fileobj=io.BytesIO(whole)) as shard:
         places = [member.offset_data - 512 for member in shard]
-    assert len(tars.index(put(tmp_path / "a.tar", whole))) == 4
+    assert len(tar_index.index(put(tmp_path / "a.tar", whole))) == 4
     for place in places:
         for at in (0, 124, 148, 156, 257):  # name, size, checksum, type, magic
             hurt = bytearray(whole)
             hurt[place + at] ^= 0x40
             path = put(tmp_path / "a.tar", bytes(hurt))
             with pytest.raises(ValueError, match=r"a\.tar' is truncated or damaged \(.*byte \d+"):
-                tars.index(path)
+                tar_index.index(path)
 
 
 def test_what_follows_the_last_member_is_named_with_its_place(tmp_path):
@@ -53,13 +53,13 @@ def test_what_follows_the_last_member_is_named_with_its_place(tmp_path):
         hurt[place] = 1
         path = put(tmp_path / "a.tar", bytes(hurt))
         with pytest.raises(ValueError, match=rf"byte {place}\b"):
-            tars.index(path)
+            tar_index.index(path)
     # two archives in one file: reading the first alone would lose the second
     path = put(tmp_path / "a.tar", whole + tar_of({"9.png": b"x"}))
     with pytest.raises(ValueError, match=r"byte 20480\b"):
-        tars.index(path)
+        tar_index.index(path)
     # more zeros than needed are what `tar -b` leaves
-    assert len(tars.index(put(tmp_path / "a.tar", whole + bytes(100000)))) == 4
+    assert len(tar_index.index(put(tmp_path / "a.tar", whole + bytes(100000)))) == 4
 
 
 def test_a_member_that_reaches_beyond_the_file_is_named(tmp_path):
@@ -68,14 +68,14 @@ def test_a_member_that_reaches_beyond_the_file_is_named(tmp_path):
         member.size = size
         path = put(tmp_path / "a.tar", member.tobuf(tarfile.USTAR_FORMAT) + bytes(4096))
         with pytest.raises(ValueError, match=r"a\.tar' is truncated or damaged"):
-            tars.index(path)
+            tar_index.index(path)
     for text in (b"-1", b"\xff" * 12, b"9" * 11):  # sizes that are no octal number
         header = bytearray(tarfile.TarInfo("0.png").tobuf(tarfile.USTAR_FORMAT))
         header[124:136] = text.ljust(12, b"\0")
         header[148:156] = b"%06o\0 " % (sum(header[:148]) + 256 + sum(header[156:]))
         path = put(tmp_path / "a.tar", bytes(header) + bytes(4096))
         with pytest.raises(ValueError, match=r"a\.tar' is truncated or damaged"):
-            tars.index(path)
+            tar_index.index(path)
 
 
 def test_extended_headers_that_say_nonsense_are_named(tmp_path):
@@ -85,7 +85,7 @@ def test_extended_headers_that_say_nonsense_are_named(tmp_path):
         header = extended.tobuf(tarfile.USTAR_FORMAT)
         return header + content.ljust(-(-len(content) // 512) * 512, b"\0") + tar_of(FILES)
 
-    assert len(tars.index(put(tmp_path / "a.tar", with_pax(b"15 comment=abc\n")))) == 4
+    assert len(tar_index.index(put(tmp_path / "a.tar", with_pax(b"15 comment=abc\n")))) == 4
     for content in (
         b"14 size=abcde\n",
         b"99 path=a\n",
@@ -99,7 +99,7 @@ def test_extended_headers_that_say_nonsense_are_named(tmp_path):
     ):
         path = put(tmp_path / "a.tar", with_pax(content))
         with pytest.raises(ValueError, match=r"a\.tar' is truncated or damaged"):
-            tars.index(path)
+            tar_index.index(path)
 
 
 def linked(kind: bytes, name: str, target: str) -> bytes:
@@ -113,13 +113,13 @@ def test_links_stand_for_the_member_that_they_name(tmp_path):
     first = tar_of({"a/0.png": b"picture"})[:1024]
     for kind, target in ((tarfile.LNKTYPE, "a/0.png"), (tarfile.SYMTYPE, "../a/0.png")):
         path = put(tmp_path / "a.tar", first + linked(kind, "b/1.png", target) + bytes(1024))
-        found = tars.index(path)
+        found = tar_index.index(path)
         assert [sample.key for sample in found] == ["a/0", "b/1"]
-        assert tars.read(path, found[1].files["png"]) == b"picture"
+        assert tar_index.read(path, found[1].files["png"]) == b"picture"
     for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE):
         path = put(tmp_path / "a.tar", first + linked(kind, "1.png", "/data/1.png") + bytes(1024))
         with pytest.raises(ValueError, match=r"'1\.png' is a link to '/data/1\.png'"):
-            tars.index(path)
+            tar_index.index(path)
 
 
 def test_what_is_no_plain_file_in_a_shard_is_named(tmp_path):
@@ -127,11 +127,11 @@ def test_what_is_no_plain_file_in_a_shard_is_named(tmp_path):
     sparse.type = tarfile.GNUTYPE_SPARSE
     path = put(tmp_path / "a.tar", sparse.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     with pytest.raises(ValueError, match=r"'0\.png' is a sparse file"):
-        tars.index(path)
+        tar_index.index(path)
     folder = tarfile.TarInfo("a.b")  # only holds others
     folder.type = tarfile.DIRTYPE
     path = put(tmp_path / "a.tar", folder.tobuf(tarfile.USTAR_FORMAT) + tar_of({"a.b/0.png": b"x"}))
-    assert [sample.key for sample in tars.index(path)] == ["a.b/0"]
+    assert [sample.key for sample in tar_index.index(path)] == ["a.b/0"]
 
 
 def test_a_compressed_shard_is_said_to_be_compressed(tmp_path):
@@ -139,16 +139,16 @@ def test_a_compressed_shard_is_said_to_be_compressed(tmp_path):
 
     path = put(tmp_path / "a.tar", gzip.compress(tar_of(FILES)))
     with pytest.raises(ValueError, match=r"a\.tar' is compressed, takes a plain tar"):
-        tars.index(path)
+        tar_index.index(path)
 
 
 def test_hidden_members_and_shards_are_skipped_with_a_word(tmp_path, capsys):
     put(tmp_path / "a.tar", tar_of({"0.png": b"x", "._0.png": b"y", "d/.b/1.png": b"z"}))
     put(tmp_path / "._a.tar", b"\0\5\x16\7")
-    shards = tars.paths(tmp_path)
+    shards = tar_index.paths(tmp_path)
     assert [path.name for path in shards] == ["a.tar"]
     assert "._a.tar" in capsys.readouterr().err
-    assert [[sample.key for sample in found] for found in tars.indices(shards)] == [["0"]]
+    assert [[sample.key for sample in found] for found in tar_index.indices(shards)] == [["0"]]
     told = capsys.readouterr().err
     assert "2 hidden files are skipped" in told
     assert "._0.png" in told
@@ -171,18 +171,18 @@ def test_characters_of_patterns_in_names(names, pattern, found, tmp_path, monkey
     folder.mkdir()
     for name in names:
         put(folder / name, b"")
-    assert [path.stem for path in tars.paths(folder / pattern)] == found
+    assert [path.stem for path in tar_index.paths(folder / pattern)] == found
     monkeypatch.chdir(folder)
-    assert [path.stem for path in tars.paths(pattern)] == found
-    assert len(tars.paths(folder)) == len(names)
+    assert [path.stem for path in tar_index.paths(pattern)] == found
+    assert len(tar_index.paths(folder)) == len(names)
 
 
 def test_what_is_no_regular_file_is_refused_unopened(tmp_path):
     os.mkfifo(tmp_path / "a.tar")
     for pattern in (tmp_path, tmp_path / "a.tar", tmp_path / "*.tar"):
         with pytest.raises(ValueError, match=r"a\.tar' is no regular file"):
-            tars.paths(pattern)
+            tar_index.paths(pattern)
     (tmp_path / "a.tar").unlink()
     (tmp_path / "a.tar").symlink_to("nowhere")
     with pytest.raises(ValueError, match=r"a\.tar' is a link that leads nowhere"):
-        tars.paths(tmp_path)
+        tar_index.paths(tmp_path)

@@ -12,11 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from jepa import build, checkpoint, config, data, masks, monitor, schedule, source
-from jepa import kernels as kernel_choice
-from jepa.plain import variance_covariance as plain_terms
-from jepa.trainer import Diverged, Ranks, Trainer
-from jepa.vit import Grid, ViT
+from vicreg_jepa import config
+from vicreg_jepa.data import batches, image_sets
+from vicreg_jepa.distributed.ranks import Ranks
+from vicreg_jepa.evaluation import collapse
+from vicreg_jepa.methods import build
+from vicreg_jepa.models import masks
+from vicreg_jepa.models.vit import Grid, ViT
+from vicreg_jepa.ops import choose
+from vicreg_jepa.ops.encode import encode
+from vicreg_jepa.ops.published import variance_covariance as plain_terms
+from vicreg_jepa.training import checkpoint, schedule
+from vicreg_jepa.training.trainer import Diverged, Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("vicreg", "vicreg_jepa", "lejepa", "ijepa", "vjepa", "vjepa_causal", "pixels")
@@ -50,10 +57,10 @@ def settings(method: str, steps: int = 6, **training):
 
 def samples(made: config.Config):
     if made.method not in config.ON_VIDEO:
-        return source.ImageSource(data.digits(), made.training.batch, made.seed)
+        return batches.ImageSource(image_sets.digits(), made.training.batch, made.seed)
     videos = torch.randint(0, 256, (12, 9, 64, 64, 3), dtype=torch.uint8)
-    clips = source.Clips(videos, made.data.frames, made.data.stride)
-    return source.ClipSource(clips, made.training.batch, made.seed)
+    clips = batches.Clips(videos, made.data.frames, made.data.stride)
+    return batches.ClipSource(clips, made.training.batch, made.seed)
 
 
 def run(made: config.Config, folder: Path, stop: int | None = None) -> list[float]:
@@ -192,7 +199,7 @@ def test_a_loss_that_is_not_finite_leaves_its_batch(tmp_path):
     made = settings("vicreg")
     method = build.method(made, 1)
     trainer = Trainer(made, method, Ranks(), tmp_path)
-    batch = data.digits().images[:32]
+    batch = image_sets.digits().images[:32]
     with torch.no_grad():
         next(method.parameters()).fill_(float("nan"))
     with pytest.raises(Diverged, match="step 0 is nan"):
@@ -296,7 +303,7 @@ def test_schedules():
 
 
 def test_every_epoch_takes_each_sample_once_in_a_new_order():
-    plan = source.Plan(samples=10, batch=3, seed=0)
+    plan = batches.Plan(samples=10, batch=3, seed=0)
     epochs = [torch.cat([plan.rows(3 * e + s) for s in range(3)]) for e in range(2)]
     assert all(len(epoch.unique()) == 9 for epoch in epochs)
     assert not torch.equal(*epochs)
@@ -305,15 +312,15 @@ def test_every_epoch_takes_each_sample_once_in_a_new_order():
 def test_the_monitor_names_what_collapses():
     torch.manual_seed(0)
     z = torch.randn(200, 16)
-    assert monitor.spread(z).effective_rank == pytest.approx(15.4, abs=0.6)
-    assert monitor.spread(z).warnings() == []
-    assert "complete collapse" in monitor.spread(z * 1e-5).warnings()[0]
+    assert collapse.spread(z).effective_rank == pytest.approx(15.4, abs=0.6)
+    assert collapse.spread(z).warnings() == []
+    assert "complete collapse" in collapse.spread(z * 1e-5).warnings()[0]
     line = torch.randn(200, 1) * torch.randn(1, 16)
-    text = " ".join(monitor.spread(line).warnings())
+    text = " ".join(collapse.spread(line).warnings())
     assert "dimensional collapse" in text
     assert "redundancy" in text
     z[:, 3] = 1.0
-    assert monitor.spread(z).warnings() == ["1 of 16 dimensions are constant"]
+    assert collapse.spread(z).warnings() == ["1 of 16 dimensions are constant"]
 
 
 def test_what_changes_is_always_predicted():
@@ -355,7 +362,7 @@ def test_spread_is_the_variance_and_covariance_of_the_contexts_tokens(tmp_path):
     )
     clips = torch.rand(4, 3, 4, 64, 64)
     drawn = plain.draw(4, torch.Generator().manual_seed(0))
-    tokens = kernel_choice.encode(plain.encoder, plain.kernels, clips, drawn.context).x
+    tokens = encode(plain.encoder, plain.kernels, clips, drawn.context).x
     variance, covariance = plain_terms(tokens)
     expected = plain(clips, drawn, 0.5) + 2 * (variance + covariance / 25)
     torch.testing.assert_close(spread(clips, drawn, 0.5), expected)
@@ -383,21 +390,21 @@ def test_nothing_is_foreseen_from_later_frames():
 @pytest.mark.parametrize("kernels", ["fused", "reference"])
 def test_an_encoder_of_frames_sees_no_other_frame(kernels):
     """Whole or at places, a clip's tokens are those of its frames as clips of one token frame."""
-    choice = kernel_choice.named(kernels)
+    choice = choose.named(kernels)
     torch.manual_seed(0)
     shared = ((2, 8, 8), 32, 2, 2, "rope", "frame")
     whole, one = ViT((3, 6, 32, 32), *shared), ViT((3, 2, 32, 32), *shared)
     one.load_state_dict(whole.state_dict())
     clips = torch.rand(2, 3, 6, 32, 32)
     frames = clips.unflatten(2, (3, 2)).transpose(1, 2).flatten(0, 1)
-    expected = kernel_choice.encode(one, choice, frames, None).reshape(2, 48, 32)
-    found = kernel_choice.encode(whole, choice, clips, None)
+    expected = encode(one, choice, frames, None).reshape(2, 48, 32)
+    found = encode(whole, choice, clips, None)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     places = [torch.arange(16), torch.tensor([0, 5, 6, 40, 47])]  # no token of the middle frame
-    seen = kernel_choice.encode(whole, choice, clips, places)
+    seen = encode(whole, choice, clips, places)
     for clip, at in enumerate(places):
         plane = at.tolist()
-        alone = kernel_choice.encode(one, choice, frames[3 * clip :][:3], _by_frame(plane))
+        alone = encode(one, choice, frames[3 * clip :][:3], _by_frame(plane))
         rows = seen.x[clip, : len(plane)] if kernels == "reference" else _rows(seen, clip)
         kept = alone.x if kernels == "fused" else alone.x[alone.keep]
         torch.testing.assert_close(rows, kept, rtol=1e-5, atol=1e-6)

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from jepa import config, recording, videos
-from jepa.containers import check_whole
-from jepa.pictures import Limits
-from jepa.recording import Recording
 from PIL import Image
+from vicreg_jepa import config
+from vicreg_jepa.data import video_decoders, videos
+from vicreg_jepa.data.video_containers import check_whole
+from vicreg_jepa.data.video_decoders import Recording
+from vicreg_jepa.files.pictures import Limits
 
 from tests.trainer.test_tars import tar_of
 
@@ -72,10 +73,10 @@ def with_cover(film: bytes) -> bytes:
 @decoding
 def test_a_cover_is_not_the_film():
     film = encode()
-    found = recording.PyAV("v", with_cover(film), 16)
+    found = video_decoders.PyAV("v", with_cover(film), 16)
     with av.open(io.BytesIO(with_cover(film))) as container:
         assert container.streams.video[0].codec_context.name == "mjpeg"  # the cover comes first
-    plain = recording.PyAV("v", film, 16)
+    plain = video_decoders.PyAV("v", film, 16)
     assert (len(found), greys(found, 5)) == (24, greys(plain, 5))
 
 
@@ -89,7 +90,7 @@ def test_a_file_with_a_cover_alone_has_no_film():
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
     with pytest.raises(ValueError, match=r"video v: cannot be decoded \(it has no video stream"):
-        len(recording.PyAV("v", packed.getvalue(), 16))
+        len(video_decoders.PyAV("v", packed.getvalue(), 16))
 
 
 @decoding
@@ -98,7 +99,7 @@ def test_of_two_films_it_is_the_one_that_ffmpeg_takes():
     with av.open(io.BytesIO(film)) as container:
         best = container.streams.best("video").index
         number = [s.index for s in container.streams.video].index(best)
-    first = greys(recording.PyAV("v", film, 16), 1)[0]
+    first = greys(video_decoders.PyAV("v", film, 16), 1)[0]
     assert abs(first - (100, 0)[number]) < 8
 
 
@@ -115,8 +116,8 @@ def test_a_frame_that_cannot_be_decoded_is_named(format):
     hurt = bytearray(whole)
     noise = rng.integers(0, 256, size - 8, dtype=np.uint8).tobytes()
     hurt[place + 6 : place + size - 2] = noise
-    good = recording.PyAV("v", whole, 16)[0:24]
-    video = recording.PyAV("v", bytes(hurt), 16)
+    good = video_decoders.PyAV("v", whole, 16)[0:24]
+    video = video_decoders.PyAV("v", bytes(hurt), 16)
     assert np.array_equal(video[0:5], good[0:5])
     named = r"video v: cannot be decoded \((frame \d+ is damaged|.*Invalid data)"
     for frames in (slice(0, 24), slice(6, 7), slice(8, 10)):
@@ -130,8 +131,8 @@ def test_a_frame_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):
     named = r"video v: has 48 x 32 pixels, takes at most 1535 \(data\.max_pixels\)"
     for call in (len, lambda video: video[0:1]):
         with pytest.raises(ValueError, match=named):
-            call(recording.PyAV("v", film, 16, Limits(max_pixels=1535)))
-    assert len(recording.PyAV("v", film, 16, Limits(max_pixels=1536))) == 3
+            call(video_decoders.PyAV("v", film, 16, Limits(max_pixels=1535)))
+    assert len(video_decoders.PyAV("v", film, 16, Limits(max_pixels=1536))) == 3
 
 
 @decoding
@@ -157,14 +158,14 @@ def test_names_that_are_no_text(tmp_path):
 def test_a_film_that_is_cut_between_two_frames(format, tmp_path):
     """FFmpeg shows the frames that are left, and says nothing."""
     whole = encode(format) if format != "mp4" else _faststart(tmp_path)
-    assert len(recording.PyAV("v", whole, 16)) == 24
+    assert len(video_decoders.PyAV("v", whole, 16)) == 24
     with av.open(io.BytesIO(whole)) as container:
         places = [p.pos for p in container.demux(video=0) if p.size]
     for place in (places[20], places[23]):
         for source in (whole[:place], tmp_path / "x"):
             (tmp_path / "x").write_bytes(whole[:place])
             with pytest.raises(ValueError, match="cannot be decoded"):
-                len(recording.PyAV("v", source, 16))
+                len(video_decoders.PyAV("v", source, 16))
 
 
 def _faststart(folder: Path) -> bytes:
@@ -219,7 +220,7 @@ def test_how_long_a_film_says_that_it_is(content, whole):
 @pytest.fixture
 def undecoded(monkeypatch):
     """Any decoder: files are listed, not opened."""
-    monkeypatch.setattr(videos, "decoder", lambda name: recording.PyAV)
+    monkeypatch.setattr(videos, "decoder", lambda name: video_decoders.PyAV)
 
 
 def test_hidden_and_linked_videos(undecoded, tmp_path, capsys):

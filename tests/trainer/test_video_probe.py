@@ -10,8 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from jepa import build, cli, config, launch, recording, video_probe, videos
-from jepa.physics.videos import possible
+from vicreg_jepa import cli, config
+from vicreg_jepa.data import video_decoders, videos
+from vicreg_jepa.evaluation import video_probe
+from vicreg_jepa.methods import build
+from vicreg_jepa.physics.videos import possible
+from vicreg_jepa.training.run import restore
 
 from tests.trainer.test_tars import tar_of
 
@@ -115,7 +119,7 @@ def test_a_video_run_is_probed(run, capsys):
     assert found["vjepa, step 1"] == [100.0, 100.0]
     assert [len(found[name]) for name in ("untrained encoder", "shuffled labels")] == [2, 2]
     assert re.fullmatch(r"the commonest class alone: \d\d\.\d%", out.splitlines()[-1])
-    settings = launch.restore(run)[0]
+    settings = restore(run)[0]
     for key, names in ((None, "01"), ("shade", ["dark", "bright"]), ("parts", "01")):
         assert videos.labels(settings, key) == list(names) * 20  # a list counts as its length
     assert cli.main(["probe", str(run), "--label", "nothing"]) == 2
@@ -123,7 +127,7 @@ def test_a_video_run_is_probed(run, capsys):
 
 
 def test_labels_of_folders_are_their_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(videos, "decoder", lambda name: recording.PyAV)
+    monkeypatch.setattr(videos, "decoder", lambda name: video_decoders.PyAV)
     for name in ("cat/1.mp4", "cat/more/2.mp4", "dog/3.mp4"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)

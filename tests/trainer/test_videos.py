@@ -14,7 +14,8 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from jepa import config, launch, recording, source, videos
+from vicreg_jepa import config
+from vicreg_jepa.data import batches, sources, video_decoders, videos
 
 from tests.trainer.test_images import write
 
@@ -76,7 +77,7 @@ class Decoder:
 
 @pytest.fixture(params=["pyav", "torchcodec"])
 def decoding(request, monkeypatch) -> str:
-    recording.decoder.cache_clear()
+    video_decoders.decoder.cache_clear()
     if request.param == "torchcodec":
         try:
             import torchcodec.decoders  # noqa: F401
@@ -107,21 +108,21 @@ def test_clips_depend_on_seed_and_step_alone(decoding, tmp_path):
     write(tmp_path / "s" / "a.tar", {f"{n}.mp4": c for n, c in enumerate(contents[:2])})
     write(tmp_path / "s" / "b.tar", {f"{n}.MP4": c for n, c in enumerate(contents[2:])})
     words = [f"data.decoder={decoding}"]
-    alone = launch.source(settings("videos", tmp_path, *words))
-    whole = list(islice(alone.batches(0, source.Share()), 3))
+    alone = sources.source(settings("videos", tmp_path, *words))
+    whole = list(islice(alone.batches(0, batches.Share()), 3))
     for clip in torch.cat(whole):
         first, *rest = numbers(clip)
         assert rest == [first + 2, first + 4, first + 6]
     assert len({numbers(clip)[0] for clip in torch.cat(whole)}) > 3
-    shards = launch.source(settings("webdataset", tmp_path / "s", *words, "data.workers=2"))
-    parts = [islice(shards.batches(1, source.Share(rank, 2)), 2) for rank in (0, 1)]
+    shards = sources.source(settings("webdataset", tmp_path / "s", *words, "data.workers=2"))
+    parts = [islice(shards.batches(1, batches.Share(rank, 2)), 2) for rank in (0, 1)]
     for batch, halves in zip(whole[1:], zip(*parts, strict=True), strict=True):
         assert torch.equal(torch.cat(halves), batch)
 
 
 def test_no_more_is_decoded_than_a_clip_needs(decoding, tmp_path, monkeypatch):
     shown: list[int] = []
-    opened = recording.PyAV._open
+    opened = video_decoders.PyAV._open
 
     @contextmanager
     def counting(self):
@@ -134,9 +135,9 @@ def test_no_more_is_decoded_than_a_clip_needs(decoding, tmp_path, monkeypatch):
 
             yield SimpleNamespace(decode=decode, demux=container.demux, streams=container.streams)
 
-    monkeypatch.setattr(recording.PyAV, "_open", counting)
+    monkeypatch.setattr(video_decoders.PyAV, "_open", counting)
     monkeypatch.setattr(Decoder, "asked", [])
-    video = recording.decoder(decoding)("v", encode(), 16)
+    video = video_decoders.decoder(decoding)("v", encode(), 16)
     assert len(video) == FRAMES
     assert numbers(video[3:10:3]) == [3, 6, 9]
     if decoding == "pyav":
@@ -148,15 +149,15 @@ def test_no_more_is_decoded_than_a_clip_needs(decoding, tmp_path, monkeypatch):
 def test_a_telephones_video_stands_upright(tmp_path):
     """torchcodec turns it of itself; the corner is at the left above, then below."""
     for rotation, corner in ((0, (1, 0)), (90, (15, 1))):
-        frame = recording.PyAV("v", encode(rotation=rotation), 16)[0:1][0, :, :, 0]
+        frame = video_decoders.PyAV("v", encode(rotation=rotation), 16)[0:1][0, :, :, 0]
         assert frame[corner] > 128, rotation
         assert (frame > 128).mean() < 0.2
 
 
 def test_a_file_that_promises_more_frames_than_it_shows(tmp_path, monkeypatch):
     """A clip then begins by the frames that are there, not by those that were promised."""
-    monkeypatch.setattr(recording.PyAV, "_packets", 90)
-    clips = source.Clips([recording.PyAV("v", encode(), 16)], 3, 4)
+    monkeypatch.setattr(video_decoders.PyAV, "_packets", 90)
+    clips = batches.Clips([video_decoders.PyAV("v", encode(), 16)], 3, 4)
     assert [numbers(clips[0, where]) for where in (0.0, 0.5, 0.999)] == [
         [0, 4, 8], [8, 12, 16], [15, 19, 23],
     ]  # fmt: skip
@@ -178,14 +179,14 @@ def test_what_is_wrong_in_a_video_is_named(kind, content, message, decoding, tmp
         write(tmp_path / "a.tar", {"bad.mp4": content})
         name = f"video of shard '{tmp_path}/a.tar', sample 'bad'"
     made = settings(kind, tmp_path, f"data.decoder={decoding}")
-    clips = source.Clips(videos.of(made), 4, 2)
+    clips = batches.Clips(videos.of(made), 4, 2)
     with pytest.raises(ValueError, match=re.escape(message.format(name))):
         clips[0, 0.5]
 
 
 def test_a_truncated_video_is_named_wherever_its_clip_begins():
     """Before any of its frames is decoded."""
-    clips = source.Clips([recording.PyAV("v", encode()[:-150], 16)], 3, 1)
+    clips = batches.Clips([video_decoders.PyAV("v", encode()[:-150], 16)], 3, 1)
     with pytest.raises(ValueError, match=r"video v: cannot be decoded \(it is truncated"):
         clips[0, 0.0]
 
@@ -202,12 +203,12 @@ def test_arrays_in_shards(tmp_path):
     )
     write(tmp_path / "a.tar", {"0.npz": npz(video=frames), "0.json": b"{}"})
     found = videos.of(settings("webdataset", tmp_path))
-    assert numbers(source.Clips(found, 3, 2)[0, 0.99]) == [4, 6, 8]
+    assert numbers(batches.Clips(found, 3, 2)[0, 0.99]) == [4, 6, 8]
     assert found[0][:].shape == (9, 16, 16, 3)
     with pytest.raises(ValueError, match="decoder: got 'pyav', but the shards hold arrays alone"):
         videos.of(settings("webdataset", tmp_path, "data.decoder=pyav"))
     with pytest.raises(ValueError, match=r"sample '0' has 9 frames, a clip takes 10"):
-        source.Clips(found, 10, 1)[0, 0.0]
+        batches.Clips(found, 10, 1)[0, 0.0]
     for bad in (npz(video=frames[None]), npz(video=frames / 2), npz(other=frames), b"x"):
         write(tmp_path / "a.tar", {"0.npz": bad})
         with pytest.raises(ValueError, match=r"a\.tar', sample '0'"):
@@ -216,9 +217,9 @@ def test_arrays_in_shards(tmp_path):
 
 def test_the_decoder_is_told_and_never_changed_in_silence(monkeypatch, capsys):
     def told(name: str) -> str:
-        recording.decoder.cache_clear()
+        video_decoders.decoder.cache_clear()
         for _ in range(2):
-            recording.decoder(name)
+            video_decoders.decoder(name)
         return capsys.readouterr().err
 
     stand_in(monkeypatch)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from jepa import cli, config
+from vicreg_jepa import cli, config
 
 
 def load(path: Path, text: str | bytes, *words: str) -> config.Config:

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from jepa import config, launch
+from vicreg_jepa import config
+from vicreg_jepa.training.run import train
 
 EXPANDER = {"expander": [48, 64]}
 CONV = {"encoder": "conv", "dim": 48, **EXPANDER}
@@ -62,7 +63,7 @@ def main(root: Path) -> None:
     dist.init_process_group("gloo")
     try:
         for folder in sorted((root / "two").iterdir()):
-            launch.train(settings(folder.name.split("-")[0], root, 2), folder)
+            train(settings(folder.name.split("-")[0], root, 2), folder)
     finally:
         dist.destroy_process_group()
 

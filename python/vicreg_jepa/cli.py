@@ -1,0 +1,180 @@
+"""`vicreg-jepa train | probe | surprise | compare | export`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from vicreg_jepa.cli_options import integer, reported
+
+
+def parser() -> argparse.ArgumentParser:
+    from vicreg_jepa import config
+
+    found = argparse.ArgumentParser(prog="vicreg-jepa", description=__doc__)
+    commands = found.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("train", help="train a recipe, or go on with a run")
+    one.add_argument("config", help=f"a YAML file or a recipe: {', '.join(config.recipes())}")
+    one.add_argument("overrides", nargs="*", metavar="key=value", help="training.steps=500 ...")
+    one.add_argument("--output", type=Path, required=True, help="the run's folder")
+    two = commands.add_parser("probe", help="classifiers on a run's frozen features")
+    two.add_argument("run", type=Path)
+    two.add_argument("--label", help="of videos: the key of their records; physics: family")
+    two.add_argument("--videos", type=integer(10), default=1000, help="at most so many videos")
+    three = commands.add_parser("surprise", help="tell impossible physics from possible")
+    three.add_argument("run", type=Path)
+    three.add_argument("--output", type=Path, help="folder of the pictures; the run's by default")
+    three.add_argument("--video", type=Path, help="draw this clip's surprise instead of the test")
+    three.add_argument(
+        "--beside", type=Path, nargs="+", default=[], metavar="RUN", help="runs to compare with"
+    )
+    three.add_argument("--quadruplets", type=integer(1), default=50, help="of each property")
+    four = commands.add_parser(
+        "compare", help="fused kernels against the reference: steps/s, memory"
+    )
+    four.add_argument("configs", nargs="+", help="recipes, YAML files, and key=value for all")
+    four.add_argument("--rounds", type=integer(1), default=9, help="timed steps of each")
+    five = commands.add_parser("export", help="a run's encoder as one safetensors file")
+    five.add_argument("run", type=Path)
+    five.add_argument("file", type=Path)
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    return reported("vicreg-jepa", lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
+    options = parser().parse_args(argv)
+    return COMMANDS[options.command](options)
+
+
+# Imported in the functions: without the packages of the extra `trainer` there is then an error that
+# says what to install.
+def _train(options: argparse.Namespace) -> int:
+    from vicreg_jepa import config
+    from vicreg_jepa.training.run import train
+
+    settings = config.load(options.config, options.overrides)
+    steps = train(settings, options.output)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{steps} steps; the run is in {options.output}")
+    return 0
+
+
+def _probe(options: argparse.Namespace) -> int:
+    import torch
+
+    from vicreg_jepa import config
+    from vicreg_jepa.data import batches, sources
+    from vicreg_jepa.evaluation import collapse, probe
+    from vicreg_jepa.evaluation.features import features
+    from vicreg_jepa.training.run import restore
+
+    settings, method, step = restore(options.run)
+    if settings.is_video:
+        from vicreg_jepa.evaluation import video_report
+
+        print(video_report.probed(settings, method, step, options.label, options.videos))
+        return 0
+    if options.label is not None:
+        raise config.ConfigError(
+            f"--label: got {options.label!r}, but {settings.method} is of images"
+        )
+    workers = settings.data.workers
+    train, test = sources.images(settings)
+    seen, held_out = (
+        torch.cat([features(method, batch) for batch in batches.in_order(part, 256, workers)])
+        for part in (train, test)
+    )
+    score = probe.probe(seen, held_out, train, test, seed=settings.seed)
+    spread = collapse.spread(seen)
+    print(
+        f"{settings.method}, step {step}: linear probe {100 * score.all_labels:.2f} %, all labels"
+    )
+    print(f"{100 * score.few_labels:.2f} % with ten labels a class (mean of ten draws)")
+    print(f"effective rank {spread.effective_rank:.1f} of {spread.dim}, std {spread.std:.3f}")
+    for warning in spread.warnings():
+        print(f"warning: {warning}")
+    return 0
+
+
+def _surprise(options: argparse.Namespace) -> int:
+    from vicreg_jepa.files.output import writing
+    from vicreg_jepa.methods import build
+    from vicreg_jepa.physics import PROPERTIES
+    from vicreg_jepa.surprise import physics_test, report
+
+    name, settings, method = _video_run(options.run)
+    stride, size = settings.data.stride, settings.data.size
+    output = options.output or options.run / "surprise"
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+    if options.video is not None:
+        report.draw_video(method, options.video, size, output, stride=stride)
+        return 0
+    untrained = build.method(settings, method.channels).eval()
+    models = {
+        one: physics_test.of_method(trained, stride)
+        for one, trained in ((name, method), ("untrained", untrained))
+    }
+    for run in options.beside:
+        other, its, trained = _video_run(run)
+        models[other] = physics_test.of_method(trained, its.data.stride)
+    found = report.test(models, options.quadruplets, output)
+    print(report.table(found, options.quadruplets))
+    for property in PROPERTIES:
+        report.draw_quadruplet(method, property, output, stride=stride)
+    print(f"pictures of every property: {output}")
+    return 0
+
+
+def _video_run(run: Path) -> tuple[str, Any, Any]:
+    """Its name in a table, its configuration, its method."""
+    from vicreg_jepa import config
+    from vicreg_jepa.training.run import restore
+
+    settings, method, step = restore(run)
+    if settings.method not in config.ON_VIDEO:
+        takes = " or ".join(config.ON_VIDEO)
+        raise config.ConfigError(f"run: {run} trained {settings.method}, surprise takes {takes}")
+    return f"{settings.method}, step {step}", settings, method
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from vicreg_jepa import config
+    from vicreg_jepa.compare import compare
+
+    overrides = [word for word in options.configs if "=" in word]
+    names = [word for word in options.configs if "=" not in word]
+    found = [compare.compare(config.load(name, overrides), options.rounds) for name in names]
+    print(compare.table(found))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from safetensors.torch import save_file
+
+    from vicreg_jepa.files import output
+    from vicreg_jepa.training.run import restore
+
+    settings, method, step = restore(options.run)
+    teacher = getattr(method, "teacher", None)
+    part = "encoder" if teacher is None else "teacher"
+    encoder = method.encoder if teacher is None else teacher.module
+    tensors = {name: z.contiguous() for name, z in encoder.state_dict().items()}
+    with output.writing(options.file):
+        save_file(tensors, options.file, metadata={"method": settings.method, "step": str(step)})
+    print(f"{len(tensors)} tensors of the {part}: {options.file}")
+    return 0
+
+
+COMMANDS = {
+    "train": _train,
+    "probe": _probe,
+    "surprise": _surprise,
+    "compare": _compare,
+    "export": _export,
+}

@@ -1,0 +1,45 @@
+"""What a run is made of: the settings, the recipes, and how both are read.
+
+settings.py has the settings and their ranges, load.py reads recipes/*.yaml and the command line's
+key=value, yaml_text.py refuses what PyYAML lets pass.
+"""
+
+from vicreg_jepa.config.load import (
+    ConfigError,
+    describe,
+    layered,
+    load,
+    parse,
+    recipes,
+)
+from vicreg_jepa.config.settings import (
+    CAUSAL,
+    ON_VIDEO,
+    PREDICTIVE,
+    TAKEN_BY,
+    Config,
+    Data,
+    Loss,
+    Model,
+    Optimizer,
+    Training,
+)
+
+__all__ = [
+    "CAUSAL",
+    "ON_VIDEO",
+    "PREDICTIVE",
+    "TAKEN_BY",
+    "Config",
+    "ConfigError",
+    "Data",
+    "Loss",
+    "Model",
+    "Optimizer",
+    "Training",
+    "describe",
+    "layered",
+    "load",
+    "parse",
+    "recipes",
+]

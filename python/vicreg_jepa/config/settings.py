@@ -1,0 +1,277 @@
+"""What a run is made of: typed, one YAML file a recipe, `key=value` on the command line.
+
+Unknown keys, wrong types and values out of range are refused by name (pydantic).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from vicreg_jepa.files.pictures import DEFAULT, Limits
+
+# Methods with a loss of batch statistics; those that predict tokens; of these, those of videos (the
+# others are of images), and those that foresee frame by frame.
+STATISTICAL = ("vicreg", "vicreg_jepa", "lejepa")
+ON_VIDEO = ("vjepa", "vjepa_causal", "pixels")
+PREDICTIVE = ("ijepa", *ON_VIDEO)
+CAUSAL = ("vjepa_causal", "pixels")
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+# The settings that only some kinds of data take.
+KINDS = {
+    "path": ("images", "torchvision", "videos", "webdataset", "physics"),
+    "test": ("images", "webdataset"),
+    "name": ("torchvision",),
+    "download": ("torchvision",),
+    "decoder": ("videos", "webdataset"),
+    "videos": ("physics",),
+    "white": ("images", "webdataset"),
+    "max_pixels": ("images", "videos", "webdataset"),
+    "max_bytes": ("webdataset", "physics"),
+}
+
+OF_VIT = ("depth", "heads", "patch")
+
+# The settings that only some methods take.
+TAKEN_BY = {
+    **dict.fromkeys(("data.test", "data.white"), (*STATISTICAL, "ijepa")),
+    **dict.fromkeys(("data.frames", "data.stride", "data.decoder"), ON_VIDEO),
+    **dict.fromkeys(("model.tubelet", "model.sees", "loss.still", "loss.spread"), ON_VIDEO),
+    **dict.fromkeys(("model.expander", "model.activation"), STATISTICAL),
+    "model.predictor_dim": ("vicreg_jepa", *PREDICTIVE),
+    **dict.fromkeys(("model.predictor_depth", "model.predictor_heads"), PREDICTIVE),
+    **dict.fromkeys(
+        ("loss.invariance", "loss.variance", "loss.covariance"), ("vicreg", "vicreg_jepa")
+    ),
+    **dict.fromkeys(("loss.sigreg", "loss.slices", "loss.views"), ("lejepa",)),
+    **dict.fromkeys(("loss.future", "loss.frames_seen"), ("vjepa",)),
+    "optimizer.momentum": ("ijepa", "vjepa", "vjepa_causal"),
+    "training.checkpointing": PREDICTIVE,
+}
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class Data(Settings):
+    """What is trained on.
+
+    kind: digits (scikit-learn's), images (a folder of class folders), torchvision (its set `name`),
+    videos (a folder of clips), webdataset (tars of images or clips, whichever the method takes),
+    physics (simulated: `videos` of them). path: a folder; of tars also {000..127}, {a,b} and *.
+    test: the held-out images as path gives the others; without it, a fifth of them. size: edge in
+    pixels that images and frames are resized to; frames, stride: of a clip and between its frames;
+    decoder: of video files, auto is torchcodec where it can be loaded; workers: processes that
+    read. white: the value that is white in pictures of more than 8 bits; without it, all bits of
+    16-bit ones and 1 of floats. What is larger is refused: max_pixels of a picture or a frame,
+    max_bytes of a file in a shard, and of its array when it is unpacked.
+    """
+
+    kind: Literal["digits", "images", "torchvision", "videos", "webdataset", "physics"] = "digits"
+    path: Path | None = None
+    test: Path | None = None
+    name: str | None = None
+    download: bool = False
+    decoder: Literal["auto", "pyav", "torchcodec"] = "auto"
+    size: Positive = 32
+    frames: Positive = 1
+    stride: Positive = 1
+    videos: Positive = 2000
+    workers: Annotated[int, Field(ge=0)] = 0
+    white: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    max_pixels: Positive = DEFAULT.max_pixels
+    max_bytes: Positive = DEFAULT.max_bytes
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.white, self.max_pixels, self.max_bytes)
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> Data:
+        if self.path is None and self.kind in KINDS["path"] and self.kind != "physics":
+            raise ValueError(f"path: missing, takes a folder with kind={self.kind!r}")
+        if self.name is None and self.kind == "torchvision":
+            raise ValueError("name: missing, takes a set of torchvision's, such as CIFAR10")
+        for key, kinds in KINDS.items():
+            given = getattr(self, key)
+            if self.kind not in kinds and given != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key}: got {str(given)!r}, but it is of kind {' and '.join(kinds)}, not of "
+                    f"{self.kind!r}"
+                )
+        return self
+
+
+class Model(Settings):
+    """The networks. patch, tubelet: pixels and frames of a token; sees: whether a video encoder's
+    tokens attend to the whole clip or to their own token frame; expander: inner and outer width
+    of the embedding that a loss of batch statistics sees; activation: of it and of a conv encoder.
+    """
+
+    encoder: Literal["conv", "vit"] = "vit"
+    dim: Positive = 128
+    depth: Positive = 4
+    heads: Positive = 4
+    patch: Positive = 4
+    tubelet: Positive = 1
+    sees: Literal["clip", "frame"] = "clip"
+    predictor_dim: Positive = 96
+    predictor_depth: Positive = 2
+    predictor_heads: Positive = 3
+    expander: tuple[Positive, Positive] = (512, 2048)
+    activation: Literal["relu", "gelu"] = "gelu"
+
+
+class Loss(Settings):
+    """variance, covariance, invariance: VICReg's weights; sigreg: lambda of LeJEPA; slices: its
+    random directions; future: share of V-JEPA's steps that hide the future, after a number of
+    token frames in frames_seen; still: share of the unchanging tokens that are predicted, beside
+    all that change; spread: weight of variance and covariance of the context's tokens, which keeps
+    V-JEPA's from low rank.
+    """
+
+    invariance: NonNegative = 25.0
+    variance: NonNegative = 25.0
+    covariance: NonNegative = 1.0
+    sigreg: Fraction = 0.05
+    slices: Positive = 1024
+    views: Annotated[int, Field(ge=2)] = 2
+    future: Fraction = 0.0
+    frames_seen: tuple[Positive, Positive] = (1, 5)
+    still: Fraction = 1.0
+    spread: NonNegative = 0.0
+
+
+class Optimizer(Settings):
+    """Per step: the learning rate rises linearly for `warmup` of all steps and falls as a cosine to
+    final_rate; weight decay goes as a cosine to final_weight_decay; the teacher's momentum linearly
+    to 1.
+    """
+
+    name: Literal["adamw", "lars"] = "adamw"
+    rate: Annotated[float, Field(gt=0.0)] = 1e-3
+    final_rate: NonNegative = 0.0
+    warmup: Fraction = 0.1
+    weight_decay: NonNegative = 0.05
+    final_weight_decay: NonNegative | None = None
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    clip: NonNegative = 0.0
+    momentum: Fraction = 0.996
+
+
+class Training(Settings):
+    """batch: samples of a step over all ranks; accumulate: micro-batches of a rank's share, exact
+    for every loss (batch norm sees a micro-batch at a time, of all ranks); parallel: what many
+    ranks hold, a copy of the model each (ddp) or shards of it (fsdp); checkpointing: recompute a
+    transformer's blocks in the backward; keep: checkpoints kept; compile: true for torch.compile,
+    "reduce-overhead" for CUDA graphs as well.
+    """
+
+    steps: Positive = 1000
+    batch: Annotated[int, Field(ge=2)] = 128
+    accumulate: Positive = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    device: str = "cpu"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    compile: bool | Literal["reduce-overhead"] = False
+    checkpointing: bool = False
+    save_every: Positive = 200
+    keep: Positive = 2
+    log_every: Positive = 10
+
+
+class Config(Settings):
+    """kernels: "fused" (vicreg_kernels) or "reference" (plain PyTorch as published)."""
+
+    method: Literal["vicreg", "vicreg_jepa", "ijepa", "vjepa", "lejepa", "vjepa_causal", "pixels"]
+    kernels: Literal["fused", "reference"] = "fused"
+    backend: Literal["reference", "cpu", "triton", "cuda"] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    data: Data = Data()
+    model: Model = Model()
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    training: Training = Training()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        kinds = ("videos", "webdataset", "physics")
+        if not self.is_video:
+            kinds = ("digits", "images", "torchvision", "webdataset")
+        if self.data.kind not in kinds:
+            takes = f"{'videos' if self.is_video else 'images'}: {', '.join(kinds)}"
+            raise ValueError(f"data.kind: got {self.data.kind!r}, {self.method} takes {takes}")
+        if self.method in PREDICTIVE and self.model.encoder != "vit":
+            raise ValueError(f"model.encoder: got 'conv', {self.method} takes 'vit'")
+        self._taken()
+        if self.kernels == "reference" and self.backend is not None:
+            raise ValueError("backend: names the fused kernels', takes none with 'reference'")
+        return self
+
+    @property
+    def is_video(self) -> bool:
+        return self.method in ON_VIDEO
+
+    def _taken(self) -> None:
+        """No setting is ignored in silence."""
+        for key, methods in TAKEN_BY.items():
+            if self.method not in methods:
+                self._untouched(key, f"it is of {', '.join(methods)}, not of {self.method}")
+        if self.model.encoder == "conv":
+            for name in OF_VIT:
+                self._untouched(f"model.{name}", "it is of model.encoder 'vit', not of 'conv'")
+        if self.optimizer.name == "lars":
+            self._untouched("optimizer.betas", "it is of optimizer.name 'adamw', not of 'lars'")
+        if self.method in CAUSAL and self.model.sees != "frame":
+            raise ValueError(f"model.sees: got 'clip', {self.method} takes 'frame'")
+        frames, (least, most) = self.data.frames // self.model.tubelet, self.loss.frames_seen
+        if self.method in CAUSAL and frames < 2:
+            raise ValueError(
+                f"data.frames: got {self.data.frames}, {self.method} takes at least two token "
+                f"frames of {self.model.tubelet}"
+            )
+        if self.loss.future and not least <= most < frames:
+            raise ValueError(
+                f"loss.frames_seen: got {(least, most)}, takes least and most below the clip's "
+                f"{frames} token frames"
+            )
+        if self.loss.spread and self.training.accumulate > 1:
+            raise ValueError("training.accumulate: takes 1 with loss.spread, which is of the batch")
+        if self.training.compile == "reduce-overhead":
+            self._captured()
+        if self.training.parallel == "fsdp":
+            self._shardable()
+
+    def _untouched(self, key: str, why: str) -> None:
+        section, name = key.split(".")
+        settings = getattr(self, section)
+        given = getattr(settings, name)
+        if given != type(settings).model_fields[name].default:
+            raise ValueError(f"{key}: got {given!r}, but {why}")
+
+    def _shardable(self) -> None:
+        got = "training.parallel: got 'fsdp'"
+        if self.model.encoder != "vit":
+            raise ValueError(f"{got}, which shards transformers; model.encoder 'conv' takes 'ddp'")
+        if self.optimizer.name == "lars":
+            raise ValueError(f"{got}; optimizer.name 'lars', of whole tensors' norms, takes 'ddp'")
+        if self.training.compile:
+            raise ValueError(f"{got}; training.compile takes 'ddp'")
+
+    def _captured(self) -> None:
+        """What a CUDA graph would compute wrongly or not at all."""
+        key, training = "training.compile: got 'reduce-overhead'", self.training
+        if not training.device.startswith("cuda"):
+            raise ValueError(f"{key} on {training.device!r}, takes a CUDA device")
+        if self.method in PREDICTIVE:
+            raise ValueError(f"{key}, {self.method}'s batches change their shape: takes true")
+        if training.accumulate > 1:
+            raise ValueError(f"{key} with accumulate {training.accumulate}, takes accumulate 1")

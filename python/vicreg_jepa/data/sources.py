@@ -1,0 +1,50 @@
+"""From the settings to the images or clips that a run trains on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vicreg_jepa.config import Config, Data
+from vicreg_jepa.data import image_files, image_sets, videos
+from vicreg_jepa.data.batches import Clips, ClipSource, ImageSource
+
+
+def images(settings: Config) -> tuple[Any, Any]:
+    """(training, held out) of a run on images."""
+    given, seed = settings.data, settings.seed
+    if given.kind == "digits":
+        found = image_sets.digits()
+        return image_sets.split(
+            found if given.size == 8 else image_sets.resized(found, given.size), seed
+        )
+    assert given.path is not None
+    if given.kind == "torchvision":
+        assert given.name is not None
+        return image_files.torchvision(given.name, given.path, given.size, given.download)
+    whole = _stored(given, given.path)
+    if given.test is not None:
+        held_out = _stored(given, given.test)
+        if held_out.classes != whole.classes:
+            raise ValueError(
+                f"data.test: {given.test} has the classes {held_out.classes}, takes data.path's "
+                f"{whole.classes}"
+            )
+        return whole, held_out
+    return image_sets.split(whole, seed) if whole.classes else image_sets.split_blind(whole, seed)
+
+
+def _stored(given: Data, path: Path) -> image_files.Stored:
+    folder = given.kind == "images"
+    found = image_files.Folder(path) if folder else image_files.Shards(path, given.limits)
+    return image_files.stored(path.name, found, given.size, given.limits)
+
+
+def source(settings: Config) -> Any:
+    batch, seed, workers = settings.training.batch, settings.seed, settings.data.workers
+    if not settings.is_video:
+        # I-JEPA's masks are drawn apart from the images, so a rank reads its own alone.
+        whole = settings.method != "ijepa"
+        return ImageSource(images(settings)[0], batch, seed, workers, whole)
+    clips = Clips(videos.of(settings), settings.data.frames, settings.data.stride)
+    return ClipSource(clips, batch, seed, workers)

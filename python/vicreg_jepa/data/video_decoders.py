@@ -1,0 +1,182 @@
+"""Video files by torchcodec or PyAV, decoded no further than the frames that are asked for.
+
+Both give the same frames of the same places; their colours may differ by rounding.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vicreg_jepa.data.video_containers import check_whole
+from vicreg_jepa.files.pictures import DEFAULT, Limits, Refused, square
+
+
+class Recording(ABC):
+    """A video's frames by slices, uint8 [F, size, size, 3]: the central square of each.
+
+    source: a file, or a file's content. Raises ValueError by `name` where it cannot be decoded, and
+    where its frames are larger than `limits` allow.
+    """
+
+    def __init__(
+        self, name: str, source: Path | bytes, size: int, limits: Limits = DEFAULT
+    ) -> None:
+        self.name, self.source, self.size, self.limits = f"video {name}", source, size, limits
+
+    def __len__(self) -> int:
+        with self._named():
+            length = self._length()
+        if length == 0:
+            raise ValueError(f"{self.name}: holds no frame")
+        return length
+
+    def __getitem__(self, places: slice) -> NDArray[np.uint8]:
+        wanted = range(*places.indices(len(self)))
+        with self._named():
+            found = self._frames(wanted)
+        return np.array(found, np.uint8).reshape(-1, self.size, self.size, 3)
+
+    @property
+    def _whence(self) -> bytes | str:
+        """Whole, because FFmpeg takes a name like a:b.mp4 for one of its protocols."""
+        return self.source if isinstance(self.source, bytes) else os.path.abspath(self.source)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except Refused as error:
+            raise ValueError(f"{self.name}: {error}") from error
+        except Exception as error:  # both decoders raise many kinds
+            raise ValueError(f"{self.name}: cannot be decoded ({error})") from error
+
+    @abstractmethod
+    def _length(self) -> int:
+        """How many frames it shows."""
+
+    @abstractmethod
+    def _frames(self, wanted: range) -> list[NDArray[np.uint8]]:
+        """Each [size, size, 3], in the order of `wanted`."""
+
+
+class PyAV(Recording):
+    """Decodes from the first frame to the last wanted one; a frame that FFmpeg could not decode
+    whole, and those that build on it, are refused.
+    """
+
+    def _open(self) -> Any:
+        import av
+
+        return av.open(
+            io.BytesIO(self._whence) if isinstance(self._whence, bytes) else self._whence
+        )
+
+    def _film(self, container: Any) -> Any:
+        """The stream that FFmpeg takes for the film, as torchcodec does: a cover is none."""
+        found = container.streams.best("video")
+        if found is None or found.disposition & type(found.disposition).attached_pic:
+            raise ValueError("it has no video stream, or a cover alone")
+        self.limits.check(found.codec_context.width, found.codec_context.height)
+        return found
+
+    @cached_property
+    def _packets(self) -> int:
+        """The frames that the file promises: its packets are counted, not decoded."""
+        count = 0
+        with self._open() as container:
+            for packet in container.demux(self._film(container)):
+                if packet.is_corrupt:
+                    raise ValueError("it is truncated")
+                count += packet.size > 0 and not packet.is_discard
+        return count
+
+    shown: int | None = None  # frames, where they turned out to be fewer than the packets
+
+    def _length(self) -> int:
+        check_whole(self._whence)
+        return self._packets if self.shown is None else self.shown
+
+    def _frames(self, wanted: range) -> list[NDArray[np.uint8]]:
+        found, number, damaged = [], -1, None
+        with self._open() as container:
+            for number, frame in enumerate(container.decode(self._film(container))):
+                if frame.is_corrupt:
+                    damaged = number
+                elif frame.key_frame:  # builds on no other
+                    damaged = None
+                if number in wanted:
+                    if damaged is not None:
+                        raise ValueError(f"frame {damaged} is damaged")
+                    self.limits.check(frame.width, frame.height)
+                    # as torchcodec does of itself: a telephone's videos lie on their side
+                    upright = frame.to_image().rotate(frame.rotation, expand=True)
+                    found.append(square(upright, self.size))
+                if number == wanted[-1]:
+                    return found
+        self.shown = number + 1
+        return found
+
+
+class TorchCodec(Recording):
+    """Seeks: decodes from the key frame before each wanted one."""
+
+    @cached_property
+    def _decoder(self) -> Any:
+        from torchcodec.decoders import VideoDecoder
+
+        found = VideoDecoder(self._whence, dimension_order="NHWC")
+        self.limits.check(found.metadata.width, found.metadata.height)
+        return found
+
+    def _length(self) -> int:
+        check_whole(self._whence)
+        return len(self._decoder)
+
+    def _frames(self, wanted: range) -> list[NDArray[np.uint8]]:
+        from PIL import Image
+
+        frames = self._decoder.get_frames_at(indices=list(wanted)).data.numpy()
+        return [square(Image.fromarray(frame), self.size) for frame in frames]
+
+
+@cache
+def decoder(name: str) -> type[Recording]:
+    """pyav, torchcodec, or auto: torchcodec where it can be loaded, else PyAV. Says once which."""
+    found: type[Recording] = PyAV
+    why = ""
+    if name != "pyav":
+        try:
+            import torchcodec.decoders
+
+            found, why = TorchCodec, f" {torchcodec.__version__}"
+        except (ImportError, OSError, RuntimeError) as error:
+            missing = "is not installed"
+            if not isinstance(error, ModuleNotFoundError):  # no FFmpeg, or made for another torch
+                missing = f"cannot be loaded: {str(error).splitlines()[0]}"
+            if name == "torchcodec":
+                raise ImportError(
+                    f"data.decoder: got 'torchcodec', which {missing} (pip install torchcodec, "
+                    "and FFmpeg's shared libraries)"
+                ) from error
+            why = f"; torchcodec {missing}"
+    if found is PyAV:
+        try:
+            import av  # noqa: F401
+        except ImportError as error:
+            raise ImportError(
+                f"video files need PyAV or torchcodec: pip install av ({error}{why})"
+            ) from error
+    if os.environ.get("RANK", "0") == "0":
+        print(f"videos are decoded by {found.__name__}{why}", file=sys.stderr)
+    return found

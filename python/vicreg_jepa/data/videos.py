@@ -1,0 +1,221 @@
+"""Videos to take clips from: simulated, in WebDataset shards, or a folder's files.
+
+Each has a length and gives uint8 [F, size, size, 3] by slices of its frames.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vicreg_jepa.config import Config
+from vicreg_jepa.data.video_decoders import Recording, decoder
+from vicreg_jepa.files import listing, tar_index
+from vicreg_jepa.files.pictures import DEFAULT, Limits, Refused, square
+
+SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
+PHYSICS = Path("runs/physics")
+
+
+def of(settings: Config) -> Sequence[Any]:
+    """The training videos of a run."""
+    data = settings.data
+    if data.kind == "physics":
+        return simulated(data.path or PHYSICS, data.videos, settings.seed, data.workers, data.size)
+    assert data.path is not None
+    if data.kind == "webdataset":
+        return Shards(data.path, data.size, data.decoder, data.limits)
+    return Folder(data.path, data.size, data.decoder, data.limits)
+
+
+def labels(settings: Config, key: str | None) -> list[str]:
+    """A name for each of the training videos; key: of the records of physics and of shards, for
+    physics the family of the scene without one.
+    """
+    found = of(settings)
+    if isinstance(found, torch.utils.data.Subset):
+        return found.dataset.labels(key or "family")[: len(found)]
+    return found.labels(key)
+
+
+def simulated(folder: Path, videos: int, seed: int, workers: int, size: int) -> Sequence[Any]:
+    """The first `videos` of the seed's physics videos; those not in the folder are made first."""
+    from tqdm import tqdm
+
+    from vicreg_jepa.physics import shards
+
+    with tqdm(total=videos, desc="physics videos", unit="video", ncols=100) as bar:
+        shards.write(folder, videos, shards.Settings(seed), workers, bar.update)
+    return torch.utils.data.Subset(Shards(folder, size), range(videos))
+
+
+class Folder:
+    """Every video file below a folder, and below the folders behind its links; hidden ones are
+    left out with a word. Raises ValueError where there is none, or one is no regular file.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        size: int,
+        decoding: str = "auto",
+        limits: Limits = DEFAULT,
+    ) -> None:
+        root = Path(folder)
+        if not root.is_dir():
+            raise ValueError(f"data.path: got {str(root)!r}, takes a folder of videos")
+        self.names, skipped = listing.below(root, _is_video, "data.path")
+        listing.skip("data.path", root, skipped)
+        self.files = [root / name for name in self.names]
+        if not self.files:
+            raise ValueError(f"data.path: {root} holds no video ({', '.join(SUFFIXES)})")
+        self.size, self.recording, self.limits = size, decoder(decoding), limits
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Recording:
+        path = self.files[index]
+        return self.recording(repr(str(path)), path, self.size, self.limits)
+
+    def labels(self, key: str | None) -> list[str]:
+        """The folder right below the data's that holds each video. Raises ValueError for videos in
+        no such folder, and for a key: files have none.
+        """
+        if key is not None:
+            raise ValueError(f"label: got {key!r}, but videos in folders have their folder's name")
+        alone = [name for name in self.names if os.sep not in name]
+        if alone:
+            raise ValueError(f"label: video {alone[0]!r} is in no class folder of its own")
+        return [name.split(os.sep)[0] for name in self.names]
+
+
+def _is_video(name: str) -> bool:
+    return Path(name).suffix.lower() in SUFFIXES
+
+
+class Shards:
+    """The videos of WebDataset shards: files, or the array `video` of a .npz."""
+
+    def __init__(
+        self,
+        pattern: str | Path,
+        size: int,
+        decoding: str = "auto",
+        limits: Limits = DEFAULT,
+    ) -> None:
+        shards = tar_index.paths(pattern)
+        suffixes = ("npz", *(suffix[1:] for suffix in SUFFIXES))
+        self.files = tar_index.Files(shards, tar_index.indices(shards), suffixes, limits.max_bytes)
+        self.size, self.limits = size, limits
+        if any(self.files.rows[:, 1] > 0):
+            self.recording = decoder(decoding)
+        elif decoding != "auto":
+            raise ValueError(f"data.decoder: got {decoding!r}, but the shards hold arrays alone")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Recording | Array:
+        suffix, content = self.files.read(index)
+        where = self.files.where(index)
+        if suffix != "npz":
+            return self.recording(f"of {where}", content, self.size, self.limits)
+        return Array(where, _unpacked(where, content, self.limits.max_bytes), self.size)
+
+    def labels(self, key: str | None) -> list[str]:
+        """Of each sample: `key` of its .json, a list counting as its length; without a key, its
+        .cls, or `label` or `cls` of its .json. Raises ValueError by the sample's name without one.
+        """
+        suffixes = ("cls", "json") if key is None else ("json",)
+        shards, most = self.files.shards, self.limits.max_bytes
+        found = tar_index.Files(shards, tar_index.indices(shards), suffixes, most, optional=True)
+        return [_label(found, number, key) for number in range(len(found))]
+
+
+def _label(found: tar_index.Files, number: int, key: str | None) -> str:
+    suffix, content = found.read(number)
+    try:
+        if suffix != "json":
+            value: Any = content.decode().strip()
+        else:
+            record = json.loads(content)
+            value = next(record[n] for n in ((key,) if key else ("label", "cls")) if n in record)
+        if isinstance(value, list):
+            value = len(value)
+        if not isinstance(value, str | int) or value == "":
+            raise ValueError(f"it is {value!r}")
+        return str(value)
+    except (ValueError, TypeError, KeyError, StopIteration) as error:
+        named = f"`{key}` in .json" if key else "one in .cls, or in .json as `label` or `cls`"
+        raise ValueError(f"label: {found.where(number)} has none, takes {named}") from error
+
+
+def _unpacked(where: str, content: bytes, max_bytes: int) -> NDArray[np.uint8]:
+    """The array `video` of a .npz; its size is checked before it is unpacked."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if "video.npy" not in archive.namelist():
+                raise Refused("holds no array `video`")
+            packed = archive.getinfo("video.npy").file_size
+            with archive.open("video.npy") as file:
+                shape, _, kind = _header(file)
+                _check(shape, kind, packed - file.tell(), max_bytes)
+            with archive.open("video.npy") as file:
+                return np.lib.format.read_array(file, allow_pickle=False)
+    except Refused as error:
+        raise ValueError(f"{where}: {error}") from error
+    except Exception as error:  # zipfile, zlib and numpy each have their own
+        raise ValueError(f"{where}: {str(error).partition(chr(10))[0]}") from error
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)
+
+
+def _check(shape: tuple[int, ...], kind: np.dtype, packed: int, max_bytes: int) -> None:
+    if kind != np.uint8 or len(shape) != 4 or shape[-1] != 3 or min(shape) < 1:
+        raise Refused(f"`video` is {kind} {list(shape)}, takes uint8 [F, H, W, 3]")
+    size = math.prod(shape)
+    if size > max_bytes:
+        raise Refused(f"`video` has {size} bytes, takes at most {max_bytes} (data.max_bytes)")
+    if size != packed:
+        raise Refused(f"`video` has {packed} bytes of the {size} that its header names")
+
+
+class Array:
+    """A video in memory, frames [F, H, W, 3], as a recording gives it."""
+
+    def __init__(self, name: str, frames: NDArray[np.uint8], size: int) -> None:
+        self.name, self.frames, self.size = name, frames, size
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, places: slice) -> NDArray[np.uint8]:
+        frames = self.frames[places]
+        if frames.shape[1:3] == (self.size, self.size):
+            return frames
+        from PIL import Image
+
+        return np.stack([square(Image.fromarray(frame), self.size) for frame in frames])
+
+
+def decode(path: str | Path, size: int) -> Tensor:
+    """A whole video file, uint8 [F, size, size, 3]."""
+    listing.regular(path, "video")
+    return torch.from_numpy(decoder("auto")(repr(str(path)), Path(path), size)[:])

@@ -1,0 +1,203 @@
+"""VICReg on digits, trained with the fused kernels and with the reference, and what is measured."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+import vicreg_kernels
+from vicreg_jepa import config
+from vicreg_jepa.compare.compare import NAMES, Compared, compare, with_kernels
+from vicreg_jepa.compare.memory import in_own_exact_process, in_own_process, resident_peak
+from vicreg_jepa.config import Config, ConfigError
+from vicreg_jepa.data import sources
+from vicreg_jepa.data.image_sets import Images
+from vicreg_jepa.demo import figure, losses, table
+from vicreg_jepa.evaluation import probe
+from vicreg_jepa.evaluation.features import features
+from vicreg_jepa.methods import build
+from vicreg_jepa.training import checkpoint
+from vicreg_jepa.training.run import load, restore, train
+from vicreg_jepa.training.trainer import device_of
+from vicreg_kernels.core import dispatch
+
+# Parity is looked at before the training and at the checkpoints.
+SETTINGS = ("training.steps=200", "training.save_every=40", "training.keep=5")
+FINAL_STEPS = 20
+PER_CLASS = 10
+
+
+def settings(output: Path, overrides: Sequence[str]) -> Config:
+    made = config.load("vicreg_digits", config.layered(SETTINGS, overrides))
+    if made.method != "vicreg":
+        raise ConfigError(f"method: got {made.method!r}, the demo takes 'vicreg'")
+    if made.kernels != "fused":
+        raise ConfigError(f"kernels: got {made.kernels!r}, the demo trains with both")
+    return made
+
+
+def run(made: Config, output: Path) -> None:
+    start = time.perf_counter()
+    results = measure(made, output)
+    results["seconds"] = time.perf_counter() - start
+    picture = output / f"vicreg_{results['data']['name']}.png"
+    figure.draw(results, picture)
+    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(table.render(results))
+    print(f"{picture} and {output / 'results.json'} written, in {results['seconds']:.0f} s")
+
+
+def measure(made: Config, output: Path) -> dict[str, Any]:
+    """All of it, as JSON takes it; the trained encoders are left in `output`."""
+    about = _about(made)
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = {name: Path(scratch, name) for name in NAMES}
+        peak = {n: in_own_process(_train, with_kernels(made, n), runs[n]) for n in NAMES}
+        views = Path(scratch, "views.safetensors")
+        parts: dict[str, Callable[[], Any]] = {
+            "speed, parity, probe": partial(in_own_process, _side_by_side, made, runs, views)
+        }
+        for name in NAMES:
+            memory = partial(in_own_exact_process, losses.memory, made, name, views)
+            parts[f"memory, {name}"] = memory
+        found = []
+        with tqdm(total=len(parts), desc="measuring", unit="part", ncols=100) as bar:
+            for label, part in parts.items():
+                bar.set_postfix_str(label)
+                found.append(part())
+                bar.update()
+        curves = {name: _curve(folder) for name, folder in runs.items()}
+        for name, folder in runs.items():
+            encoder = restore(folder)[1].encoder
+            save_file(encoder.state_dict(), output / f"encoder_{name}.safetensors")
+    both, *extra = found
+    step: Compared = both.pop("step")
+    rates = {name: made.training.batch / seconds for name, seconds in step.seconds.items()}
+    return {
+        **about,
+        "throughput": {
+            "rounds": losses.ROUNDS,
+            "step": {"images_per_second": rates, "ratio": step.ratio},
+            "loss": both.pop("loss"),
+        },
+        "memory": {
+            "loss": dict(zip(NAMES, extra, strict=True)),
+            "step": step.extra_bytes,
+            "training": peak,
+        },
+        "training": _training(curves),
+        **both,
+    }
+
+
+def _about(made: Config) -> dict[str, Any]:
+    device = device_of(made)
+    side = min(made.training.batch, made.model.expander[1])
+    try:
+        backend = dispatch.choose("vicreg", made.backend, device.type, torch.float32, side)
+    except RuntimeError as error:
+        raise ConfigError(f"backend: {error}") from None
+    train_set, test_set = sets_of(made)
+    where = f"cpu, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    return {
+        "settings": config.describe(made),
+        "environment": {
+            "backend": backend,
+            "device": where,
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "vicreg_kernels": vicreg_kernels.__version__,
+        },
+        "data": {
+            "name": train_set.name,
+            "train": len(train_set),
+            "test": len(test_set),
+            "shape": list(train_set.images.shape[1:]),
+        },
+    }
+
+
+def sets_of(made: Config) -> tuple[Images, Images]:
+    """(training, held out), whole in memory."""
+    train, test = (
+        part
+        if isinstance(part, Images)
+        else Images(part.name, part[range(len(part))], part.labels, part.classes)
+        for part in sources.images(made)
+    )
+    return train, test
+
+
+def _train(made: Config, folder: Path) -> int:
+    """Trains; the bytes at the peak of this process."""
+    train(made, folder)
+    device = torch.device(made.training.device)
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_peak()
+
+
+def _curve(folder: Path) -> list[float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def _training(curves: dict[str, list[float]]) -> dict[str, Any]:
+    apart = [abs(a - b) / abs(b) for a, b in zip(*(curves[n] for n in NAMES), strict=True)]
+    steps = min(FINAL_STEPS, len(apart))
+    return {
+        "losses": curves,
+        "final_steps": steps,
+        "final_loss": {name: statistics.mean(curve[-steps:]) for name, curve in curves.items()},
+        "curves_apart": {"largest": max(apart), "median": statistics.median(apart)},
+    }
+
+
+def _side_by_side(made: Config, runs: dict[str, Path], views: Path) -> dict[str, Any]:
+    """What takes both losses in one process; leaves the last embeddings in the file `views`."""
+    sets = sets_of(made)
+    untrained = build.method(made, sets[0].images.shape[1])
+    found = [load(path) for path in checkpoint.existing(runs["fused"] / "checkpoints")]
+    methods = [(untrained, 0), *((method, step) for _, method, step in found)]
+    moments = [losses.embeddings(made, method, step) for method, step in methods]
+    losses.save(moments[-1], views)
+    both = losses.of(made)
+    trained = {name: restore(folder)[1] for name, folder in runs.items()}
+    return {
+        "step": compare(made, losses.ROUNDS),
+        "loss": losses.throughput(both, moments[-1]),
+        "parity": losses.apart(both, moments),
+        "probe": _probe(made, trained, probe.calibrated(untrained, sets[0].images), sets),
+    }
+
+
+def _probe(
+    made: Config, trained: dict[str, Any], untrained: Any, sets: tuple[Images, Images]
+) -> dict[str, Any]:
+    """Accuracy on the trained encoders' features, on the untrained one's and on the pixels."""
+    views: dict[str, Callable[[Tensor], Tensor]] = {
+        name: partial(features, method)
+        for name, method in {**trained, "untrained": untrained}.items()
+    }
+    views["pixels"] = lambda images: images.flatten(1)
+    found: dict[str, Any] = {"per_class": PER_CLASS}
+    for name, see in views.items():
+        seen = [see(part.images) for part in sets]
+        score = probe.probe(*seen, *sets, seed=made.seed, per_class=PER_CLASS)
+        found[name] = asdict(score)
+    return found

@@ -1,0 +1,53 @@
+"""Joins the processes of torchrun, or of the caller; alone without either."""
+
+from __future__ import annotations
+
+import gc
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vicreg_jepa.config import Config
+from vicreg_jepa.distributed.ranks import Ranks
+
+
+@contextmanager
+def ranks(settings: Config) -> Iterator[Ranks]:
+    """torchrun's processes, or those of the caller's process group; alone without either."""
+    if dist.is_initialized():
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+        return
+    if "RANK" not in os.environ:
+        yield Ranks()
+        return
+    cuda = settings.training.device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
+    finally:
+        # A model that outlives its process group can hang when it goes.
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def in_turn(own: Ranks, make: Callable[[], Any]) -> Any:
+    """make() on rank 0, then on all others at once: what writes files finds them written."""
+    if own.ranks == 1:
+        return make()
+    # Of its own, for simulating videos may take longer than other collectives wait.
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    found = make() if own.rank == 0 else None
+    dist.barrier(group)
+    dist.destroy_process_group(group)
+    return make() if found is None else found

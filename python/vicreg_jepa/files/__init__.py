@@ -1,0 +1,1 @@
+"""Files, read and written with care: what a folder holds, pictures, tars, and what a run writes."""

@@ -1,0 +1,107 @@
+"""What the methods that predict hidden tokens share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vicreg_jepa.models import masks
+from vicreg_jepa.models.vit import Grid, Predictor, ViT
+from vicreg_jepa.ops.choose import Kernels
+from vicreg_jepa.ops.encode import encode, predict
+
+# (grid, batch, a CPU generator) -> the masks of a step's whole batch
+Draw = Callable[[Grid, int, torch.Generator], masks.Masks]
+
+
+class Predictive(nn.Module, ABC):
+    """Predicts the embeddings of hidden tokens from the seen ones'.
+
+    kind: of loss; normalise: whether targets are layer-normed; `targets` is what is predicted.
+    still: the share of a clip's unchanging tokens that are predicted; all that change are. In a
+    video of few moving things nearly every token is background, which is learned at once; the
+    published choice is all, 1. spread: weight of VICReg's variance and covariance (25 : 1) of the
+    context's tokens, against low rank, to which a teacher alone slides.
+    """
+
+    kind = "l1"
+    normalise = True
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """The context lengths of surprise, in frames: the published ones that the clip has."""
+        frames, tubelet = self.encoder.grid.frames, self.encoder.patch_embed.size[0]
+        return tuple(n for n in (2, 4, 6, 8, 10) if n % tubelet == 0 and n < frames * tubelet)
+
+    def __init__(
+        self,
+        encoder: ViT,
+        predictor: Predictor,
+        kernels: Kernels,
+        draw: Draw,
+        *,
+        still: float = 1.0,
+        spread: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.predictor, self.kernels = encoder, predictor, kernels
+        self.masks, self.still, self.spread = draw, still, spread
+
+    def draw(self, batch: int, generator: torch.Generator) -> masks.Masks:
+        """Of a step's whole batch; generator: a CPU one."""
+        return self.masks(self.encoder.grid, batch, generator)
+
+    @abstractmethod
+    def targets(self, x: Tensor) -> Tensor:
+        """[B, T, D] of images or clips, without a gradient."""
+
+    @abstractmethod
+    def tokens(self, x: Tensor) -> Tensor:
+        """[B, T, D] of images or clips, what a probe of tokens sees."""
+
+    def features(self, x: Tensor) -> Tensor:
+        """[B, D], what a probe sees: the tokens, averaged."""
+        return self.tokens(x).mean(dim=1)
+
+    def narrowed(self, drawn: masks.Masks, clips: Tensor, chance: Tensor) -> masks.Masks:
+        """Without the still tokens left out; chance: uniform [B, T]."""
+        changing = masks.changing(self.encoder.patch_embed.patches(clips), self.encoder.grid).cpu()
+        return masks.chosen(drawn, changing | (chance < self.still))
+
+    def forward(
+        self, x: Tensor, drawn: masks.Masks, weight: float = 1.0, process_group: Any = None
+    ) -> Tensor:
+        """x [B, C, H, W] or [B, C, F, H, W] -> the loss: weight times the mean over what is
+        predicted, and the spread of the context's tokens over all ranks of process_group.
+        """
+        wanted = self.targets(x)
+        context = encode(self.encoder, self.kernels, x, drawn.context)
+        predicted = predict(self.predictor, self.kernels, context, drawn)
+        loss = weight * self.kernels.prediction_loss(
+            predicted, wanted, drawn.targets, self.kind, self.normalise
+        )
+        return loss + self.spreading(self.kernels.rows(context), process_group)
+
+    def spreading(self, tokens: Tensor, process_group: Any) -> Tensor | float:
+        """Of tokens [N, D]."""
+        if self.spread == 0:
+            return 0.0
+        variance, covariance = self.kernels.variance_covariance(tokens, process_group)
+        return self.spread * (variance + covariance / 25)
+
+    def foreseen(self, x: Tensor, seen: Sequence[int]) -> list[Tensor]:
+        """What follows each number of token frames seen, to the end of the clips, [B, T', D]."""
+        found = []
+        for frames in seen:
+            drawn = masks.future(self.encoder.grid, len(x), frames)
+            context = encode(self.encoder, self.kernels, x, drawn.context)
+            predicted = predict(self.predictor, self.kernels, context, drawn)
+            found.append(predicted.reshape(len(x), -1, predicted.shape[-1]))
+        return found
+
+    def after_step(self) -> None:
+        """Without a teacher there is nothing to do."""

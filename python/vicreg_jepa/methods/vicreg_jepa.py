@@ -1,0 +1,46 @@
+"""A joint-embedding predictor without a teacher: the second view's embedding is predicted from the
+first one's, and the variance and covariance of both keep them from collapsing (LeCun, 2022, "A path
+towards autonomous machine intelligence", section 4.5; the terms are VICReg's).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vicreg_jepa.methods.vicreg import Augment, VICReg
+from vicreg_jepa.ops.choose import Kernels
+
+
+class VICRegJEPA(VICReg):
+    """predictor: [N, D] -> [N, D]."""
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        expander: nn.Module,
+        predictor: nn.Module,
+        kernels: Kernels,
+        augment: Augment,
+        *,
+        weights: tuple[float, float, float] = (25.0, 25.0, 1.0),
+    ) -> None:
+        super().__init__(encoder, expander, kernels, augment, weights=weights)
+        self.predictor = predictor
+
+    def forward(self, view: Tensor) -> Tensor:
+        """[N, 2, D]: the view's embedding, and what it predicts of the other's."""
+        z = super().forward(view)
+        return torch.stack((z, self.predictor(z)), dim=1)
+
+    def loss(self, x: Tensor, y: Tensor, *, process_group: Any = None) -> Tensor:
+        """Each view predicts the other; variance and covariance of the embeddings as in VICReg."""
+        (x, from_x), (y, from_y) = x.unbind(1), y.unbind(1)
+        invariance = nn.functional.mse_loss(from_x, y) + nn.functional.mse_loss(from_y, x)
+        loss = self.weights[0] / 2 * invariance
+        for z in (x, y):
+            variance, covariance = self.kernels.variance_covariance(z, process_group)
+            loss = loss + self.weights[1] / 2 * variance + self.weights[2] * covariance
+        return loss

@@ -1,0 +1,1 @@
+"""The networks: a transformer (vit.py) and the masks of its tokens, a convolutional encoder."""

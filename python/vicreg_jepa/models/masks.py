@@ -1,0 +1,175 @@
+"""Which tokens a JEPA sees and which it predicts: I-JEPA's blocks and V-JEPA's tubes.
+
+Every sample has masks of its own, of its own lengths: nothing is cut to the shortest of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vicreg_jepa.models.vit import Grid
+
+# [B]: each sample's places in the flattened grid, ascending, int64.
+Places = list[Tensor]
+
+
+@dataclass(frozen=True)
+class Masks:
+    """context: what is seen; targets: [M], what is predicted from it, M times a sample."""
+
+    context: Places
+    targets: list[Places]
+
+    def part(self, begin: int, end: int) -> Masks:
+        """Of samples begin to end."""
+        return Masks(self.context[begin:end], [places[begin:end] for places in self.targets])
+
+    def tokens(self) -> int:
+        """How many are predicted."""
+        return sum(place.numel() for places in self.targets for place in places)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Rectangles drawn by their share of the grid's area and by their height over width."""
+
+    count: int
+    scale: tuple[float, float]
+    aspect: tuple[float, float] = (1.0, 1.0)
+
+    def size(self, grid: Grid, generator: torch.Generator) -> tuple[int, int]:
+        share, ratio = torch.rand(2, generator=generator).tolist()
+        area = grid.height * grid.width * (self.scale[0] + share * (self.scale[1] - self.scale[0]))
+        aspect = self.aspect[0] + ratio * (self.aspect[1] - self.aspect[0])
+        height = min(max(1, round(math.sqrt(area * aspect))), grid.height)
+        width = min(max(1, round(math.sqrt(area / aspect))), grid.width)
+        return height, width
+
+    def draw(self, grid: Grid, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+        """bool [height, width]: one rectangle of this size, anywhere."""
+        found = torch.zeros(grid.height, grid.width, dtype=torch.bool)
+        top = int(torch.randint(grid.height - size[0] + 1, (), generator=generator))
+        left = int(torch.randint(grid.width - size[1] + 1, (), generator=generator))
+        found[top : top + size[0], left : left + size[1]] = True
+        return found
+
+
+def multi_block(
+    grid: Grid,
+    batch: int,
+    generator: torch.Generator,
+    context: Blocks = Blocks(1, (0.85, 1.0)),  # noqa: B008 - frozen
+    target: Blocks = Blocks(4, (0.15, 0.2), (0.75, 1.5)),  # noqa: B008 - frozen
+) -> Masks:
+    """I-JEPA's masks: `target.count` blocks of one size a batch, and a large block without them.
+
+    A context that the targets leave empty is drawn again (its targets too).
+    """
+    target_size, context_size = target.size(grid, generator), context.size(grid, generator)
+    contexts: Places = []
+    targets: list[Places] = [[] for _ in range(target.count)]
+    for _ in range(batch):
+        for _ in range(100):
+            blocks = [target.draw(grid, target_size, generator) for _ in targets]
+            seen = context.draw(grid, context_size, generator)
+            for block in blocks:
+                seen = seen & ~block
+            if seen.any():
+                break
+        else:
+            raise ValueError(
+                f"masks: no context is left beside {target.count} targets of {target_size} on a "
+                f"grid of {grid.height} x {grid.width}"
+            )
+        contexts.append(seen.flatten().nonzero().flatten())
+        for places, block in zip(targets, blocks, strict=True):
+            places.append(block.flatten().nonzero().flatten())
+    return Masks(contexts, targets)
+
+
+def tubes(grid: Grid, batch: int, generator: torch.Generator, blocks: Blocks) -> Masks:
+    """V-JEPA's masks: rectangles hidden in every frame; the target is all that is hidden."""
+    contexts: Places = []
+    targets: Places = []
+    for _ in range(batch):
+        for _ in range(100):
+            hidden = torch.zeros(grid.height, grid.width, dtype=torch.bool)
+            for _ in range(blocks.count):
+                hidden |= blocks.draw(grid, blocks.size(grid, generator), generator)
+            if not hidden.all():
+                break
+        else:
+            raise ValueError(f"masks: {blocks} hides every place of {grid.height} x {grid.width}")
+        flat = hidden.expand(grid.frames, -1, -1).flatten()
+        contexts.append((~flat).nonzero().flatten())
+        targets.append(flat.nonzero().flatten())
+    return Masks(contexts, [targets])
+
+
+@dataclass(frozen=True)
+class VideoMasks:
+    """How V-JEPA hides parts of a clip.
+
+    blocks: the settings of tube masks, one drawn a step (published: 8 short-range blocks of 15 %
+    and 2 long-range ones of 70 %). future: the chance that a step hides the future instead: all
+    tokens after a number of token frames in `frames_seen`, the task that surprise is measured on.
+    """
+
+    blocks: tuple[Blocks, ...] = (
+        Blocks(8, (0.15, 0.15), (0.75, 1.5)),
+        Blocks(2, (0.7, 0.7), (0.75, 1.5)),
+    )
+    future: float = 0.0
+    frames_seen: tuple[int, int] = (1, 5)
+
+    def __call__(self, grid: Grid, batch: int, generator: torch.Generator) -> Masks:
+        if self.future > 0 and float(torch.rand((), generator=generator)) < self.future:
+            least, most = self.frames_seen
+            return future(grid, batch, int(torch.randint(least, most + 1, (), generator=generator)))
+        which = int(torch.randint(len(self.blocks), (), generator=generator))
+        return tubes(grid, batch, generator, self.blocks[which])
+
+
+def following(grid: Grid, batch: int, generator: torch.Generator) -> Masks:
+    """Every token frame but the last is seen, every one but the first predicted."""
+    del generator  # nothing is drawn
+    every, plane = torch.arange(grid.tokens), grid.frame.tokens
+    return Masks([every[:-plane]] * batch, [[every[plane:]] * batch])
+
+
+# Of the range of pixels: what changes by less is noise.
+CHANGE = 0.15
+
+
+def changing(patches: Tensor, grid: Grid) -> Tensor:
+    """bool [B, T]: the tokens of clips [B, T, pixels] in [0, 1] that differ somewhere by more than
+    CHANGE from the clip's median at their place, or from the token frame before or after.
+    """
+    frames = patches.unflatten(1, (grid.frames, -1))
+    found = (frames - frames.median(dim=1, keepdim=True).values).abs().amax(dim=-1) > CHANGE
+    between = (frames[:, 1:] - frames[:, :-1]).abs().amax(dim=-1) > CHANGE
+    found[:, 1:] |= between
+    found[:, :-1] |= between
+    return found.flatten(1)
+
+
+def chosen(drawn: Masks, keep: Tensor) -> Masks:
+    """The same context, and of each sample's targets those that keep, bool [B, T], names; where it
+    names none of them, all.
+    """
+    targets = []
+    for one in drawn.targets:
+        some = [places[row[places]] for places, row in zip(one, keep, strict=True)]
+        targets.append([s if s.numel() else p for s, p in zip(some, one, strict=True)])
+    return Masks(drawn.context, targets)
+
+
+def future(grid: Grid, batch: int, frames_seen: int) -> Masks:
+    """The first `frames_seen` token frames are the context, all others the target."""
+    every = torch.arange(grid.tokens)
+    cut = frames_seen * grid.height * grid.width
+    return Masks([every[:cut]] * batch, [[every[cut:]] * batch])

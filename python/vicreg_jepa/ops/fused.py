@@ -1,0 +1,139 @@
+"""What a method asks for, by the ops of vicreg_kernels on packed tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vicreg_kernels as vk
+from vicreg_jepa.models.masks import Places
+from vicreg_jepa.models.vit import Attend, Grid
+from vicreg_jepa.ops.common import Sequences, Weights, by_frame
+
+
+def _offsets(places: Sequence[Tensor]) -> Tensor:
+    return torch.tensor([0, *(p.numel() for p in places)]).cumsum(0)
+
+
+class Fused:
+    """The ops of vicreg_kernels on packed tokens."""
+
+    name = "fused"
+
+    def __init__(self, backend: str | None = None) -> None:
+        self.backend = backend
+
+    def take(self, x: Tensor, places: Places) -> Sequences:
+        """Each sample's tokens at `places` of x [B, T, D]."""
+        index, offsets = torch.cat(places).to(x.device), _offsets(places)
+        tokens = vk.gather_tokens(x, index, offsets=offsets, backend=self.backend)
+        return Sequences(tokens, index, offsets, places=places)
+
+    def attend(
+        self, sequences: Sequences | None, rope: Grid | None, apart: Grid | None = None
+    ) -> Attend:
+        """How attention is computed over these sequences; None: dense tokens [B, T, D].
+
+        apart: the grid whose frames do not see each other; None: a clip's tokens see them all.
+        """
+        if sequences is None:
+            turn = None if rope is None else vk.Rope3d((apart.frame if apart else rope).axes)
+            return by_frame(apart, lambda module, x: module(x, rope=turn))
+        index, offsets = sequences.index, sequences.offsets
+        if apart is not None:
+            # V-JEPA's rotation is not quite relative: a frame is placed as if it were alone.
+            index, offsets = index % apart.frame.tokens, _frame_offsets(sequences, apart)
+        turn = None if rope is None else vk.Rope3d(rope.axes, index)
+        assert offsets is not None
+        # Moved and read here, once for all blocks: a compiled block can do neither.
+        longest = int(offsets.diff().max())
+        rule = vk.Ragged(offsets.to(sequences.x.device), max_length=longest)
+        return lambda module, x: module(x, mask=rule, rope=turn)
+
+    def attend_causal(self, grid: Grid, frames: int) -> Attend:
+        """Rotary attention over the first token frames of a grid, dense, to no later frame."""
+        turn = vk.Rope3d((frames, grid.height, grid.width))
+        rule = vk.FrameCausal(grid.frame.tokens)
+        return lambda module, x: module(x, mask=rule, rope=turn)
+
+    def mean(self, sequences: Sequences) -> Tensor:
+        """The mean of each sequence's tokens, [P, D]."""
+        assert sequences.offsets is not None
+        lengths = sequences.offsets.diff().to(sequences.x.device)
+        return torch.segment_reduce(sequences.x, "mean", lengths=lengths, axis=0)
+
+    def rows(self, sequences: Sequences) -> Tensor:
+        """All tokens, [total, D]."""
+        return sequences.x
+
+    def assemble(
+        self, context: Sequences, mask_token: Tensor, targets: list[Places], table: Tensor | None
+    ) -> Sequences:
+        """For each of the M targets of each sample, its context and mask tokens in grid order."""
+        made = vk.assemble_tokens(
+            context.x.repeat(len(targets), 1),
+            context.index.repeat(len(targets)),
+            mask_token,
+            torch.cat([p for places in targets for p in places]).to(context.x.device),
+            positions=table,
+            context_offsets=_repeat_offsets(context.offsets, len(targets)),
+            target_offsets=_offsets([p for places in targets for p in places]),
+            backend=self.backend,
+        )
+        return Sequences(made.tokens, made.index, made.offsets, order=made)
+
+    def predictions(self, sequences: Sequences) -> Tensor:
+        return sequences.order.targets(sequences.x, backend=self.backend)
+
+    def prediction_loss(
+        self,
+        predictions: Tensor,
+        wanted: Tensor,
+        targets: list[Places],
+        kind: str,
+        normalise: bool,
+    ) -> Tensor:
+        """Of predictions in the order of targets, against wanted [B, T, D], layer-normed or not."""
+        offsets = [_offsets(places) for places in targets]
+        parts = predictions.split([int(o[-1]) for o in offsets])
+        index = [torch.cat(places).to(wanted.device) for places in targets]
+        return vk.prediction_loss(
+            list(parts), wanted, index, kind=kind, normalize_target=normalise, offsets=offsets,
+            reduction="tokens", backend=self.backend,
+        )  # fmt: skip
+
+    def teacher(self, module: nn.Module, momentum: float, steps: int) -> nn.Module:
+        return vk.EMA(module, momentum, schedule="linear", total_steps=steps, backend=self.backend)
+
+    def vicreg(self, x: Tensor, y: Tensor, weights: Weights, process_group: Any) -> Tensor:
+        names = ("invariance_weight", "variance_weight", "covariance_weight")
+        settings = dict(zip(names, weights, strict=True)) | self._shared(process_group)
+        return vk.vicreg_loss(x, y, **settings)
+
+    def variance_covariance(self, z: Tensor, process_group: Any) -> tuple[Tensor, Tensor]:
+        return vk.variance_covariance(z, **self._shared(process_group))
+
+    def sigreg(self, z: Tensor, slices: int, step: int, process_group: Any) -> Tensor:
+        """z [V, N, D]."""
+        return vk.sigreg_loss(z, slices=slices, step=step, **self._shared(process_group))
+
+    def _shared(self, process_group: Any) -> dict[str, Any]:
+        return {"backend": self.backend, "process_group": process_group}
+
+
+def _frame_offsets(sequences: Sequences, grid: Grid) -> Tensor:
+    """Where the tokens of each sequence's frames begin; they lie in the grid's order."""
+    assert sequences.places is not None
+    frame = torch.cat(
+        [p // grid.frame.tokens + i * grid.frames for i, p in enumerate(sequences.places)]
+    )
+    counts = torch.bincount(frame, minlength=len(sequences.places) * grid.frames)
+    return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+
+
+def _repeat_offsets(offsets: Tensor | None, times: int) -> Tensor:
+    assert offsets is not None
+    return torch.cat((torch.zeros(1, dtype=offsets.dtype), offsets.diff().repeat(times).cumsum(0)))

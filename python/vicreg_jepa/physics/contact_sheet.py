@@ -1,0 +1,144 @@
+"""A contact sheet: every property's quadruplet, and some possible videos, as rows of frames.
+
+python -m vicreg_jepa.physics.sheet --output runs/physics --seed 0
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from vicreg_jepa.cli_options import integer
+from vicreg_jepa.physics.properties import PROPERTIES
+from vicreg_jepa.physics.quadruplets import Quadruplet, quadruplet
+from vicreg_jepa.physics.scene import FRAMES, SIZE
+from vicreg_jepa.physics.videos import FAMILIES, Sample, possible
+
+GAP = 3
+LABEL = 175
+POSSIBLE, IMPOSSIBLE = (40, 130, 70), (190, 45, 45)
+
+
+def chosen(needed: set[int], columns: int) -> list[int]:
+    """Frames to show: the needed ones, and others where the gaps between them are widest."""
+    shown = sorted({0, FRAMES - 1} | needed)
+    while len(shown) < columns:
+        gaps = np.diff(shown).tolist()
+        widest = gaps.index(max(gaps))
+        shown.insert(widest + 1, (shown[widest] + shown[widest + 1]) // 2)
+    return shown
+
+
+def strip(video: NDArray[np.uint8], shown: list[int], rim: tuple[int, int, int]) -> Image.Image:
+    """Some frames of a video [T, 64, 64, 3] side by side, underlined in a colour."""
+    width = len(shown) * (SIZE + GAP) - GAP
+    row = Image.new("RGB", (width, SIZE + 2), rim)
+    row.paste("white", (0, 0, width, SIZE))
+    for column, frame in enumerate(shown):
+        row.paste(Image.fromarray(video[frame]), (column * (SIZE + GAP), 0))
+    return row
+
+
+def quadruplet_block(found: Quadruplet, columns: int, rows: tuple[int, ...]) -> Image.Image:
+    """The rows of one quadruplet: labels on the left, a line before what differs."""
+    seen = found.first_difference
+    shown = chosen({found.record["cut"] - 1, seen - 1, seen}, columns)
+    width = LABEL + columns * (SIZE + GAP)
+    block = Image.new("RGB", (width, 16 + len(rows) * (SIZE + GAP + 2)), "white")
+    draw, font = ImageDraw.Draw(block), ImageFont.load_default(12)
+    where = "behind a panel" if found.behind_occluder else "in view"
+    draw.text((2, 0), f"{found.record['property']}, {where}", "black", font)
+    at = LABEL + shown.index(seen) * (SIZE + GAP) - 2
+    small = ImageFont.load_default(10)
+    for column, frame in enumerate(shown):
+        draw.text((LABEL + column * (SIZE + GAP) + 2, 2), str(frame), (120, 120, 120), small)
+    for line, row in enumerate(rows):
+        y = 16 + line * (SIZE + GAP + 2)
+        rim = POSSIBLE if found.possible[row] else IMPOSSIBLE
+        parts = (row % 2, row % 2 if row < 2 else 1 - row % 2)
+        kind = "possible" if found.possible[row] else "impossible"
+        draw.text((2, y + 14), kind, rim, font)
+        draw.text((2, y + 32), f"past {'AB'[parts[0]]}, future {'AB'[parts[1]]}", "black", font)
+        block.paste(strip(found.videos[row], shown, rim), (LABEL, y))
+    draw.line([(at, 14), (at, block.height)], fill=(0, 0, 0), width=1)
+    return block
+
+
+def possible_block(sample: Sample, columns: int) -> Image.Image:
+    shown = np.linspace(0, FRAMES - 1, columns).round().astype(int).tolist()
+    block = Image.new("RGB", (LABEL + columns * (SIZE + GAP), SIZE + GAP + 2), "white")
+    draw, font = ImageDraw.Draw(block), ImageFont.load_default(12)
+    draw.text((2, 22), f"possible: {sample.record['family']}", POSSIBLE, font)
+    block.paste(strip(sample.video, shown, POSSIBLE), (LABEL, 0))
+    return block
+
+
+def stacked(blocks: list[Image.Image], across: int) -> Image.Image:
+    """Blocks in `across` columns, read from left to right."""
+    lines = [blocks[start : start + across] for start in range(0, len(blocks), across)]
+    width = max(sum(block.width + 12 for block in line) for line in lines)
+    height = sum(max(block.height for block in line) + 8 for line in lines)
+    sheet = Image.new("RGB", (width, height), "white")
+    y = 4
+    for line in lines:
+        for number, block in enumerate(line):
+            sheet.paste(block, (6 + number * (width // across), y))
+        y += max(block.height for block in line) + 8
+    return sheet
+
+
+def quadruplet_sheet(
+    seed: int, hidden: bool | None, columns: int, rows: tuple[int, ...] = (0, 1, 2, 3)
+) -> Image.Image:
+    """Every property's quadruplet of the seed."""
+    found = [quadruplet(name, seed, hidden) for name in PROPERTIES]
+    return stacked([quadruplet_block(one, columns, rows) for one in found], 2)
+
+
+def overview(seed: int) -> Image.Image:
+    """A small sheet: a possible and both exchanged videos of each property, half behind panels."""
+    hidden = ("permanence", "gravity", "colour", "control")
+    found = [quadruplet(name, seed, name in hidden) for name in PROPERTIES]
+    return stacked([quadruplet_block(one, 9, (0, 2, 3)) for one in found], 2)
+
+
+def possible_sheet(seed: int, columns: int, each: int) -> Image.Image:
+    """The first `each` videos of every family, from `seed` on."""
+    wanted = dict.fromkeys((*FAMILIES, "staged"), each)
+    found: list[Sample] = []
+    while any(wanted.values()):
+        sample = possible(seed)
+        seed += 1
+        if wanted[sample.record["family"]]:
+            wanted[sample.record["family"]] -= 1
+            found.append(sample)
+    found.sort(key=lambda sample: sample.record["family"])
+    return stacked([possible_block(sample, columns) for sample in found], 2)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = argparse.ArgumentParser(
+        prog="python -m vicreg_jepa.physics.sheet",
+        description="Draw videos as rows of frames: an overview, possible ones, all quadruplets.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    options.add_argument("--output", type=Path, default=Path("runs/physics"), help="a folder")
+    options.add_argument("--seed", type=integer(0), default=0)
+    chosen = options.parse_args(arguments)
+    if chosen.output.exists() and not chosen.output.is_dir():
+        options.error(f"--output: got {str(chosen.output)!r}, a file; takes a folder")
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    small = overview(chosen.seed).quantize(method=Image.Quantize.FASTOCTREE)
+    small.save(chosen.output / "overview.png", optimize=True)
+    possible_sheet(chosen.seed, 11, 3).save(chosen.output / "possible.png")
+    quadruplet_sheet(chosen.seed, False, 11).save(chosen.output / "in_view.png")
+    quadruplet_sheet(chosen.seed, True, 11).save(chosen.output / "behind_panels.png")
+    print(f"overview.png, possible.png, in_view.png, behind_panels.png written to {chosen.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Two possible scenes and where their continuations may be exchanged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from vicreg_jepa.physics.scene import Scene, Thing
+
+SMALL = (3.8, 4.8)
+NEVER = (1, 0)  # a cut of a pair that cannot be exchanged after all
+
+
+@dataclass(frozen=True)
+class Pair:
+    """cut: first and last frame at which the continuations may be exchanged.
+
+    unseen: the cut lies where both pictures are the same, so that it does not show itself.
+    apart: least and greatest distance, at the cut, of the last thing of both scenes.
+    """
+
+    first: Scene
+    second: Scene
+    unseen: bool
+    cut: tuple[int, int]
+    apart: tuple[float, float] = (0.0, float("inf"))
+
+
+def with_things(scene: Scene, *things: Thing) -> Scene:
+    return replace(scene, things=(*scene.things, *things))

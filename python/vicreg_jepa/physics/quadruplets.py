@@ -1,0 +1,135 @@
+"""Two possible and two impossible videos that are made of the same frames.
+
+    videos[0]  first past,  first future    possible
+    videos[1]  second past, second future   possible
+    videos[2]  first past,  second future   impossible
+    videos[3]  second past, first future    impossible
+
+At every frame the impossible two show the very pictures that the possible two show, so that no
+score that adds up over single frames can tell them apart (Riochet et al., arXiv:1803.07616). Where
+the exchange is unseen this holds for every run of frames that does not span the hidden stretch.
+The fairest comparison is of the videos with one future, 2 with 1 and 3 with 0, from the first
+difference on: from there they show the same, and any aggregate of surprise may be taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vicreg_jepa.physics.pair import Pair
+from vicreg_jepa.physics.properties import PROPERTIES
+from vicreg_jepa.physics.render import frames
+from vicreg_jepa.physics.scene import SIZE, Clip, simulate
+from vicreg_jepa.physics.stage import chance
+
+TRIES = 400
+SEEN = 14  # pixels that must differ by more than LEVELS for a person to see it
+LEVELS = 40
+
+
+@dataclass(frozen=True)
+class Quadruplet:
+    """videos: uint8 [4, T, 64, 64, 3]; possible: bool [4] (all true for the control).
+
+    first_difference: the first frame at which an exchanged video differs from the one that its
+    past is from: 2 from 0 and 3 from 1. behind_occluder: the exchange is hidden by a panel.
+    record: property, seed, the frame of the cut, `same`: how many frames on end about the cut show
+    the same picture in both possible videos, and what happens in these.
+    """
+
+    videos: NDArray[np.uint8]
+    possible: NDArray[np.bool_]
+    first_difference: int
+    behind_occluder: bool
+    record: dict[str, Any]
+
+
+def quadruplet(property: str, seed: int, behind_occluder: bool | None = None) -> Quadruplet:
+    """The seed's quadruplet. behind_occluder: None draws it, one half each.
+
+    The draws share no stream with those of `possible`: any seed is held out from the training.
+    Raises ValueError where the property is unknown or the seed negative.
+    """
+    if property not in PROPERTIES:
+        raise ValueError(f"property: got {property!r}, takes one of {', '.join(PROPERTIES)}")
+    if seed < 0:
+        raise ValueError(f"seed: got {seed}, takes an integer from 0")
+    rng = np.random.default_rng([1 + list(PROPERTIES).index(property), seed])
+    drawn = chance(rng, 0.5)
+    hidden = drawn if behind_occluder is None else behind_occluder
+    for _ in range(TRIES):
+        pair = PROPERTIES[property](rng, hidden)
+        if chance(rng, 0.5):
+            pair = mirrored(pair)
+        found = _exchange(pair, rng)
+        if found is not None:
+            videos, cut, same, clips = found
+            possible = np.array([True, True, property == "control", property == "control"])
+            record = {"property": property, "seed": seed, "cut": cut, "same": len(same)}
+            record |= {"possible": [clip.record() for clip in clips]}
+            return Quadruplet(videos, possible, max(same.stop, cut), hidden, record)
+    raise RuntimeError(f"no {property} quadruplet of seed {seed} in {TRIES} tries")
+
+
+def mirrored(pair: Pair) -> Pair:
+    first, second = pair.first.mirrored(), pair.second.mirrored()
+    return Pair(first, second, pair.unseen, pair.cut, pair.apart)
+
+
+def _exchange(
+    pair: Pair, rng: np.random.Generator
+) -> tuple[NDArray[np.uint8], int, range, tuple[Clip, Clip]] | None:
+    """The videos, the cut, the frames about it at which both pasts and futures show the same, and
+    both clips; None where a person could not see that something is exchanged."""
+    clips = simulate(pair.first), simulate(pair.second)
+    window = range(pair.cut[0], pair.cut[1] + 1)
+    cuts = [cut for cut in window if _apart(pair, clips, cut) and _in_view(clips, cut)]
+    if not cuts:
+        return None
+    first, second = (frames(clip) for clip in clips)
+    far = np.maximum(first, second) - np.minimum(first, second)  # [T, 64, 64, 3]
+    differ = np.any(far, axis=(1, 2, 3))
+    if pair.unseen:
+        cuts = [cut for cut in cuts if not differ[cut - 1 : cut + 1].any()]
+    else:
+        cuts = [cut for cut in cuts if not _covered(clips, cut)]
+    if not cuts:
+        return None
+    cut = cuts[int(rng.integers(len(cuts)))]
+    seen = (far > LEVELS).any(axis=3).sum(axis=(1, 2)) >= SEEN
+    if seen[:cut].sum() < 3 or seen[cut:].sum() < 3:
+        return None
+    before, after = np.flatnonzero(differ[:cut])[-1], cut + np.flatnonzero(differ[cut:])[0]
+    swapped = (np.concatenate(parts) for parts in _parts(first, second, cut))
+    return np.stack([first, second, *swapped]), cut, range(int(before) + 1, int(after)), clips
+
+
+def _parts(first: NDArray, second: NDArray, cut: int) -> tuple[tuple[NDArray, NDArray], ...]:
+    return (first[:cut], second[cut:]), (second[:cut], first[cut:])
+
+
+def _apart(pair: Pair, clips: tuple[Clip, Clip], cut: int) -> bool:
+    positions = [clip.position[cut] for clip in clips]
+    if len(positions[0]) != len(positions[1]):
+        return True
+    low, high = pair.apart
+    return low <= float(np.linalg.norm(positions[0][-1] - positions[1][-1])) <= high
+
+
+def _in_view(clips: tuple[Clip, Clip], cut: int) -> bool:
+    """Nothing is cut off by the picture's edge around the cut."""
+    around = slice(max(cut - 2, 0), cut + 3)
+    for clip in clips:
+        left, right, top, bottom = np.moveaxis(clip.bounds[around], 2, 0)
+        outside = (right < 0) | (left > SIZE) | (bottom < 0) | (top > SIZE)
+        if not (clip.inside()[around] | outside).all():
+            return False
+    return True
+
+
+def _covered(clips: tuple[Clip, Clip], cut: int) -> bool:
+    return any(bool(clip.covered()[cut - 1 : cut + 1, -1:].any()) for clip in clips)

@@ -1,0 +1,63 @@
+"""The physics test: how a model's surprise tells impossible videos from possible ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vicreg_jepa.physics import quadruplet
+from vicreg_jepa.surprise import curves
+
+# uint8 [N, F, H, W, 3] -> how a video's curve becomes one number ("mean", "maximum") -> N numbers
+SurpriseOf = Callable[[Tensor], dict[str, list[float]]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one property: the share of quadruplets told apart, and the AUROC over single videos.
+
+    A quadruplet is told apart where its two impossible videos surprise more than its two possible
+    ones together: IntPhys' relative score. Its videos are made of the same frames, so what a model
+    makes of their content falls out.
+    """
+
+    property: str
+    quadruplets: int
+    accuracy: float
+    auroc: float
+
+
+def quadruplets(property: str, count: int, first_seed: int = 0) -> Tensor:
+    """uint8 [count, 4, F, H, W, 3]: two possible, two impossible; seeds no training sees."""
+    found = [quadruplet(property, first_seed + i).videos for i in range(count)]
+    return torch.from_numpy(np.stack(found))
+
+
+def scores(surprise_of: SurpriseOf, videos: Tensor, property: str) -> dict[str, Score]:
+    """Of quadruplets [count, 4, F, H, W, 3], by how a video's curve becomes one number."""
+    count, result = len(videos), {}
+    for kind, values in surprise_of(videos.flatten(0, 1)).items():
+        grid = torch.tensor(values, dtype=torch.float64).view(count, 2, 2)
+        possible, impossible = grid.sum(dim=2).T.tolist()
+        result[kind] = Score(
+            property,
+            count,
+            curves.relative_accuracy(possible, impossible),
+            curves.auroc(*grid.transpose(0, 1).flatten(1).tolist()),
+        )
+    return result
+
+
+def of_method(method: Any, stride: int) -> SurpriseOf:
+    """A trained model's surprise; stride: frames of the video between those that it takes."""
+
+    def found(videos: Tensor) -> dict[str, list[float]]:
+        each = curves.curves(method, videos, stride=stride)
+        return {"mean": [c.mean for c in each], "maximum": [c.maximum for c in each]}
+
+    return found

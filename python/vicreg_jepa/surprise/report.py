@@ -1,0 +1,98 @@
+"""What `vicreg-jepa surprise` leaves: the table of the physics test, and pictures of surprise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from vicreg_jepa.data import videos
+from vicreg_jepa.physics import PROPERTIES, quadruplet
+from vicreg_jepa.surprise import curves, figure, physics_test
+
+# model -> property -> how a video's curve becomes a number -> score
+Found = dict[str, dict[str, dict[str, physics_test.Score]]]
+
+
+def test(models: Mapping[str, physics_test.SurpriseOf], count: int, output: Path) -> Found:
+    """Every property's scores for each model, and surprise.json in `output`."""
+    found: Found = {name: {} for name in models}
+    with tqdm(total=len(PROPERTIES) * len(models), desc="physics test", ncols=100) as bar:
+        for property in PROPERTIES:
+            clips = physics_test.quadruplets(property, count)
+            for name, surprise_of in models.items():
+                found[name][property] = physics_test.scores(surprise_of, clips, property)
+                bar.update()
+    plain = {
+        name: {prop: {k: asdict(s) for k, s in kinds.items()} for prop, kinds in row.items()}
+        for name, row in found.items()
+    }
+    (output / "surprise.json").write_text(json.dumps(plain, indent=1))
+    return found
+
+
+def table(found: Found, count: int) -> str:
+    """Per cent: of the first model both scores and AUROC, of the others the mean's; the control,
+    fair at 50, is not averaged.
+    """
+    first, *others = found
+    own = found[first]
+    width = max(12, *(len(name) + 2 for name in found))
+
+    def row(name: str, pick: Any) -> str:
+        cells = [pick(own, "mean", "accuracy"), pick(own, "maximum", "accuracy")]
+        cells += [pick(own, "mean", "auroc")]
+        cells += [pick(found[other], "mean", "accuracy") for other in others]
+        widths = [12, 10, 8] + [width] * len(others)
+        return f"{name:<12}" + "".join(
+            f"{100 * cell:>{wide}.1f}" for cell, wide in zip(cells, widths, strict=True)
+        )
+
+    broken = [property for property in own if property != "control"]
+
+    def over(reduce: Any) -> Any:
+        return lambda rows, kind, what: reduce([getattr(rows[p][kind], what) for p in broken])
+
+    def of(property: str) -> Any:
+        return lambda rows, kind, what: getattr(rows[property][kind], what)
+
+    return "\n".join(
+        (
+            f"{first}: relative accuracy in %, {count} quadruplets a property",
+            f"{'':<12}{'mean':>12}{'maximum':>10}{'AUROC':>8}"
+            + "".join(f"{name:>{width}}" for name in others),
+            *(row(property, of(property)) for property in broken),
+            row("average", over(lambda values: sum(values) / len(values))),
+            row("least", over(min)),
+            row("control", of("control")),
+        )
+    )
+
+
+def draw_quadruplet(
+    method: Any, property: str, output: Path, *, stride: int, seed: int = 0
+) -> None:
+    """An impossible video and the possible ones that share its past and its future: PNG, GIF."""
+    made = quadruplet(property, seed)
+    three = torch.from_numpy(made.videos[[0, 2, 1]].copy())
+    each = curves.curves(method, three, stride=stride)
+    names = ("same past", "exchanged" if made.possible[2] else "impossible", "same future")
+    clips = dict(zip(names, three, strict=True))
+    found = dict(zip(names, each, strict=True))
+    figure.picture(clips, found, output / f"{property}.png", property, made.first_difference)
+    figure.animation(clips, found, output / f"{property}.gif")
+
+
+def draw_video(method: Any, path: Path, size: int, output: Path, *, stride: int) -> None:
+    video = videos.decode(path, size)
+    (curve,) = curves.curves(method, video[None], stride=stride)
+    clip, found = {"video": video}, {"video": curve}
+    figure.picture(clip, found, output / f"{path.stem}.png", path.name, None)
+    figure.animation(clip, found, output / f"{path.stem}.gif")
+    values = curve.over_time.nan_to_num(-1.0)
+    print(f"{path.name}: mean {curve.mean:.4f}, most {curve.maximum:.4f} at {int(values.argmax())}")

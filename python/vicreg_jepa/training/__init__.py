@@ -1,0 +1,1 @@
+"""A run: the loop (trainer.py), its start and return (run.py), its checkpoints, log and end."""

@@ -1,0 +1,214 @@
+"""Checkpoints: tensors as safetensors, everything else as JSON; nothing is unpickled.
+
+A checkpoint is a folder `step_<n>` with tensors.safetensors and state.json, which names the step,
+the other's size and SHA-256, and its own. It is written beside its place, flushed to the disk and
+renamed: a process killed at any moment leaves the ones before it whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vicreg_jepa.files import output
+
+FORMAT = "vicreg-jepa-checkpoint/1"
+# Of versions that were not released: other names of settings; the first had no checksum.
+OLDER = ("jepa-checkpoint/1", "jepa-checkpoint/2")
+TENSORS, STATE = "tensors.safetensors", "state.json"
+
+
+class CheckpointError(ValueError):
+    """Says which file is not a checkpoint that this run can go on from, and why."""
+
+
+class Damaged(CheckpointError):
+    """It is not what was written: the one before it may be."""
+
+
+def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> Path:
+    """Writes folder/step_<n>; state: what JSON holds. Raises OutputError, with nothing written."""
+    target = folder / f"step_{step:08d}"
+    partial = folder / f".{target.name}.{os.getpid()}.partial"
+    whole = {name: z.detach().cpu().contiguous() for name, z in tensors.items()}
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with output.writing(target):
+            partial.mkdir(parents=True)
+            _write(partial, step, whole, state)
+            if target.exists():  # a resumed run that comes to the same step again
+                shutil.rmtree(target)
+            partial.rename(target)
+            _flush(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _write(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    save_file(tensors, folder / TENSORS)
+    written = {
+        "format": FORMAT,
+        "step": step,
+        "bytes": (folder / TENSORS).stat().st_size,
+        "sha256": _digest(folder / TENSORS),
+        "state": state,
+    }
+    (folder / STATE).write_text(json.dumps(sealed(written), indent=1))
+    for name in (TENSORS, STATE):
+        _flush(folder / name)
+
+
+def sealed(written: dict[str, Any]) -> dict[str, Any]:
+    """With the checksum of all its values, however JSON is laid out."""
+    held = json.loads(json.dumps({k: v for k, v in written.items() if k != "checksum"}))
+    text = json.dumps(held, sort_keys=True, separators=(",", ":"))
+    return {**held, "checksum": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
+    """(tensors, step, state) of a checkpoint folder.
+
+    Raises Damaged for what is missing, truncated or altered, CheckpointError for another format.
+    """
+    written = _state(path)
+    tensors = path / TENSORS
+    if not tensors.is_file():
+        raise Damaged(f"{path}: {TENSORS} is missing")
+    size = tensors.stat().st_size
+    if size != written["bytes"]:
+        raise Damaged(
+            f"{tensors}: has {size} bytes, {written['bytes']} were written: it is truncated"
+        )
+    if _digest(tensors) != written["sha256"]:
+        raise Damaged(f"{tensors}: its contents are not those that were written")
+    try:
+        return load_file(tensors), written["step"], written["state"]
+    except SafetensorError as error:
+        raise Damaged(f"{tensors}: is not a safetensors file ({error})") from None
+
+
+def _state(path: Path) -> dict[str, Any]:
+    state = path / STATE
+    if not state.is_file():
+        raise Damaged(f"{path}: is not a checkpoint: it has no {STATE}")
+    try:
+        written = json.loads(state.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{state}: is truncated or not JSON ({error})") from None
+    found = written.get("format") if isinstance(written, dict) else type(written).__name__
+    whole = isinstance(written, dict) and sealed(written) == written
+    if found != FORMAT:
+        kind = CheckpointError if whole or found in OLDER else Damaged
+        raise kind(f"{state}: has format {found!r}, takes {FORMAT!r}")
+    if not whole:
+        raise Damaged(f"{state}: its contents are not those that were written")
+    if path.name != f"step_{written['step']:08d}":
+        named = path.name.removeprefix("step_").lstrip("0")
+        raise Damaged(f"{path}: is of step {written['step']}, its folder's name says {named}")
+    return written
+
+
+def newest_whole(folder: Path) -> tuple[Path, tuple[dict[str, Tensor], int, dict[str, Any]]] | None:
+    """The newest checkpoint that is not damaged, and what `load` gives of it; says on stderr which
+    ones are. None without any. Raises Damaged where none is whole.
+    """
+    problems: list[Damaged] = []
+    for path in reversed(existing(folder)):
+        try:
+            found = load(path)
+        except Damaged as error:
+            problems.append(error)
+            continue
+        for problem in problems if os.environ.get("RANK", "0") == "0" else ():
+            print(f"{problem}; taking {path.name} instead", file=sys.stderr)
+        return path, found
+    if problems:
+        raise problems[0]
+    return None
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Renames what is later than `step`, which is damaged: it must not count as the newest."""
+    for path in existing(folder):
+        if path.name > f"step_{step:08d}":
+            aside = path.with_name(f"{path.name}.damaged")
+            with output.writing(aside):
+                if aside.is_dir():
+                    shutil.rmtree(aside)
+                path.rename(aside)
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint of most steps; what was being written when a run was killed does not count."""
+    found = existing(folder)
+    return found[-1] if found else None
+
+
+def existing(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if re.fullmatch(r"step_\d{8}", p.name))
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Leaves the newest `keep`, and nothing half written."""
+    for path in existing(folder)[:-keep]:
+        with output.writing(path):
+            shutil.rmtree(path)
+    for path in folder.glob(".step_*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def flatten(prefix: str, state: Any, tensors: dict[str, Tensor]) -> Any:
+    """A state_dict as JSON, its tensors moved to `tensors` under names that say where they were."""
+    if isinstance(state, Tensor):
+        tensors[prefix] = state
+        return {"tensor": prefix}
+    if isinstance(state, Mapping):
+        items = [[k, flatten(f"{prefix}.{k}", v, tensors)] for k, v in state.items()]
+        return {"items": items}
+    if isinstance(state, (list, tuple)):
+        return {"list": [flatten(f"{prefix}.{i}", v, tensors) for i, v in enumerate(state)]}
+    if state is None or isinstance(state, (bool, int, float, str)):
+        return {"value": state}
+    raise TypeError(f"{prefix}: got {type(state).__name__}, which a checkpoint does not hold")
+
+
+def unflatten(found: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What `flatten` was given."""
+    if "tensor" in found:
+        return tensors[found["tensor"]]
+    if "items" in found:
+        return {k: unflatten(v, tensors) for k, v in found["items"]}
+    if "list" in found:
+        return [unflatten(v, tensors) for v in found["list"]]
+    return found["value"]
+
+
+def _digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """To the disk; a folder's entries too."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,108 @@
+"""Starts a run, or goes on with one, and reads a run back."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vicreg_jepa import config
+from vicreg_jepa.config import Config
+from vicreg_jepa.data import sources
+from vicreg_jepa.distributed.launch import in_turn, ranks
+from vicreg_jepa.distributed.ranks import Ranks
+from vicreg_jepa.files import output
+from vicreg_jepa.methods import build
+from vicreg_jepa.training import checkpoint, locking, rank_failure, stopping
+from vicreg_jepa.training.log import Log, SpreadMonitor
+from vicreg_jepa.training.trainer import Trainer, bfloat16_is_slow
+
+
+def train(settings: Config, folder: Path) -> int:
+    """Trains, or goes on from the folder's newest checkpoint, to the last step, which it returns.
+
+    Under torchrun on every rank: the folder is the same one for all.
+    """
+    with output.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with ranks(settings) as own, _alone(own, folder) as stop:
+        return _train(settings, folder, own, stop)
+
+
+@contextmanager
+def _alone(own: Ranks, folder: Path) -> Iterator[stopping.Stop]:
+    """The folder is locked, and the signals are ours where the run has one process."""
+    stop = stopping.Stop()
+    with locking.held(folder) if own.rank == 0 else nullcontext():
+        try:
+            with stop if own.ranks == 1 else nullcontext():
+                yield stop
+        except stopping.Stopped as stopped:
+            raise stopping.Stopped(stopped.number, _how_to_go_on(folder)) from None
+
+
+def _how_to_go_on(folder: Path) -> str:
+    path = checkpoint.newest(folder / "checkpoints")
+    if path is None:
+        return "; it has no checkpoint yet, the same command starts it again"
+    step = int(path.name.removeprefix("step_"))
+    return f"; the same command goes on from step {step} ({path})"
+
+
+def _train(settings: Config, folder: Path, own: Ranks, stop: stopping.Stop) -> int:
+    """All that refers to the process group, so that nothing outlives it."""
+    found = in_turn(own, lambda: sources.source(settings))
+    method = build.method(settings, found.channels).train()
+    trainer = Trainer(settings, method, own, folder)
+    step = trainer.resume()
+    if own.rank == 0:
+        described = json.dumps(config.describe(settings), indent=1)
+        output.replace(folder / "config.json", described.encode())
+        if step:
+            print(f"going on from step {step}", file=sys.stderr)
+        if settings.training.precision == "bfloat16" and bfloat16_is_slow(settings.training.device):
+            print(
+                "training.precision: this CPU has no instructions for bfloat16, which takes many "
+                "times as long as float32 here; training.precision=float32 is the fast one",
+                file=sys.stderr,
+            )
+    spread = SpreadMonitor(settings, method, found)
+    many = own.ranks > 1 and dist.is_torchelastic_launched()
+    with rank_failure.watched(trainer.checkpoints) if many else nullcontext():
+        if own.rank == 0:
+            with Log(settings, folder, spread, step) as log:
+                trainer.fit(found, log, stop)
+        else:
+            # Shards give features only where every rank takes part.
+            sharded = settings.training.parallel == "fsdp"
+            trainer.fit(found, lambda step, *_: spread(step) if sharded else None)
+    return trainer.step
+
+
+def restore(folder: Path) -> tuple[Config, nn.Module, int]:
+    """(configuration, trained method in evaluation mode, step) of the newest whole checkpoint."""
+    found = checkpoint.newest_whole(folder / "checkpoints")
+    if found is None:
+        raise checkpoint.CheckpointError(f"{folder}: holds no checkpoint of a run")
+    return _restored(*found[1])
+
+
+def load(path: Path) -> tuple[Config, nn.Module, int]:
+    """What `restore` gives, of one checkpoint."""
+    return _restored(*checkpoint.load(path))
+
+
+def _restored(
+    tensors: dict[str, Tensor], step: int, state: dict[str, Any]
+) -> tuple[Config, nn.Module, int]:
+    settings = config.parse(state["config"])
+    method = build.method(settings, state["channels"])
+    own = {k.removeprefix("method."): v for k, v in tensors.items() if k.startswith("method.")}
+    method.load_state_dict(own)
+    return settings, method.eval(), step

@@ -1,0 +1,272 @@
+"""The training loop: any method, one process or many; a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import vicreg_kernels as vk
+from vicreg_jepa.config import Config, describe, parse
+from vicreg_jepa.data.batches import mixed
+from vicreg_jepa.distributed import sharding
+from vicreg_jepa.distributed.ranks import Ranks
+from vicreg_jepa.files import output
+from vicreg_jepa.models.masks import Masks
+from vicreg_jepa.training import checkpoint, schedule
+from vicreg_jepa.training.compilation import compile_method
+from vicreg_jepa.training.optimizers import build as build_optimizer
+from vicreg_jepa.training.stopping import Stop, Stopped
+
+# Settings of how data are read, not of what is trained on: a run may go on with others.
+READING = ("workers", "download", "max_pixels", "max_bytes")
+
+
+class Diverged(FloatingPointError):
+    """The loss is not finite; its batch is saved for replay."""
+
+
+def device_of(config: Config) -> torch.device:
+    """Raises ValueError for what is no CPU or GPU, and for a GPU that is not there."""
+    name, gpus = config.training.device, torch.cuda.device_count()
+    kind, _, index = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or not (index.isdigit() or name == "cuda")):
+        raise ValueError(f"training.device: got {name!r}, takes cpu, cuda or cuda:<n>")
+    if kind == "cuda" and int(index or 0) >= gpus:
+        raise ValueError(f"training.device: got {name!r}, but torch sees {gpus} GPUs")
+    return torch.device(name)
+
+
+def bfloat16_is_slow(device: str) -> bool:
+    """Whether torch multiplies bfloat16 many times more slowly than float32 there: on a CPU without
+    AVX-512 or the like, where it has no kernels of its own for products and convolutions.
+    """
+    return device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class Trainer:
+    """config's method, its optimizer, and how many steps they have taken."""
+
+    def __init__(self, config: Config, method: nn.Module, ranks: Ranks, folder: Path) -> None:
+        self.config, self.method, self.ranks, self.folder = config, method, ranks, folder
+        if config.training.batch % (ranks.ranks * config.training.accumulate):
+            raise ValueError(
+                f"training.batch: got {config.training.batch}, takes a multiple of ranks x "
+                f"accumulate = {ranks.ranks} x {config.training.accumulate}"
+            )
+        if config.training.compile == "reduce-overhead" and ranks.ranks > 1:
+            raise ValueError(
+                "training.compile: got 'reduce-overhead', takes one process, not "
+                f"{ranks.ranks} ranks"
+            )
+        self.device = device_of(config)
+        self.method.to(self.device)
+        if config.training.compile:
+            compile_method(method, cuda_graphs=config.training.compile == "reduce-overhead")
+        self.model = sharding.distribute(method, config.training, ranks.ranks)
+        self.optimizer = build_optimizer(config.optimizer, method)
+        self.step, self.saved = 0, -1  # saved: the step of the newest checkpoint
+
+    # --------------------------------------------------------------------------------- a step
+
+    def take(self, batch: Tensor) -> Tensor:
+        """One step on this batch; the loss before it, of all ranks together."""
+        settings, steps = self.config.optimizer, self.config.training.steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = schedule.rate(settings, self.step, steps)
+            if group["weight_decay"] != 0:
+                group["weight_decay"] = schedule.weight_decay(settings, self.step, steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.config.training.compile == "reduce-overhead":
+            # The gradients above were the last that is read of the step before: its memory is free.
+            torch.compiler.cudagraph_mark_step_begin()
+        torch.manual_seed(mixed(self.config.seed, 3, self.step, self.ranks.rank) % 2**63)
+        # Views are drawn on the device, masks on the host.
+        where = self.device if hasattr(self.method, "views") else "cpu"
+        generator = torch.Generator(where).manual_seed(mixed(self.config.seed, 4, self.step))
+        with self._precision():
+            loss = self._differentiate(batch, generator)
+        if not math.isfinite(float(loss)):
+            raise Diverged(self._saved_for_replay(batch, float(loss)))
+        if settings.clip > 0:
+            nn.utils.clip_grad_norm_(self.method.parameters(), settings.clip)
+        self.optimizer.step()
+        self.method.after_step()
+        self.step += 1
+        return loss
+
+    def _differentiate(self, batch: Tensor, generator: torch.Generator) -> Tensor:
+        """Puts the gradient of the whole batch's loss into the parameters; returns that loss."""
+        if hasattr(self.method, "views"):
+            loss = self._of_statistics(batch, generator)
+        else:
+            loss = self._of_tokens(batch, generator)
+        if self.ranks.ranks > 1:
+            dist.all_reduce(loss)
+            loss /= self.ranks.ranks
+        return loss
+
+    def _of_statistics(self, batch: Tensor, generator: torch.Generator) -> Tensor:
+        pieces, share = self.config.training.accumulate, self.ranks.share
+        views = self.method.views(batch.to(self.device), generator)
+        loss = partial(self.method.loss, process_group=self.ranks.group)
+        # A rank's share of each piece: batch norm then sees the pieces that one process sees.
+        micro = zip(*([share.of(v) for v in view.chunk(pieces)] for view in views), strict=True)
+        if pieces > 1:
+            return vk.accumulate(loss, self.model, list(micro))
+        value = loss(*(self.model(view) for view in next(micro)))
+        value.backward()
+        return value.detach()
+
+    def _of_tokens(self, batch: Tensor, generator: torch.Generator) -> Tensor:
+        """The mean over all ranks' predicted tokens: a piece counts by how many it has."""
+        whole, pieces = self.config.training.batch, self.config.training.accumulate
+        own = whole // self.ranks.ranks
+        if len(batch) == whole:
+            batch = self.ranks.share.of(batch)
+        batch = batch.to(self.device)
+        drawn, tokens = self._masks(batch, generator)
+        size = own // pieces
+        total = torch.zeros((), device=self.device)
+        for piece in range(pieces):
+            begin = piece * size
+            part = drawn.part(begin, begin + size)
+            weight = part.tokens() * self.ranks.ranks / tokens
+            last = piece == pieces - 1
+            with self._one_reduction(last):
+                some = batch[begin : begin + size]
+                value = self.model(some, part, weight, self.ranks.group)
+                value.backward()
+            total += value.detach()
+        return total
+
+    def _masks(self, batch: Tensor, generator: torch.Generator) -> tuple[Masks, int]:
+        """Of this rank's samples, and how many tokens all ranks predict."""
+        whole, own = self.config.training.batch, len(batch)
+        first = own * self.ranks.rank
+        drawn = self.method.draw(whole, generator)
+        tokens, mine = drawn.tokens(), drawn.part(first, first + own)
+        if getattr(self.method, "still", 1.0) < 1.0:  # jepa's own methods have it
+            chance = torch.rand(whole, self.method.encoder.grid.tokens, generator=generator)
+            mine = self.method.narrowed(mine, batch, chance[first : first + own])
+            count = torch.tensor(mine.tokens(), device=self.device)
+            if self.ranks.ranks > 1:
+                dist.all_reduce(count)
+            tokens = int(count)
+        return mine, tokens
+
+    def _one_reduction(self, last: bool) -> Any:
+        if last or not isinstance(self.model, nn.parallel.DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.model.no_sync()
+
+    def _precision(self) -> Any:
+        if self.config.training.precision == "float32":
+            return contextlib.nullcontext()
+        # Its cache would hold a copy of every shard that is put together.
+        cached = self.config.training.parallel != "fsdp"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=cached)
+
+    # ------------------------------------------------------------------- what a run leaves behind
+
+    def _saved_for_replay(self, batch: Tensor, loss: float) -> str:
+        from safetensors.torch import save_file
+
+        path = self.folder / f"diverged_step_{self.step:08d}_rank_{self.ranks.rank}.safetensors"
+        weights = sharding.whole(self._weights(), keep=self.ranks.rank == 0)
+        tensors = {"batch": batch, **weights}
+        with output.writing(path):
+            save_file({name: z.contiguous() for name, z in tensors.items()}, path)
+        held = "the batch and the weights are" if weights else "this rank's batch is"
+        return f"the loss of step {self.step} is {loss}: {held} in {path}"
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {f"method.{k}": v for k, v in self.method.state_dict().items()}
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def save(self) -> Path | None:
+        """Called on every rank; rank 0 writes, and returns where."""
+        tensors = self._weights()
+        optimizer = checkpoint.flatten("optimizer", self.optimizer.state_dict(), tensors)
+        tensors = sharding.whole(tensors, keep=self.ranks.rank == 0)
+        if self.ranks.rank != 0:
+            return None
+        state = {
+            "config": describe(self.config),
+            "channels": getattr(self.method, "channels", None),  # of those that build.py made
+            "optimizer": optimizer,
+        }
+        path = checkpoint.save(self.checkpoints, self.step, tensors, state)
+        checkpoint.prune(self.checkpoints, self.config.training.keep)
+        self.saved = self.step
+        return path
+
+    def resume(self) -> int:
+        """Goes on from the newest whole checkpoint, if there is one; returns the step."""
+        found = checkpoint.newest_whole(self.checkpoints)
+        if found is not None:
+            self._take_up(*found)
+        if self.ranks.ranks > 1:
+            steps = torch.zeros(self.ranks.ranks, dtype=torch.int64)
+            steps[self.ranks.rank] = self.step
+            dist.all_reduce(steps)
+            if len(steps.unique()) > 1:
+                raise checkpoint.CheckpointError(
+                    f"{self.checkpoints}: the ranks found checkpoints of steps {steps.tolist()}: "
+                    "the run's folder must be the same one for all"
+                )
+        if found is not None and self.ranks.rank == 0:
+            checkpoint.set_aside(self.checkpoints, self.step)
+        self.saved = self.step
+        return self.step
+
+    def _take_up(self, path: Path, held: tuple[dict[str, Tensor], int, dict[str, Any]]) -> None:
+        tensors, step, state = held
+        mine = describe(self.config)
+        theirs = describe(parse(state["config"]))  # settings that came later have their defaults
+        for name in READING:
+            theirs["data"][name] = mine["data"][name]
+        for section in ("method", "data", "model", "loss", "optimizer", "seed"):
+            if mine[section] != theirs.get(section):
+                raise checkpoint.CheckpointError(
+                    f"{path}: was written with {section} {theirs.get(section)}, this run has "
+                    f"{mine[section]}: give another output folder"
+                )
+        own = {k.removeprefix("method."): v for k, v in tensors.items() if k.startswith("method.")}
+        sharding.load(self.method, own)
+        optimizer = checkpoint.unflatten(state["optimizer"], tensors)
+        sharding.load_optimizer(self.optimizer, optimizer)
+        self.step = step
+
+    # --------------------------------------------------------------------------------- the loop
+
+    def fit(self, source: Any, log: Any, stop: Stop | None = None) -> None:
+        """From where it stands to the last step. log(step, loss, seconds) after each.
+
+        When `stop` is told to, the step under way is finished and saved, and Stopped raised.
+        """
+        settings, stop = self.config.training, stop or Stop()
+        batches = source.batches(self.step, self.ranks.share)
+        try:
+            while self.step < settings.steps:
+                start = time.perf_counter()
+                batch = next(batches)
+                with stop.deferred():
+                    loss = self.take(batch)
+                    log(self.step, float(loss), time.perf_counter() - start)
+                    if self.step % settings.save_every == 0 or self.step == settings.steps:
+                        self.save()
+        except Stopped:
+            if self.step not in (0, self.saved):
+                self.save()
+            raise
