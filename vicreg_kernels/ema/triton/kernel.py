@@ -109,7 +109,7 @@ def _random(seed, step, index, first, BLOCK: tl.constexpr):
 
 @triton.jit
 def _write_shadow(address, at, value, mask, kind, ALIGNED: tl.constexpr):
-    """kind: triton.py's SHADOWS; 0: there is none."""
+    """kind: launch.py's SHADOWS; 0: there is none."""
     if kind == 1:
         _write(address, at, value, mask, "fp32", ALIGNED)
     elif kind == 2:
