@@ -316,14 +316,16 @@ def case(
             skipped=skipped,
         )
 
-    return Case(setting.name, build, targets, **({"dtypes": dtypes} if dtypes else {}), **more)
+    if dtypes is not None:
+        more["dtypes"] = dtypes
+    return Case(setting.name, build, targets, **more)
 
 
 def on(cpu: int, cuda: int) -> dict[str, int]:
     return {"cpu": cpu, "cuda": cuda}
 
 
-GPU_ONLY = {"cuda": ("bfloat16",)}
+GPU_ONLY: dict[str, tuple[str, ...]] = {"cuda": ("bfloat16",)}
 SHORT = {"flex_attention": 1.2, "varlen_attn": 1.0, "sdpa": 1.0}
 CASES = {
     one.name: one

@@ -150,8 +150,8 @@ def rope_plan(device: torch.device, dtype: torch.dtype, backend: str | None) -> 
         return masked_attention(q, k, v, rope=Rope3d(grid, places), backend=backend)
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        turned = [rotate_eagerly(x, cosine, sine) for x in (q, k)]
-        return F.scaled_dot_product_attention(*turned, v)
+        q, k = (rotate_eagerly(x, cosine, sine) for x in (q, k))
+        return F.scaled_dot_product_attention(q, k, v)
 
     return plan("attention", backend, ours, {"sdpa": sdpa}, *leaves)
 

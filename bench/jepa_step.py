@@ -292,11 +292,14 @@ def plan(
     step = Step(size, backend).to(device, dtype)
     masks = Masks.tubes(size, batch, kept)
     video = torch.randn(batch, 3, size.frames, size.side, size.side).to(device, dtype)
-    steps = {"ours": partial(step.fused, video, masks), "plain": partial(step.plain, video, masks)}
+    steps: dict[str, Callable[[], Any]] = {
+        "ours": partial(step.fused, video, masks),
+        "plain": partial(step.plain, video, masks),
+    }
     skipped = {}
     if device.type == "cuda":
         other = copy.deepcopy(step)
-        other.plain_loss = measure.compiled(other.plain_loss)  # type: ignore[method-assign]
+        other.plain_loss = measure.compiled(other.plain_loss)
         steps["compiled"] = partial(other.plain, video, masks)
     else:
         skipped["compiled"] = "takes minutes to compile on two cores"

@@ -128,7 +128,7 @@ def plan(shape: Shape, device: torch.device, dtype: torch.dtype, backend: str | 
 
 
 def case(shape: Shape, cpu: dict[str, float] | None = None, quick: bool = False) -> Case:
-    devices = {"cpu": ("float32",), "cuda": ("float32",)}
+    devices: dict[str, tuple[str, ...]] = {"cpu": ("float32",), "cuda": ("float32",)}
     if cpu is None:
         del devices["cpu"]
     targets = {"cpu": cpu or {}, "cuda": {"eager": 5.0, "gram_plain": 1.3}}

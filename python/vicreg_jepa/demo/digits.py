@@ -197,7 +197,7 @@ def _probe(
     views["pixels"] = lambda images: images.flatten(1)
     found: dict[str, Any] = {"per_class": PER_CLASS}
     for name, see in views.items():
-        seen = [see(part.images) for part in sets]
-        score = probe.probe(*seen, *sets, seed=made.seed, per_class=PER_CLASS)
+        train, test = (see(part.images) for part in sets)
+        score = probe.probe(train, test, sets[0], sets[1], seed=made.seed, per_class=PER_CLASS)
         found[name] = asdict(score)
     return found

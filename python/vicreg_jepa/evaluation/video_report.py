@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,12 +50,16 @@ def probed(settings: Config, method: nn.Module, step: int, label: str | None, mo
     clips = Clips(videos.of(settings), settings.data.frames, settings.data.stride)
     untrained = build.method(settings, method.channels).eval()
     trained, others = _tokens(settings, _Middle(clips, rows), [method, untrained])
-    words = {"heads": settings.model.heads, "seed": settings.seed, "backend": settings.backend}
+    probes: dict[str, Any] = {
+        "heads": settings.model.heads,
+        "seed": settings.seed,
+        "backend": settings.backend,
+    }
     table = {
-        f"{settings.method}, step {step}": video_probe.scores(trained, found, **words),
-        "untrained encoder": video_probe.scores(others, found, **words),
+        f"{settings.method}, step {step}": video_probe.scores(trained, found, **probes),
+        "untrained encoder": video_probe.scores(others, found, **probes),
         "shuffled labels": video_probe.scores(
-            trained, video_probe.shuffled(found, settings.seed), **words
+            trained, video_probe.shuffled(found, settings.seed), **probes
         ),
     }
     commonest = Counter(found.labels.tolist()).most_common(1)[0][1] / count

@@ -20,7 +20,7 @@ import triton.language as tl
 
 # Above every key: those of distances are non-negative floats' bits, index below.
 NO_KEY: tl.constexpr = tl.constexpr(0x7FFFFFFFFFFFFFFF)
-# What no kernel is specialised on: sizes, strides (in UNITs, vicreg_kernels/units.py), counts.
+# What no kernel is specialised on: sizes, strides (in UNITs, vicreg_kernels/core/units.py), counts.
 SIZES = [
     "samples", "batch", "views_a", "views_b", "rows_a", "rows_b", "dim", "tiles", "blocks",
     "blocks_a", "blocks_b", "count_a",
