@@ -214,7 +214,9 @@ def test_the_hook_for_ranks(fused, monkeypatch):
     assert torch.equal(loss(fused)(x, y), alone)
     assert not calls
     monkeypatch.setattr(api.distributed, "group_name", lambda asked: asked)
-    monkeypatch.setattr(api.distributed, "checked", lambda name, group, check, *args: check(*args))
+    monkeypatch.setattr(
+        api.distributed, "check_on_all_ranks", lambda name, group, check, *args: check(*args)
+    )
     found = barlow_twins_loss(x[:1], y[:1], convention="solo_learn", process_group="a group")
     assert found.item() == pytest.approx(1.0)
     (args,) = calls

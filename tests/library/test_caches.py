@@ -22,7 +22,7 @@ PACKAGE = Path(vk.__file__).parent
 BOUNDED = {
     ("core/dispatch.py", "_thresholds"): "ops x devices x dtypes",
     ("core/registry.py", "OPS"): "ops, at import",
-    ("distributed/__init__.py", "_roll_calls"): "process groups that failed",
+    ("distributed/collectives.py", "_roll_calls"): "process groups that failed",
     ("configs/__init__.py", "_forgetters"): "caches of files, at import",
 }
 WRITES = {"append", "add", "setdefault", "update", "extend", "insert", "appendleft", "__setitem__"}

@@ -18,8 +18,11 @@ from tests.helpers import gloo
 from vicreg_kernels import VICRegLoss, distributed, variance_covariance, vicreg_loss
 from vicreg_kernels.barlow import barlow_twins_loss
 from vicreg_kernels.barlow import ranks as barlow_ranks
+from vicreg_kernels.barlow.contract import Settings as BarlowSettings
 from vicreg_kernels.core import dispatch
+from vicreg_kernels.distributed import collectives
 from vicreg_kernels.vicreg import ranks as vicreg_ranks
+from vicreg_kernels.vicreg.contract import Settings as VICRegSettings
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
@@ -39,7 +42,7 @@ class Counted:
 
     @contextmanager
     def __call__(self):
-        kept = dist.all_reduce, distributed._all_gather
+        kept = dist.all_reduce, collectives.all_gather
 
         def all_reduce(value, **rest):
             self.collectives.append(("sum", value.numel() * value.element_size()))
@@ -49,13 +52,13 @@ class Counted:
             self.collectives.append(("gather", own.numel() * own.element_size()))
             return kept[1](out, own, **rest)
 
-        dist.all_reduce, distributed._all_gather = all_reduce, all_gather
+        dist.all_reduce, collectives.all_gather = all_reduce, all_gather
         try:
             with FlopCounterMode(display=False) as flops:
                 yield
             self.flops = flops.get_total_flops()
         finally:
-            dist.all_reduce, distributed._all_gather = kept
+            dist.all_reduce, collectives.all_gather = kept
 
 
 def count(forward, backward):
@@ -70,18 +73,18 @@ def count(forward, backward):
 
 def vicreg_counts(group, rows, dim, needed):
     x, y = (torch.randn(1, rows, dim) for _ in "xy")
-    settings = (1.0, 1e-4, True, [1.0, 0.5, 1.0], [25.0, 25.0, 1.0], "d", group)
-    return count(
-        lambda: vicreg_ranks.forward(x, y, needed, needed, *settings)[1:],
-        lambda *saved: vicreg_ranks.backward(
-            torch.ones(1), x, y, *saved, needed, needed, *settings
-        ),
-    )
+    settings = VICRegSettings(1.0, 1e-4, True, (1.0, 0.5, 1.0), (25.0, 25.0, 1.0), "d")
+
+    def backward(moments, rows, *gradients):
+        wanted = tuple(z if needed else None for z in gradients)
+        return vicreg_ranks.backward(torch.ones(1), x, y, moments, rows, wanted, group, settings)
+
+    return count(lambda: vicreg_ranks.forward(x, y, needed, needed, group, settings)[1:], backward)
 
 
 def barlow_counts(group, rows, dim, needed):
     x, y = (torch.randn(rows, dim) for _ in "xy")
-    settings = (1e-5, 0.0, False, 5e-3, "barlow_twins", group)
+    settings = ("barlow_twins", group, BarlowSettings(1e-5, 0.0, False, 5e-3))
     return count(
         lambda: barlow_ranks.forward(x, y, needed, needed, *settings)[1:],
         lambda *saved: barlow_ranks.backward(torch.ones(1), x, y, *saved, needed, needed, group),

@@ -87,7 +87,7 @@ def barlow_twins_loss(
         RuntimeError: the named backend cannot run here; the message says why.
     """
     group = None if process_group is None else distributed.group_name(process_group)
-    settings, name = distributed.checked(
+    settings, name = distributed.check_on_all_ranks(
         ranks.OP, group, _check, x, y, lambd, convention, eps, precision, backend, group
     )
     if not torch.compiler.is_compiling():

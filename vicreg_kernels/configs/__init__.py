@@ -31,7 +31,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 SCHEMA = "vicreg-kernels/configs/1"
 FOLDER = Path(__file__).parent
 FORMATS = ("single", "half")
-# Of a row: what says how it was measured.
+# Fields of a row that say how it was measured.
 TIMES = ("ms", "general_ms")
 
 F = TypeVar("F", bound=Callable[..., Any])

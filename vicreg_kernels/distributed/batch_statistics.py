@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vicreg_kernels import distributed
+from vicreg_kernels.distributed.collectives import sum_ranks_
 
 
 def two_floats(mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,7 @@ def statistics(
         squares[v] += shifted.square().sum(dim=-2)
     if y is not None:
         packed[-1] = (x.float() - y.float()).square_().sum(dim=-1).sum(dtype=torch.float64)
-    distributed.sum_ranks_(op, group, packed)
+    sum_ranks_(op, group, packed)
     mean = sums / sum(rows)
     scatter = (squares - sums * mean).clamp(min=0.0)
     own.sub_((mean - origin).float().unsqueeze(1))

@@ -137,7 +137,7 @@ class Tree:
         self._keys = list(chain.from_iterable(self._tensors))
         self._sizes = list(map(len, self._tensors))
         self._values = [d.values() for d in self._tensors]
-        # Of parameters and of buffers: plain name -> place in `tensors()`.
+        # For parameters and for buffers: plain name -> place in `tensors()`.
         self.places: tuple[dict[str, int], dict[str, int]] = ({}, {})
         self.absent: list[int] = []  # places of what is registered as None
         index = 0

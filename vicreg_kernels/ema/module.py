@@ -17,7 +17,7 @@ from vicreg_kernels.ema.schedule import Schedule
 
 BUFFERS = ("copy", "average", "ignore")
 _PLAIN = {Tensor, nn.Parameter}
-# Of each root: the tensors to average, and those to copy.
+# For each root: the tensors to average, and those to copy.
 Rows = Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]
 
 
@@ -107,7 +107,9 @@ class EMA(nn.Module):
         return (self.shadow if self.shadow is not None else self.module)(*args, **kwargs)
 
     def momentum(self) -> float | Tensor:
-        """Of the next update: a number where `step` is on the CPU, else a 0-d tensor beside it."""
+        """The momentum of the next update: a number where `step` is on the CPU, else a 0-d tensor
+        beside it.
+        """
         if self.schedule.kind == "constant":
             return self.schedule.start
         if self.step.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -237,7 +239,7 @@ class _Match:
         return ema.roots(student) == self.roots and all([t.unchanged() for t in self.trees])
 
     def rows(self) -> Rows | None:
-        """Of each root: the tensors to average, and those to copy."""
+        """For each root: the tensors to average, and those to copy."""
         if self.fixed is not None:
             return self.fixed
         flat = [tree.tensors() for tree in self.trees]

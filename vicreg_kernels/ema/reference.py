@@ -26,7 +26,7 @@ def update_(
     """target <- momentum target + (1 - momentum) online; shadow <- target as it is stored.
 
     A tensor of momentum or step, where there is one, takes the number's place. Arguments are
-    checked by op.py.
+    checked by api.py.
     """
     m = momentum if momentum_tensor is None else momentum_tensor
     now = step if step_tensor is None else step_tensor

@@ -130,7 +130,7 @@ def sigreg_loss(
         RuntimeError: the named backend cannot run here, or ranks disagree; the message says why.
     """
     group = None if process_group is None else distributed.group_name(process_group)
-    checked, name = distributed.checked(
+    checked, name = distributed.check_on_all_ranks(
         OP,
         group,
         check_call,

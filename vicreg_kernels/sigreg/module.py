@@ -156,7 +156,9 @@ class LeJEPALoss(nn.Module):
         """
         process_group = self.sigreg.process_group
         group = None if process_group is None else distributed.group_name(process_group)
-        difference = distributed.checked(OP, group, _difference, z, global_views, predicted, target)
+        difference = distributed.check_on_all_ranks(
+            OP, group, _difference, z, global_views, predicted, target
+        )
         regularizer = self.sigreg(z, step)
         with library.no_autocast(z.device):
             wide = difference.to(torch.promote_types(difference.dtype, torch.float32))

@@ -84,7 +84,7 @@ def _two_views(
     all_terms: bool,
 ) -> Any:
     group = None if process_group is None else distributed.group_name(process_group)
-    settings, name = distributed.checked(
+    settings, name = distributed.check_on_all_ranks(
         "vicreg", group, _check_two_views, x, y, numbers, precision, backend, group
     )
     if x.dim() > 2:  # batch statistics per position: [B, ..., D] -> [P, B, D]
@@ -258,7 +258,7 @@ def variance_covariance(
     """
     group = None if process_group is None else distributed.group_name(process_group)
     numbers = (margin, eps, unbiased, covariance_normalizer)
-    settings, name = distributed.checked(
+    settings, name = distributed.check_on_all_ranks(
         "vicreg", group, _check_one_view, z, numbers, precision, backend, group
     )
     _, _, variance, covariance = _terms(z, None, settings, name, backend, group, True)

@@ -56,14 +56,14 @@ def _terms(
     settings: dict[str, Any],
 ) -> tuple[Tensor, ...]:
     group = None if process_group is None else distributed.group_name(process_group)
-    *views, run = distributed.checked(
+    *views, run = distributed.check_on_all_ranks(
         ranks.OP, group, _check, embeddings, maps, grids, backend, group, settings
     )
     vectors, flat, places = views
     if not torch.compiler.is_compiling():
         like = (flat or vectors)[0]
-        dispatch.log_choice("vicregl", run.name, backend, like.device, like.shape)
-    if run.name == "reference" and group is None:
+        dispatch.log_choice("vicregl", run.backend, backend, like.device, like.shape)
+    if run.backend == "reference" and group is None:
         return reference.terms(vectors, flat, places, run.setting)
     return composed(vectors, flat, places, run)
 

@@ -29,12 +29,15 @@ Three = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Run:
-    """What every part of one call needs; name: the backend that runs, asked: what was asked for;
-    group: the name of the ranks' group, or None; rows: B."""
+    """What every part of one call needs.
+
+    backend: the one that runs; requested_backend: the one asked for; group: the name of the ranks'
+    group, or None; rows: B.
+    """
 
     setting: Setting
-    name: str
-    asked: str | None
+    backend: str
+    requested_backend: str | None
     group: str | None
     rows: int
 
@@ -49,12 +52,12 @@ class Run:
             z,
             margin=self.setting.margin,
             eps=self.setting.eps,
-            backend=self.asked,
+            backend=self.requested_backend,
             process_group=self.ranks,
         )
 
     def zero(self, like: Tensor) -> Tensor:
-        """Of the dtype of the terms."""
+        """A zero of the terms' dtype."""
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
         return like.new_zeros((), dtype=wide)
 
@@ -72,7 +75,7 @@ def _across(embeddings: Sequence[Tensor], run: Run) -> Tensor:
     a, b = torch.stack(list(embeddings[:LARGE]))[:, :, None], torch.stack(list(small))[:, :, None]
     zeros = torch.zeros((4, LARGE, len(small), run.rows, 1), dtype=torch.int32, device=a.device)
     once, none = Kept([1], [1.0 / _ordered_pairs(embeddings)]), Kept([], [])
-    return op.pairs(a, b, Matches(*zeros.unbind()), once, none, run.name)
+    return op.pairs(a, b, Matches(*zeros.unbind()), once, none, run.backend)
 
 
 def _ordered_pairs(views: Sequence[Tensor]) -> int:
@@ -86,7 +89,7 @@ def _global(embeddings: Sequence[Tensor], across: Tensor, run: Run) -> Three:
         margin=run.setting.margin,
         eps=run.setting.eps,
         convention="vicregl",
-        backend=run.asked,
+        backend=run.requested_backend,
         process_group=run.ranks,
     )
     if len(embeddings) == LARGE:
@@ -145,12 +148,12 @@ def _matched(maps: Sequence[Tensor], grids: Sequence[Tensor], run: Run) -> tuple
         a, b = (_stack([maps[i] for i in side]) for side in block[:2])
         at_a, at_b = (_stack([grids[i] for i in side]) for side in block[:2])
         for found, counts in (
-            (op.match(a, b, run.name), features),
-            (op.match(at_a, at_b, run.name), setting.num_matches),
+            (op.match(a, b, run.backend), features),
+            (op.match(at_a, at_b, run.backend), setting.num_matches),
         ):
             rules = _rules(block, counts, share)
             kept = _kept(rules[0], a), _kept(rules[1], b)
-            invariance = invariance + op.pairs(a, b, found, *kept, run.name)
+            invariance = invariance + op.pairs(a, b, found, *kept, run.backend)
             if not setting.fast_vc_reg:
                 sets.add(block, found, rules)
     return invariance, sets
@@ -215,7 +218,7 @@ class _Sets:
             if not taken:
                 continue
             index = torch.cat([index for indices in taken.values() for index in indices], dim=1)
-            rows = gather_tokens(z, index, backend=self.run.asked)
+            rows = gather_tokens(z, index, backend=self.run.requested_backend)
             sizes = [sum(index.shape[1] for index in indices) for indices in taken.values()]
             weights = [weight * len(indices) for (_, weight), indices in taken.items()]
             sets += zip(weights, rows.split(sizes, dim=1), strict=True)

@@ -53,7 +53,7 @@ class _Mean(torch.autograd.Function):
 
 def mean(own: Tensor, rows: int, facts: str, name: str) -> Tensor:
     """own: [K] means over this rank's `rows` samples -> those over all ranks' samples. Its gradient
-    is multiplied by the number of ranks, as distributed.py says.
+    is multiplied by the number of ranks, as vicreg_kernels/distributed says.
     """
     return _Mean.apply(own, rows, facts, name)
 

@@ -61,7 +61,7 @@ def extents(
     q_offsets, k_offsets, samples, tokens, all_keys, batch, program,
     VARIED: tl.constexpr, OF_QUERIES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Of a program's sample: (number, tile in it, first query, queries, first key, keys). VARIED:
+    """The program's sample: (number, tile in it, first query, queries, first key, keys). VARIED:
     samples may have offsets or lengths of their own; else what is the same everywhere is known to
     be, and takes no registers.
     """
@@ -108,7 +108,7 @@ def key_intervals(
 
 @triton.jit
 def hull(begin, end):
-    """Of intervals [R]: begin and end of what any has, begin and end of what all have."""
+    """For intervals [R]: begin and end of what any has, begin and end of what all have."""
     some = begin < end
     low = tl.where(some, begin, FAR)
     high = tl.where(some, end, 0)
@@ -160,7 +160,7 @@ def query_range(
     first, last, queries, bounds, blocks, frame, window,
     FRAMES: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Of keys first to last (included, none hidden by padding): begin and end of the queries that
+    """For keys first to last (included, none hidden by padding): begin and end of the queries that
     see any of them, begin and end of those that see all of them.
     """
     low = first * 0

@@ -59,7 +59,7 @@ def rotate(c, s, by_c, by_s):
 
 @triton.jit
 def twice(c, s):
-    """Of twice the angle. 1 - 2 s^2 keeps the digits of a small angle, which c has lost."""
+    """For twice the angle. 1 - 2 s^2 keeps the digits of a small angle, which c has lost."""
     s2 = s + s
     return tl.fma(-s2, s, 1.0), s2 * c
 
