@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 from vicreg_jepa.files.output import OutputError
 from vicreg_jepa.physics import __main__, possible, quadruplet, shards
-from vicreg_jepa.physics.datasets import Shards, Simulated
+from vicreg_jepa.physics.datasets import PhysicsShards, Simulated
 
 SETTINGS = shards.Settings(seed=7, per_shard=4)
 
@@ -28,7 +28,7 @@ def content(folder) -> dict[str, bytes]:
 
 
 def test_shards_give_back_what_was_simulated(written):
-    found = Shards(written)
+    found = PhysicsShards(written)
     assert len({found[index].numpy().tobytes() for index in range(10)}) == len(found) == 10
     for index in (0, 5, 9):
         sample = possible(shards.sample_seed(7, index))
@@ -65,25 +65,25 @@ def test_damaged_shards_are_refused(written, tmp_path):
     for size in (0, 1, len(whole) - 512, len(whole) // 2, entry.video[0] - 512, 10240, 20480):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"physics-000000\.tar' is truncated"):
-            Shards(tmp_path)
+            PhysicsShards(tmp_path)
     broken = bytearray(whole)
     middle = entry.video[0] + entry.video[1] // 2
     broken[middle : middle + 8] = bytes(8)
     path.write_bytes(broken)
     with pytest.raises(ValueError, match="sample 000000001: "):
-        Shards(tmp_path)[1]
+        PhysicsShards(tmp_path)[1]
 
 
 def test_quadruplets_go_into_shards(tmp_path):
     shards.write(tmp_path, 1, shards.Settings(seed=2, property="inertia"))
-    found = Shards(tmp_path)
+    found = PhysicsShards(tmp_path)
     again = quadruplet("inertia", shards.sample_seed(2, 0))
     assert np.array_equal(found[0].numpy(), again.videos)
     assert found.record(0)["first_difference"] == again.first_difference
 
 
 def test_workers_simulate_each_video_once(written):
-    whole = Shards(written)
+    whole = PhysicsShards(written)
     alone = [video for video in Simulated(7, videos=4, first=2)]
     assert all(torch.equal(video, whole[2 + n]) for n, video in enumerate(alone))
     found = []
@@ -102,7 +102,7 @@ def test_workers_simulate_each_video_once(written):
         (lambda: Simulated(0, videos=0), "videos: got 0"),
         (lambda: Simulated(0, first=-1), "first: got -1"),
         (lambda: Simulated(0, rank=2, ranks=2), "rank: got 2 of 2"),
-        (lambda: Shards("no/such/folder"), "folder: got 'no/such/folder'"),
+        (lambda: PhysicsShards("no/such/folder"), "folder: got 'no/such/folder'"),
     ],
 )
 def test_bad_arguments_are_named(make, message):
@@ -116,7 +116,7 @@ def test_bad_arguments_are_named(make, message):
 def test_the_command_writes_and_counts(tmp_path, capsys):
     __main__.main(["--output", str(tmp_path), "--videos", "3", "--workers", "0", "--seed", "7"])
     assert "3 videos in 1 shards" in capsys.readouterr().out
-    assert len(Shards(tmp_path)) == 3
+    assert len(PhysicsShards(tmp_path)) == 3
 
 
 @pytest.mark.parametrize(

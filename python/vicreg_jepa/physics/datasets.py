@@ -13,7 +13,7 @@ from vicreg_jepa.physics.shards import index_of, read, sample_seed
 from vicreg_jepa.physics.videos import possible
 
 
-class Shards(Dataset[Tensor]):
+class PhysicsShards(Dataset[Tensor]):
     """The videos of a folder's shards, in order: uint8 [T, 64, 64, 3] each ([4, T, ...] of
     quadruplets). Shuffle with the DataLoader; `record(i)` says what happens in a video.
 
