@@ -41,16 +41,16 @@ def embeddings(settings: Config, method: Any, step: int) -> Views:
 
 
 def apart(losses: Mapping[str, parity.Loss], moments: list[Views]) -> dict[str, Any]:
-    found = [parity.compare(losses, x, y) for x, y in moments]
+    each = [parity.compare(losses, x, y) for x, y in moments]
     return {
-        "moments": len(found),
-        "worst": asdict(parity.worst(found)),
-        "each": [asdict(moment) for moment in found],
+        "moments": len(each),
+        "worst": asdict(parity.worst(each)),
+        "each": [asdict(moment) for moment in each],
     }
 
 
 def throughput(losses: Mapping[str, parity.Loss], views: Views) -> dict[str, Any]:
-    """Of the loss and its gradient with respect to both embeddings, in turns."""
+    """Time the losses and their gradients with respect to both embeddings, in turns."""
     x, y = (z.detach().requires_grad_() for z in views)
     actions = {
         name: lambda loss=loss: torch.autograd.grad(loss(x, y), (x, y))

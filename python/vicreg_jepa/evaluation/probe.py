@@ -34,7 +34,7 @@ def calibrated(method: nn.Module, images: Tensor) -> nn.Module:
 
 
 def accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
-    """Of logistic regression on standardised features: [N, F], [N] -> a share in [0, 1]."""
+    """The share, in [0, 1], that logistic regression on standardised features [N, F] gets right."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

@@ -19,7 +19,7 @@ SurpriseOf = Callable[[Tensor], dict[str, list[float]]]
 
 @dataclass(frozen=True)
 class Score:
-    """Of one property: the share of quadruplets told apart, and the AUROC over single videos.
+    """How one property is told: the share of quadruplets, and the AUROC over single videos.
 
     A quadruplet is told apart where its two impossible videos surprise more than its two possible
     ones together: IntPhys' relative score. Its videos are made of the same frames, so what a model
@@ -34,12 +34,12 @@ class Score:
 
 def quadruplets(property: str, count: int, first_seed: int = 0) -> Tensor:
     """uint8 [count, 4, F, H, W, 3]: two possible, two impossible; seeds no training sees."""
-    found = [quadruplet(property, first_seed + i).videos for i in range(count)]
-    return torch.from_numpy(np.stack(found))
+    videos = [quadruplet(property, first_seed + i).videos for i in range(count)]
+    return torch.from_numpy(np.stack(videos))
 
 
 def scores(surprise_of: SurpriseOf, videos: Tensor, property: str) -> dict[str, Score]:
-    """Of quadruplets [count, 4, F, H, W, 3], by how a video's curve becomes one number."""
+    """Score quadruplets [count, 4, F, H, W, 3]: {how a curve becomes one number: score}."""
     count, result = len(videos), {}
     for kind, values in surprise_of(videos.flatten(0, 1)).items():
         grid = torch.tensor(values, dtype=torch.float64).view(count, 2, 2)
@@ -56,8 +56,8 @@ def scores(surprise_of: SurpriseOf, videos: Tensor, property: str) -> dict[str, 
 def of_method(method: Any, stride: int) -> SurpriseOf:
     """A trained model's surprise; stride: frames of the video between those that it takes."""
 
-    def found(videos: Tensor) -> dict[str, list[float]]:
+    def surprise_of(videos: Tensor) -> dict[str, list[float]]:
         each = curves.curves(method, videos, stride=stride)
         return {"mean": [c.mean for c in each], "maximum": [c.maximum for c in each]}
 
-    return found
+    return surprise_of
