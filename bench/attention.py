@@ -19,7 +19,6 @@ from torch import Tensor
 
 from bench.case import Case, Plan, Step
 from bench.measure import compiled
-from vicreg_kernels import dispatch
 from vicreg_kernels.attention import (
     Blocks,
     FrameCausal,
@@ -27,9 +26,10 @@ from vicreg_kernels.attention import (
     Ragged,
     Rope3d,
     apply_rope,
-    backends,
+    contract,
     masked_attention,
 )
+from vicreg_kernels.core import dispatch
 
 TITLE = "Attention, forward and backward, by configuration, tokens kept and head dim"
 CONTENDERS = {
@@ -171,8 +171,8 @@ def ours(x: Inputs, backend: str | None) -> tuple[Step, str]:
         like = leaves[0]
         if rope is not None:
             rope = Rope3d(setting.grid, x.padded_places)
-    unfit = backends.unfit(like.dtype, x.longest)
-    name = dispatch.choose("attention", backend, like.device.type, like.dtype, unfit=unfit)
+    why = contract.cannot_run(like.dtype, x.longest)
+    name = dispatch.choose("attention", backend, like.device.type, like.dtype, cannot_run=why)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return masked_attention(q, k, v, mask=mask, rope=rope, backend=backend)
@@ -316,14 +316,16 @@ def case(
             skipped=skipped,
         )
 
-    return Case(setting.name, build, targets, **({"dtypes": dtypes} if dtypes else {}), **more)
+    if dtypes is not None:
+        more["dtypes"] = dtypes
+    return Case(setting.name, build, targets, **more)
 
 
 def on(cpu: int, cuda: int) -> dict[str, int]:
     return {"cpu": cpu, "cuda": cuda}
 
 
-GPU_ONLY = {"cuda": ("bfloat16",)}
+GPU_ONLY: dict[str, tuple[str, ...]] = {"cuda": ("bfloat16",)}
 SHORT = {"flex_attention": 1.2, "varlen_attn": 1.0, "sdpa": 1.0}
 CASES = {
     one.name: one

@@ -11,8 +11,8 @@ from torch import Tensor
 from bench import measure
 from bench.barlow_baselines import BASELINES, COMPILED, PEERS
 from bench.case import Case, Plan
-from vicreg_kernels import dispatch
 from vicreg_kernels.barlow import barlow_twins_loss
+from vicreg_kernels.core import dispatch
 
 TITLE = "Barlow Twins loss, forward and backward, by batch x dimensions"
 CONTENDERS = {
@@ -49,7 +49,7 @@ def views(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tenso
     where = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     x = torch.randn((shape.rows, shape.dim), **where)
     y = x + 0.4 * torch.randn((shape.rows, shape.dim), **where)
-    return tuple(z.to(dtype).requires_grad_() for z in (x, y))  # type: ignore[return-value]
+    return tuple(z.to(dtype).requires_grad_() for z in (x, y))
 
 
 def left_out(name: str, device: torch.device) -> str | None:
@@ -68,9 +68,9 @@ def plan(shape: Shape, device: torch.device, dtype: torch.dtype, backend: str | 
             reason = left_out(name, device)
             loss = build() if reason is None else None
         except ImportError as error:
-            reason = str(error)
-        if reason is not None:
-            skipped[name] = reason
+            loss, reason = None, str(error)
+        if loss is None:
+            skipped[name] = reason or "absent"
         else:
             steps[name] = measure.gradients(loss, x, y)
     side = min(shape.rows, shape.dim)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.case import Case, Plan, Step
-from vicreg_kernels import dispatch
+from vicreg_kernels.core import dispatch
 from vicreg_kernels.ema import ema_update_
 
 TITLE = "EMA update of a vision transformer's parameters"
@@ -110,7 +110,7 @@ def build(
 
 def _case(model: str, mixed: bool, targets: dict[str, dict[str, float]], cpu: bool) -> Case:
     name = f"{model}-half-student" if mixed else model
-    dtypes = {"cuda": ("bfloat16",) if mixed else ("float32",)}
+    dtypes: dict[str, tuple[str, ...]] = {"cuda": ("bfloat16",) if mixed else ("float32",)}
     if cpu:
         dtypes["cpu"] = dtypes["cuda"]
     return Case(name, partial(build, model, mixed), targets, dtypes, quick=cpu)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 import vicreg_kernels
-from vicreg_kernels import library
 from vicreg_kernels.configs import slug
+from vicreg_kernels.core import library
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bench import OPS
-from vicreg_kernels import dispatch
+from vicreg_kernels.core import dispatch
 
 
 def first_case(op: str, backend: str, device: str) -> int:

@@ -51,7 +51,8 @@ def chosen(item: pytest.Item, device: str) -> bool:
         return marked
     if marked or item.get_closest_marker("thorough") is not None:
         return False
-    backend = getattr(item, "callspec", None) and item.callspec.params.get("fused")
+    call = getattr(item, "callspec", None)
+    backend = call and call.params.get("fused")
     interpreted = item.path.name.endswith("_triton.py") and "_audit_" not in item.path.name
     return bool(backend) or interpreted or item.path.name.startswith("test_rehearsed")
 

@@ -7,6 +7,7 @@ check   build, info, CUDA graphs, compute-sanitizer tool by tool, ncu
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -253,12 +254,14 @@ def trainer_stage(setting: Setting) -> Stage:
 
 
 def triton_kernels(root: Path) -> list[str]:
-    """Names of the Triton kernels: the functions under @triton.jit whose name ends so."""
+    """Names of the Triton kernels: the functions under @triton.jit whose name ends so, which stand
+    in the folders called triton.
+    """
     names: list[str] = []
-    for path in sorted((root / "vicreg_kernels").rglob("triton*.py")):
-        names += re.findall(
-            r"^@triton\.jit.*\n(?:@.*\n)*def (\w+_kernel)\b", path.read_text(), re.MULTILINE
-        )
+    for path in sorted((root / "vicreg_kernels").rglob("triton/*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                names.append(node.name)
     return names
 
 

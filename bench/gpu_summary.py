@@ -82,7 +82,8 @@ def figures(records: Sequence[dict[str, Any]]) -> list[str]:
     """One line a case and dtype: ours by backend, and the others' time as a multiple of ours. The
     first case of every op comes first.
     """
-    first, later = [], []
+    first: list[str] = []
+    later: list[str] = []
     for record in records:
         cases: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
         for row in rows_of(record):

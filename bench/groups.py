@@ -18,7 +18,7 @@ import torch
 
 from bench import measure
 from bench.case import Case, Plan
-from vicreg_kernels import dispatch
+from vicreg_kernels.core import dispatch
 
 LAUNCH_MS = 0.005
 VERY_SLOW = 5.0  # seconds a call

@@ -23,9 +23,9 @@ from bench.attention import angles, rotate_eagerly
 from bench.case import Case, Plan, Step
 from bench.measure import compiled
 from bench.vicregl_baselines import eager as vicregl_eager
-from vicreg_kernels import dispatch
 from vicreg_kernels.attention import Ragged, Rope3d, masked_attention
 from vicreg_kernels.barlow import barlow_twins_loss
+from vicreg_kernels.core import dispatch
 from vicreg_kernels.ema import EMA, ema_update_
 from vicreg_kernels.sigreg import sigreg_loss
 from vicreg_kernels.tokens import assemble_tokens, gather_tokens, prediction_loss
@@ -150,8 +150,8 @@ def rope_plan(device: torch.device, dtype: torch.dtype, backend: str | None) -> 
         return masked_attention(q, k, v, rope=Rope3d(grid, places), backend=backend)
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        turned = [rotate_eagerly(x, cosine, sine) for x in (q, k)]
-        return F.scaled_dot_product_attention(*turned, v)
+        q, k = (rotate_eagerly(x, cosine, sine) for x in (q, k))
+        return F.scaled_dot_product_attention(q, k, v)
 
     return plan("attention", backend, ours, {"sdpa": sdpa}, *leaves)
 

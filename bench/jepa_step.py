@@ -23,7 +23,7 @@ from torch.nn import functional as F
 import vicreg_kernels as vk
 from bench import measure
 from bench.case import Case, Plan
-from vicreg_kernels import dispatch
+from vicreg_kernels.core import dispatch
 
 TITLE = "V-JEPA 2-style step: encoder, predictor, teacher, backward and EMA"
 CONTENDERS = {
@@ -292,11 +292,14 @@ def plan(
     step = Step(size, backend).to(device, dtype)
     masks = Masks.tubes(size, batch, kept)
     video = torch.randn(batch, 3, size.frames, size.side, size.side).to(device, dtype)
-    steps = {"ours": partial(step.fused, video, masks), "plain": partial(step.plain, video, masks)}
+    steps: dict[str, Callable[[], Any]] = {
+        "ours": partial(step.fused, video, masks),
+        "plain": partial(step.plain, video, masks),
+    }
     skipped = {}
     if device.type == "cuda":
         other = copy.deepcopy(step)
-        other.plain_loss = measure.compiled(other.plain_loss)  # type: ignore[method-assign]
+        other.plain_loss = measure.compiled(other.plain_loss)
         steps["compiled"] = partial(other.plain, video, masks)
     else:
         skipped["compiled"] = "takes minutes to compile on two cores"

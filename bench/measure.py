@@ -206,7 +206,7 @@ def peak_memory(step: Step, device: torch.device) -> int:
     with _quiet(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         kept = step()  # its results count
     del kept
-    results = profile.profiler.kineto_results  # type: ignore[union-attr]
+    results = profile.profiler.kineto_results
     changes = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
     now = peak = 0
     for _, change in sorted(changes, key=lambda item: item[0]):

@@ -23,7 +23,7 @@ import torch
 from bench import ALL as OPS
 from bench import environment, groups, measure, record, report
 from bench.case import Case
-from vicreg_kernels import dispatch
+from vicreg_kernels.core import dispatch
 
 # Seconds of budget a case, shared by its contenders.
 BUDGET = {"cpu": 5.0, "cuda": 4.0}

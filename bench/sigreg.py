@@ -11,7 +11,7 @@ from torch import Tensor
 from bench import measure
 from bench.case import Case, Plan
 from bench.sigreg_baselines import BASELINES, COMPILED, PEERS
-from vicreg_kernels import dispatch
+from vicreg_kernels.core import dispatch
 from vicreg_kernels.sigreg import sigreg_loss
 
 TITLE = "SIGReg loss, forward and backward, by batch x dimensions x slices x knots"
@@ -124,8 +124,8 @@ def exercise(backend: str, device: str) -> int:
     """
     rules: tuple[dict[str, object], ...] = (
         {},
-        {"variant": "eb_jepa"},
-        {"variant": "eb_jepa", "knots": 38},
+        {"convention": "eb_jepa"},
+        {"convention": "eb_jepa", "knots": 38},
         {"knots": 41},
         {"knots": [0.0, 0.3, 0.5, 2.0]},
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bench import measure
 from bench.case import Case, Plan
-from vicreg_kernels import dispatch
+from vicreg_kernels.core import dispatch
 from vicreg_kernels.tokens import (
     assemble_tokens,
     gather_tokens,
@@ -85,7 +85,7 @@ def published_loss(teacher: Tensor, index: list[Tensor], kind: str) -> Callable[
             target = F.layer_norm(teacher, (teacher.shape[-1],))
             targets = [expanded_gather(target, one) for one in index]
         parts = [torch.mean(torch.abs(p - t)) for p, t in zip(preds, targets, strict=True)]
-        return sum(parts) / len(parts)  # type: ignore[return-value]
+        return sum(parts) / len(parts)
 
     return smooth_l1 if kind == "smooth_l1" else l1
 
@@ -101,7 +101,7 @@ def plain_loss(teacher: Tensor, index: list[Tensor], kind: str) -> Callable[...,
             with torch.no_grad():
                 target = F.layer_norm(teacher[batch, one], (teacher.shape[-1],))
             parts.append(loss(pred, target))
-        return sum(parts) / len(parts)  # type: ignore[return-value]
+        return sum(parts) / len(parts)
 
     return function
 

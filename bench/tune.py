@@ -27,7 +27,8 @@ import torch
 from bench import environment, groups, measure
 from bench.measure import Step
 from bench.tune_tables import TABLES, THRESHOLDS, Problem, Side, Table
-from vicreg_kernels import configs, dispatch
+from vicreg_kernels import configs
+from vicreg_kernels.core import dispatch
 
 # Milliseconds of each step, all of them measured together.
 Timer = Callable[[dict[str, Step]], dict[str, float]]

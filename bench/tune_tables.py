@@ -20,10 +20,10 @@ from bench import barlow as bench_barlow
 from bench import measure
 from bench import vicreg as bench_vicreg
 from bench.measure import Step
-from vicreg_kernels.attention import configs as attention_configs
 from vicreg_kernels.attention import masked_attention
-from vicreg_kernels.barlow import configs as barlow_configs
-from vicreg_kernels.vicreg import configs as vicreg_configs
+from vicreg_kernels.attention.triton import configs as attention_configs
+from vicreg_kernels.barlow.triton import configs as barlow_configs
+from vicreg_kernels.vicreg.triton import configs as vicreg_configs
 
 # The dtype that stands for a format.
 DTYPES = {"half": torch.bfloat16, "single": torch.float32}

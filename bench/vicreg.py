@@ -12,7 +12,8 @@ from torch import Tensor
 from bench import measure
 from bench.case import Case, Plan, Step
 from bench.vicreg_baselines import BASELINES, COMPILED, PEERS
-from vicreg_kernels import dispatch, variance_covariance, vicreg_loss
+from vicreg_kernels import variance_covariance, vicreg_loss
+from vicreg_kernels.core import dispatch
 
 TITLE = "VICReg loss, forward and backward, by batch x dimensions"
 CONTENDERS = {
@@ -69,7 +70,7 @@ def views(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tenso
     where = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     x = torch.randn(shape.shape, **where) * 0.9
     y = x + 0.4 * torch.randn(shape.shape, **where)
-    return tuple(z.to(dtype).requires_grad_() for z in (x, y))  # type: ignore[return-value]
+    return tuple(z.to(dtype).requires_grad_() for z in (x, y))
 
 
 def in_tf32(step: Step) -> Step:
@@ -137,9 +138,9 @@ def plan(shape: Shape, device: torch.device, dtype: torch.dtype, backend: str | 
             reason = left_out(name, shape, device)
             loss = build() if reason is None else None
         except ImportError as error:
-            reason = str(error)
-        if reason is not None:
-            skipped[name] = reason
+            loss, reason = None, str(error)
+        if loss is None:
+            skipped[name] = reason or "absent"
         else:
             steps[name] = measure.gradients(loss, x, y)
     side = min(shape.rows, shape.dim)

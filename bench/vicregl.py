@@ -12,7 +12,7 @@ from torch import Tensor
 from bench import measure
 from bench.case import Case, Plan
 from bench.vicregl_baselines import COMPILED, baselines
-from vicreg_kernels import dispatch
+from vicreg_kernels.core import dispatch
 from vicreg_kernels.vicregl import vicregl_loss
 
 TITLE = "VICRegL, forward and backward, by batch x views x positions x channels"
@@ -128,7 +128,7 @@ def plan(shape: Shape, device: torch.device, dtype: torch.dtype, backend: str | 
 
 
 def case(shape: Shape, cpu: dict[str, float] | None = None, quick: bool = False) -> Case:
-    devices = {"cpu": ("float32",), "cuda": ("float32",)}
+    devices: dict[str, tuple[str, ...]] = {"cpu": ("float32",), "cuda": ("float32",)}
     if cpu is None:
         del devices["cpu"]
     targets = {"cpu": cpu or {}, "cuda": {"eager": 5.0, "gram_plain": 1.3}}

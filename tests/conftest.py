@@ -17,7 +17,7 @@ import torch
 from hypothesis import settings
 
 from tests.helpers import triton_interpreter
-from vicreg_kernels import dispatch
+from vicreg_kernels.core import dispatch
 
 # The same examples every time: a red run is a change in the code, not in the draw.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from vicreg_kernels import module_state
-from vicreg_kernels.module_state import Undo
+from vicreg_kernels.core import module_state
+from vicreg_kernels.core.module_state import Undo
 
 # Relative differences of two passes that rounding explains: kernels that add up in another order,
 # graphs compiled apart. Under autocast embeddings are as inexact as half precision.

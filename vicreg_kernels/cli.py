@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from vicreg_kernels import __version__, configs, dispatch, library
+from vicreg_kernels import __version__, configs
+from vicreg_kernels.core import dispatch, library, registry
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -62,10 +63,10 @@ def _cuda_devices() -> dict[str, torch.device]:
 def _chosen(op: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that runs op, and from which size on another does."""
     try:
-        (_, first), *others = dispatch.choices(op, device, dtype)
+        (_, first), *others = registry.choices(op, device, dtype)
     except RuntimeError as error:  # VICREG_KERNELS_BACKEND names one that cannot run here
         return f"none: {error}"
-    of = dispatch.registered[op].of
+    of = registry.names()[op].of
     return "; ".join([first, *(f"{name} where {of} >= {least}" for least, name in others)])
 
 
@@ -107,7 +108,7 @@ def info() -> dict[str, Any]:
                 name: {dtype: _chosen(op, device, getattr(torch, dtype)) for dtype in DTYPES}
                 for name, device in devices.items()
             }
-            for op in dispatch.registered
+            for op in registry.names()
         },
         "configurations": {name: _measured(device) for name, device in cuda.items()},
         "notes": notes,

@@ -1,4 +1,4 @@
-// The attention ops as each compiled library provides them; vicreg_kernels/attention/backends.py
+// The attention ops as each compiled library provides them; vicreg_kernels/attention/contract.py
 // documents every tensor.
 #pragma once
 

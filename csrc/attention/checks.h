@@ -1,4 +1,4 @@
-// What the attention ops take; backends.py documents every tensor. Of offsets, lengths, bounds and
+// What the attention ops take; contract.py documents every tensor. Of offsets, lengths, bounds and
 // places only the shapes are known here: the kernels look at the values.
 #pragma once
 

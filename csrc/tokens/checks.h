@@ -1,4 +1,4 @@
-// What the tokens ops take; backends.py documents every tensor. Of indices and offsets only the
+// What the tokens ops take; contract.py documents every tensor. Of indices and offsets only the
 // shapes are known here: the kernels look at the values.
 #pragma once
 

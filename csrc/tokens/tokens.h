@@ -1,4 +1,4 @@
-// The kernels of the tokens ops as each compiled library provides them; backends.py documents them.
+// The kernels of the tokens ops as each compiled library provides them; contract.py documents them.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

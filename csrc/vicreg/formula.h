@@ -12,7 +12,7 @@
 
 namespace vicreg {
 
-// Columns of largest scatter that the Gram side treats apart; DEFLATED_COLUMNS in backends.py.
+// Columns of largest scatter that the Gram side treats apart; DEFLATED_COLUMNS in contract.py.
 constexpr int64_t kDeflatedColumns = 4;
 
 // Count, mean and scatter of a set of values; sets merge without cancellation (Chan et al., 1983).

@@ -1,4 +1,4 @@
-// What the VICRegL ops take; backends.py documents every tensor.
+// What the VICRegL ops take; contract.py documents every tensor.
 #pragma once
 
 #include "common/checks.h"

@@ -12,7 +12,7 @@
 
 namespace vicregl {
 
-// Sets of kept matches that one direction can have; MOST_COUNTS in backends.py.
+// Sets of kept matches that one direction can have; MOST_COUNTS in contract.py.
 constexpr int kMostCounts = 4;
 
 KERNELS_ALWAYS_INLINE float ordered(float distance) {

@@ -1,4 +1,4 @@
-// The ops of VICRegL as each compiled library provides them; backends.py documents them.
+// The ops of VICRegL as each compiled library provides them; contract.py documents them.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

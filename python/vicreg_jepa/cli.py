@@ -134,11 +134,12 @@ def _surprise(options: argparse.Namespace) -> int:
 def _video_run(run: Path) -> tuple[str, Any, Any]:
     """Its name in a table, its configuration, its method."""
     from vicreg_jepa import config
+    from vicreg_jepa.methods import METHODS
     from vicreg_jepa.training.run import restore
 
     settings, method, step = restore(run)
-    if settings.method not in config.ON_VIDEO:
-        takes = " or ".join(config.ON_VIDEO)
+    if not settings.is_video:
+        takes = " or ".join(name for name, kind in METHODS.items() if kind.data == "videos")
         raise config.ConfigError(f"run: {run} trained {settings.method}, surprise takes {takes}")
     return f"{settings.method}, step {step}", settings, method
 
@@ -161,10 +162,8 @@ def _export(options: argparse.Namespace) -> int:
     from vicreg_jepa.training.run import restore
 
     settings, method, step = restore(options.run)
-    teacher = getattr(method, "teacher", None)
-    part = "encoder" if teacher is None else "teacher"
-    encoder = method.encoder if teacher is None else teacher.module
-    tensors = {name: z.contiguous() for name, z in encoder.state_dict().items()}
+    part, network = method.exported()
+    tensors = {name: z.contiguous() for name, z in network.state_dict().items()}
     with output.writing(options.file):
         save_file(tensors, options.file, metadata={"method": settings.method, "step": str(step)})
     print(f"{len(tensors)} tensors of the {part}: {options.file}")

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from tests.helpers.tolerances import FEWEST_ROUNDINGS, assert_close_to_truth
-from vicreg_kernels import dispatch
 from vicreg_kernels.attention import (
     Blocks,
     FrameCausal,
     KeyPadding,
     Ragged,
     Rope3d,
-    backends,
+    contract,
     masked_attention,
     masks,
     reference,
 )
+from vicreg_kernels.core import dispatch
 
 # What draw() knows. "ragged_keys": packed, keys with offsets of their own.
 RULES = ("lengths", "keep", "ragged", "ragged_keys", "frames", "window", "blocks")
@@ -187,14 +187,14 @@ def _index(grid: tuple[int, ...], rows: int, tokens: int) -> Tensor:
     return torch.randint(0, int(torch.tensor(grid).prod()), (rows, tokens))
 
 
-def unfit(backend: str, call: Call) -> str | None:
+def cannot_run(backend: str, call: Call) -> str | None:
     """Why a backend does not take a call, None where it does."""
     q, k = call.q, call.k
     if q.dim() == 3:
         q, k = (x.transpose(0, 1).unsqueeze(0) for x in (q, k))
     reason = dispatch.missing(backend, q.device.type, q.dtype)
     rules = masks.resolve(call.mask, q, k)
-    return reason or backends.unfit(q.dtype, max(rules.max_q, rules.max_k)).get(backend)
+    return reason or contract.cannot_run(q.dtype, max(rules.max_q, rules.max_k)).get(backend)
 
 
 def run(backend: str, call: Call, cotangent: Tensor) -> tuple[Tensor, list[Tensor | None]]:

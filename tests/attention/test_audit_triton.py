@@ -87,19 +87,24 @@ def arguments(case: Case) -> tuple[Any, ...]:
 
 
 def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    from vicreg_kernels.attention import triton as launchers
+    from vicreg_kernels.attention.triton import launch as launchers
+    from vicreg_kernels.core.triton import device as devices
 
     found: dict[str, Any] = {}
-    kept = {name: getattr(launchers, name) for name in (*KERNELS, "_device")}
+    kept = {name: getattr(launchers, name) for name in KERNELS}
+    real = devices.device
     try:
         for name in KERNELS:
             setattr(launchers, name, Recorder(kept[name], found))
-        launchers._device = lambda index: ("a GPU that is not in the table", case.arch // 10)
+        devices.device = lambda index: devices.Device(
+            "a GPU that is not in the table", 132, case.arch // 10
+        )
         q, k, v, *rest = arguments(case)
         out, lse = launchers.forward(q, k, v, *rest, 0.125)
         need_q = case.kernel != "delta_kernel"
         launchers.backward(out, q, k, v, out, lse, *rest, need_q, True, True, 0.125)
     finally:
+        devices.device = real
         for name, value in kept.items():
             setattr(launchers, name, value)
     return found[case.kernel]
@@ -129,7 +134,7 @@ def test_kernel(case: Case, compiled: dict[str, Any]) -> None:
 
 def test_every_shipped_shape_can_be_launched() -> None:
     """Each row of the table is the nearest to its own shape; other shapes and GPUs find one too."""
-    from vicreg_kernels.attention import configs
+    from vicreg_kernels.attention.triton import configs
 
     majors = {"default": 9, "sm_100": 10, "sm_80": 8}
     for device, family, (head_dim, tokens), config in configs.shipped():
@@ -145,7 +150,7 @@ def test_every_shipped_shape_can_be_launched() -> None:
 
 def test_parts_of_a_head() -> None:
     triton = pytest.importorskip("triton")
-    from vicreg_kernels.attention.triton_tiles import parts
+    from vicreg_kernels.attention.triton.tiles import parts
 
     for dim in range(16, 129, 8):
         first, second = parts(dim)

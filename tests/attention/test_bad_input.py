@@ -16,9 +16,9 @@ from vicreg_kernels import (
     Ragged,
     Rope3d,
     apply_rope,
-    dispatch,
     masked_attention,
 )
+from vicreg_kernels.core import dispatch
 
 BACKENDS = (None, *dispatch.BACKENDS)
 

@@ -17,7 +17,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.attention import cases
-from vicreg_kernels import dispatch
 from vicreg_kernels.attention import (
     FrameCausal,
     KeyPadding,
@@ -26,6 +25,7 @@ from vicreg_kernels.attention import (
     apply_rope,
     masked_attention,
 )
+from vicreg_kernels.core import dispatch
 
 ALL = (True, True, True)
 HALVES = (torch.bfloat16, torch.float16)

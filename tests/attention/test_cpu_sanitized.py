@@ -15,17 +15,17 @@ PROGRAM = """
 import sys, native, torch
 sys.path.insert(0, ".")
 from tests.attention import cases
-from vicreg_kernels import dispatch, library
-from vicreg_kernels.attention import apply_rope, backends
+from vicreg_kernels.core import dispatch, library, loader
+from vicreg_kernels.attention import apply_rope, contract
 torch.ops.load_library(sys.argv[1])
 library.CPU_MISSING = None
-kernels = backends.compiled("vicreg_kernels_sanitized")
+kernels = loader.compiled("attention", contract.Kernels, "vicreg_kernels_sanitized")
 if sys.argv[2] == "off_by_one":
     whole = kernels.backward
     def backward(grad, q, k, v, out, lse, *rest):
         return whole(grad, q, k, v, out, native.shortened(lse.clone()), *rest)
-    kernels = backends.Kernels(kernels.forward, backward, kernels.rotate)
-backends.load = lambda backend: kernels
+    kernels = contract.Kernels(kernels.forward, backward, kernels.rotate)
+loader.load = lambda op, kind, backend: kernels
 torch.set_num_threads(2)
 torch.manual_seed(0)
 combined = [(), *((rule,) for rule in cases.RULES), ("keep", "window"), ("ragged", "blocks")]

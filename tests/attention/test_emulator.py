@@ -12,7 +12,6 @@ from tests.attention import cases
 from tests.attention.cases import HEAD_DIMS, LAYOUTS, RULES, draw, hold
 from tests.helpers import native
 from tests.helpers.tolerances import assert_close_to_truth
-from vicreg_kernels import dispatch
 from vicreg_kernels.attention import (
     Blocks,
     FrameCausal,
@@ -20,23 +19,24 @@ from vicreg_kernels.attention import (
     Ragged,
     Rope3d,
     apply_rope,
-    backends,
+    contract,
     masked_attention,
 )
+from vicreg_kernels.core import dispatch, loader
 
 HALVES = (torch.bfloat16, torch.float16)
 NAN = float("nan")
 
 
 @pytest.fixture(scope="module")
-def kernels() -> backends.Kernels:
+def kernels() -> contract.Kernels:
     torch.ops.load_library(str(native.emulated("attention")))
-    return backends.compiled("vicreg_kernels_emulator")
+    return loader.compiled("attention", contract.Kernels, "vicreg_kernels_emulator")
 
 
 @pytest.fixture(autouse=True)
 def emulated(kernels, monkeypatch):
-    monkeypatch.setattr(backends, "load", lambda name: {"cuda": kernels}[name])
+    monkeypatch.setattr(loader, "load", lambda op, kind, name: {"cuda": kernels}[name])
     monkeypatch.setattr(dispatch, "missing", lambda *_: None)
 
 
@@ -343,12 +343,12 @@ SANITIZED = """
 import sys, native, torch
 sys.path.insert(0, ".")
 from tests.attention import cases
-from vicreg_kernels import dispatch
-from vicreg_kernels.attention import backends
+from vicreg_kernels.core import dispatch, loader
+from vicreg_kernels.attention import contract
 library, mode = sys.argv[1:]
 torch.ops.load_library(library)
-kernels = backends.compiled("vicreg_kernels_emulator")
-backends.load = lambda name: kernels
+kernels = loader.compiled("attention", contract.Kernels, "vicreg_kernels_emulator")
+loader.load = lambda op, kind, name: kernels
 dispatch.missing = lambda *_: None
 torch.manual_seed(0)
 if mode == "short":

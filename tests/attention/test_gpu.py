@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tests.attention import cases
 from tests.attention.cases import LAYOUTS, RULES, Call, draw, hold
-from vicreg_kernels import dispatch
 from vicreg_kernels.attention import Ragged, Rope3d, apply_rope, masked_attention
+from vicreg_kernels.core import dispatch
 
 pytestmark = pytest.mark.gpu
 

@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tests.attention import cases
-from vicreg_kernels import dispatch
+from vicreg_kernels.core import dispatch
 
 MIB = 1 << 20
 # float32 elements a thread keeps whatever the shape: tiles of queries, scores and gradients.

@@ -27,7 +27,7 @@ from vicreg_kernels import (
     masked_attention,
 )
 from vicreg_kernels.attention import rope as rope_module
-from vicreg_kernels.kept import Kept
+from vicreg_kernels.core.kept import Kept
 
 
 @pytest.fixture(autouse=True)

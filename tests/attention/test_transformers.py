@@ -70,7 +70,7 @@ def assert_same(model, run):
 def test_vjepa2_whole_clip():
     video = torch.randn(2, 8, 3, 64, 64)
     calls = assert_same(vjepa2(), lambda model: (model(video, skip_predictor=True)[0],))
-    assert all(args[12] is not None for name, args in calls if name == "attention_forward"), "rope"
+    assert all(args[13] is not None for name, args in calls if name == "attention_forward"), "rope"
 
 
 def test_vjepa2_with_masks_and_predictor():

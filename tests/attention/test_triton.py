@@ -39,8 +39,8 @@ if triton_interpreter.INTERPRETING:
     import triton
     import triton.language as tl
 
-    from vicreg_kernels.attention import configs, triton_rules
-    from vicreg_kernels.attention import triton as launchers
+    from vicreg_kernels.attention.triton import configs, rules
+    from vicreg_kernels.attention.triton import launch as launchers
 
     @triton.jit
     def visits_kernel(
@@ -51,14 +51,14 @@ if triton_interpreter.INTERPRETING:
         first = tl.program_id(0) * TILE
         keys = tl.load(keys_of)
         row = tl.minimum(first + tl.arange(0, TILE), queries - 1)
-        begin, end, second, second_end = triton_rules.key_intervals(
+        begin, end, second, second_end = rules.key_intervals(
             row, keys, bounds, blocks, frame, window, FRAMES, BLOCKS
         )
-        found = triton_rules.key_tiles(
+        found = rules.key_tiles(
             begin, end, second, second_end, keys, FRAMES or BLOCKS, BLOCKS, False, TILE
         )
         last = tl.minimum(first + TILE, keys) - 1
-        found = found + triton_rules.query_range(
+        found = found + rules.query_range(
             first, last, queries, bounds, blocks, frame, window, FRAMES, BLOCKS
         )
         for i in range(14):
@@ -66,7 +66,7 @@ if triton_interpreter.INTERPRETING:
 
     @triton.jit
     def samples_kernel(out, offsets, samples, TILE: tl.constexpr):
-        sample, tile = triton_rules.find_sample(offsets, samples, 0, tl.program_id(0), TILE)
+        sample, tile = rules.find_sample(offsets, samples, 0, tl.program_id(0), TILE)
         tl.store(out + tl.program_id(0) * 2, sample)
         tl.store(out + tl.program_id(0) * 2 + 1, tile)
 
@@ -390,7 +390,7 @@ class TestInterpreter:
     @pytest.mark.sampled(2)
     def test_every_tile_of_every_sample_has_a_program(self, monkeypatch, tile):
         """More samples than are looked at together, many of them empty."""
-        monkeypatch.setattr(triton_rules, "SAMPLES", tl.constexpr(16))
+        monkeypatch.setattr(rules, "SAMPLES", tl.constexpr(16))
         lengths = torch.randint(0, 150, (70,)) * (torch.rand(70) < 0.5)
         offsets = cases.offsets_of(lengths.tolist())
         programs = int(offsets[-1]) // tile + 70

@@ -68,14 +68,16 @@ CASES = list(dict.fromkeys(_cases()))
 def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     import torch
 
-    from vicreg_kernels.barlow import triton as launchers
+    from vicreg_kernels.barlow.triton import launch as launchers
+    from vicreg_kernels.core.triton import device as devices
 
     found: dict[str, Any] = {}
-    kept = {name: getattr(launchers, name) for name in (*KERNELS, "_device")}
+    kept = {name: getattr(launchers, name) for name in KERNELS}
+    real = devices.device
     try:
         for name in KERNELS:
             setattr(launchers, name, Recorder(kept[name], found))
-        launchers._device = lambda index: ("default", 132, case.arch // 10)
+        devices.device = lambda index: devices.Device("default", 132, case.arch // 10)
         x, y = (
             torch.empty(case.shape, dtype=getattr(torch, case.dtype), device="meta")
             for _ in range(2)
@@ -85,6 +87,7 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         grad = torch.empty(1, device="meta")
         launchers.backward(grad, x, y, *saved, True, True, *settings)
     finally:
+        devices.device = real
         for name, value in kept.items():
             setattr(launchers, name, value)
     return found[case.kernel]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.helpers.recorded_ops import RecordedOps
-from vicreg_kernels import dispatch
 from vicreg_kernels.barlow import BarlowTwinsLoss, barlow_twins_loss
+from vicreg_kernels.core import dispatch
 
 
 def z(*shape):

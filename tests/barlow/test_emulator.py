@@ -21,10 +21,10 @@ from tests.helpers.tolerances import (
     differentiate,
     relative_error,
 )
-from vicreg_kernels import dispatch
-from vicreg_kernels.barlow import backends, barlow_twins_loss
+from vicreg_kernels.barlow import barlow_twins_loss, contract
 from vicreg_kernels.barlow.conventions import CONVENTIONS
 from vicreg_kernels.barlow.reference import standardise
+from vicreg_kernels.core import dispatch, loader
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES)
@@ -40,14 +40,14 @@ def library(sanitize: bool = False):
 
 
 @pytest.fixture(scope="module")
-def kernels() -> backends.Kernels:
+def kernels() -> contract.Kernels:
     torch.ops.load_library(str(library()))
-    return backends._compiled("vicreg_kernels_emulator")
+    return loader.compiled("barlow", contract.Kernels, "vicreg_kernels_emulator")
 
 
 @pytest.fixture(autouse=True)
 def emulated(kernels, monkeypatch):
-    monkeypatch.setattr(backends, "load", lambda name: {"cuda": kernels}[name])
+    monkeypatch.setattr(loader, "load", lambda op, kind, name: {"cuda": kernels}[name])
     monkeypatch.setattr(dispatch, "missing", lambda *_: None)
 
 
@@ -124,7 +124,7 @@ def test_saved_tensors(kernels, shape, dtype):
     """Shapes and dtypes as registered, and what each holds."""
     x, y = (z.detach() for z in views(*shape, dtype))
     out = kernels.forward(x, y, *SETTINGS)
-    for mine, registered in zip(out, backends.empty_saved(x, "cuda"), strict=True):
+    for mine, registered in zip(out, contract.empty_saved(x, "cuda"), strict=True):
         assert mine.shape == registered.shape
         assert mine.dtype == registered.dtype
     _, moments, diagonal, products, standardised = out

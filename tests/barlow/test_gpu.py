@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tests.helpers.shapes import randn
 from tests.helpers.tolerances import assert_matches_reference
-from vicreg_kernels import dispatch
 from vicreg_kernels.barlow import barlow_twins_loss
+from vicreg_kernels.core import dispatch
 
 pytestmark = pytest.mark.gpu
 

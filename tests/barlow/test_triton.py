@@ -18,7 +18,7 @@ from tests.helpers.tolerances import (
     differentiate,
     relative_error,
 )
-from vicreg_kernels.barlow import backends, barlow_twins_loss
+from vicreg_kernels.barlow import barlow_twins_loss, contract
 from vicreg_kernels.barlow.conventions import CONVENTIONS
 from vicreg_kernels.barlow.reference import standardise
 
@@ -53,7 +53,7 @@ def check(x, y, floor=0.0, **settings):
 @pytest.fixture
 def reconfigure(monkeypatch):
     """reconfigure(field=...) changes the launch configuration, for every shape and format."""
-    from vicreg_kernels.barlow import configs
+    from vicreg_kernels.barlow.triton import configs
 
     shipped = configs.choose
 
@@ -111,11 +111,11 @@ class TestInterpreter:
         ids=str,
     )
     def test_split_and_merged_launches(self, reconfigure, shape, dtype):
-        from vicreg_kernels.barlow import triton as launchers
+        from vicreg_kernels.barlow.triton import launch as launchers
 
         reconfigure(**TINY)
         x, y = views(*shape, dtype)
-        problem = launchers._Problem(x, y, 1e-5, 0.0, False, False)
+        problem = launchers.LaunchPlan(x, y, 1e-5, 0.0, False, False)
         assert (launchers._row_blocks(problem, 2)[0] > 1) == (dtype == "fp32")
         assert launchers._splits(problem, 6)[0] > 1
         found = check(x, y)
@@ -133,13 +133,13 @@ class TestInterpreter:
     @pytest.mark.parametrize("shape", [(6, 11), (11, 6), (9, 70)], ids=str)
     def test_saved_tensors(self, reconfigure, shape):
         """op.py says what they hold; here they are found in float64, one by one."""
-        from vicreg_kernels.barlow.triton import forward
+        from vicreg_kernels.barlow.triton.launch import forward
 
         if shape == (9, 70):
             reconfigure(**TINY)
         x, y = (z.detach() for z in views(*shape))
         out = forward(x, y, *SETTINGS)
-        for mine, registered in zip(out, backends.empty_saved(x, "triton"), strict=True):
+        for mine, registered in zip(out, contract.empty_saved(x, "triton"), strict=True):
             assert mine.shape == registered.shape
         _, moments, diagonal, products, standardised = out
         wide = torch.stack([x, y]).double()

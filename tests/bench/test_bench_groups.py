@@ -23,7 +23,7 @@ from tests.helpers.bench_fake import (  # noqa: F401
     pairs,
     read,
 )
-from vicreg_kernels import dispatch
+from vicreg_kernels.core import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -185,7 +185,7 @@ KILLED = """
 import os, signal, sys, types, torch
 from bench import measure, run
 from bench.case import Case, Plan
-from vicreg_kernels import dispatch
+from vicreg_kernels.core import dispatch
 measure.ceilings = lambda device, dtype: {"copy_gbps": 10.0, "matmul_tflops": 0.1}
 def build(device, dtype, backend):
     steps = dict.fromkeys(("ours", "eager"), lambda: sum(range(1000)))

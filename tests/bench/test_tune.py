@@ -14,8 +14,9 @@ import torch
 
 from bench import barlow, groups, tune, tune_tables, vicreg
 from bench.tune_tables import Problem, Side, Table
-from vicreg_kernels import configs, dispatch, library
-from vicreg_kernels.vicreg import configs as vicreg_configs
+from vicreg_kernels import configs
+from vicreg_kernels.core import dispatch, library
+from vicreg_kernels.vicreg.triton import configs as vicreg_configs
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "Made-up GPU (R) 80GB"

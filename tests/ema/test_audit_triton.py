@@ -50,7 +50,7 @@ CASES = [
 def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     import torch
 
-    from vicreg_kernels.ema import triton as launcher
+    from vicreg_kernels.ema.triton import launch as launcher
 
     found: dict[str, Any] = {}
     kept = launcher.update_kernel
@@ -65,7 +65,7 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     step = torch.empty((), dtype=torch.int64, device="meta") if scalar is not None else None
     try:
         launcher.update_kernel = Recorder(kept, found)
-        launcher.update(*made, scalar, 0.996, case.rounding == "stochastic", 2**40, step, 7)
+        launcher.update_(*made, scalar, 0.996, case.rounding == "stochastic", 2**40, step, 7)
     finally:
         launcher.update_kernel = kept
     return found["update_kernel"]

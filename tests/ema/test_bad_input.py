@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from vicreg_kernels import dispatch
+from vicreg_kernels.core import dispatch
 from vicreg_kernels.ema import EMA, ema_update_
 
 NAN = float("nan")

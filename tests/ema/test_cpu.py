@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.ema import tensors as ema_tensors
 from tests.ema.tensors import FUSED, LAYOUTS, MOMENTA, ROUNDINGS, assert_matches_reference
-from vicreg_kernels import dispatch
+from vicreg_kernels.core import dispatch
 from vicreg_kernels.ema import ema_update_
 
 pytestmark = pytest.mark.skipif(

@@ -29,7 +29,7 @@ for stochastic in (False, True):
             native.shortened(own[0])
         op(mine, onlines, own, None, m, stochastic, 5, None, 2)
         expected, theirs = ema_tensors.again(targets), ema_tensors.again(copies)
-        reference.update(expected, onlines, theirs, None, m, stochastic, 5, None, 2)
+        reference.update_(expected, onlines, theirs, None, m, stochastic, 5, None, 2)
         ema_tensors.assert_same_bits(mine, expected, "targets")
         ema_tensors.assert_same_bits(own, theirs, "shadows")
         op(mine, onlines, [], None, m, stochastic, 5, None, 2)

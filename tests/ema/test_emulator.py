@@ -11,8 +11,8 @@ import torch
 from tests.ema import tensors as ema_tensors
 from tests.ema.tensors import FUSED, LAYOUTS, ROUNDINGS, assert_matches_reference
 from tests.helpers import native
-from vicreg_kernels import dispatch
-from vicreg_kernels.ema import backends, ema_update_, reference
+from vicreg_kernels.core import dispatch, loader
+from vicreg_kernels.ema import contract, ema_update_, reference
 
 
 def library(sanitize: bool = False):
@@ -23,13 +23,12 @@ def library(sanitize: bool = False):
 @pytest.fixture(scope="module")
 def kernel():
     torch.ops.load_library(str(library()))
-    return torch.ops.vicreg_kernels_emulator.ema_update_
+    return loader.compiled("ema", contract.Kernels, "vicreg_kernels_emulator")
 
 
 @pytest.fixture(autouse=True)
 def emulated(kernel, monkeypatch):
-    load = {"cuda": kernel, "reference": reference.update}
-    monkeypatch.setattr(backends, "load", load.__getitem__)
+    monkeypatch.setattr(loader, "load", lambda op, kind, name: {"cuda": kernel}[name])
     monkeypatch.setattr(dispatch, "missing", lambda *_: None)
 
 
@@ -85,7 +84,7 @@ def test_momentum_and_step_in_device_memory(kernel, dtype, momentum):
     value, step = torch.tensor(momentum, dtype=dtype), torch.tensor(2**40 + 3)
     mine, own = ema_tensors.again(targets), ema_tensors.again(copies)
     kernel(mine, onlines, own, value, 0.5, True, 9, step, 0)
-    reference.update(targets, onlines, copies, None, value.item(), True, 9, None, step.item())
+    reference.update_(targets, onlines, copies, None, value.item(), True, 9, None, step.item())
     ema_tensors.assert_same_bits(mine, targets, "targets")
     ema_tensors.assert_same_bits(own, copies, "shadows")
 
@@ -134,7 +133,7 @@ for lists in ((targets, onlines, copies), more):
             native.shortened(own[0])
         op(mine, lists[1], own, None, 0.996, stochastic, 5, None, 2)
         expected, theirs = ema_tensors.again(lists[0]), ema_tensors.again(lists[2])
-        reference.update(expected, lists[1], theirs, None, 0.996, stochastic, 5, None, 2)
+        reference.update_(expected, lists[1], theirs, None, 0.996, stochastic, 5, None, 2)
         ema_tensors.assert_same_bits(mine, expected, "targets")
         ema_tensors.assert_same_bits(own, theirs, "shadows")
 print("clean")

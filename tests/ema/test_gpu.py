@@ -17,7 +17,7 @@ from tests.ema.tensors import (
     assert_matches_reference,
     assert_same_bits,
 )
-from vicreg_kernels import dispatch
+from vicreg_kernels.core import dispatch
 from vicreg_kernels.ema import EMA, ema_update_
 
 pytestmark = pytest.mark.gpu

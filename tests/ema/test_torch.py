@@ -31,7 +31,7 @@ def test_opcheck(fused, shadows, as_tensor):
     momentum = torch.tensor(0.9, device=fused.device) if as_tensor else None
     step = torch.tensor(3, device=fused.device) if as_tensor else None
     torch.library.opcheck(
-        OP, (targets, onlines, copies, momentum, 0.9, True, 5, step, 3, fused.name)
+        OP, (targets, onlines, copies, fused.name, momentum, 0.9, True, 5, step, 3)
     )
 
 

@@ -14,7 +14,7 @@ from vicreg_kernels.ema import reference
 class TestInterpreter:
     @pytest.fixture(autouse=True)
     def small_blocks(self, monkeypatch):
-        from vicreg_kernels.ema import triton as launcher
+        from vicreg_kernels.ema.triton import launch as launcher
 
         monkeypatch.setattr(launcher, "BLOCK", 256)
         monkeypatch.setattr(launcher, "STRIDED_BLOCK", 128)
@@ -49,13 +49,13 @@ class TestInterpreter:
     @pytest.mark.parametrize("momentum", [0.0, 0.25, 0.996, 1.0])
     @pytest.mark.sampled(3)
     def test_momentum_and_step_in_device_memory(self, dtype, momentum):
-        from vicreg_kernels.ema import triton as launcher
+        from vicreg_kernels.ema.triton import launch as launcher
 
         targets, onlines, copies = ema_tensors.every_dtype([(70,)], layouts=["contiguous"])
         value, step = torch.tensor(momentum, dtype=dtype), torch.tensor(2**40 + 3)
         mine, own = ema_tensors.again(targets), ema_tensors.again(copies)
-        launcher.update(mine, onlines, own, value, 0.5, True, 9, step, 0)
-        reference.update(targets, onlines, copies, None, value.item(), True, 9, None, step.item())
+        launcher.update_(mine, onlines, own, value, 0.5, True, 9, step, 0)
+        reference.update_(targets, onlines, copies, None, value.item(), True, 9, None, step.item())
         ema_tensors.assert_same_bits(mine, targets, "targets")
         ema_tensors.assert_same_bits(own, copies, "shadows")
 
@@ -72,15 +72,15 @@ class TestInterpreter:
                 assert_matches_reference("triton", [t], [o], [], 0.7, rounding=rounding, step=1)
 
     def test_tables_are_kept_and_bounded(self):
-        from vicreg_kernels.ema import triton as launcher
+        from vicreg_kernels.ema.triton import launch as launcher
 
         tables = launcher._tables
         t, o = torch.randn(2, 9)
         for _ in range(3):
             assert_matches_reference("triton", [t], [o], [], 0.9)
-        launcher.update([t], [o], [], None, 0.9, False, 0, None, 0)
+        launcher.update_([t], [o], [], None, 0.9, False, 0, None, 0)
         _, blocks, work = next(reversed(tables.recent))
-        launcher.update([t], [o], [], None, 0.9, False, 0, None, 0)
+        launcher.update_([t], [o], [], None, 0.9, False, 0, None, 0)
         assert tables.find(work, blocks, t.device)[0] is tables.find(work, blocks, t.device)[0]
         for k in range(40):
             row = ((("fp32", "fp32"), True, False), (k, k, k, 8, 0, 0, 0))
@@ -91,13 +91,13 @@ class TestInterpreter:
         """Graphs are captured after one call with the same tensors: its table must be there still,
         however many kinds of tensors it had.
         """
-        from vicreg_kernels.ema import triton as launcher
+        from vicreg_kernels.ema.triton import launch as launcher
 
         lists = ema_tensors.every_dtype([(300,), (3, 4, 5)])
-        launcher.update(*lists, None, 0.9, False, 0, None, 0)
+        launcher.update_(*lists, None, 0.9, False, 0, None, 0)
         assert len(launcher._tables.recent) == 1
         (kept,) = launcher._tables.recent.values()
-        launcher.update(*lists, None, 0.9, False, 0, None, 0)
+        launcher.update_(*lists, None, 0.9, False, 0, None, 0)
         (again,) = launcher._tables.recent.values()
         assert again is kept
         assert len(kept[1]) > launcher._MOST_TABLES

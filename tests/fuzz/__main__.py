@@ -22,7 +22,7 @@ import torch
 
 from tests.fuzz import campaign, runner
 from tests.helpers import native
-from vicreg_kernels import library
+from vicreg_kernels.core import library
 
 ROOT = Path(__file__).resolve().parents[2]
 # The folder of csrc that holds an op's CPU kernels, by how the op's name begins.

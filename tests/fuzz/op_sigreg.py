@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.fuzz.inputs import Draw
 
-VARIANTS = ("lejepa", "eb_jepa", "lewm", "lightly", "stable_pretraining")
+CONVENTIONS = ("lejepa", "eb_jepa", "lewm", "lightly", "stable_pretraining")
 
 
 def _drawn(r: Draw) -> dict[str, str]:
@@ -27,7 +27,7 @@ def sigreg_loss(r: Draw) -> str:
         )
     else:
         arguments |= r.some(knots=repr(r.randrange(1, 70)), t_max=r.number(3.0, 5.0))
-    arguments |= r.some(variant=r.one_of(*VARIANTS))
+    arguments |= r.some(convention=r.one_of(*CONVENTIONS))
     return r.line("sigreg_loss", arguments | r.backend())
 
 

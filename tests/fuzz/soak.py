@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from tests.fuzz import campaign, known, modules, runner
 from tests.fuzz.inputs import Draw
-from vicreg_kernels.kept import Kept
+from vicreg_kernels.core.kept import Kept
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 PARTS = 5

@@ -4,9 +4,9 @@ sm_90 under `make test` and for sm_80, sm_90 and sm_100 under `make audit`.
 What is compiled is what the launchers would launch: they run on meta tensors while their kernels
 are replaced by recorders, and arguments are specialised as Triton specialises them. A test file
 lists its cases, NamedTuples with an `arch`, and gives `launched(case)`, which returns
-(kernel, args, options) of the launch to compile. `VICREG_KERNELS_AUDIT=all python
-tests/test_<op>_audit_triton.py --record` rewrites budgets/<op>_triton.json, which holds for
-the Triton it names; tests never write it.
+(kernel, args, options) of the launch to compile. `VICREG_KERNELS_AUDIT=all python -m
+tests.<op>.test_audit_triton --record` rewrites budgets/<op>_triton.json, which holds for the Triton
+it names; tests never write it.
 """
 
 from __future__ import annotations

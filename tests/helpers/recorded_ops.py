@@ -18,3 +18,8 @@ class RecordedOps(TorchDispatchMode):
         if func.namespace.startswith("vicreg_kernels"):
             self.calls.append((func._opname, args))
         return func(*args, **(kwargs or {}))
+
+
+def words(args: tuple[Any, ...]) -> list[str]:
+    """The strings among an op's arguments: the backend that runs is one of them."""
+    return [each for each in args if isinstance(each, str)]

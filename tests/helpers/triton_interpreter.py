@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-# As vicreg_kernels.dispatch has it, which would import torch here.
+# As vicreg_kernels.core.dispatch has it, which would import torch here.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # Where the second process writes its reports, a line of JSON each.
 REPORTS = "VICREG_KERNELS_TEST_REPORTS"

@@ -15,14 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vicreg_kernels as vk
 from vicreg_kernels.attention import rope
-from vicreg_kernels.kept import Kept, lasts
+from vicreg_kernels.core.kept import Kept, lasts
 
 PACKAGE = Path(vk.__file__).parent
 # Of the package's own dicts and lists, those that functions write to, and what bounds them.
 BOUNDED = {
-    ("dispatch.py", "_thresholds"): "ops x devices x dtypes",
-    ("dispatch.py", "registered"): "ops, at import",
-    ("distributed.py", "_roll_calls"): "process groups that failed",
+    ("core/dispatch.py", "_thresholds"): "ops x devices x dtypes",
+    ("core/registry.py", "OPS"): "ops, at import",
+    ("distributed/__init__.py", "_roll_calls"): "process groups that failed",
     ("configs/__init__.py", "_forgetters"): "caches of files, at import",
 }
 WRITES = {"append", "add", "setdefault", "update", "extend", "insert", "appendleft", "__setitem__"}
@@ -207,7 +207,7 @@ def test_what_many_different_calls_leave():
     before = {id(each): len(each) for each in module_state() if isinstance(each, (dict, list, set))}
     for i in range(40):
         calls(2.0 + i, 8 + i)
-    thresholds = importlib.import_module("vicreg_kernels.dispatch")._thresholds
+    thresholds = importlib.import_module("vicreg_kernels.core.dispatch")._thresholds
     grown = [
         each
         for each in module_state()

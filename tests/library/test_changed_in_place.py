@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import vicreg_kernels as vk
-from vicreg_kernels import library
+from vicreg_kernels.core import library
 
 BACKENDS = [
     pytest.param(

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vicreg_kernels import cli, configs, dispatch, library
+from vicreg_kernels import cli, configs
+from vicreg_kernels.core import dispatch, library, registry
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,7 +76,7 @@ def gpus(monkeypatch, tmp_path):
 def test_info_asks_each_op_for_each_kind_of_gpu(gpus, capsys):
     found = cli.info()
     backends = found["backends"]
-    assert backends.keys() == dispatch.registered.keys()
+    assert backends.keys() == registry.names().keys()
     assert backends["vicreg"].keys() == {"cpu", "cuda:0", "cuda:2"}
     assert backends["vicreg"]["cuda:0"]["bfloat16"] == "cuda"
     assert backends["vicreg"]["cuda:2"]["bfloat16"] == "cuda; triton where min(N, D) >= 4096"

@@ -10,9 +10,9 @@ import pytest
 
 from bench import tune, tune_tables
 from vicreg_kernels import configs
-from vicreg_kernels.attention import configs as attention_configs
-from vicreg_kernels.barlow import configs as barlow_configs
-from vicreg_kernels.vicreg import configs as vicreg_configs
+from vicreg_kernels.attention.triton import configs as attention_configs
+from vicreg_kernels.barlow.triton import configs as barlow_configs
+from vicreg_kernels.vicreg.triton import configs as vicreg_configs
 
 NAME = "Made-up GPU (R) 80GB"
 GENERAL = vicreg_configs.nearest("no such GPU", "bf16", 64, 8192)

@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 
-from vicreg_kernels import configs, dispatch, library, variance_covariance, vicreg_loss
-from vicreg_kernels.vicreg import backends
+from vicreg_kernels import configs, variance_covariance, vicreg_loss
+from vicreg_kernels.core import dispatch, library, loader, registry
 
 IMPORTED = """
 import sys, vicreg_kernels
@@ -108,14 +108,14 @@ def test_the_threshold_is_part_of_a_compiled_graph(measured_gpu, dynamic):
 
 def test_every_op_says_what_its_choice_depends_on(measured_gpu):
     def found(op, dtype=torch.bfloat16):
-        return dispatch.choices(op, GPU, dtype)
+        return registry.choices(op, GPU, dtype)
 
     assert found("vicreg") == [(0, "cuda"), (512, "triton")]
     assert found("vicreg", torch.float32) == [(0, "cuda")]
     assert found("barlow") == [(0, "cuda")]
     assert found("attention") == [(0, "cuda"), (257, "triton")]
     assert found("attention", torch.float32) == [(0, "triton")]
-    assert dispatch.choices("vicreg", torch.device("cpu"), torch.bfloat16) == [(0, "cpu")]
+    assert registry.choices("vicreg", torch.device("cpu"), torch.bfloat16) == [(0, "cpu")]
 
 
 T = 4  # tokens
@@ -164,16 +164,16 @@ def _calls():
     }
 
 
-@pytest.mark.parametrize("op", dispatch.registered)
+@pytest.mark.parametrize("op", registry.names())
 def test_the_report_and_the_op_choose_alike(measured_gpu, monkeypatch, op):
     """What an op asks `choose` in a call, asked again for a GPU, is what `choices` says of it."""
-    assert _calls().keys() == dispatch.registered.keys()
+    assert _calls().keys() == registry.names().keys()
     measured_gpu["triton_from"]["barlow"] = {"half": 300}
     configs.write(configs.path_of("Some GPU"), measured_gpu)
     real, asked = dispatch.choose, []
 
-    def choose(op, backend, device, dtype, side=None, unfit=None):
-        asked.append((op, dtype, side, unfit))
+    def choose(op, backend, device, dtype, side=None, cannot_run=None):
+        asked.append((op, dtype, side, cannot_run))
         return "reference"
 
     monkeypatch.setattr(dispatch, "choose", choose)
@@ -182,16 +182,16 @@ def test_the_report_and_the_op_choose_alike(measured_gpu, monkeypatch, op):
         asked.clear()
         call()
         recorded.append((size, [a for a in asked if a[0] == op]))
-        assert {a[0] for a in asked} <= dispatch.registered.keys(), "an op that info leaves out"
+        assert {a[0] for a in asked} <= registry.names().keys(), "an op that info leaves out"
     monkeypatch.setattr(dispatch, "choose", real)
     for size, each in recorded:
         assert each, "the op did not ask"
-        for _, dtype, side, unfit in each:
+        for _, dtype, side, cannot_run in each:
             for wanted in (dtype, torch.bfloat16):
-                if unfit and wanted != dtype:
+                if cannot_run and wanted != dtype:
                     continue  # what does not fit depends on the dtype
-                name = real(op, None, GPU, wanted, side, unfit)
-                at = [b for least, b in dispatch.choices(op, GPU, wanted) if least <= size]
+                name = real(op, None, GPU, wanted, side, cannot_run)
+                at = [b for least, b in registry.choices(op, GPU, wanted) if least <= size]
                 assert name == at[-1], (op, size, wanted)
 
 
@@ -205,10 +205,12 @@ def test_what_is_missing_is_passed_over(everything_built, monkeypatch):
 
 
 def test_a_backend_that_does_not_take_the_call(everything_built):
-    unfit = {"cuda": "at most 256 keys"}
-    assert dispatch.choose("attention", None, "cuda", torch.float32, unfit=unfit) == "triton"
+    cannot_run = {"cuda": "at most 256 keys"}
+    assert (
+        dispatch.choose("attention", None, "cuda", torch.float32, cannot_run=cannot_run) == "triton"
+    )
     with pytest.raises(RuntimeError, match=r"cannot run attention.*at most 256 keys"):
-        dispatch.choose("attention", "cuda", "cuda", torch.float32, unfit=unfit)
+        dispatch.choose("attention", "cuda", "cuda", torch.float32, cannot_run=cannot_run)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -282,11 +284,11 @@ def test_the_call_runs_what_was_named(monkeypatch):
     class Stop(Exception):
         pass
 
-    def load(name):
+    def load(op, kind, name):
         loaded.append(name)
         raise Stop
 
-    monkeypatch.setattr(backends, "load", load)
+    monkeypatch.setattr(loader, "load", load)
     x = torch.randn(4, 3)
     for call in (
         lambda b: vicreg_loss(x, x, backend=b),

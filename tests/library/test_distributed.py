@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers import gloo
-from vicreg_kernels import VICRegLoss, dispatch, distributed, variance_covariance, vicreg_loss
+from vicreg_kernels import VICRegLoss, distributed, variance_covariance, vicreg_loss
 from vicreg_kernels.barlow import barlow_twins_loss
 from vicreg_kernels.barlow import ranks as barlow_ranks
+from vicreg_kernels.core import dispatch
 from vicreg_kernels.vicreg import ranks as vicreg_ranks
 
 pytestmark = pytest.mark.skipif(

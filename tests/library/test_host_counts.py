@@ -13,8 +13,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench import host
-from vicreg_kernels import library
 from vicreg_kernels.barlow import barlow_twins_loss
+from vicreg_kernels.core import library
 from vicreg_kernels.sigreg import sigreg_loss
 from vicreg_kernels.vicreg import vicreg_loss
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vicreg_kernels as vk
-from vicreg_kernels import integers, library
+from vicreg_kernels.core import integers, library
 
 WRAP = 2**32
 X = torch.randn(2, 5, 3)

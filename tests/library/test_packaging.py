@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vicreg_kernels import library
+from vicreg_kernels.core import library
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCH_SITE = Path(torch.__file__).parent.parent
@@ -24,7 +24,7 @@ import warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import torch, vicreg_kernels as vk
-from vicreg_kernels import dispatch, library
+from vicreg_kernels.core import dispatch, library
 x = torch.randn(8, 32, requires_grad=True)
 vk.vicreg_loss(x, torch.randn(8, 32)).backward()
 print(vk.__file__)

@@ -16,13 +16,13 @@ import torch
 
 import vicreg_kernels as vk
 from tests.helpers import native
-from vicreg_kernels import library
+from vicreg_kernels.core import library, registry
 from vicreg_kernels.vicreg import reference
 
 pytestmark = pytest.mark.skipif(library.CPU_MISSING is not None, reason=str(library.CPU_MISSING))
 
 PROGRAM = str(Path(__file__).resolve().parents[1] / "helpers" / "raw_ops.py")
-OPS = ("attention", "barlow", "ema", "sigreg", "tokens", "vicreg", "vicregl")
+OPS = sorted(registry.OPS)
 # Of the other tests' sanitized builds under the emulator, so that one build serves both.
 FLAGS = {
     "barlow": ("-DBARLOW_PRODUCT_ELEMENTS=512", "-O0"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-import vicreg_kernels.calls
+import vicreg_kernels.core.calls
 from tests.fuzz import campaign, soak
 
 CALLS = {"vicregl_loss": 60, "vicregl_terms": 60}
@@ -58,12 +58,12 @@ def test_a_leak_is_named(what, leak) -> None:
 
 def test_a_cache_that_grows_is_named(monkeypatch) -> None:
     cache: dict[int, int] = {}
-    monkeypatch.setattr(vicreg_kernels.calls, "_cache", cache, raising=False)
+    monkeypatch.setattr(vicreg_kernels.core.calls, "_cache", cache, raising=False)
     sizes = soak.soak("a cache", lambda r: cache.setdefault(len(cache), 0), 100)
-    assert soak.growth(sizes) == ["vicreg_kernels.calls._cache 40 -> 100 entries"]
+    assert soak.growth(sizes) == ["vicreg_kernels.core.calls._cache 40 -> 100 entries"]
 
 
 def test_caches_inside_functions_are_seen() -> None:
     """What `calls.remembered` keeps is an lru_cache that a function closes over."""
-    found = list(soak._inside(vicreg_kernels.calls.remembered(len), set()))
+    found = list(soak._inside(vicreg_kernels.core.calls.remembered(len), set()))
     assert any(isinstance(one, soak._CACHE) for one in found)

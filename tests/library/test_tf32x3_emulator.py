@@ -22,9 +22,10 @@ from tests.helpers.tolerances import (
     relative_error,
 )
 from tests.vicreg import test_emulator as test_vicreg_emulator
-from vicreg_kernels import barlow_twins_loss, dispatch, variance_covariance, vicreg_terms
-from vicreg_kernels.barlow import backends as barlow_backends
-from vicreg_kernels.vicreg import backends as vicreg_backends
+from vicreg_kernels import barlow_twins_loss, variance_covariance, vicreg_terms
+from vicreg_kernels.barlow import contract as barlow_contract
+from vicreg_kernels.core import dispatch, loader
+from vicreg_kernels.vicreg import contract as vicreg_contract
 
 FOUR = (0.7, -1.9, 2.3, 1.1)
 SETTINGS = (1.0, 1e-4, True, [1.0, 0.5, 0.25], [25.0, 25.0, 1.0])
@@ -35,13 +36,15 @@ def kernels():
     for op in (test_vicreg_emulator, test_barlow_emulator):
         torch.ops.load_library(str(op.library()))
     namespace = "vicreg_kernels_emulator"
-    return vicreg_backends._compiled(namespace), barlow_backends._compiled(namespace)
+    return {
+        op: loader.compiled(op, contract.Kernels, namespace)
+        for op, contract in (("vicreg", vicreg_contract), ("barlow", barlow_contract))
+    }
 
 
 @pytest.fixture(autouse=True)
 def emulated(kernels, monkeypatch):
-    monkeypatch.setattr(vicreg_backends, "load", lambda name: {"cuda": kernels[0]}[name])
-    monkeypatch.setattr(barlow_backends, "load", lambda name: {"cuda": kernels[1]}[name])
+    monkeypatch.setattr(loader, "load", lambda op, kind, name: {"cuda": kernels[op]}[name])
     monkeypatch.setattr(dispatch, "missing", lambda *_: None)
 
 

@@ -90,7 +90,7 @@ def test_names_that_are_no_words(bad: object) -> None:
     for call, name in (
         (lambda: vk.vicreg_loss(X[0], Y[0], convention=bad), "convention"),
         (lambda: vk.barlow_twins_loss(X[0], Y[0], convention=bad), "convention"),
-        (lambda: vk.sigreg_loss(X[0], variant=bad), "variant"),
+        (lambda: vk.sigreg_loss(X[0], convention=bad), "convention"),
         (lambda: vk.variance_covariance(X[0], covariance_normalizer=bad), "covariance_normalizer"),
         (lambda: vk.prediction_loss(X[:1, :3], Y[:1], INDEX, kind=bad), "kind"),
         (lambda: vk.vicreg_loss(X[0], Y[0], backend=bad), "backend"),

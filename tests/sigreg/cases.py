@@ -16,7 +16,7 @@ from tests.helpers.tolerances import (
     assert_matches_reference,
     differentiate,
 )
-from vicreg_kernels.sigreg import backends, reference, sigreg_loss
+from vicreg_kernels.sigreg import contract, reference, sigreg_loss
 
 # The positive knots of the variants and of longer rules, from spacing or half of it, and any.
 KNOTS = {
@@ -68,7 +68,7 @@ def column_sums(projections: Tensor, knots: Sequence[float]) -> Tensor:
 
 
 def check_sums(
-    kernels: backends.Kernels, z: Tensor, directions: Tensor, knots: list[float]
+    kernels: contract.Kernels, z: Tensor, directions: Tensor, knots: list[float]
 ) -> None:
     """Projections and column sums, the sums at the projections that the kernels found."""
     sums, projections = kernels.sums(z, directions, knots)
@@ -87,7 +87,7 @@ def check_sums(
 
 
 def check_gradient(
-    kernels: backends.Kernels,
+    kernels: contract.Kernels,
     rows: int,
     dim: int,
     slices: int,
@@ -120,7 +120,7 @@ def check_gradient(
 
 
 def check_statistic(
-    kernels: backends.Kernels, groups: int, slices: int, knots: list[float], ranks: float
+    kernels: contract.Kernels, groups: int, slices: int, knots: list[float], ranks: float
 ) -> None:
     """loss and coefficients against their definition, by autograd in float64."""
     count, factor = 50.0, 3.0
@@ -141,7 +141,7 @@ def check_statistic(
 
 
 def check_directions(
-    kernels: backends.Kernels, dim: int, slices: int, seed: int, step: int, device: str = "cpu"
+    kernels: contract.Kernels, dim: int, slices: int, seed: int, step: int, device: str = "cpu"
 ) -> None:
     """The reference's, within a few roundings of the largest entry."""
     now = torch.tensor(step, device=device)

@@ -68,17 +68,19 @@ CASES = list(_cases())
 def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     import torch
 
-    from vicreg_kernels.sigreg import triton as launchers
+    from vicreg_kernels.core.triton import device as devices
+    from vicreg_kernels.sigreg.triton import launch as launchers
 
     found: dict[str, Any] = {}
-    names = (*KERNELS, "_device")
+    names = KERNELS
     kept = {name: getattr(launchers, name) for name in names}
     rows, dim, slices = case.shape
     dtype, knots = getattr(torch, case.dtype), KNOTS[case.knots]
+    real = devices.device
     try:
         for name in KERNELS:
             setattr(launchers, name, Recorder(kept[name], found))
-        launchers._device = lambda index: (132, case.arch // 10)
+        devices.device = lambda index: devices.Device("default", 132, case.arch // 10)
         z = torch.empty(1, rows, dim, dtype=dtype, device="meta")
         step = torch.empty((), dtype=torch.int64, device="meta")
         a = launchers.directions(z, step, 0, 2**40, dim, slices)
@@ -87,6 +89,7 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         loss, coefficients, p = launchers.forward(z, a, knots, weights, float(rows), 1.0)
         launchers.gradient(loss, coefficients, p, a, knots)
     finally:
+        devices.device = real
         for name, value in kept.items():
             setattr(launchers, name, value)
     return found[case.kernel]

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.helpers.recorded_ops import RecordedOps
-from vicreg_kernels import dispatch
+from vicreg_kernels.core import dispatch
 from vicreg_kernels.sigreg import LeJEPALoss, SIGRegLoss, sigreg_directions, sigreg_loss
-from vicreg_kernels.sigreg.variants import VARIANTS
+from vicreg_kernels.sigreg.conventions import CONVENTIONS
 
 
 def z(*shape):
@@ -35,7 +35,7 @@ CASES = {
     "a list": ([[1.0, 2.0]], {}, TypeError, "z", ["list", "torch.Tensor"]),
 }
 SETTINGS = {
-    "variant": ({"variant": "sigreg"}, ValueError, "variant", ["'sigreg'", *VARIANTS]),
+    "convention": ({"convention": "sigreg"}, ValueError, "convention", ["'sigreg'", *CONVENTIONS]),
     "slices": ({"slices": 0}, ValueError, "slices", ["0", "at least 1"]),
     "slices past int64": ({"slices": 2**70}, ValueError, "slices", ["2^63"]),
     "half slices": ({"slices": 1.5}, TypeError, "slices", ["float", "int"]),

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from tests.helpers import shapes
 from tests.helpers.tolerances import assert_matches_reference, differentiate
-from vicreg_kernels.sigreg import backends, sigreg_directions, sigreg_loss
-from vicreg_kernels.sigreg.variants import VARIANTS
+from vicreg_kernels.core import loader
+from vicreg_kernels.sigreg import contract, sigreg_directions, sigreg_loss
+from vicreg_kernels.sigreg.conventions import CONVENTIONS
 
 HALVES = (torch.bfloat16, torch.float16)
 LEJEPA = [3 * k / 16 for k in range(1, 17)]
@@ -26,11 +27,11 @@ LEJEPA = [3 * k / 16 for k in range(1, 17)]
 # that a kernel may form one by one; one knot; the most; and of no spacing.
 KNOTS = {
     "lejepa": {},
-    "eb_jepa": {"variant": "eb_jepa"},
+    "eb_jepa": {"convention": "eb_jepa"},
     "many": {"knots": 41, "t_max": 5.0},
-    "half, many": {"knots": 38, "variant": "eb_jepa", "t_max": 4.0},
+    "half, many": {"knots": 38, "convention": "eb_jepa", "t_max": 4.0},
     "one": {"knots": 2, "t_max": 1.0},
-    "half, one": {"knots": 2, "variant": "eb_jepa", "t_max": 1.0},
+    "half, one": {"knots": 2, "convention": "eb_jepa", "t_max": 1.0},
     "most": {"knots": 65, "t_max": 6.0},
     "unequal": {"knots": [0.0, 0.1, 0.5, 0.75, 2.5]},
     "offset": {"knots": [0.5, 0.7, 0.9, 1.1]},
@@ -78,7 +79,7 @@ def test_half(fused, dtype):
     for shape, slices in SHAPES:
         z = shapes.randn(*shape, dtype=dtype, device=fused.device)
         assert_correct(z, slices, fused)
-        assert_correct(z, slices, fused, variant="eb_jepa")
+        assert_correct(z, slices, fused, convention="eb_jepa")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -93,8 +94,8 @@ def test_strides(fused, dtype):
         shapes.randn(8, 9, 14, **where)[::2, :, 3:],
     )
     for z in grouped:
-        for variant in ("lejepa", "stable_pretraining"):
-            assert_correct(z, 20, fused, variant=variant)
+        for convention in ("lejepa", "stable_pretraining"):
+            assert_correct(z, 20, fused, convention=convention)
     z = shapes.randn(9, 11, **where)
     a = unit_directions(11, 70, fused, dtype)
     expected = sigreg_loss(z, directions=a, backend=fused.name)
@@ -110,14 +111,14 @@ def test_strides(fused, dtype):
     slices=st.integers(1, 90),
     dtype=st.sampled_from([torch.float32, torch.float32, *HALVES]),
     scale=st.sampled_from([0.05, 1.0, 8.0]),
-    variant=st.sampled_from(sorted(VARIANTS)),
+    convention=st.sampled_from(sorted(CONVENTIONS)),
     knots=st.one_of(st.none(), st.integers(2, 40)),
     seed=st.integers(0, 2**31),
 )
-def test_random(fused, shape, slices, dtype, scale, variant, knots, seed):
+def test_random(fused, shape, slices, dtype, scale, convention, knots, seed):
     torch.manual_seed(seed)
     z = shapes.randn(*shape, scale=scale, dtype=dtype, device=fused.device)
-    assert_correct(z, slices, fused, variant=variant, knots=knots)
+    assert_correct(z, slices, fused, convention=convention, knots=knots)
 
 
 def test_scales_and_offsets(fused):
@@ -138,7 +139,7 @@ def test_accuracy_of_the_angles(fused, knots):
 
     The gradient's, told apart by coefficients that pick one, are held to twice that.
     """
-    kernels = backends.load(fused.name)
+    kernels = loader.load("sigreg", contract.Kernels, fused.name)
     p = torch.linspace(-50.0, 50.0, 4099).to(fused.device)
     one = torch.ones(1, 1, 1, device=fused.device)
     sums, projections = kernels.sums(one, p[None], knots)
@@ -163,7 +164,7 @@ def test_accuracy_of_the_angles(fused, knots):
 
 def test_angles_far_out(fused):
     """Right to float32's own rounding while the angle is in the thousands, bounded beyond."""
-    kernels = backends.load(fused.name)
+    kernels = loader.load("sigreg", contract.Kernels, fused.name)
     p = torch.linspace(-3e3, 3e3, 4099).to(fused.device)
     sums, _ = kernels.sums(torch.ones(1, 1, 1, device=fused.device), p[None], LEJEPA)
     angles = torch.tensor(LEJEPA, dtype=torch.float64, device=fused.device)[:, None] * p.double()
@@ -206,7 +207,7 @@ def test_nan_and_inf_spread_as_in_the_reference(fused, bad):
         z = shapes.randn(6, 11, dtype=dtype, device=fused.device)
         z[1, 2] = bad
         a = unit_directions(11, 20, fused, dtype)
-        for given_settings in ({}, {"variant": "eb_jepa"}, KNOTS["unequal"]):
+        for given_settings in ({}, {"convention": "eb_jepa"}, KNOTS["unequal"]):
             actual, expected = (
                 differentiate(
                     lambda z, name=name: function(a, **given_settings)(z, name),  # noqa: B023
@@ -252,7 +253,7 @@ import torch
 from vicreg_kernels.sigreg import sigreg_loss
 torch.manual_seed(0)
 for shape in [(7, 13), (300, 70)]:
-    for settings in ({}, {"variant": "eb_jepa"}, {"knots": [0.0, 0.3, 2.0]}):
+    for settings in ({}, {"convention": "eb_jepa"}, {"knots": [0.0, 0.3, 2.0]}):
         for dtype in (torch.float32, torch.bfloat16):
             z = torch.randn(shape).to(dtype).requires_grad_()
             found = []

@@ -14,21 +14,21 @@ from tests.helpers.shapes import LAYOUTS, randn
 from tests.helpers.tolerances import differentiate
 from tests.sigreg import cases as sigreg_cases
 from tests.sigreg.cases import KNOTS, check
-from vicreg_kernels import dispatch
-from vicreg_kernels.sigreg import backends, sigreg_loss
+from vicreg_kernels.core import dispatch, loader
+from vicreg_kernels.sigreg import contract, sigreg_loss
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(scope="module")
-def kernels() -> backends.Kernels:
+def kernels() -> contract.Kernels:
     torch.ops.load_library(str(native.emulated("sigreg")))
-    return backends._compiled("vicreg_kernels_emulator")
+    return loader.compiled("sigreg", contract.Kernels, "vicreg_kernels_emulator")
 
 
 @pytest.fixture(autouse=True)
 def emulated(kernels, monkeypatch):
-    monkeypatch.setattr(backends, "load", {"cuda": kernels}.__getitem__)
+    monkeypatch.setattr(loader, "load", lambda op, kind, name: {"cuda": kernels}[name])
     monkeypatch.setattr(dispatch, "missing", lambda *_: None)
 
 
@@ -43,9 +43,9 @@ def test_shapes(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", ["lejepa", "eb_jepa", "stable_pretraining"])
-def test_groups_and_variants(variant, dtype):
-    check("cuda", randn(3, 35, 6, dtype=dtype).requires_grad_(), 40, variant=variant)
+@pytest.mark.parametrize("convention", ["lejepa", "eb_jepa", "stable_pretraining"])
+def test_groups_and_variants(convention, dtype):
+    check("cuda", randn(3, 35, 6, dtype=dtype).requires_grad_(), 40, convention=convention)
 
 
 @pytest.mark.parametrize("knots", KNOTS)
@@ -151,10 +151,10 @@ import sys, native, torch
 sys.path.insert(0, ".")
 from tests.sigreg import cases as sigreg_cases
 from tests.sigreg.cases import KNOTS
-from vicreg_kernels.sigreg import backends
+from vicreg_kernels.sigreg import contract
 library, mode = sys.argv[1:]
 torch.ops.load_library(library)
-kernels = backends._compiled("vicreg_kernels_emulator")
+kernels = loader.compiled("sigreg", contract.Kernels, "vicreg_kernels_emulator")
 if mode == "short":
     sums = native.shortened(torch.zeros(1, 2, 16, 8))
     kernels.statistic(sums, KNOTS["17"], [0.1] * 16, 2.0, 1.0, 1.0)

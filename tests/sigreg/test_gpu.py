@@ -14,8 +14,8 @@ from torch import Tensor
 from tests.helpers.shapes import randn
 from tests.sigreg import cases as sigreg_cases
 from tests.sigreg.cases import KNOTS, check
-from vicreg_kernels import dispatch
-from vicreg_kernels.sigreg import backends, sigreg_directions, sigreg_loss
+from vicreg_kernels.core import dispatch, loader
+from vicreg_kernels.sigreg import contract, sigreg_directions, sigreg_loss
 
 pytestmark = pytest.mark.gpu
 
@@ -57,19 +57,19 @@ def test_real_shapes_match_the_reference(backend, shape, dtype):
 @pytest.mark.triton_takes(lambda dtype, **_: dtype != torch.float16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_groups_and_variants(backend, dtype):
-    for variant in ("lewm", "eb_jepa", "stable_pretraining"):
-        check(backend, draw(16, 128, 192, dtype=dtype), 256, variant=variant)
+    for convention in ("lewm", "eb_jepa", "stable_pretraining"):
+        check(backend, draw(16, 128, 192, dtype=dtype), 256, convention=convention)
 
 
 @pytest.mark.parametrize("knots", KNOTS)
 def test_every_kind_of_knots(backend, knots):
-    kernels = backends.load(backend)
+    kernels = loader.load("sigreg", contract.Kernels, backend)
     z, directions = 17.0 * randn(2, 300, 30, device="cuda"), sigreg_cases.unit(30, 70).cuda()
     sigreg_cases.check_sums(kernels, z, directions, KNOTS[knots])
 
 
 def test_directions(backend):
-    kernels = backends.load(backend)
+    kernels = loader.load("sigreg", contract.Kernels, backend)
     for dim, slices, seed, step in ((512, 1024, 0, 0), (67, 33, -3, 2**40 + 5), (1, 1, 2**62, 7)):
         sigreg_cases.check_directions(kernels, dim, slices, seed, step, "cuda")
 

@@ -57,7 +57,7 @@ def assert_same(ours, theirs, z, bound=SAME_FORMULA):
 
 
 @pytest.mark.parametrize(
-    ("variant", "shape", "formula"),
+    ("convention", "shape", "formula"),
     [
         ("lejepa", (N, D), half_line),
         ("lejepa", (3, N, D), half_line),
@@ -69,9 +69,11 @@ def assert_same(ours, theirs, z, bound=SAME_FORMULA):
         ("stable_pretraining", (3, N, D), lambda z, a: half_line(z.reshape(-1, D), a)),
     ],
 )
-def test_formulas(variant, shape, formula):
+def test_formulas(convention, shape, formula):
     z, a = torch.randn(shape, dtype=torch.float64), unit_columns()
-    assert_same(lambda z: sigreg_loss(z, directions=a, variant=variant), lambda z: formula(z, a), z)
+    assert_same(
+        lambda z: sigreg_loss(z, directions=a, convention=convention), lambda z: formula(z, a), z
+    )
 
 
 def test_lejepa_losses():
@@ -90,13 +92,13 @@ def test_lejepa_losses():
         lambda z: 0.98 * spread(z, 4) + 0.02 * half_line(z, a),
         z,
     )
-    pooled = LeJEPALoss(0.02, weighting="sum", slices=M, variant="stable_pretraining")
+    pooled = LeJEPALoss(0.02, weighting="sum", slices=M, convention="stable_pretraining")
     assert_same(
         lambda z: pooled(z, 2, step=0),
         lambda z: spread(z, 2) + 0.02 * half_line(z.reshape(-1, D), a),
         z,
     )
-    world = LeJEPALoss(0.09, weighting="sum", slices=M, variant="lewm")
+    world = LeJEPALoss(0.09, weighting="sum", slices=M, convention="lewm")
     assert_same(
         lambda z: world(z, predicted=z[:3].transpose(0, 1), target=target, step=0),
         lambda z: ((z[:3].transpose(0, 1) - target) ** 2).mean() + 0.09 * half_line(z, a),
@@ -164,7 +166,7 @@ def test_lightly_package():
 
     torch.manual_seed(3)
     a = unit_columns()
-    assert_same(lambda z: sigreg_loss(z, directions=a, variant="lightly"), theirs, z, bound=1e-6)
+    assert_same(lambda z: sigreg_loss(z, directions=a, convention="lightly"), theirs, z, bound=1e-6)
 
 
 def test_stable_pretraining_package():
@@ -172,7 +174,7 @@ def test_stable_pretraining_package():
     theirs = package.SlicedEppsPulley(num_slices=M).double()
     a = unit_columns(torch.Generator().manual_seed(0), torch.float32)
     z = torch.randn(N, D)
-    ours = sigreg_loss(z, directions=a, variant="stable_pretraining")
+    ours = sigreg_loss(z, directions=a, convention="stable_pretraining")
     assert relative_error(theirs(z), ours) < 1e-5
 
 

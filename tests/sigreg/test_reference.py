@@ -9,7 +9,7 @@ import torch
 
 from tests.helpers.tolerances import SAME_FORMULA, relative_error
 from vicreg_kernels.sigreg import LeJEPALoss, SIGRegLoss, reference, sigreg_directions, sigreg_loss
-from vicreg_kernels.sigreg.variants import VARIANTS, quadrature
+from vicreg_kernels.sigreg.conventions import CONVENTIONS, quadrature
 
 # Of Random123's published known answers for philox4x32, 10 rounds: counter, key, result.
 KNOWN = [
@@ -84,8 +84,8 @@ def test_integral_in_closed_form():
     pairs = torch.exp(-0.5 * (p[:, None] - p[None, :]).square()).mean(dim=(0, 1))
     single = torch.exp(-0.25 * p.square()).mean(dim=0)
     closed = math.sqrt(2 * math.pi) * (pairs - math.sqrt(2.0) * single + 1 / math.sqrt(3.0))
-    for variant, knots, factor in (("lejepa", 64, 9), ("eb_jepa", 128, 1), ("eb_jepa", 127, 1)):
-        found = loss(z, slices=None, directions=a, knots=knots, t_max=8.0, variant=variant)
+    for convention, knots, factor in (("lejepa", 64, 9), ("eb_jepa", 128, 1), ("eb_jepa", 127, 1)):
+        found = loss(z, slices=None, directions=a, knots=knots, t_max=8.0, convention=convention)
         assert relative_error(found, factor * closed.mean()) < 1e-10
 
 
@@ -103,7 +103,7 @@ def test_two_points_in_closed_form():
 
 
 @pytest.mark.parametrize(
-    ("variant", "knots", "t_max"),
+    ("convention", "knots", "t_max"),
     [
         ("lejepa", 17, 3.0),
         ("lejepa", 2, 1.0),
@@ -114,9 +114,9 @@ def test_two_points_in_closed_form():
         ("eb_jepa", [-2.0, -0.5, 0.0, 0.5, 1.0], None),
     ],
 )
-def test_quadrature_is_the_trapezoid_rule(variant, knots, t_max):
+def test_quadrature_is_the_trapezoid_rule(convention, knots, t_max):
     """Of an even function that vanishes at 0, times exp(-t^2 / 2), on the whole line's knots."""
-    rule = VARIANTS[variant]
+    rule = CONVENTIONS[convention]
     positions, weights = quadrature(rule, knots, 3.0 if t_max is None else t_max)
     assert positions == sorted(set(positions))
     assert positions[0] > 0.0
@@ -139,33 +139,33 @@ def test_knots_by_number_and_by_name():
     by_name = loss(z, knots=[3 * k / 16 for k in range(17)])
     assert relative_error(loss(z), by_name) < SAME_FORMULA
     ten = [-3 + 6 * k / 9 for k in range(10)]
-    by_name = loss(z, knots=ten, variant="eb_jepa")
-    assert relative_error(loss(z, variant="eb_jepa"), by_name) < SAME_FORMULA
+    by_name = loss(z, knots=ten, convention="eb_jepa")
+    assert relative_error(loss(z, convention="eb_jepa"), by_name) < SAME_FORMULA
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize("shape", [(4, 3), (2, 3, 2)])
-def test_gradcheck(variant, shape):
+def test_gradcheck(convention, shape):
     z = double(*shape).requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: loss(z, slices=3, variant=variant), (z,))
-    few = {"slices": 2, "knots": 3, "variant": variant}
+    assert torch.autograd.gradcheck(lambda z: loss(z, slices=3, convention=convention), (z,))
+    few = {"slices": 2, "knots": 3, "convention": convention}
     assert torch.autograd.gradgradcheck(lambda z: loss(z, **few), (z,))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_views(variant):
-    """The mean over views, or all of them as one sample; and the variant's number of slices."""
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_views(convention):
+    """The mean over views, or all of them as one sample; and the convention's number of slices."""
     z = double(3, 5, 4)
-    alone = torch.stack([loss(view, variant=variant) for view in z]).mean()
-    pooled = loss(z.reshape(15, 4), variant=variant)
-    expected = pooled if variant == "stable_pretraining" else alone
-    assert relative_error(loss(z, variant=variant), expected) < SAME_FORMULA
-    rows = 1.0 if variant == "eb_jepa" else 2.0
-    twice = loss(torch.cat((z[0], z[0])), variant=variant)
-    assert relative_error(twice, rows * loss(z[0], variant=variant)) < SAME_FORMULA
-    slices = 256 if variant == "eb_jepa" else 1024
-    default = loss(z[0], slices=None, variant=variant)
-    assert torch.equal(default, loss(z[0], slices=slices, variant=variant))
+    alone = torch.stack([loss(view, convention=convention) for view in z]).mean()
+    pooled = loss(z.reshape(15, 4), convention=convention)
+    expected = pooled if convention == "stable_pretraining" else alone
+    assert relative_error(loss(z, convention=convention), expected) < SAME_FORMULA
+    rows = 1.0 if convention == "eb_jepa" else 2.0
+    twice = loss(torch.cat((z[0], z[0])), convention=convention)
+    assert relative_error(twice, rows * loss(z[0], convention=convention)) < SAME_FORMULA
+    slices = 256 if convention == "eb_jepa" else 1024
+    default = loss(z[0], slices=None, convention=convention)
+    assert torch.equal(default, loss(z[0], slices=slices, convention=convention))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -56,8 +56,8 @@ def functions(backend):
     given = {"slices": 20, "backend": backend}
     return {
         "lejepa": lambda z: sigreg_loss(z, step=3, **given),
-        "eb_jepa": lambda z: sigreg_loss(z[0], variant="eb_jepa", seed=4, **given),
-        "pooled": lambda z: sigreg_loss(z, variant="stable_pretraining", **given),
+        "eb_jepa": lambda z: sigreg_loss(z[0], convention="eb_jepa", seed=4, **given),
+        "pooled": lambda z: sigreg_loss(z, convention="stable_pretraining", **given),
         "unequal": lambda z: sigreg_loss(z, knots=(0.0, 0.5, 0.6, 2.0), **given),
         "directions": lambda z: sigreg_loss(
             z, directions=sigreg_directions(7, 9, device=z.device, backend=backend), backend=backend
@@ -217,7 +217,7 @@ def test_backward_twice_and_checkpoint(fused):
 def test_modules_copy_and_pickle(fused, duplicate):
     z = embeddings((3, 6, 9), fused)
     for module in (
-        SIGRegLoss(20, variant="eb_jepa", seed=3, backend=fused.name),
+        SIGRegLoss(20, convention="eb_jepa", seed=3, backend=fused.name),
         LeJEPALoss(0.1, weighting="sum", slices=20, t_max=2.5, backend=fused.name),
     ):
         module(z)

@@ -12,8 +12,8 @@ from tests.helpers.shapes import LAYOUTS, randn
 from tests.helpers.tolerances import differentiate, relative_error
 from tests.sigreg import cases as sigreg_cases
 from tests.sigreg.cases import KNOTS, check
-from vicreg_kernels import units
-from vicreg_kernels.sigreg import backends, sigreg_loss
+from vicreg_kernels.core import loader, units
+from vicreg_kernels.sigreg import contract, sigreg_loss
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class TestInterpreter:
     @pytest.fixture(autouse=True)
     def small_tiles(self, monkeypatch):
-        from vicreg_kernels.sigreg import triton as launchers
+        from vicreg_kernels.sigreg.triton import launch as launchers
 
         monkeypatch.setattr(launchers, "SUMS", ((32, 32, 16, 16, 3),))
         monkeypatch.setattr(launchers, "PRODUCT", ((32, 16, 32, 4, 3),))
@@ -31,8 +31,8 @@ class TestInterpreter:
         monkeypatch.setattr(launchers, "DIRECTIONS", (8, 8, 4))
 
     @pytest.fixture
-    def kernels(self) -> backends.Kernels:
-        return backends.load("triton")
+    def kernels(self) -> contract.Kernels:
+        return loader.load("sigreg", contract.Kernels, "triton")
 
     # N, D, M: one of each, odd, prime, off the tiles by one, and whole 16 bytes.
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -57,10 +57,10 @@ class TestInterpreter:
         ]
         assert torch.equal(*found)
 
-    @pytest.mark.parametrize("variant", ["lejepa", "eb_jepa"])
-    def test_groups_and_variants(self, variant):
+    @pytest.mark.parametrize("convention", ["lejepa", "eb_jepa"])
+    def test_groups_and_variants(self, convention):
         z = randn(35, 2, 6).transpose(0, 1)
-        check("triton", z.requires_grad_(), 20, variant=variant)
+        check("triton", z.requires_grad_(), 20, convention=convention)
 
     @pytest.mark.parametrize("knots", KNOTS)
     @pytest.mark.sampled(2)
@@ -139,7 +139,7 @@ class TestInterpreter:
         assert torch.equal(first.gradients[0], second.gradients[0])
 
     def test_the_largest_tile_that_fills_the_device(self):
-        from vicreg_kernels.sigreg import triton as launchers
+        from vicreg_kernels.sigreg.triton import launch as launchers
 
         z, choices = torch.empty(1), ((64, 64, 1), (32, 32, 2))
         assert launchers._tile(choices, z, 1, 128, 128) == (64, 64, 1)

@@ -69,7 +69,8 @@ CASES = list(_cases())
 def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     import torch
 
-    from vicreg_kernels.tokens import triton as launchers
+    from vicreg_kernels.core.triton import device as devices
+    from vicreg_kernels.tokens.triton import launch as launchers
 
     batch, tokens, kept, dim = case.shape
     dtype = getattr(torch, case.dtype)
@@ -84,11 +85,12 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     offsets = integers(batch + 1) if case.packed else None
     index, x, pred = integers(*rows), floats(batch, tokens, dim), floats(*rows, dim)
     found: dict[str, Any] = {}
-    replaced = {name: getattr(launchers, name) for name in (*KERNELS, "_processors")}
+    replaced = {name: getattr(launchers, name) for name in KERNELS}
+    real = devices.device
     try:
         for name in KERNELS:
             setattr(launchers, name, Recorder(replaced[name], found))
-        launchers._processors = lambda device: 132
+        devices.device = lambda index: devices.Device("default", 132, case.arch // 10)
         launchers.gather(x, index, offsets)
         for accumulate in (False, True):
             launchers.scatter(pred, index, offsets, batch, tokens, 0.0, accumulate, False)
@@ -102,6 +104,7 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         made = launchers.assemble(pred, index, context, token, index, target, table)
         launchers.column_sum(made, target)
     finally:
+        devices.device = real
         for name, value in replaced.items():
             setattr(launchers, name, value)
     return found[case.kernel]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.helpers.recorded_ops import RecordedOps
-from vicreg_kernels import dispatch
+from vicreg_kernels.core import dispatch
 from vicreg_kernels.tokens import (
     PredictionLoss,
     assemble_tokens,
@@ -239,7 +239,7 @@ def test_the_teacher_may_want_a_gradient_where_none_is_recorded():
 
 def test_debug_mode_checks_on_every_backend():
     """VICREG_KERNELS_DEBUG=1 turns on what a GPU would otherwise not wait for."""
-    program = "from vicreg_kernels import dispatch; from vicreg_kernels.tokens import checks;"
+    program = "from vicreg_kernels.core import dispatch; from vicreg_kernels.tokens import checks;"
     program += "import torch; z = torch.zeros(1);"
     program += "print(dispatch.DEBUG, checks.wanted('cuda', z.to('meta')))"
     for value, expected in (("1", "True True"), ("0", "False False")):

@@ -23,8 +23,8 @@ from tests.tokens.cases import (
     run,
     same,
 )
-from vicreg_kernels import dispatch
-from vicreg_kernels.tokens import assemble_tokens, backends, gather_tokens, prediction_loss
+from vicreg_kernels.core import dispatch, loader
+from vicreg_kernels.tokens import assemble_tokens, contract, gather_tokens, prediction_loss
 
 # Rows of one warp's width and of more than it keeps, aligned and not.
 DIMS = [1, 5, 8, 40, 264, 193]
@@ -32,14 +32,14 @@ SIZES = [(1, 5, 3), (3, 17, 9), (2, 40, 40)]
 
 
 @pytest.fixture(scope="module")
-def kernels() -> backends.Kernels:
+def kernels() -> contract.Kernels:
     torch.ops.load_library(str(native.emulated("tokens")))
-    return backends._compiled("vicreg_kernels_emulator")
+    return loader.compiled("tokens", contract.Kernels, "vicreg_kernels_emulator")
 
 
 @pytest.fixture(autouse=True)
 def emulated(kernels, monkeypatch):
-    monkeypatch.setattr(backends, "load", lambda name: {"cuda": kernels}[name])
+    monkeypatch.setattr(loader, "load", lambda op, kind, name: {"cuda": kernels}[name])
     monkeypatch.setattr(dispatch, "missing", lambda *_: None)
 
 

@@ -21,7 +21,7 @@ from tests.tokens.cases import (
     run,
     same,
 )
-from vicreg_kernels import dispatch
+from vicreg_kernels.core import dispatch
 from vicreg_kernels.tokens import assemble_tokens, gather_tokens, prediction_loss
 
 pytestmark = pytest.mark.gpu

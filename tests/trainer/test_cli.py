@@ -71,7 +71,7 @@ def test_mistakes_are_named(words, message, capsys):
 
 def test_surprise_takes_a_video_model(trained, capsys):
     assert cli.main(["surprise", str(trained)]) == 2
-    assert "surprise takes vjepa or vjepa_causal or pixels" in capsys.readouterr().err
+    assert "surprise takes pixels or vjepa or vjepa_causal" in capsys.readouterr().err
 
 
 def test_surprise_draws_a_clip(tmp_path):

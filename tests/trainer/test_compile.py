@@ -71,4 +71,4 @@ def test_other_words_are_refused():
 
 def test_torch_knows_what_cuda_graphs_are_asked_for():
     """It refuses an option that it does not know; nothing is run here."""
-    compilation.compile_method(build.method(settings("vicreg"), 1), cuda_graphs=True)
+    compilation.compile_method(build.method(settings("vicreg"), 1), whole=True, cuda_graphs=True)

@@ -14,14 +14,14 @@ from vicreg_jepa.training.trainer import Trainer
 
 
 class Tokens(nn.Module):
-    """Has draw, forward, after_step and features."""
+    """Has the parts of TokenMethod."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(64, 4)
 
-    def draw(self, batch: int, generator: torch.Generator) -> Masks:
-        return multi_block(Grid(1, 8, 8), batch, generator)
+    def draw(self, x: Tensor, first: int, batch: int, generator: torch.Generator) -> Masks:
+        return multi_block(Grid(1, 8, 8), batch, generator).part(first, first + len(x))
 
     def forward(self, x: Tensor, drawn: Masks, weight: float = 1.0, process_group=None) -> Tensor:
         return weight * self.linear(x.flatten(1)).square().mean()
@@ -34,7 +34,7 @@ class Tokens(nn.Module):
 
 
 class Statistics(nn.Module):
-    """Has views, forward, loss, after_step and features."""
+    """Has the parts of ViewMethod."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from vicreg_jepa.distributed.ranks import Ranks
 from vicreg_jepa.evaluation import probe
 from vicreg_jepa.evaluation.features import features
 from vicreg_jepa.methods import build
+from vicreg_jepa.methods.base import taken_by
 from vicreg_jepa.training.trainer import Trainer
 
 from tests.trainer.test_trainer import METHODS, run, settings
@@ -25,15 +26,15 @@ STEPS = 80
 
 def small(method: str, kernels: str) -> config.Config:
     made = config.describe(settings(method, steps=STEPS, kernels=kernels, save_every=STEPS))
-    made["training"]["batch"] = 4 if made["method"] in config.ON_VIDEO else 32
+    made["training"]["batch"] = 4 if METHODS[made["method"]].data == "videos" else 32
     if method == "ijepa":
         made["training"]["batch"] = 8
     made["model"]["dim"] = 32
     if method == "lejepa":
         made["loss"]["slices"] = 32
-    if method in config.PREDICTIVE:
+    if METHODS[method].learns == "tokens":
         made["model"] |= {"heads": 2, "depth": 1, "predictor_dim": 32, "predictor_heads": 2}
-    if method in config.TAKEN_BY["optimizer.momentum"]:
+    if method in taken_by()["optimizer.momentum"]:
         made["optimizer"]["momentum"] = 0.9  # the teacher follows, or it would not matter
     return config.parse(made)
 

@@ -189,7 +189,7 @@ def test_the_limits_are_settings(tmp_path):
     for word in ("data.white=0", "data.max_pixels=0", "data.max_bytes=0", "data.white=nan"):
         with pytest.raises(config.ConfigError, match=word.split("=")[0]):
             config.load("vicreg_digits", ["data.kind=images", f"data.path={root}", word])
-    with pytest.raises(config.ConfigError, match="max_pixels: got '9', but it is of kind"):
+    with pytest.raises(config.ConfigError, match="max_pixels: got '9', but it is used"):
         config.load("vicreg_digits", ["data.max_pixels=9"])
 
 

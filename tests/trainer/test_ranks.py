@@ -145,12 +145,55 @@ def until(run: Ranks, found: Callable[[], bool], seconds: float = TIMEOUT) -> No
         time.sleep(0.01)
 
 
+def words_of(folder: Path, *words: str) -> list[str]:
+    """What torchrun is given for a run of two ranks with a step of milliseconds."""
+    given = ["train", "vicreg_digits", "model.dim=16", "model.expander=[16, 32]", *words]
+    given += ["training.batch=16", "training.steps=9000", "--output", str(folder)]
+    return ["--nproc-per-node", "2", "-m", "vicreg_jepa", *given]
+
+
+@pytest.mark.parametrize(
+    ("number", "told"), [("SIGTERM", "one"), ("SIGTERM", "all"), ("SIGINT", "all")]
+)
+def test_ranks_that_are_told_to_stop_save_first(number, told, tmp_path):
+    """Told is one rank, or torchrun, which tells all; the run then goes on as if never stopped."""
+    folder = tmp_path / "run"
+    words = words_of(folder, "training.save_every=9000")
+
+    def seen() -> int:
+        return len(rows(folder)) if (folder / "metrics.jsonl").exists() else 0
+
+    with Ranks(words) as run:
+        until(run, lambda: seen() >= 5)
+        target = run.pids()[1] if told == "one" else run.process.pid
+        os.kill(target, signal.Signals[number])
+        text = run.finish()
+        assert run.process.returncode != 0
+    lines = [line for line in text.splitlines() if line.startswith("vicreg-jepa: ")]
+    first = rows(folder)
+    path = checkpoint.newest(folder / "checkpoints")
+    assert path.name == f"step_{len(first):08d}"
+    assert len(lines) == 1, text
+    assert lines[0].startswith(f"vicreg-jepa: stopped by {number}"), text
+    assert lines[0].endswith(f"; the same command goes on from step {len(first)} ({path})")
+    with Ranks(words) as run:
+        until(run, lambda: seen() >= len(first) + 5)
+        run.process.terminate()
+        run.finish()
+    with Ranks(words_of(tmp_path / "whole", "training.save_every=9000")) as run:
+        until(run, lambda: (tmp_path / "whole" / "metrics.jsonl").exists())
+        until(run, lambda: len(rows(tmp_path / "whole")) >= len(first) + 5)
+        run.process.terminate()
+        run.finish()
+    again, whole = figures(folder, "loss"), figures(tmp_path / "whole", "loss")
+    assert again[: len(first) + 5] == whole[: len(first) + 5]
+    assert [row["step"] for row in rows(folder)] == list(range(1, len(again) + 1))
+
+
 def test_a_killed_rank_is_named_and_the_run_goes_on(tmp_path):
     """The message's command takes the same steps as the run that was killed."""
     folder = tmp_path / "run"
-    words = ["train", "vicreg_digits", "model.dim=16", "model.expander=[16, 32]"]
-    words += ["training.batch=16", "training.steps=9000", "training.save_every=10"]
-    start = ["--nproc-per-node", "2", "-m", "vicreg_jepa", *words, "--output", str(folder)]
+    start = words_of(folder, "training.save_every=10")
 
     def seen() -> int:
         return len(rows(folder)) if (folder / "metrics.jsonl").exists() else 0
@@ -168,7 +211,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(tmp_path):
     with Ranks(shlex.split(command)) as run:
         until(run, lambda: seen() > len(first))
         run.process.terminate()
-        assert "the run was stopped by SIGTERM" in run.finish()
+        assert "vicreg-jepa: stopped by SIGTERM; the same command goes on" in run.finish()
     assert len(first) > step
     again = rows(folder)
     assert [row["loss"] for row in again[: len(first)]] == [row["loss"] for row in first]

@@ -17,6 +17,7 @@ from vicreg_jepa.data import batches, image_sets
 from vicreg_jepa.distributed.ranks import Ranks
 from vicreg_jepa.evaluation import collapse
 from vicreg_jepa.methods import build
+from vicreg_jepa.methods.base import METHODS, taken_by
 from vicreg_jepa.models import masks
 from vicreg_jepa.models.vit import Grid, ViT
 from vicreg_jepa.ops import choose
@@ -26,7 +27,7 @@ from vicreg_jepa.training import checkpoint, schedule
 from vicreg_jepa.training.trainer import Diverged, Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
-METHODS = ("vicreg", "vicreg_jepa", "lejepa", "ijepa", "vjepa", "vjepa_causal", "pixels")
+CAUSAL = ("vjepa_causal", "pixels")
 
 
 def settings(method: str, steps: int = 6, **training):
@@ -41,22 +42,22 @@ def settings(method: str, steps: int = 6, **training):
     }
     if method == "vicreg_jepa":
         values["model"]["predictor_dim"] = 32
-    if method in config.PREDICTIVE:
+    if METHODS[method].learns == "tokens":
         values["model"] = {
             "encoder": "vit", "dim": 48, "depth": 2, "heads": 3, "patch": 2,
             "predictor_dim": 48, "predictor_depth": 1, "predictor_heads": 3,
         }  # fmt: skip
-    if method in config.ON_VIDEO:
+    if METHODS[method].data == "videos":
         values["data"] = {"kind": "physics", "size": 64, "frames": 4, "path": "unused"}
         values["model"] |= {"patch": 16, "tubelet": 2}
-        if method in config.CAUSAL:
+        if method in CAUSAL:
             values["model"]["sees"] = "frame"
         values["training"] |= {"batch": 8}
     return config.parse(values)
 
 
 def samples(made: config.Config):
-    if made.method not in config.ON_VIDEO:
+    if not made.is_video:
         return batches.ImageSource(image_sets.digits(), made.training.batch, made.seed)
     videos = torch.randint(0, 256, (12, 9, 64, 64, 3), dtype=torch.uint8)
     clips = batches.Clips(videos, made.data.frames, made.data.stride)
@@ -220,7 +221,7 @@ def test_a_loss_that_is_not_finite_leaves_its_batch(tmp_path):
         (["kernels=reference", "backend=cpu"], "backend: names the fused"),
         (["steps"], "override: got 'steps'"),
         (["seed=1", "training.steps=2", "seed=2"], "seed: given 2 times"),
-        (["model.depth=2"], "model.depth: got 2, but it is of model.encoder 'vit'"),
+        (["model.depth=2"], "model.depth: got 2, but it is used by model.encoder 'vit'"),
         (["optimizer.name=lars", "optimizer.betas=[0.8,0.9]"], "optimizer.betas: got"),
         (["training.parallel=fsdp"], "training.parallel: got 'fsdp', which shards transformers"),
         (["training.parallel=fsdp", "model.encoder=vit", "optimizer.name=lars"], "'lars'"),
@@ -237,7 +238,7 @@ def test_wrong_settings_are_named(words, message):
     [
         (["data.frames=1"], "data.frames: got 1, vjepa_causal takes at least two token frames"),
         (["model.sees=clip"], "model.sees: got 'clip', vjepa_causal takes 'frame'"),
-        (["training.accumulate=2"], "training.accumulate: takes 1 with loss.spread"),
+        (["training.accumulate=2"], "training.accumulate: takes 1 with loss.vc_weight"),
         (["method=vjepa", "loss.future=0.5", "loss.frames_seen=[1,8]"], "clip's 8 token frames"),
         (["method=vjepa", "loss.future=0.5", "loss.frames_seen=[3,2]"], "takes least and most"),
     ],
@@ -247,7 +248,7 @@ def test_wrong_settings_of_videos_are_named(words, message):
         config.load("vjepa_causal_physics", words)
 
 
-@pytest.mark.parametrize("key", config.TAKEN_BY)
+@pytest.mark.parametrize("key", taken_by())
 def test_a_setting_that_a_method_does_not_take_is_refused(key):
     """The method takes the default alone, and those of TAKEN_BY take more."""
     section, name = key.split(".")
@@ -265,10 +266,10 @@ def test_a_setting_that_a_method_does_not_take_is_refused(key):
         other = 4095.0 if name == "white" else others[default]
     for method in METHODS:
         values = config.describe(settings(method))
-        if method in config.ON_VIDEO:
+        if METHODS[method].data == "videos":
             values["data"]["frames"] = 16  # enough for any
         values[section] |= {name: 16 if name == "frames" else other}
-        if method in config.TAKEN_BY[key]:
+        if method in taken_by()[key]:
             kind = {"data.test": "images", "data.white": "images", "data.decoder": "videos"}.get(
                 key
             )
@@ -281,7 +282,7 @@ def test_a_setting_that_a_method_does_not_take_is_refused(key):
 
 
 def test_recipes_are_whole():
-    assert set(config.recipes()) >= {f"{m}_digits" for m in METHODS if m not in config.ON_VIDEO}
+    assert set(config.recipes()) >= {f"{m}_digits" for m in METHODS if METHODS[m].data == "images"}
     for name in config.recipes():
         made = config.load(name)
         assert config.parse(json.loads(json.dumps(config.describe(made)))) == made
@@ -343,7 +344,7 @@ def test_still_tokens_are_left_out_of_a_step(tmp_path):
     """In a clip in which one token of the last frames lights up, it alone is predicted."""
     values = config.describe(settings("vjepa_causal", batch=2))
     values["data"]["frames"] = 8
-    values["loss"]["still"] = 0.0
+    values["loss"]["static_token_share"] = 0.0
     made = config.parse(values)
     trainer = Trainer(made, build.method(made, 3), Ranks(), tmp_path)
     clips = torch.full((2, 3, 8, 64, 64), 0.5)
@@ -358,10 +359,10 @@ def test_still_tokens_are_left_out_of_a_step(tmp_path):
 def test_spread_is_the_variance_and_covariance_of_the_contexts_tokens(tmp_path):
     plain, spread = (
         build.method(config.parse(config.describe(settings("vjepa")) | {"loss": loss}), 3)
-        for loss in ({}, {"spread": 2.0})
+        for loss in ({}, {"vc_weight": 2.0})
     )
     clips = torch.rand(4, 3, 4, 64, 64)
-    drawn = plain.draw(4, torch.Generator().manual_seed(0))
+    drawn = plain.draw(clips, 0, len(clips), torch.Generator().manual_seed(0))
     tokens = encode(plain.encoder, plain.kernels, clips, drawn.context).x
     variance, covariance = plain_terms(tokens)
     expected = plain(clips, drawn, 0.5) + 2 * (variance + covariance / 25)

@@ -129,7 +129,7 @@ def test_a_physics_recipe_on_a_folder_keeps_all_that_fits():
     [
         (
             ["data.kind=videos", "data.path=x", "data.videos=9"],
-            "videos: got '9', but it is of kind",
+            "videos: got '9', but it is used by data.kind",
         ),
         (["data.kind=videos"], "path: missing"),
         (["data.kind=digits"], "data.kind: got 'digits', vjepa takes videos"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from vicreg_jepa import config
+from vicreg_jepa.methods.base import METHODS, taken_by
 from vicreg_jepa.training.run import train
 
 EXPANDER = {"expander": [48, 64]}
@@ -38,11 +39,11 @@ def settings(name: str, root: Path, ranks: int) -> config.Config:
     """Of the run `name` in one process, or on ranks."""
     method, model, training, on_ranks = RUNS[name]
     data, loss, optimizer = {"kind": "digits", "size": 8}, {}, {"rate": 1e-3, "clip": 0.5}
-    if method in config.TAKEN_BY["optimizer.momentum"]:
+    if method in taken_by()["optimizer.momentum"]:
         optimizer["momentum"] = 0.5
-    if method in config.CAUSAL:
-        loss = {"still": 0.3, "spread": 1.0}
-    if method in config.ON_VIDEO:
+    if "frame" in model.values():
+        loss = {"static_token_share": 0.3, "vc_weight": 1.0}
+    if METHODS[method].data == "videos":
         data = {"kind": "physics", "size": 64, "frames": 4, "videos": 8, "path": root / "videos"}
         model = model | {"patch": 16, "tubelet": 2}
     training = {"steps": 4, "batch": 8, "save_every": 2, "log_every": 2} | training

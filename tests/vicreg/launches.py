@@ -24,7 +24,7 @@ def views(rows: int, dim: int, dtype: torch.dtype = torch.float32) -> list[torch
 
 def reconfiguring(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """f(field=...) changes the launch configuration, for every shape and format."""
-    from vicreg_kernels.vicreg import configs
+    from vicreg_kernels.vicreg.triton import configs
 
     shipped = configs.nearest
 

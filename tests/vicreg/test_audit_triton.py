@@ -89,8 +89,8 @@ CASES = list(_cases())
 def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     import torch
 
-    from vicreg_kernels.vicreg import tma
-    from vicreg_kernels.vicreg import triton as launchers
+    from vicreg_kernels.core.triton import device as devices
+    from vicreg_kernels.vicreg.triton import launch as launchers
 
     groups, rows, dim = case.shape
     dtype = getattr(torch, case.dtype)
@@ -102,18 +102,18 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
 
     found: dict[str, Any] = {}
     kept = {name: getattr(launchers, name) for name in KERNELS}
-    device = tma.device
+    real = devices.device
     try:
         for name in KERNELS:
             setattr(launchers, name, Recorder(kept[name], found))
-        tma.device = lambda index: ("default", 132, case.arch // 10)
+        devices.device = lambda index: devices.Device("default", 132, case.arch // 10)
         x, y = view(), None if case.layout == "one" else view()
         settings = (1.0, 1e-4, True, [1.0, 0.5, 0.1], [25.0, 25.0, 1.0])
         _, *saved = launchers.forward(x, y, *settings)
         grads = torch.empty(1 if y is not None else 4, device="meta")
         launchers.backward(grads, x, y, *saved, True, y is not None, *settings)
     finally:
-        tma.device = device
+        devices.device = real
         for name, value in kept.items():
             setattr(launchers, name, value)
     return found[case.kernel]
@@ -145,7 +145,7 @@ def test_kernel(case: Case, compiled: dict[str, Any]) -> None:
 
 def test_every_shipped_shape_can_be_launched() -> None:
     """Each row of the table is the nearest to its own shape; other shapes and GPUs find one too."""
-    from vicreg_kernels.vicreg import configs
+    from vicreg_kernels.vicreg.triton import configs
 
     for device, family, (rows, dim), config in configs.shipped():
         assert (

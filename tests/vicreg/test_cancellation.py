@@ -17,7 +17,7 @@ from tests.helpers.tolerances import (
     relative_error,
 )
 from vicreg_kernels import variance_covariance
-from vicreg_kernels.vicreg.backends import DEFLATED_COLUMNS
+from vicreg_kernels.vicreg.contract import DEFLATED_COLUMNS
 
 
 def covariance(z, backend):

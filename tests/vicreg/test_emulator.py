@@ -18,8 +18,9 @@ from tests.helpers.tolerances import (
     differentiate,
     relative_error,
 )
-from vicreg_kernels import dispatch, variance_covariance, vicreg_loss, vicreg_terms
-from vicreg_kernels.vicreg import backends
+from vicreg_kernels import variance_covariance, vicreg_loss, vicreg_terms
+from vicreg_kernels.core import dispatch, loader
+from vicreg_kernels.vicreg import contract
 
 FOUR = (0.7, -1.9, 2.3, 1.1)
 HALVES = (torch.bfloat16, torch.float16)
@@ -32,14 +33,14 @@ def library(sanitize: bool = False):
 
 
 @pytest.fixture(scope="module")
-def kernels() -> backends.Kernels:
+def kernels() -> contract.Kernels:
     torch.ops.load_library(str(library()))
-    return backends._compiled("vicreg_kernels_emulator")
+    return loader.compiled("vicreg", contract.Kernels, "vicreg_kernels_emulator")
 
 
 @pytest.fixture(autouse=True)
 def emulated(kernels, monkeypatch):
-    monkeypatch.setattr(backends, "load", lambda name: {"cuda": kernels}[name])
+    monkeypatch.setattr(loader, "load", lambda op, kind, name: {"cuda": kernels}[name])
     monkeypatch.setattr(dispatch, "missing", lambda *_: None)
 
 
@@ -151,7 +152,7 @@ def test_saved_tensors(kernels, shape, dtype, views):
     x, y = (3.0 * shapes.randn(*shape) + 2.0).to(dtype), shapes.randn(*shape, dtype=dtype)
     settings = (1.0, 1e-4, True, [1.0, 0.5, 0.25], [25.0, 25.0, 1.0])
     out = kernels.forward(x, y if views == 2 else None, *settings)
-    for mine, registered in zip(out, backends.empty_saved(x, views, "cuda"), strict=True):
+    for mine, registered in zip(out, contract.empty_saved(x, views, "cuda"), strict=True):
         assert mine.shape == registered.shape
         assert mine.dtype == registered.dtype
     _, moments, squares, deflated, index, centred = out

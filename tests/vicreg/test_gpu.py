@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tests.helpers.shapes import randn
 from tests.helpers.tolerances import assert_matches_reference
-from vicreg_kernels import dispatch, variance_covariance, vicreg_loss
+from vicreg_kernels import variance_covariance, vicreg_loss
+from vicreg_kernels.core import dispatch
 
 pytestmark = pytest.mark.gpu
 

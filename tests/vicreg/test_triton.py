@@ -91,13 +91,13 @@ class TestInterpreter:
     )
     @pytest.mark.sampled(2)
     def test_split_and_merged_launches(self, reconfigure, monkeypatch, shape, dtype):
-        from vicreg_kernels.vicreg import triton as launchers
+        from vicreg_kernels.vicreg.triton import launch as launchers
 
         reconfigure(
             statistics=(8, 32, 4), block_rows=16, product=(16, 16, 4, 3), occupancy=8,
             strips=(8, 16, 4), gradient=(16, 32, 16, 4, 3),
         )  # fmt: skip
-        problem = launchers._Problem(torch.empty(1, *shape), torch.empty(1, *shape), True, False)
+        problem = launchers.LaunchPlan(torch.empty(1, *shape), torch.empty(1, *shape), True, False)
         assert launchers._row_blocks(problem, 2)[0] > 1
         assert launchers._splits(problem, 6)[0] == max(1, max(shape) // min(shape))
         inputs = views(*shape, FLOATS[dtype])
@@ -110,7 +110,7 @@ class TestInterpreter:
     @pytest.mark.parametrize("shape", [(6, 11), (11, 6)], ids=str)
     def test_saved_tensors(self, shape):
         """op.py says what they hold; here they are found in float64, one by one."""
-        from vicreg_kernels.vicreg.triton import forward
+        from vicreg_kernels.vicreg.triton.launch import forward
 
         rows, dim = shape
         z = (randn(2, 1, *shape) * torch.linspace(1, 3, dim)).double()
@@ -135,7 +135,7 @@ class TestInterpreter:
             assert torch.equal(squares.diagonal(dim1=-2, dim2=-1), torch.zeros(2, 1, dim))
 
     def test_equal_scatters_go_to_the_lowest_columns(self, reconfigure):
-        from vicreg_kernels.vicreg.triton import forward
+        from vicreg_kernels.vicreg.triton.launch import forward
 
         reconfigure(statistics=(16, 16, 4))
         z = torch.tensor([1.0, -1.0, 1.0])[None, :, None].repeat(1, 1, 40)
@@ -189,7 +189,7 @@ class TestInterpreter:
         assert_alike_where_not_finite(inputs, nan=True)
 
     def test_columns_of_nan_stay_in_range(self):
-        from vicreg_kernels.vicreg.triton import forward
+        from vicreg_kernels.vicreg.triton.launch import forward
 
         z = randn(1, 3, 9)
         z[..., 2:9] = float("nan")

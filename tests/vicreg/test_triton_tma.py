@@ -22,17 +22,19 @@ SETTINGS = (1.0, 1e-4, True, [1.0, 0.5, 0.1], [25.0, 25.0, 1.0])
 @pytest.fixture
 def tma_from(monkeypatch):
     """tma_from(side, arch): the least min(N, D) of the products with TMA operands, and the GPU."""
-    from vicreg_kernels.vicreg import configs, tma
+    from vicreg_kernels.core.triton import device as devices
+    from vicreg_kernels.vicreg.triton import configs
 
     def change(side, arch=90):
         monkeypatch.setattr(configs, "tma_side", lambda device: side)
-        monkeypatch.setattr(tma, "device", lambda index: ("default", 4, arch // 10))
+        gpu = devices.Device("default", 4, arch // 10)
+        monkeypatch.setattr(devices, "device", lambda index: gpu)
 
     return change
 
 
 def test_which_inputs_take_tma_operands(tma_from):
-    from vicreg_kernels.vicreg import tma
+    from vicreg_kernels.vicreg.triton import tma
 
     def takes(rows, dim, dtype=torch.bfloat16):
         return tma.takes(torch.empty(1, rows, dim, dtype=dtype, device="meta"))
@@ -54,19 +56,19 @@ def test_which_inputs_take_tma_operands(tma_from):
 
 
 def test_what_is_saved_for_tma_operands(tma_from):
-    from vicreg_kernels.vicreg import backends
+    from vicreg_kernels.vicreg import contract
 
     tma_from(16)
     for dtype, saved in ((torch.bfloat16, True), (torch.float16, False), (torch.float32, False)):
         x = torch.empty(1, 24, 16, dtype=dtype, device="meta")
-        _, _, squares, _, _, centred = backends.empty_saved(x, 2, "triton")
+        _, _, squares, _, _, centred = contract.empty_saved(x, 2, "triton")
         assert squares.dtype == (dtype if saved else torch.float32)
         assert centred.shape == ((2, 1, 24, 16) if saved else (0,))
         assert centred.dtype == (dtype if saved else torch.float32)
 
 
 def test_the_least_side_is_that_of_the_table():
-    from vicreg_kernels.vicreg import configs
+    from vicreg_kernels.vicreg.triton import configs
 
     assert configs.tma_side("a GPU that is not in the table") == 1024
     for shape in ((1024, 1024), (2048, 65536), (70000, 1500)):
@@ -124,7 +126,7 @@ class TestTmaOperands:
     @pytest.mark.sampled(2)
     @pytest.mark.parametrize("shape", [(40, 104), (104, 40)], ids=str)
     def test_saved_tensors(self, tiny_tma, shape):
-        from vicreg_kernels.vicreg.triton import forward
+        from vicreg_kernels.vicreg.triton.launch import forward
 
         rows, dim = shape
         z = (randn(2, 1, *shape) * torch.linspace(1, 3, dim)).bfloat16()

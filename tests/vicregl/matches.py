@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.tolerances import FEWEST_ROUNDINGS, assert_close_to_truth, differentiate
-from vicreg_kernels.vicregl import backends, op, reference
+from vicreg_kernels.vicregl import contract, op, reference
 from vicreg_kernels.vicregl.op import Kept, Matches
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -68,7 +68,7 @@ def same(actual: Tensor, expected: Tensor, name: str) -> None:
 def rules(length: int) -> tuple[Kept, ...]:
     """No set, one, and as many as there may be, for a map of `length` positions."""
     several = [min(length, count) for count in (4, 1, length, 20)]
-    assert len(several) == backends.MOST_COUNTS
+    assert len(several) == contract.MOST_COUNTS
     return Kept([], []), Kept([length], [0.7]), Kept(several, [0.5, -1.25, 0.3, 2.0])
 
 
@@ -198,7 +198,7 @@ def check_not_finite(backend: str, device: str = "cpu", views: int = 2) -> None:
         assert all(z.isfinite().all() for z in (loss, *torch.autograd.grad(loss, leaves)))
 
 
-def check_out_of_range(kernels: backends.Kernels, bad: int, device: str = "cpu") -> None:
+def check_out_of_range(kernels: contract.Kernels, bad: int, device: str = "cpu") -> None:
     """An index out of range is not followed: NaN in the value and in its position's gradient."""
     a, b = (z.to(device) for z in maps((1, 1, 2, 6, 5, 8), grad=False))
     found = kernels.match(a, b)

@@ -49,7 +49,8 @@ CASES = list(_cases())
 def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     import torch
 
-    from vicreg_kernels.vicregl import triton as launchers
+    from vicreg_kernels.core.triton import device as devices
+    from vicreg_kernels.vicregl.triton import launch as launchers
 
     views_a, views_b, samples, rows_a, rows_b, dim = case.shape
     dtype = getattr(torch, case.dtype)
@@ -57,16 +58,18 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     b = torch.empty(views_b, samples, rows_b, dim, dtype=dtype, device="meta")
     rules = [20, 4], [0.5, 0.5], [min(20, rows_b), 4], [0.5, 0.5]
     found: dict[str, Any] = {}
-    names = (*KERNELS, "finish_kernel", "_processors")
+    names = (*KERNELS, "finish_kernel")
     replaced = {name: getattr(launchers, name) for name in names}
+    real = devices.device
     try:
         for name in names[:-1]:
             setattr(launchers, name, Recorder(replaced[name], found))
-        launchers._processors = lambda device: 132
+        devices.device = lambda index: devices.Device("default", 132, case.arch // 10)
         matches = launchers.match(a, b)
         loss = launchers.pairs_forward(a, b, *matches, *rules)
         launchers.pairs_backward(loss, a, b, *matches, True, True, *rules)
     finally:
+        devices.device = real
         for name, value in replaced.items():
             setattr(launchers, name, value)
     return found[case.kernel]

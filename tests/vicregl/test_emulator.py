@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tests.helpers import native
 from tests.vicregl import matches as cases
 from tests.vicregl.matches import DTYPES, LAYOUTS, maps, rules, same
-from vicreg_kernels.vicregl import backends, op
+from vicreg_kernels.core import loader
+from vicreg_kernels.vicregl import contract, op
 
 # U, V, B, L1, L2, C: both sizes of a lane's share on both sides, one tile and several, one stage of
 # channels and several, rows that allow wide accesses and not, a position that is a whole map.
@@ -30,16 +31,14 @@ SHAPES = [
 
 
 @pytest.fixture(scope="module")
-def kernels() -> backends.Kernels:
+def kernels() -> contract.Kernels:
     torch.ops.load_library(str(native.emulated("vicregl")))
-    space = torch.ops.vicreg_kernels_emulator
-    names = ("match", "pairs_forward", "pairs_backward")
-    return backends.Kernels(*(getattr(space, f"vicregl_{name}") for name in names))
+    return loader.compiled("vicregl", contract.Kernels, "vicreg_kernels_emulator")
 
 
 @pytest.fixture(autouse=True)
 def emulated(kernels, monkeypatch):
-    monkeypatch.setattr(backends, "load", lambda name: {"cuda": kernels}[name])
+    monkeypatch.setattr(loader, "load", lambda op, kind, name: {"cuda": kernels}[name])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

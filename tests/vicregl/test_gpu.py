@@ -11,8 +11,8 @@ import torch
 from tests.vicregl import cases as vicregl_cases
 from tests.vicregl import matches as cases
 from tests.vicregl.matches import DTYPES, LAYOUTS, maps, rules, same
-from vicreg_kernels import dispatch
-from vicreg_kernels.vicregl import backends, op, vicregl_loss
+from vicreg_kernels.core import dispatch, loader
+from vicreg_kernels.vicregl import contract, op, vicregl_loss
 
 pytestmark = pytest.mark.gpu
 
@@ -67,7 +67,7 @@ def test_nan_and_inf(backend):
 
 @pytest.mark.parametrize("bad", [-1, 5, 2**31 - 1])
 def test_indices_out_of_range_are_never_followed(backend, bad):
-    cases.check_out_of_range(backends.load(backend), bad, "cuda")
+    cases.check_out_of_range(loader.load("vicregl", contract.Kernels, backend), bad, "cuda")
 
 
 @pytest.mark.triton_takes(

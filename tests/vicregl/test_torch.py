@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.helpers.recorded_ops import RecordedOps
+from tests.helpers.recorded_ops import RecordedOps, words
 from tests.vicregl.cases import MATCHES, VIEWS, draw, outcome
 from vicreg_kernels.vicregl import VICRegLLoss, VICRegLTerms, vicregl_loss, vicregl_terms
 
@@ -41,7 +41,7 @@ def test_opcheck(fused):
     """Each op with the arguments that a public call gives it, forward and backward."""
     with RecordedOps() as ops:
         outcome(draw(VIEWS["small"], device=fused.device), fused.name)
-    seen = {n: a for n, a in ops.calls if n.startswith("vicregl") and a[-1] == fused.name}
+    seen = {n: a for n, a in ops.calls if n.startswith("vicregl") and fused.name in words(a)}
     assert sorted(seen) == ["vicregl_match", "vicregl_pairs_backward", "vicregl_pairs_forward"]
     for name, args in seen.items():
         detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)

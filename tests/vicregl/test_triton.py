@@ -7,7 +7,8 @@ import torch
 
 from tests.vicregl import matches as cases
 from tests.vicregl.matches import DTYPES, maps
-from vicreg_kernels.vicregl import backends
+from vicreg_kernels.core import loader
+from vicreg_kernels.vicregl import contract
 
 
 @pytest.mark.interpreted
@@ -47,4 +48,4 @@ class TestInterpreter:
 
     @pytest.mark.parametrize("bad", [-1, 5])
     def test_indices_out_of_range_are_never_followed(self, bad):
-        cases.check_out_of_range(backends.load("triton"), bad)
+        cases.check_out_of_range(loader.load("vicregl", contract.Kernels, "triton"), bad)

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vicreg_kernels import dispatch, integers, kept
-from vicreg_kernels.integers import FEW, Integers, readable
+from vicreg_kernels.core import dispatch, integers, kept
+from vicreg_kernels.core.integers import FEW, Integers, readable
 
 
 class Rule:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from vicreg_kernels import dispatch
+from vicreg_kernels.attention.api import masked_attention, takes_head_dim
 from vicreg_kernels.attention.masks import Rule
-from vicreg_kernels.attention.op import masked_attention, takes_head_dim
 from vicreg_kernels.attention.rope import Rope3d
+from vicreg_kernels.core import dispatch
 
 
 class MaskedAttention(nn.Module):

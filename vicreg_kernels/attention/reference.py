@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vicreg_kernels import library
 from vicreg_kernels.attention.masks import MaskArguments
 from vicreg_kernels.attention.rope import Rope3d
+from vicreg_kernels.core import library
 
 
 def places(offsets: Tensor | None, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -22,10 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vicreg_kernels import dispatch, integers, reals
 from vicreg_kernels.attention.masks import rows_and_tokens
-from vicreg_kernels.integers import readable
-from vicreg_kernels.kept import Kept
+from vicreg_kernels.core import dispatch, integers, reals
+from vicreg_kernels.core.integers import readable
+from vicreg_kernels.core.kept import Kept
 
 LAYOUTS = ("vjepa2", "axial")
 # A few kilobytes each as a rule; a rope is made anew for every batch's index.

@@ -6,13 +6,10 @@ from __future__ import annotations
 
 import torch
 
-from vicreg_kernels import calls, dispatch, reals
+from vicreg_kernels.barlow.contract import Settings
 from vicreg_kernels.barlow.conventions import CONVENTIONS
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-# eps, std_eps, unbiased, lambd: as the ops take them.
-Settings = tuple[float, float, bool, float]
+from vicreg_kernels.core import calls, dispatch, reals
+from vicreg_kernels.core import checks as shared
 
 
 def check_settings(
@@ -35,10 +32,7 @@ def check_settings(
 
 
 def _check_tensor(name: str, shape: torch.Size, dtype: torch.dtype, layout: torch.layout) -> None:
-    if dtype not in DTYPES:
-        raise TypeError(f"{name}: got dtype {dtype}, takes float32, bfloat16, float16 or float64")
-    if layout != torch.strided:
-        raise TypeError(f"{name}: got layout {layout}, takes a dense (strided) tensor")
+    shared.dense_float(name, dtype, layout)
     if len(shape) != 2:
         raise ValueError(f"{name}: got shape {tuple(shape)}, takes [N, D]")
 
@@ -56,19 +50,16 @@ def two_views(
     lambd: float | None,
     convention: str,
     eps: float | None,
+    precision: str | None,
     backend: str | None,
     across_ranks: bool,
 ) -> Settings:
     """The settings of a loss of two views, seen as [N, D]."""
+    shared.precision(precision, across_ranks or None)
     weight, added = check_settings(lambd=lambd, convention=convention, eps=eps, backend=backend)
     _check_tensor("x", shape, dtype, layout)
     _check_tensor("y", shape_y, dtype_y, layout_y)
-    if shape != shape_y:
-        raise ValueError(f"y: got shape {tuple(shape_y)}, takes x's shape {tuple(shape)}")
-    if dtype != dtype_y:
-        raise TypeError(f"y: got dtype {dtype_y}, takes x's dtype {dtype}")
-    if device != device_y:
-        raise ValueError(f"y: got device {device_y}, takes x's device {device}")
+    shared.same_as_x((shape_y, dtype_y, device_y, layout_y), (shape, dtype, device, layout))
     least = 1 if across_ranks else 2
     if shape[0] < least:
         raise ValueError(f"x: got {shape[0]} rows, takes at least {least}")
@@ -76,4 +67,4 @@ def two_views(
         raise ValueError(f"x: got no elements (shape {tuple(shape)})")
     rule = CONVENTIONS[convention]
     root, deviation = (0.0, added) if rule.eps_on_std else (added, 0.0)
-    return root, deviation, rule.unbiased, weight
+    return Settings(root, deviation, rule.unbiased, weight, precision == "tf32x3")

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vicreg_kernels.barlow.api import barlow_twins_loss
 from vicreg_kernels.barlow.checks import check_settings
-from vicreg_kernels.barlow.op import barlow_twins_loss
-from vicreg_kernels.vicreg.checks import check_precision
+from vicreg_kernels.core import checks as shared
 
 
 class BarlowTwinsLoss(nn.Module):
@@ -36,7 +36,7 @@ class BarlowTwinsLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_settings(lambd=lambd, convention=convention, eps=eps, backend=backend)
-        check_precision(precision, process_group)
+        shared.precision(precision, process_group)
         self.lambd = lambd
         self.convention = convention
         self.eps = eps

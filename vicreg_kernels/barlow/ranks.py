@@ -35,10 +35,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vicreg_kernels import dispatch, distributed, library
+from vicreg_kernels import distributed
 from vicreg_kernels.barlow import reference
+from vicreg_kernels.barlow.contract import Settings
+from vicreg_kernels.core import dispatch, library, schema
+from vicreg_kernels.core.once import once
 from vicreg_kernels.distributed import Pending
-from vicreg_kernels.shares import product, square_product, statistics
+from vicreg_kernels.distributed.batch_statistics import product, square_product, statistics
 
 OP = "barlow_twins_loss"
 # Elements of a chunk of the correlation that is summed over ranks, and its least height.
@@ -48,7 +51,7 @@ CHUNK_ROWS = 128
 IN_FLIGHT = 2
 
 _LIBRARY = torch.library.Library("vicreg_kernels", "FRAGMENT")
-_SETTINGS = "float eps, float std_eps, bool unbiased, float lambd, str convention, str group"
+_SETTINGS = f"str convention, str group, {schema.arguments(Settings)}"
 _LIBRARY.define(
     f"barlow_ranks_forward(Tensor x, Tensor y, bool need_x, bool need_y, {_SETTINGS})"
     " -> (Tensor, Tensor, Tensor)"
@@ -60,9 +63,11 @@ _LIBRARY.define(
 
 
 @torch.library.impl(_LIBRARY, "barlow_ranks_forward", "CompositeExplicitAutograd")
-def _forward(x: Tensor, y: Tensor, *settings: Any) -> tuple[Tensor, ...]:
+def _forward(
+    x: Tensor, y: Tensor, need_x: bool, need_y: bool, convention: str, group: str, *settings: Any
+) -> tuple[Tensor, ...]:
     with library.no_autocast(x.device):
-        return forward(x, y, *settings)
+        return forward(x, y, need_x, need_y, convention, group, Settings(*settings))
 
 
 @torch.library.impl(_LIBRARY, "barlow_ranks_backward", "CompositeExplicitAutograd")
@@ -82,8 +87,16 @@ def _forward_fake(
 
 
 @torch.library.register_fake("vicreg_kernels::barlow_ranks_backward")
-def _backward_fake(grad: Tensor, x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    need_x, need_y = rest[2], rest[3]
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    gradient_x: Tensor,
+    gradient_y: Tensor,
+    need_x: bool,
+    need_y: bool,
+    group: str,
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape if need_x else (0,)), y.new_empty(y.shape if need_y else (0,))
 
 
@@ -94,90 +107,60 @@ class _Ranks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, need_x: bool, need_y: bool, settings: tuple[Any, ...]
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        need_x: bool,
+        need_y: bool,
+        convention: str,
+        group: str,
+        settings: Settings,
     ) -> Tensor:
         loss, *gradients = torch.ops.vicreg_kernels.barlow_ranks_forward(
-            x, y, need_x, need_y, *settings
+            x, y, need_x, need_y, convention, group, *settings
         )
         ctx.save_for_backward(x, y, *gradients)
-        ctx.group = settings[-1]
+        ctx.group = group
         return loss[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         need_x, need_y = ctx.needs_input_grad[:2]
         args = (grad.reshape(1), *ctx.saved_tensors, need_x, need_y, ctx.group)
-        run = _Gradient.apply if torch.is_grad_enabled() else _gradient
-        grad_x, grad_y = run(*args)
-        return grad_x if need_x else None, grad_y if need_y else None, None, None, None
-
-
-def _gradient(*args: Any) -> tuple[Tensor, Tensor]:
-    return torch.ops.vicreg_kernels.barlow_ranks_backward(*args)
-
-
-class _Gradient(torch.autograd.Function):
-    """The backward op under create_graph=True: a second derivative is an error, not a silent 0."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        return _gradient(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            "the fused Barlow Twins loss differentiates once; backend='reference' to any order"
-        )
+        op = torch.ops.vicreg_kernels.barlow_ranks_backward
+        grad_x, grad_y = once("Barlow Twins loss", op, *args)
+        return (grad_x if need_x else None, grad_y if need_y else None, *(None,) * 5)
 
 
 def loss(
-    x: Tensor,
-    y: Tensor,
-    eps: float,
-    std_eps: float,
-    unbiased: bool,
-    lambd: float,
-    backend: str,
-    convention: str,
-    group: str,
+    x: Tensor, y: Tensor, settings: Settings, backend: str, convention: str, group: str
 ) -> Tensor:
     """sum_i (C_ii - 1)^2 + lambd sum_{i != j} C_ij^2 over the rows of all ranks; 0-d.
 
-    Called by `op.barlow_twins_loss` after its own checks: x, y: own rows, [n, D] of one dtype and
-    device, n >= 1, D >= 1. eps, std_eps, unbiased, lambd: the convention's numbers, as the
-    library-level ops take them; `convention` is its name, for the agreement, and its scale is the
-    caller's. backend: "ranks" or "reference". group: the group's name.
+    Called by `api.barlow_twins_loss` after its own checks: x, y: own rows, [n, D] of one dtype and
+    device, n >= 1, D >= 1. `convention` is the convention's name, for the agreement, and its scale
+    is the caller's. backend: "ranks" or "reference". group: the group's name.
 
-    The value is the same on every rank; the gradient is as vicreg_kernels/distributed.py says.
+    The value is the same on every rank; the gradient is as vicreg_kernels/distributed says.
     """
     if backend == "ranks":
-        wanted = torch.is_grad_enabled()
-        settings = (eps, std_eps, unbiased, lambd, convention, group)
-        needs = (wanted and x.requires_grad, wanted and y.requires_grad)
-        return _Ranks.apply(x, y, *needs, settings)
-    rows = agree(x, eps, std_eps, unbiased, lambd, convention, backend, group)
+        enabled = torch.is_grad_enabled()
+        needs = (enabled and x.requires_grad, enabled and y.requires_grad)
+        return _Ranks.apply(x, y, *needs, convention, group, settings)
+    rows = agree(x, settings, convention, backend, group)
     x, y = (distributed.gather_differentiable(OP, group, z, rows) for z in (x, y))
-    return reference.loss(x, y, eps, std_eps, unbiased, lambd)
+    return reference.loss(x, y, *settings.as_reference_takes())
 
 
-def agree(
-    x: Tensor,
-    eps: float,
-    std_eps: float,
-    unbiased: bool,
-    lambd: float,
-    convention: str,
-    backend: str,
-    group: str,
-) -> list[int]:
+def agree(x: Tensor, settings: Settings, convention: str, backend: str, group: str) -> list[int]:
     """Rows of each rank; all ranks raise where one cannot or would do something else."""
     facts = {
         "D": x.shape[1],
         "dtype": x.dtype,
         "convention": convention,
-        "eps": std_eps + eps,
-        "unbiased": unbiased,
-        "lambd": lambd,
+        "eps": settings.std_eps + settings.eps,
+        "unbiased": settings.unbiased,
+        "lambd": settings.lambd,
         "backend": backend,
     }
     return distributed.agree(distributed.by_name(group), OP, x.shape[0], facts)
@@ -188,15 +171,13 @@ def forward(
     y: Tensor,
     need_x: bool,
     need_y: bool,
-    eps: float,
-    std_eps: float,
-    unbiased: bool,
-    lambd: float,
     convention: str,
     group: str,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, float32 [1], and its gradient at x and y, float32 [n, D] or empty."""
-    rows = agree(x, eps, std_eps, unbiased, lambd, convention, "ranks", group)
+    eps, std_eps, unbiased, lambd = settings.as_reference_takes()
+    rows = agree(x, settings, convention, "ranks", group)
     ranks = distributed.by_name(group)
     total = sum(rows)
     degrees = total - int(unbiased)

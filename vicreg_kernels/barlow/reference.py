@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vicreg_kernels import library
+from vicreg_kernels.core import library
 
 
 def standardise(z: Tensor, eps: float, std_eps: float, unbiased: bool) -> Tensor:

@@ -13,9 +13,10 @@ from operator import add
 import torch
 from torch import Tensor
 
-from vicreg_kernels import reals
+from vicreg_kernels.core import checks as shared
+from vicreg_kernels.core import reals
+from vicreg_kernels.core.checks import DTYPES
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROUNDINGS = ("nearest", "stochastic")
 MOST_STEPS = 2**48
 _STRIDED = {torch.strided}
@@ -94,13 +95,11 @@ def _name_the_fault(
 
 
 def _check_one(what: str, z: Tensor, name: str, i: int, targets: list[Tensor]) -> None:
-    if not isinstance(z, Tensor):
-        raise TypeError(f"{what}: got {type(z).__name__}, takes a torch.Tensor")
+    shared.is_tensor(what, z)
     if z.is_nested or z.layout != torch.strided:
         layout = "nested" if z.is_nested else z.layout
         raise TypeError(f"{what}: got layout {layout}, takes a dense (strided) tensor")
-    if z.dtype not in DTYPES:
-        raise TypeError(f"{what}: got dtype {z.dtype}, takes float32, bfloat16, float16 or float64")
+    shared.float_dtype(what, z.dtype)
     if z.shape != targets[i].shape:
         raise ValueError(
             f"{what}: got shape {tuple(z.shape)}, takes targets[{i}]'s {tuple(targets[i].shape)}"

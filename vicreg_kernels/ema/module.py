@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vicreg_kernels import dispatch
+from vicreg_kernels.core import dispatch
 from vicreg_kernels.ema import checks, matching, state
-from vicreg_kernels.ema.op import ema_update_
+from vicreg_kernels.ema.api import ema_update_
 from vicreg_kernels.ema.schedule import Schedule
 
 BUFFERS = ("copy", "average", "ignore")

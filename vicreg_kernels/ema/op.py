@@ -1,4 +1,4 @@
-"""Schema, fake, backends and the public function of the EMA op.
+"""Schema, fake and backends of the EMA op; api.py has the public function.
 
 One op takes whole lists, so that a backend sees all the work at once. It mutates `targets` and
 `shadows` and returns nothing; there is no gradient. What cannot be seen while a graph is traced,
@@ -8,64 +8,70 @@ writes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vicreg_kernels import calls, dispatch
-from vicreg_kernels.ema import backends, checks
-from vicreg_kernels.library import NAMESPACES
+from vicreg_kernels.core import loader, schema
+from vicreg_kernels.core.library import NAMESPACES
+from vicreg_kernels.ema import checks, reference
+from vicreg_kernels.ema.contract import Kernels, Settings
 
 _LIBRARY = torch.library.Library("vicreg_kernels", "FRAGMENT")
 _LIBRARY.define(
-    "ema_update_(Tensor(a!)[] targets, Tensor[] onlines, Tensor(b!)[] shadows,"
-    " Tensor? momentum_tensor, float momentum, bool stochastic, int seed, Tensor? step_tensor,"
-    " SymInt step, str backend) -> ()"
+    "ema_update_(Tensor(a!)[] targets, Tensor[] onlines, Tensor(b!)[] shadows, str backend,"
+    f" {schema.arguments(Settings, step='SymInt')}) -> ()"
 )
 
 
 @torch.library.impl(_LIBRARY, "ema_update_", "CompositeExplicitAutograd")
-def _update(*args: Any) -> None:
-    if not _run(False, *args):
-        checks.check_overlap(*args[:3])
-        _run(True, *args)
+def _update(
+    targets: list[Tensor],
+    onlines: list[Tensor],
+    shadows: list[Tensor],
+    backend: str,
+    *arguments: Any,
+) -> None:
+    lists, settings = (targets, onlines, shadows), Settings(*arguments)
+    if not update(False, *lists, backend, settings):
+        checks.check_overlap(*lists)
+        update(True, *lists, backend, settings)
 
 
-def _run(
+def update(
     checked: bool,
     targets: list[Tensor],
     onlines: list[Tensor],
     shadows: list[Tensor],
-    momentum_tensor: Tensor | None,
-    momentum: float,
-    stochastic: bool,
-    seed: int,
-    step_tensor: Tensor | None,
-    step: int,
     backend: str,
+    settings: Settings,
 ) -> bool:
     """checked: the lists are known to be fit. Otherwise False, and nothing is written, where the
     kernel, which looks at them itself, cannot tell that they are.
     """
+    momentum_tensor, step_tensor = settings.momentum_tensor, settings.step_tensor
     if momentum_tensor is not None and momentum_tensor.device.type == "cpu":
-        momentum, momentum_tensor = momentum_tensor.item(), None
+        momentum = momentum_tensor.item()
+        settings = settings._replace(momentum=momentum, momentum_tensor=None)
         checks.check_momentum("momentum", momentum)
     if step_tensor is not None and step_tensor.device.type == "cpu":
-        step, step_tensor = int(step_tensor.item()), None
+        step = int(step_tensor.item())
+        settings = settings._replace(step=step, step_tensor=None)
         checks.check_step(step)
     lists = targets, onlines, shadows
-    settings = momentum_tensor, momentum, stochastic, seed, step_tensor, step
-    kernel = backends.load(backend)
     if backend in NAMESPACES:
-        if not kernel(*lists, *settings, checked):
+        kernels = loader.load("ema", Kernels, backend)
+        if not kernels.update_(*lists, *settings, checked):
             return False
-    elif checked:
-        kernel(*lists, *settings)
-    else:
+    elif not checked:
         return False
+    elif backend == "reference":
+        update_by_reference: Callable[..., None] = reference.update_
+        update_by_reference(*lists, *settings)
+    else:
+        loader.load("ema", Kernels, backend).update_(*lists, *settings)
     torch.autograd.graph.increment_version([*targets, *shadows] if shadows else targets)
     return True
 
@@ -73,127 +79,3 @@ def _run(
 @torch.library.register_fake("vicreg_kernels::ema_update_")
 def _update_fake(*args: object) -> None:
     return None
-
-
-def ema_update_(
-    targets: Sequence[Tensor],
-    onlines: Sequence[Tensor],
-    momentum: float | Tensor,
-    *,
-    shadows: Sequence[Tensor] | None = None,
-    rounding: str = "nearest",
-    seed: int = 0,
-    step: int | Tensor | None = None,
-    backend: str | None = None,
-) -> None:
-    """targets[i] <- momentum targets[i] + (1 - momentum) onlines[i], for all i in one pass.
-
-    The exponential moving average of a teacher's parameters (Tarvainen and Valpola, 2017,
-    arXiv:1703.01780; BYOL, DINO, I-JEPA). Computed in float32 as a linear interpolation from the
-    nearer end, exact at momentum 0 and 1. Runs as under torch.no_grad().
-
-    Args:
-        targets: the tensors to update in place; float32, bfloat16, float16 or float64 in any mix,
-            any shapes and strides whose elements do not overlap; all on one device. Leaves may
-            require a gradient.
-        onlines: as many tensors of the same shapes, of any of these dtypes and any strides.
-        momentum: in [0, 1]; or a 0-d float32 or float64 tensor on the targets' device (a captured
-            CUDA graph reads it at each replay) or on the CPU. On a GPU its value is not checked.
-        shadows: None, or as many tensors of the targets' shapes that receive a copy of the updated
-            target, rounded to nearest to their own dtype: a half teacher for the forward.
-        rounding: "nearest", or "stochastic" for bfloat16 and float16 targets: up or down with the
-            probability that keeps the mean, so that steps below half a unit in the last place are
-            not lost. float32 and float64 targets are the same with both.
-        seed, step: what stochastic rounding draws from: the bits depend on (seed, step, i, the
-            element's place in the target's memory) alone and are the same on every backend. step:
-            an int in [0, 2^48) or a 0-d int64 tensor; must differ from call to call.
-        backend: "reference", "cpu", "triton" or "cuda"; None takes the best for the device.
-
-    Raises:
-        ValueError, TypeError: lists, shapes, dtypes, devices, layouts or settings do not fit, or
-            written memory overlaps another tensor's; the message names the argument and index, and
-            no target has been changed.
-        RuntimeError: the named backend cannot run here; the message says why.
-    """
-    targets = checks.as_list("targets", targets)
-    onlines = checks.as_list("onlines", onlines)
-    copies = None if shadows is None else checks.as_list("shadows", shadows)
-    dispatch.check_backend(backend)
-    checks.check_rounding(rounding, seed)
-    if targets and (not isinstance(targets[0], Tensor) or copies == []):
-        checks.check_lists(targets, onlines, copies)  # names it
-    device = targets[0].device if targets else torch.device("cpu")
-
-    momentum_tensor = step_tensor = None
-    if isinstance(momentum, Tensor):
-        checks.check_scalar("momentum", momentum, (torch.float32, torch.float64), device)
-        momentum_tensor, momentum = momentum.detach(), 0.0
-    elif isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
-        raise TypeError(f"momentum: got {type(momentum).__name__}, takes a number or a 0-d tensor")
-    else:
-        checks.check_momentum("momentum", momentum)
-    if isinstance(step, Tensor):
-        checks.check_scalar("step", step, (torch.int64,), device)
-        step_tensor, step = step, 0
-    elif step is None:
-        if rounding == "stochastic":
-            raise ValueError("step: got None, takes an int or a tensor with rounding='stochastic'")
-        step = 0
-    elif isinstance(step, bool) or not isinstance(step, int):
-        raise TypeError(f"step: got {type(step).__name__}, takes an int or a 0-d int64 tensor")
-    else:
-        checks.check_step(step)
-    if not targets:
-        checks.check_lists(targets, onlines, copies)
-        return
-    settings = (
-        momentum_tensor,
-        float(momentum),
-        rounding == "stochastic",
-        seed,
-        step_tensor,
-        step,
-    )
-    if calls.direct(targets[0]) and _update_directly(targets, onlines, copies, settings, backend):
-        return
-
-    checks.check_lists(targets, onlines, copies)
-    everything = (*targets, *onlines, *(copies or ()))
-    dtypes = {z.dtype for z in everything}
-    widest = torch.float64 if torch.float64 in dtypes else targets[0].dtype
-    name = dispatch.choose("ema_update_", backend, device.type, widest)
-    if not torch.compiler.is_compiling():
-        dispatch.log_choice("ema_update_", name, backend, device, (len(targets),))
-    # Only where it is needed: a compiled graph that fails inside leaves gradients switched off.
-    with torch.no_grad() if any(z.requires_grad for z in everything) else nullcontext():
-        torch.ops.vicreg_kernels.ema_update_(targets, onlines, copies or [], *settings, name)
-
-
-def _update_directly(
-    targets: list[Tensor],
-    onlines: list[Tensor],
-    shadows: list[Tensor] | None,
-    settings: Any,
-    backend: str | None,
-) -> bool:
-    """The update past the dispatcher and the checks in Python, which would take longer than the
-    kernel; False where a compiled kernel does not run at once. Nothing has been written then.
-    """
-    first = targets[0]
-    if first.dtype not in dispatch.FUSED_DTYPES:
-        return False
-    name = dispatch.choose("ema_update_", backend, first.device.type, first.dtype)
-    if name not in NAMESPACES:
-        return False
-    try:
-        if any([z.grad_fn is not None for z in targets + (shadows or [])]):
-            return False
-    except AttributeError:  # no tensor
-        return False
-    dispatch.log_choice("ema_update_", name, backend, first.device, (len(targets),))
-    try:
-        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-            return _run(False, targets, onlines, shadows or [], *settings, name)  # type: ignore[call-arg]
-    except (RuntimeError, TypeError):
-        checks.check_lists(targets, onlines, shadows)  # the dispatcher's words name no tensor
-        raise

@@ -12,7 +12,7 @@ GROUP = 8
 _WORD = 0xFFFFFFFF
 
 
-def update(
+def update_(
     targets: Sequence[Tensor],
     onlines: Sequence[Tensor],
     shadows: Sequence[Tensor],

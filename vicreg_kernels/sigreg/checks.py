@@ -11,18 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vicreg_kernels import dispatch, reals
-from vicreg_kernels.sigreg.variants import VARIANTS, Variant, quadrature
+from vicreg_kernels.core import checks as shared
+from vicreg_kernels.core import dispatch, reals
+from vicreg_kernels.sigreg.conventions import CONVENTIONS, Convention, quadrature
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MOST_KNOTS = 64
 MOST = 1 << 63
 
 
-class Settings(NamedTuple):
-    """Checked settings: the variant, its slices, and the quadrature."""
+class Checked(NamedTuple):
+    """Checked settings: the convention, its slices, and the quadrature."""
 
-    variant: Variant
+    convention: Convention
     slices: int
     knots: list[float]
     weights: list[float]
@@ -37,21 +37,21 @@ def check_settings(
     slices: int | None = None,
     knots: int | Sequence[float] | None = None,
     t_max: float | None = None,
-    variant: str = "lejepa",
+    convention: str = "lejepa",
     seed: int = 0,
     backend: str | None = None,
-) -> Settings:
+) -> Checked:
     """The settings in full; raise a ValueError or TypeError that names the first that is wrong."""
-    given = (slices, knots, t_max, variant, seed, backend)
+    asked = (slices, knots, t_max, convention, seed, backend)
     if torch.compiler.is_compiling():
-        return _check_settings(*given)
+        return _check_settings(*asked)
     if isinstance(knots, (list, tuple)) and all(type(t) in (int, float) for t in knots):
-        given = (slices, tuple(knots), t_max, variant, seed, backend)
+        asked = (slices, tuple(knots), t_max, convention, seed, backend)
         knots = None
     plain = type(knots) in _PLAIN and type(t_max) in _PLAIN and type(slices) in _PLAIN
-    if plain and type(seed) in _PLAIN and type(variant) is str and type(backend) in _PLAIN:
-        return _kept_settings(*given)
-    return _check_settings(*given)
+    if plain and type(seed) in _PLAIN and type(convention) is str and type(backend) in _PLAIN:
+        return _kept_settings(*asked)
+    return _check_settings(*asked)
 
 
 # A setting of another type may change between calls, or have no hash.
@@ -62,13 +62,13 @@ def _check_settings(
     slices: int | None,
     knots: int | Sequence[float] | None,
     t_max: float | None,
-    variant: str,
+    convention: str,
     seed: int,
     backend: str | None,
-) -> Settings:
-    if variant not in tuple(VARIANTS):
-        raise ValueError(f"variant: got {variant!r}, takes one of {tuple(VARIANTS)}")
-    rule = VARIANTS[variant]
+) -> Checked:
+    if convention not in tuple(CONVENTIONS):
+        raise ValueError(f"convention: got {convention!r}, takes one of {tuple(CONVENTIONS)}")
+    rule = CONVENTIONS[convention]
     if slices is None:
         slices = rule.slices
     if not is_int(slices):
@@ -85,7 +85,7 @@ def _check_settings(
             f"knots: got {len(positions)} distances from 0, takes at most {MOST_KNOTS}"
         )
     dispatch.check_backend(backend)
-    return Settings(rule, slices, positions, weights)
+    return Checked(rule, slices, positions, weights)
 
 
 # The quadrature takes longer than everything else that a call does in Python. typed: 1 is not True.
@@ -93,7 +93,7 @@ _kept_settings = lru_cache(maxsize=256, typed=True)(_check_settings)
 
 
 def _check_knots(
-    rule: Variant, knots: int | Sequence[float] | None, t_max: float | None
+    rule: Convention, knots: int | Sequence[float] | None, t_max: float | None
 ) -> tuple[int | Sequence[float], float]:
     if knots is None:
         knots = rule.knots
@@ -124,12 +124,8 @@ def _check_knots(
 
 
 def check_z(z: Tensor, least_rows: int) -> None:
-    if not isinstance(z, Tensor):
-        raise TypeError(f"z: got {type(z).__name__}, takes a torch.Tensor")
-    if z.dtype not in DTYPES:
-        raise TypeError(f"z: got dtype {z.dtype}, takes float32, bfloat16, float16 or float64")
-    if z.layout != torch.strided:
-        raise TypeError(f"z: got layout {z.layout}, takes a dense (strided) tensor")
+    shared.is_tensor("z", z)
+    shared.dense_float("z", z.dtype, z.layout)
     if z.dim() not in (2, 3):
         raise ValueError(f"z: got shape {tuple(z.shape)}, takes [N, D] or [G, N, D]")
     if z.shape[-2] < least_rows:
@@ -139,14 +135,8 @@ def check_z(z: Tensor, least_rows: int) -> None:
 
 
 def check_directions(directions: Tensor, z: Tensor, slices: int | None) -> None:
-    if not isinstance(directions, Tensor):
-        raise TypeError(f"directions: got {type(directions).__name__}, takes a torch.Tensor")
-    if directions.dtype not in DTYPES:
-        raise TypeError(
-            f"directions: got dtype {directions.dtype}, takes float32, bfloat16, float16 or float64"
-        )
-    if directions.layout != torch.strided:
-        raise TypeError(f"directions: got layout {directions.layout}, takes a dense tensor")
+    shared.is_tensor("directions", directions)
+    shared.dense_float("directions", directions.dtype, directions.layout, "dense")
     if directions.dim() != 2 or directions.shape[0] != z.shape[-1] or directions.shape[1] < 1:
         raise ValueError(
             f"directions: got shape {tuple(directions.shape)}, takes [D, M] with z's D = "
@@ -156,8 +146,7 @@ def check_directions(directions: Tensor, z: Tensor, slices: int | None) -> None:
         raise ValueError(
             f"slices: got {slices} with {directions.shape[1]} directions, takes that number or None"
         )
-    if directions.device != z.device:
-        raise ValueError(f"directions: got device {directions.device}, takes z's device {z.device}")
+    shared.same_device("directions", directions.device, z.device, "z's device")
     if directions.requires_grad:
         raise ValueError(
             "directions: got a tensor that requires grad, takes constants: the loss is "
@@ -174,8 +163,7 @@ def check_step(step: int | Tensor | None, device: torch.device) -> None:
                 f"step: got {step.dtype} of shape {tuple(step.shape)}, takes an int, or a 0-d "
                 "int64 tensor"
             )
-        if step.device != device:
-            raise ValueError(f"step: got device {step.device}, takes z's device {device}")
+        shared.same_device("step", step.device, device, "z's device")
         return
     if not is_int(step):
         raise TypeError(
@@ -190,16 +178,16 @@ def check_call(
     slices: int | None,
     knots: int | Sequence[float] | None,
     t_max: float | None,
-    variant: str,
+    convention: str,
     directions: Tensor | None,
     step: int | Tensor | None,
     seed: int,
     group: str | None,
     backend: str | None,
-) -> tuple[Settings, str]:
+) -> tuple[Checked, str]:
     """The settings, and the backend that runs."""
     settings = check_settings(
-        slices=slices, knots=knots, t_max=t_max, variant=variant, seed=seed, backend=backend
+        slices=slices, knots=knots, t_max=t_max, convention=convention, seed=seed, backend=backend
     )
     check_z(z, least_rows=2 if group is None else 1)
     if directions is not None:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vicreg_kernels import distributed, library, reals
+from vicreg_kernels import distributed
+from vicreg_kernels.core import library, reals
+from vicreg_kernels.sigreg.api import sigreg_loss
 from vicreg_kernels.sigreg.checks import check_settings, check_z
-from vicreg_kernels.sigreg.op import OP, mean_over_ranks, sigreg_loss
+from vicreg_kernels.sigreg.ranks import OP, mean_over_ranks
 
 WEIGHTINGS = ("convex", "sum")
 
@@ -24,7 +26,7 @@ class SIGRegLoss(nn.Module):
     forward twice, pass the step instead.
 
     Args:
-        slices, knots, t_max, variant, seed, process_group, backend: as in `sigreg_loss`.
+        slices, knots, t_max, convention, seed, process_group, backend: as in `sigreg_loss`.
 
     Shapes: z: [N, D] or [G, N, D] -> scalar.
     """
@@ -37,19 +39,24 @@ class SIGRegLoss(nn.Module):
         *,
         knots: int | Sequence[float] | None = None,
         t_max: float | None = None,
-        variant: str = "lejepa",
+        convention: str = "lejepa",
         seed: int = 0,
         process_group: Any = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
         check_settings(
-            slices=slices, knots=knots, t_max=t_max, variant=variant, seed=seed, backend=backend
+            slices=slices,
+            knots=knots,
+            t_max=t_max,
+            convention=convention,
+            seed=seed,
+            backend=backend,
         )
         self.slices = slices
         self.knots = knots
         self.t_max = t_max
-        self.variant = variant
+        self.convention = convention
         self.seed = seed
         self.process_group = process_group
         self.backend = backend
@@ -67,7 +74,7 @@ class SIGRegLoss(nn.Module):
             slices=self.slices,
             knots=self.knots,
             t_max=self.t_max,
-            variant=self.variant,
+            convention=self.convention,
             step=step,
             seed=self.seed,
             process_group=self.process_group,
@@ -79,7 +86,7 @@ class SIGRegLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"variant={self.variant!r}, slices={self.slices}, knots={self.knots}, "
+            f"convention={self.convention!r}, slices={self.slices}, knots={self.knots}, "
             f"t_max={self.t_max}, seed={self.seed}"
         )
 
@@ -108,7 +115,7 @@ class LeJEPALoss(nn.Module):
         slices: int | None = None,
         knots: int | Sequence[float] | None = None,
         t_max: float | None = None,
-        variant: str = "lejepa",
+        convention: str = "lejepa",
         seed: int = 0,
         process_group: Any = None,
         backend: str | None = None,
@@ -127,7 +134,7 @@ class LeJEPALoss(nn.Module):
             slices,
             knots=knots,
             t_max=t_max,
-            variant=variant,
+            convention=convention,
             seed=seed,
             process_group=process_group,
             backend=backend,

@@ -1,9 +1,9 @@
 """Tokens: gather, scatter, the prediction loss and a predictor's sequence."""
 
-from vicreg_kernels.tokens.assembly_op import Assembly, assemble_tokens
-from vicreg_kernels.tokens.loss_op import prediction_loss
+from vicreg_kernels.tokens.assembly import Assembly, assemble_tokens
+from vicreg_kernels.tokens.loss import prediction_loss
 from vicreg_kernels.tokens.module import PredictionLoss
-from vicreg_kernels.tokens.rows_op import gather_tokens, scatter_tokens
+from vicreg_kernels.tokens.rows import gather_tokens, scatter_tokens
 
 __all__ = [
     "Assembly",

@@ -17,13 +17,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from vicreg_kernels import dispatch, integers
+from vicreg_kernels.core import checks as shared
+from vicreg_kernels.core import dispatch, integers
+from vicreg_kernels.core.checks import Seen
 
-DTYPES = (torch.float64, *dispatch.FUSED_DTYPES)
 MOST_TOKENS = 2**63
 Offsets: TypeAlias = integers.Integers
-# What `calls.seen` gives of a tensor.
-Seen: TypeAlias = tuple[torch.Size, torch.dtype, torch.device, torch.layout]
 
 
 def each(seen: Sequence[Any]) -> list[Seen]:
@@ -34,17 +33,9 @@ def each(seen: Sequence[Any]) -> list[Seen]:
 def tensor(name: str, z: Seen, dims: tuple[int, ...], shapes: str) -> None:
     """A dense float tensor of one of `dims` dimensions."""
     shape, dtype, _, layout = z
-    if dtype not in DTYPES:
-        raise TypeError(f"{name}: got dtype {dtype}, takes float32, bfloat16, float16 or float64")
-    if layout != torch.strided:
-        raise TypeError(f"{name}: got layout {layout}, takes a dense (strided) tensor")
+    shared.dense_float(name, dtype, layout)
     if len(shape) not in dims:
         raise ValueError(f"{name}: got shape {tuple(shape)}, takes {shapes}")
-
-
-def not_empty(name: str, shape: torch.Size) -> None:
-    if shape.numel() == 0:
-        raise ValueError(f"{name}: got no elements (shape {tuple(shape)})")
 
 
 def index(name: str, z: Seen, packed: bool, shapes: str, device: torch.device) -> None:
@@ -58,8 +49,7 @@ def index(name: str, z: Seen, packed: bool, shapes: str, device: torch.device) -
 
 
 def same_device(name: str, got: torch.device, device: torch.device) -> None:
-    if got != device:
-        raise ValueError(f"{name}: got device {got}, takes that of the others, {device}")
+    shared.same_device(name, got, device, "that of the others,")
 
 
 def offsets(name: str, given: Offsets, batch: int | None, total: int, like: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from vicreg_kernels.tokens.checks import Offsets
-from vicreg_kernels.tokens.loss_op import Masks, check_settings, prediction_loss
+from vicreg_kernels.tokens.loss import Masks, check_settings, prediction_loss
 
 
 class PredictionLoss(nn.Module):

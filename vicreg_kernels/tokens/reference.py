@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vicreg_kernels import library
+from vicreg_kernels.core import library
 
 # Norms are kept from 0 by this much, as in torch.nn.functional.cosine_similarity.
 LEAST_NORM = 1e-8
 
 
-def _samples(offsets: Tensor, total: int) -> Tensor:
+def samples_of(offsets: Tensor, total: int) -> Tensor:
     """The sample of each packed row: [total]."""
     lengths = offsets.diff()
     ids = torch.arange(lengths.shape[0], device=offsets.device)
@@ -28,7 +28,7 @@ def gather(x: Tensor, index: Tensor, offsets: Tensor | None) -> Tensor:
     """x: [B, T, D]; index: [P, K], P a multiple of B (mask-major), or packed [R] with offsets."""
     index = index.long()
     if offsets is not None:
-        return x[_samples(offsets, index.shape[0]), index]
+        return x[samples_of(offsets, index.shape[0]), index]
     repeats = index.shape[0] // x.shape[0]
     x = x.repeat(repeats, 1, 1) if repeats != 1 else x
     return torch.gather(x, 1, index[..., None].expand(-1, -1, x.shape[-1]))
@@ -41,7 +41,7 @@ def scatter(
     index = index.long()
     out = rows.new_full((batch, length, rows.shape[-1]), fill)
     if offsets is not None:
-        return out.index_put((_samples(offsets, index.shape[0]), index), rows)
+        return out.index_put((samples_of(offsets, index.shape[0]), index), rows)
     return out.scatter(1, index[..., None].expand(-1, -1, rows.shape[-1]), rows)
 
 
@@ -116,7 +116,9 @@ def assemble_ragged(
         target = target.expand(target_index.shape[0], -1)
     tokens = torch.cat([context.to(dtype), target.to(dtype)])
     index = torch.cat([context_index, target_index])
-    samples = torch.cat([_samples(context_offsets, kept), _samples(target_offsets, total - kept)])
+    samples = torch.cat(
+        [samples_of(context_offsets, kept), samples_of(target_offsets, total - kept)]
+    )
     if positions is not None:
         tokens = tokens + positions.to(dtype)[index.long()]
     by_position = torch.argsort(index, stable=True)

@@ -10,16 +10,13 @@ import math
 
 import torch
 
-from vicreg_kernels import calls, dispatch, reals
+from vicreg_kernels.core import calls, dispatch, reals
+from vicreg_kernels.core import checks as shared
+from vicreg_kernels.vicreg.contract import Settings
 from vicreg_kernels.vicreg.conventions import CONVENTIONS
 
 NORMALIZERS = ("d", "d(d-1)")
 _OR_NONE = ", a tensor of one element, or None"
-PRECISIONS = (None, "tf32x3")
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-# margin, eps, unbiased, scales, weights, normalizer: as the ops take them.
-Settings = tuple[float, float, bool, tuple[float, float, float], tuple[float, float, float], str]
 
 
 def check_settings(
@@ -44,26 +41,12 @@ def check_settings(
     return margin, eps
 
 
-def check_precision(precision: str | None, process_group: object = None) -> None:
-    """Raise a ValueError unless these products exist, on one process or over a group."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: got {precision!r}, takes one of {PRECISIONS}")
-    if precision is not None and process_group is not None:
-        raise ValueError(
-            f"precision: got {precision!r} with a process_group, whose products are torch's own and"
-            " follow torch.set_float32_matmul_precision; takes None there"
-        )
-
-
 def _check_tensor(
     name: str, shape: torch.Size, dtype: torch.dtype, layout: torch.layout, shapes: str
 ) -> None:
-    if dtype not in DTYPES:
-        raise TypeError(f"{name}: got dtype {dtype}, takes float32, bfloat16, float16 or float64")
+    shared.dense_float(name, dtype, layout)
     if len(shape) < 2:
         raise ValueError(f"{name}: got shape {tuple(shape)}, takes {shapes}")
-    if layout != torch.strided:
-        raise TypeError(f"{name}: got layout {layout}, takes a dense (strided) tensor")
 
 
 def _check_extent(
@@ -97,10 +80,12 @@ def two_views(
     margin: float,
     eps: float,
     convention: str,
+    precision: str | None,
     backend: str | None,
     across_ranks: bool,
 ) -> Settings:
     """The settings of a loss of two views, seen as [N, D] or [B, ..., D]."""
+    shared.precision(precision, across_ranks or None)
     margin, eps = check_settings(margin=margin, eps=eps, convention=convention, backend=backend)
     rule = CONVENTIONS[convention]
     shapes = "[N, D] or [B, ..., D]" if rule.positions else "[N, D]"
@@ -110,15 +95,10 @@ def two_views(
         raise ValueError(
             f"x: got shape {tuple(shape)}, takes [N, D] with convention={convention!r}"
         )
-    if shape != shape_y:
-        raise ValueError(f"y: got shape {tuple(shape_y)}, takes x's shape {tuple(shape)}")
-    if dtype != dtype_y:
-        raise TypeError(f"y: got dtype {dtype_y}, takes x's dtype {dtype}")
-    if device != device_y:
-        raise ValueError(f"y: got device {device_y}, takes x's device {device}")
+    shared.same_as_x((shape_y, dtype_y, device_y, layout_y), (shape, dtype, device, layout))
     rows, *positions, dim = shape
     _check_extent("x", math.prod(positions), rows, dim, rule.normalizer, across_ranks)
-    own = []
+    weights = []
     for name, weight, usual in zip(
         ("invariance", "variance", "covariance"),
         (invariance_weight, variance_weight, covariance_weight),
@@ -126,9 +106,10 @@ def two_views(
         strict=True,
     ):
         given = usual if weight is None else reals.finite(f"{name}_weight", weight, None, _OR_NONE)
-        own.append(float(given))
+        weights.append(float(given))
     scales = (1.0, rule.variance_view, rule.covariance_view)
-    return margin, eps, True, scales, (own[0], own[1], own[2]), rule.normalizer
+    own = (weights[0], weights[1], weights[2])
+    return Settings(margin, eps, True, scales, own, rule.normalizer, precision == "tf32x3")
 
 
 @calls.remembered
@@ -141,10 +122,12 @@ def one_view(
     eps: float,
     unbiased: bool,
     normalizer: str,
+    precision: str | None,
     backend: str | None,
     across_ranks: bool,
 ) -> Settings:
     """The settings of the two terms of one set of embeddings, seen as [N, D] or [G, N, D]."""
+    shared.precision(precision, across_ranks or None)
     margin, eps = check_settings(
         margin=margin, eps=eps, covariance_normalizer=normalizer, backend=backend
     )
@@ -153,4 +136,5 @@ def one_view(
         raise ValueError(f"z: got shape {tuple(shape)}, takes [N, D] or [G, N, D]")
     groups = 1 if len(shape) == 2 else shape[0]
     _check_extent("z", groups, shape[-2], shape[-1], normalizer, across_ranks)
-    return margin, eps, bool(unbiased), (0.0, 1.0, 1.0), (0.0, 1.0, 1.0), normalizer
+    both = (0.0, 1.0, 1.0)
+    return Settings(margin, eps, bool(unbiased), both, both, normalizer, precision == "tf32x3")

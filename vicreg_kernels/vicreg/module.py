@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vicreg_kernels.vicreg.checks import check_precision, check_settings
-from vicreg_kernels.vicreg.op import variance_covariance, vicreg_loss
+from vicreg_kernels.core import checks as shared
+from vicreg_kernels.vicreg.api import variance_covariance, vicreg_loss
+from vicreg_kernels.vicreg.checks import check_settings
 
 
 class VICRegLoss(nn.Module):
@@ -42,7 +43,7 @@ class VICRegLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_settings(margin=margin, eps=eps, convention=convention, backend=backend)
-        check_precision(precision, process_group)
+        shared.precision(precision, process_group)
         self.invariance_weight = invariance_weight
         self.variance_weight = variance_weight
         self.covariance_weight = covariance_weight
@@ -100,7 +101,7 @@ class VCRegLoss(nn.Module):
         check_settings(
             margin=margin, eps=eps, covariance_normalizer=covariance_normalizer, backend=backend
         )
-        check_precision(precision, process_group)
+        shared.precision(precision, process_group)
         self.variance_weight = variance_weight
         self.covariance_weight = covariance_weight
         self.margin = margin

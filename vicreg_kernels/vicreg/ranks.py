@@ -27,23 +27,21 @@ docs/distributed.md has the reasons.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vicreg_kernels import dispatch, distributed, library
-from vicreg_kernels.shares import statistics, two_floats
+from vicreg_kernels import distributed
+from vicreg_kernels.core import dispatch, library, schema
+from vicreg_kernels.core.once import once
+from vicreg_kernels.distributed.batch_statistics import statistics, two_floats
 from vicreg_kernels.vicreg import ranks_squares, reference
-from vicreg_kernels.vicreg.conventions import covariance_scale
+from vicreg_kernels.vicreg.contract import Settings
 from vicreg_kernels.vicreg.ranks_squares import OP
 
 _LIBRARY = torch.library.Library("vicreg_kernels", "FRAGMENT")
-_SETTINGS = (
-    "float margin, float eps, bool unbiased, float[] scales, float[] weights, str normalizer,"
-    " str group"
-)
+_SETTINGS = f"str group, {schema.arguments(Settings)}"
 _LIBRARY.define(
     "vicreg_ranks_forward(Tensor x, Tensor? y, bool need_x, bool need_y,"
     f" {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -56,15 +54,30 @@ _LIBRARY.define(
 
 
 @torch.library.impl(_LIBRARY, "vicreg_ranks_forward", "CompositeExplicitAutograd")
-def _forward(x: Tensor, y: Tensor | None, *settings: Any) -> tuple[Tensor, ...]:
+def _forward(
+    x: Tensor, y: Tensor | None, need_x: bool, need_y: bool, group: str, *settings: Any
+) -> tuple[Tensor, ...]:
     with library.no_autocast(x.device):
-        return forward(x, y, *settings)
+        return forward(x, y, need_x, need_y, group, Settings(*settings))
 
 
 @torch.library.impl(_LIBRARY, "vicreg_ranks_backward", "CompositeExplicitAutograd")
-def _backward(grads: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _backward(
+    grads: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    moments: Tensor,
+    count: Tensor,
+    gradient_x: Tensor,
+    gradient_y: Tensor,
+    need_x: bool,
+    need_y: bool,
+    group: str,
+    *settings: Any,
+) -> tuple[Tensor, Tensor]:
+    gradients = (gradient_x if need_x else None, gradient_y if need_y else None)
     with library.no_autocast(x.device):
-        return backward(grads, x, *args)
+        return backward(grads, x, y, moments, count, gradients, group, Settings(*settings))
 
 
 @torch.library.register_fake("vicreg_kernels::vicreg_ranks_forward")
@@ -83,8 +96,18 @@ def _forward_fake(
 
 
 @torch.library.register_fake("vicreg_kernels::vicreg_ranks_backward")
-def _backward_fake(grads: Tensor, x: Tensor, y: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    need_x, need_y = rest[4], rest[5]
+def _backward_fake(
+    grads: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    moments: Tensor,
+    count: Tensor,
+    gradient_x: Tensor,
+    gradient_y: Tensor,
+    need_x: bool,
+    need_y: bool,
+    *settings: Any,
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape if need_x else (0,)), x.new_empty(x.shape if need_y else (0,))
 
 
@@ -99,13 +122,14 @@ class _Ranks(torch.autograd.Function):
         need_x: bool,
         need_y: bool,
         all_terms: bool,
-        settings: tuple[Any, ...],
+        group: str,
+        settings: Settings,
     ) -> Any:
         terms, *saved = torch.ops.vicreg_kernels.vicreg_ranks_forward(
-            x, y, need_x, need_y, *settings
+            x, y, need_x, need_y, group, *settings
         )
         ctx.save_for_backward(x, y, *saved)
-        ctx.settings = settings
+        ctx.group, ctx.settings = group, settings
         return tuple(terms.unbind()) if all_terms else terms[0]
 
     @staticmethod
@@ -113,10 +137,9 @@ class _Ranks(torch.autograd.Function):
         x, y, *saved = ctx.saved_tensors
         need_x, need_y = ctx.needs_input_grad[:2]
         grad = torch.stack(grads) if len(grads) > 1 else grads[0].reshape(1)
-        args = (grad, x, y, saved, need_x, need_y, ctx.settings)
-        run = _Gradient.apply if torch.is_grad_enabled() else _gradient
-        grad_x, grad_y = run(*args)
-        return grad_x if need_x else None, grad_y if need_y else None, None, None, None, None
+        args = (grad, x, y, saved, need_x, need_y, ctx.group, ctx.settings)
+        grad_x, grad_y = once("VICReg", _gradient, *args)
+        return (grad_x if need_x else None, grad_y if need_y else None, *(None,) * 5)
 
 
 def _gradient(
@@ -126,92 +149,62 @@ def _gradient(
     saved: list[Tensor],
     need_x: bool,
     need_y: bool,
-    settings: tuple[Any, ...],
+    group: str,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor]:
     op = torch.ops.vicreg_kernels.vicreg_ranks_backward
-    return op(grad, x, y, *saved, need_x, need_y, *settings)
-
-
-class _Gradient(torch.autograd.Function):
-    """The backward op under create_graph=True: a second derivative is an error, not a silent 0."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        return _gradient(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError("the fused VICReg differentiates once; backend='reference' to any order")
+    return op(grad, x, y, *saved, need_x, need_y, group, *settings)
 
 
 def terms(
     x: Tensor,
     y: Tensor | None,
-    settings: tuple[Any, ...],
+    settings: Settings,
     backend: str,
     group: str,
     all_terms: bool,
 ) -> Any:
     """The whole batch's loss, or its four terms; x, y: own rows [G, n, D]."""
     if backend == "ranks":
-        wanted = torch.is_grad_enabled()
-        need_x = wanted and x.requires_grad
-        need_y = wanted and y is not None and y.requires_grad
-        return _Ranks.apply(x, y, need_x, need_y, all_terms, (*settings, group))
-    margin, eps, unbiased, scales, weights, normalizer = settings
+        enabled = torch.is_grad_enabled()
+        need_x = enabled and x.requires_grad
+        need_y = enabled and y is not None and y.requires_grad
+        return _Ranks.apply(x, y, need_x, need_y, all_terms, group, settings)
     rows = agree(x, y, settings, "reference", group)
     views = [
         distributed.gather_differentiable(OP, group, z.transpose(0, 1), rows).transpose(0, 1)
         for z in (x, y)
         if z is not None
     ]
-    scales = _normalised(scales, x, normalizer)
     other = views[1] if len(views) > 1 else None
-    out = reference.terms(views[0], other, margin, eps, unbiased, scales, weights)
-    return out if all_terms else out[0]
+    terms = reference.terms(views[0], other, *settings.as_reference_takes(x.shape[-1]))
+    return terms if all_terms else terms[0]
 
 
-def agree(
-    x: Tensor, y: Tensor | None, settings: tuple[Any, ...], backend: str, group: str
-) -> list[int]:
+def agree(x: Tensor, y: Tensor | None, settings: Settings, backend: str, group: str) -> list[int]:
     """Rows of each rank; all ranks raise where one cannot or would do something else."""
-    margin, eps, unbiased, scales, weights, normalizer = settings
     groups, rows, dim = x.shape
     facts = {
         "views": 1 if y is None else 2,
         "D": dim,
         "groups or positions": groups,
         "dtype": x.dtype,
-        "margin": margin,
-        "eps": eps,
-        "unbiased": unbiased,
-        "scales of the convention": tuple(scales),
-        "weights (invariance, variance, covariance)": tuple(weights),
-        "covariance normalizer": normalizer,
+        "margin": settings.margin,
+        "eps": settings.eps,
+        "unbiased": settings.unbiased,
+        "scales of the convention": tuple(settings.scales),
+        "weights (invariance, variance, covariance)": tuple(settings.weights),
+        "covariance normalizer": settings.normalizer,
         "backend": backend,
     }
     return distributed.agree(distributed.by_name(group), OP, rows, facts)
 
 
-def _normalised(scales: Sequence[float], x: Tensor, normalizer: str) -> tuple[float, float, float]:
-    return scales[0], scales[1], scales[2] * covariance_scale(x.shape[-1], normalizer)
-
-
 def forward(
-    x: Tensor,
-    y: Tensor | None,
-    need_x: bool,
-    need_y: bool,
-    margin: float,
-    eps: float,
-    unbiased: bool,
-    scales: list[float],
-    weights: list[float],
-    normalizer: str,
-    group: str,
+    x: Tensor, y: Tensor | None, need_x: bool, need_y: bool, group: str, settings: Settings
 ) -> tuple[Tensor, ...]:
     """terms, float32 [4], then moments, count and the gradients of x and y as above."""
-    settings = (margin, eps, unbiased, scales, weights, normalizer)
+    margin, eps, unbiased, scales, weights = settings.as_reference_takes(x.shape[-1])
     rows = agree(x, y, settings, "ranks", group)
     ranks = distributed.by_name(group)
     total, (groups, _, dim) = sum(rows), x.shape
@@ -227,11 +220,11 @@ def forward(
     std = torch.sqrt(scatter / degrees + eps)
     invariance = scales[0] * difference / (total * groups * dim)
     variance = scales[1] * torch.relu(margin - std).mean(dim=(1, 2)).sum()
-    scale = _normalised(scales, x, normalizer)[2] / (groups * degrees * degrees)
+    scale = scales[2] / (groups * degrees * degrees)
     covariance = scale * square
     loss = weights[0] * invariance + weights[1] * variance + weights[2] * covariance
-    found = torch.stack((loss, invariance, variance, covariance)).float()
-    return found, moments, mean.new_full((1,), total), *gradients
+    terms = torch.stack((loss, invariance, variance, covariance)).float()
+    return terms, moments, mean.new_full((1,), total), *gradients
 
 
 def backward(
@@ -240,21 +233,15 @@ def backward(
     y: Tensor | None,
     moments: Tensor,
     count: Tensor,
-    gradient_x: Tensor,
-    gradient_y: Tensor,
-    need_x: bool,
-    need_y: bool,
-    margin: float,
-    eps: float,
-    unbiased: bool,
-    scales: list[float],
-    weights: list[float],
-    normalizer: str,
+    gradients: tuple[Tensor | None, Tensor | None],
     group: str,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor]:
-    """`ranks` times the whole batch's gradient at x and y, contiguous, empty where not needed.
-    grads: float32 [1] (loss) or [4] (loss and terms), the same on every rank.
+    """`ranks` times the whole batch's gradient at x and y, contiguous, empty where `gradients`, the
+    views' covariance gradients, has None. grads: float32 [1] (loss) or [4] (loss and terms), the
+    same on every rank.
     """
+    margin, eps, unbiased, scales, weights = settings.as_reference_takes(x.shape[-1])
     process_group = distributed.by_name(group)
     if dispatch.DEBUG:
         distributed.check_same(OP, process_group, "the loss's incoming gradient", grads)
@@ -263,9 +250,7 @@ def backward(
     degrees = (count - int(unbiased)).float()
     each = [
         (grads[0] * weight + (grads[i + 1] if len(grads) > 1 else 0.0)) * (scale * ranks)
-        for i, (weight, scale) in enumerate(
-            zip(weights, _normalised(scales, x, normalizer), strict=True)
-        )
+        for i, (weight, scale) in enumerate(zip(weights, scales, strict=True))
     ]
     a_invariance = each[0] * 2.0 / (count.float() * groups * dim)
     a_variance = each[1] / (groups * dim)
@@ -274,14 +259,14 @@ def backward(
     std = torch.sqrt(moments[:, :, 2] / degrees + eps)
     slope = torch.where(std >= margin, 0.0, -a_variance / (degrees * std))  # [V, G, D]
 
-    found = [x.new_empty(0), x.new_empty(0)]
-    for v, (z, gradient) in enumerate(((x, gradient_x), (y, gradient_y))):
-        if z is None or not (need_x, need_y)[v]:
+    results = [x.new_empty(0), x.new_empty(0)]
+    for v, (z, gradient) in enumerate(zip((x, y), gradients, strict=True)):
+        if z is None or gradient is None:
             continue
         high, low, _ = moments[v].unsqueeze(2).unbind(1)  # [G, 1, D]
         out = torch.sub(z, high, out=z.new_empty(z.shape, dtype=torch.float32)).sub_(low)
         out.mul_(slope[v].unsqueeze(1)).addcmul_(gradient, a_covariance)
         if difference is not None:
             out.add_(difference, alpha=1 - 2 * v)
-        found[v] = out.to(z.dtype)
-    return found[0], found[1]
+        results[v] = out.to(z.dtype)
+    return results[0], results[1]

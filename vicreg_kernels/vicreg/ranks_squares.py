@@ -18,8 +18,8 @@ from torch import Tensor
 
 from vicreg_kernels import distributed
 from vicreg_kernels.distributed import Pending
-from vicreg_kernels.shares import product, square_product
-from vicreg_kernels.vicreg.backends import DEFLATED_COLUMNS
+from vicreg_kernels.distributed.batch_statistics import product, square_product
+from vicreg_kernels.vicreg.contract import DEFLATED_COLUMNS
 
 OP = "vicreg"
 # Elements of a chunk of the covariance that is summed over ranks, and its least height: large

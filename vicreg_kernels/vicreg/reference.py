@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vicreg_kernels import library
+from vicreg_kernels.core import library
 
 
 def _per_view(z: Tensor, margin: float, eps: float, unbiased: bool) -> tuple[Tensor, Tensor]:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from vicreg_kernels import reals
-from vicreg_kernels.vicreg.checks import DTYPES
-from vicreg_kernels.vicreg.checks import check_settings as check_vicreg_settings
+from vicreg_kernels.core import checks as shared
+from vicreg_kernels.core import dispatch, reals
 from vicreg_kernels.vicregl.reference import Setting
 
 COVARIANCES = ("all_views", "last_view")
@@ -32,7 +30,8 @@ def settings(
     backend: str | None,
 ) -> Setting:
     """The settings as one object; raises a ValueError or TypeError that names the wrong one."""
-    check_vicreg_settings(margin=margin, eps=eps, backend=backend)
+    eps, margin = reals.finite("eps", eps, 0), reals.finite("margin", margin, 0)
+    dispatch.check_backend(backend)
     alpha = reals.real("alpha", alpha, "a number from 0 to 1")
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha: got {alpha}, takes a number from 0 to 1")
@@ -68,33 +67,22 @@ def settings(
     )
 
 
-def _views(name: str, given: Sequence[Tensor] | None, shapes: str, dims: Sequence[int]) -> None:
+def _views(name: str, views: Sequence[Tensor] | None, shapes: str, dims: Sequence[int]) -> None:
     """At least two dense float tensors of one batch size, dtype and device."""
-    if given is None or isinstance(given, Tensor) or not isinstance(given, Sequence):
-        raise TypeError(f"{name}: got {type(given).__name__}, takes a sequence of tensors")
-    if len(given) < 2:
-        raise ValueError(f"{name}: got {len(given)} views, takes at least 2, the large ones first")
-    for i, z in enumerate(given):
+    if views is None or isinstance(views, Tensor) or not isinstance(views, Sequence):
+        raise TypeError(f"{name}: got {type(views).__name__}, takes a sequence of tensors")
+    if len(views) < 2:
+        raise ValueError(f"{name}: got {len(views)} views, takes at least 2, the large ones first")
+    for i, z in enumerate(views):
         where = f"{name}[{i}]"
-        if not isinstance(z, Tensor):
-            raise TypeError(f"{where}: got {type(z).__name__}, takes a torch.Tensor")
-        if z.dtype not in DTYPES:
-            raise TypeError(
-                f"{where}: got dtype {z.dtype}, takes float32, bfloat16, float16 or float64"
-            )
-        if z.layout != torch.strided:
-            raise TypeError(f"{where}: got layout {z.layout}, takes a dense (strided) tensor")
+        shared.is_tensor(where, z)
+        shared.dense_float(where, z.dtype, z.layout)
         if z.dim() not in dims:
             raise ValueError(f"{where}: got shape {tuple(z.shape)}, takes {shapes}")
-        if z.numel() == 0:
-            raise ValueError(f"{where}: got no elements (shape {tuple(z.shape)})")
-        first = given[0]
-        if z.dtype != first.dtype:
-            raise TypeError(f"{where}: got dtype {z.dtype}, takes that of view 0, {first.dtype}")
-        if z.device != first.device:
-            raise ValueError(
-                f"{where}: got device {z.device}, takes that of view 0, {first.device}"
-            )
+        shared.not_empty(where, z.shape)
+        first = views[0]
+        shared.same_dtype(where, z.dtype, first.dtype, "that of view 0,")
+        shared.same_device(where, z.device, first.device, "that of view 0,")
         if z.shape[0] != first.shape[0]:
             raise ValueError(
                 f"{where}: got a batch of {z.shape[0]}, takes that of view 0, {first.shape[0]}"
@@ -109,10 +97,7 @@ def _views(name: str, given: Sequence[Tensor] | None, shapes: str, dims: Sequenc
 def _agree(name: str, views: Sequence[Tensor], other: str, others: Sequence[Tensor]) -> None:
     if len(views) != len(others):
         raise ValueError(f"{name}: got {len(views)} views, takes as many as {other}, {len(others)}")
-    if views[0].device != others[0].device:
-        raise ValueError(
-            f"{name}: got device {views[0].device}, takes that of {other}, {others[0].device}"
-        )
+    shared.same_device(name, views[0].device, others[0].device, f"that of {other},")
     if views[0].shape[0] != others[0].shape[0]:
         raise ValueError(
             f"{name}: got a batch of {views[0].shape[0]}, takes that of {other}, "

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vicreg_kernels.vicregl import checks
-from vicreg_kernels.vicregl.loss import vicregl_loss
+from vicreg_kernels.vicregl.api import vicregl_loss
 
 
 class VICRegLLoss(nn.Module):

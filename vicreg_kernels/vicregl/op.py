@@ -1,6 +1,6 @@
 """Schemas, fakes and autograd of the VICRegL ops: nearest matches, and the matched difference.
 
-`backends.py` says what each computes. Matches are integers and have no gradient; what is kept of
+`contract.py` says what each computes. Matches are integers and have no gradient; what is kept of
 them is a rule of (count, weight) pairs on their ranks, so that the two roles of a pair of large
 views share one search and one pass. Nothing waits for the device.
 """
@@ -13,19 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vicreg_kernels import calls
-from vicreg_kernels.vicregl import backends, reference
+from vicreg_kernels.core import calls, loader, schema
+from vicreg_kernels.core.once import once
+from vicreg_kernels.vicregl import reference
+from vicreg_kernels.vicregl.contract import Kernels
 
 _LIBRARY = torch.library.Library("vicreg_kernels", "FRAGMENT")
 _MATCHES = "Tensor a, Tensor b, Tensor nearest_a, Tensor rank_a, Tensor nearest_b, Tensor rank_b"
-_KEPT = "SymInt[] counts_a, float[] weights_a, SymInt[] counts_b, float[] weights_b, str backend"
 _LIBRARY.define(
     "vicregl_match(Tensor a, Tensor b, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_LIBRARY.define(f"vicregl_pairs_forward({_MATCHES}, {_KEPT}) -> Tensor")
-_LIBRARY.define(
-    f"vicregl_pairs_backward(Tensor grad, {_MATCHES}, bool need_a, bool need_b, {_KEPT})"
-    " -> (Tensor, Tensor)"
 )
 
 
@@ -45,26 +41,66 @@ class Kept(NamedTuple):
     weights: Sequence[float]
 
 
+class Settings(NamedTuple):
+    """Which matches count, of a's and of b's, as the ops take it."""
+
+    counts_a: list[int]
+    weights_a: list[float]
+    counts_b: list[int]
+    weights_b: list[float]
+
+
+_SETTINGS = f"str backend, {schema.arguments(Settings, counts_a='SymInt[]', counts_b='SymInt[]')}"
+_LIBRARY.define(f"vicregl_pairs_forward({_MATCHES}, {_SETTINGS}) -> Tensor")
+_LIBRARY.define(
+    f"vicregl_pairs_backward(Tensor grad, {_MATCHES}, bool need_a, bool need_b, {_SETTINGS})"
+    " -> (Tensor, Tensor)"
+)
+
+
 @torch.library.impl(_LIBRARY, "vicregl_match", "CompositeExplicitAutograd")
 def _match(a: Tensor, b: Tensor, backend: str) -> tuple[Tensor, ...]:
-    return backends.load(backend).match(a, b)
+    return loader.load("vicregl", Kernels, backend).match(a, b)
 
 
 @torch.library.impl(_LIBRARY, "vicregl_pairs_forward", "CompositeExplicitAutograd")
-def _pairs_forward(*args: Any) -> Tensor:
-    return backends.load(args[-1]).pairs_forward(*args[:-1])
+def _pairs_forward(
+    a: Tensor,
+    b: Tensor,
+    nearest_a: Tensor,
+    rank_a: Tensor,
+    nearest_b: Tensor,
+    rank_b: Tensor,
+    backend: str,
+    *settings: Any,
+) -> Tensor:
+    kernels = loader.load("vicregl", Kernels, backend)
+    return kernels.pairs_forward(a, b, nearest_a, rank_a, nearest_b, rank_b, *settings)
 
 
 @torch.library.impl(_LIBRARY, "vicregl_pairs_backward", "CompositeExplicitAutograd")
-def _pairs_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    return backends.load(args[-1]).pairs_backward(*args[:-1])
+def _pairs_backward(
+    grad: Tensor,
+    a: Tensor,
+    b: Tensor,
+    nearest_a: Tensor,
+    rank_a: Tensor,
+    nearest_b: Tensor,
+    rank_b: Tensor,
+    need_a: bool,
+    need_b: bool,
+    backend: str,
+    *settings: Any,
+) -> tuple[Tensor, Tensor]:
+    kernels = loader.load("vicregl", Kernels, backend)
+    matches = (nearest_a, rank_a, nearest_b, rank_b)
+    return kernels.pairs_backward(grad, a, b, *matches, need_a, need_b, *settings)
 
 
 @torch.library.register_fake("vicreg_kernels::vicregl_match")
 def _match_fake(a: Tensor, b: Tensor, backend: str) -> tuple[Tensor, ...]:
     pairs = (a.shape[0], b.shape[0], a.shape[1])
-    made = [a.new_empty((*pairs, z.shape[2]), dtype=torch.int32) for z in (a, a, b, b)]
-    return tuple(made)
+    return tuple(a.new_empty((*pairs, z.shape[2]), dtype=torch.int32) for z in (a, a, b, b))
 
 
 @torch.library.register_fake("vicreg_kernels::vicregl_pairs_forward")
@@ -73,8 +109,18 @@ def _pairs_forward_fake(a: Tensor, *rest: Any) -> Tensor:
 
 
 @torch.library.register_fake("vicreg_kernels::vicregl_pairs_backward")
-def _pairs_backward_fake(grad: Tensor, a: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    need_a, need_b = rest[4], rest[5]
+def _pairs_backward_fake(
+    grad: Tensor,
+    a: Tensor,
+    b: Tensor,
+    nearest_a: Tensor,
+    rank_a: Tensor,
+    nearest_b: Tensor,
+    rank_b: Tensor,
+    need_a: bool,
+    need_b: bool,
+    *settings: Any,
+) -> tuple[Tensor, Tensor]:
     return a.new_empty(a.shape if need_a else (0,)), b.new_empty(b.shape if need_b else (0,))
 
 
@@ -87,54 +133,50 @@ def match(a: Tensor, b: Tensor, backend: str) -> Matches:
     return Matches(*run(a, b, backend))
 
 
-def pairs(a: Tensor, b: Tensor, found: Matches, kept_a: Kept, kept_b: Kept, backend: str) -> Tensor:
+def pairs(
+    a: Tensor, b: Tensor, matches: Matches, kept_a: Kept, kept_b: Kept, backend: str
+) -> Tensor:
     """The weighed mean squared differences of the matches that are kept: a 0-d tensor, float32
     (float64 for float64 inputs).
     """
     rules = (list(kept_a.counts), list(kept_a.weights), list(kept_b.counts), list(kept_b.weights))
     if backend == "reference":
-        return reference.pairs(a, b, *found, *rules)
-    return _Pairs.apply(a, b, *found, (*rules, backend))
+        return reference.pairs(a, b, *matches, *rules)
+    return _Pairs.apply(a, b, *matches, backend, Settings(*rules))
 
 
 class _Pairs(torch.autograd.Function):
     """Forward saves only its inputs; backward is one op call. Once differentiable."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, *args: Any) -> Tensor:
-        *found, settings = args
-        ctx.save_for_backward(a, b, *found)
-        ctx.settings = settings
+    def forward(
+        ctx: Any,
+        a: Tensor,
+        b: Tensor,
+        nearest_a: Tensor,
+        rank_a: Tensor,
+        nearest_b: Tensor,
+        rank_b: Tensor,
+        backend: str,
+        settings: Settings,
+    ) -> Tensor:
+        matches = (nearest_a, rank_a, nearest_b, rank_b)
+        ctx.save_for_backward(a, b, *matches)
+        ctx.backend, ctx.settings = backend, settings
         run = (
             _pairs_forward if calls.direct(a, b) else torch.ops.vicreg_kernels.vicregl_pairs_forward
         )
-        return run(a, b, *found, *settings)
+        return run(a, b, *matches, backend, *settings)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         need_a, need_b = ctx.needs_input_grad[:2]
-        run = _Gradient.apply if torch.is_grad_enabled() else _gradient
-        made = run(grad, *ctx.saved_tensors, need_a, need_b, ctx.settings)
-        grad_a, grad_b = made
-        return grad_a if need_a else None, grad_b if need_b else None, *(None,) * 5
+        args = (grad, *ctx.saved_tensors, need_a, need_b, ctx.backend, *ctx.settings)
+        grad_a, grad_b = once("VICRegL", _gradient, *args)
+        return grad_a if need_a else None, grad_b if need_b else None, *(None,) * 6
 
 
 def _gradient(grad: Tensor, a: Tensor, b: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *rest, settings = args
     direct = calls.direct(grad, a, b)
     run = _pairs_backward if direct else torch.ops.vicreg_kernels.vicregl_pairs_backward
-    return run(grad, a, b, *rest, *settings)
-
-
-class _Gradient(torch.autograd.Function):
-    """The backward op under create_graph=True: a second derivative is an error, not a silent 0."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        return _gradient(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            "the fused VICRegL differentiates once; backend='reference' to any order"
-        )
+    return run(grad, a, b, *args)

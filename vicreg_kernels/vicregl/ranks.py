@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vicreg_kernels import dispatch, distributed
+from vicreg_kernels import distributed
+from vicreg_kernels.core import dispatch
 
 OP = "vicregl"
 

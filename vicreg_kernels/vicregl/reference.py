@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vicreg_kernels import library
+from vicreg_kernels.core import library
 from vicreg_kernels.vicreg.reference import _per_view
 
 
@@ -63,7 +63,7 @@ def pairs(
     counts_b: Sequence[int],
     weights_b: Sequence[float],
 ) -> Tensor:
-    """The weighed mean squared differences of `backends.py`."""
+    """The weighed mean squared differences of `contract.py`."""
     with library.no_autocast(a.device):
         a, b = _working(a, b)
         a, b = a[:, None], b[None]

@@ -104,7 +104,7 @@ __device__ __forceinline__ double row_sum(const Pred& pred, int64_t p_at, const 
   return warp_sum(sum);
 }
 
-// partials[block] = the block's sum; saved as backends.py says, NaN where the index is out of range.
+// partials[block] = the block's sum; saved as contract.py says, NaN where the index is out of range.
 template <typename Pred, typename Teacher>
 __global__ void __launch_bounds__(kThreads, 2)
     loss_rows(LossSettings q, Pred pred, Teacher teacher, float* saved, double* partials) {

@@ -1,7 +1,7 @@
 """What a run is made of: the settings, the recipes, and how both are read.
 
-settings.py has the settings and their ranges, load.py reads recipes/*.yaml and the command line's
-key=value, yaml_text.py refuses what PyYAML lets pass.
+settings.py has the settings and their ranges, rules.py says which go together, load.py reads
+recipes/*.yaml and the command line's key=value, yaml_text.py refuses what PyYAML lets pass.
 """
 
 from vicreg_jepa.config.load import (
@@ -13,10 +13,6 @@ from vicreg_jepa.config.load import (
     recipes,
 )
 from vicreg_jepa.config.settings import (
-    CAUSAL,
-    ON_VIDEO,
-    PREDICTIVE,
-    TAKEN_BY,
     Config,
     Data,
     Loss,
@@ -26,10 +22,6 @@ from vicreg_jepa.config.settings import (
 )
 
 __all__ = [
-    "CAUSAL",
-    "ON_VIDEO",
-    "PREDICTIVE",
-    "TAKEN_BY",
     "Config",
     "ConfigError",
     "Data",

@@ -9,7 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from vicreg_jepa.config import yaml_text
-from vicreg_jepa.config.settings import KINDS, OF_VIT, TAKEN_BY, Config, Data, Model, Optimizer
+from vicreg_jepa.config.rules import KINDS, OF_VIT
+from vicreg_jepa.config.settings import Config, Data, Model, Optimizer
+from vicreg_jepa.methods.base import taken_by
 
 RECIPES = Path(__file__).with_name("recipes")
 
@@ -84,7 +86,7 @@ def _give_way(values: dict[str, Any], given: dict[str, Any]) -> None:
     if replaced("data", "kind", Data().kind) is not None:
         drop("data", KINDS)
     method = replaced(None, "method", None)
-    for key, methods in TAKEN_BY.items() if method is not None else ():
+    for key, methods in taken_by().items() if method is not None else ():
         if method not in methods:
             section, name = key.split(".")
             drop(section, [name])

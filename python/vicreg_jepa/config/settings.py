@@ -8,53 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from vicreg_jepa.config import rules
 from vicreg_jepa.files.pictures import DEFAULT, Limits
-
-# Methods with a loss of batch statistics; those that predict tokens; of these, those of videos (the
-# others are of images), and those that foresee frame by frame.
-STATISTICAL = ("vicreg", "vicreg_jepa", "lejepa")
-ON_VIDEO = ("vjepa", "vjepa_causal", "pixels")
-PREDICTIVE = ("ijepa", *ON_VIDEO)
-CAUSAL = ("vjepa_causal", "pixels")
+from vicreg_jepa.methods import METHODS
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
-
-
-# The settings that only some kinds of data take.
-KINDS = {
-    "path": ("images", "torchvision", "videos", "webdataset", "physics"),
-    "test": ("images", "webdataset"),
-    "name": ("torchvision",),
-    "download": ("torchvision",),
-    "decoder": ("videos", "webdataset"),
-    "videos": ("physics",),
-    "white": ("images", "webdataset"),
-    "max_pixels": ("images", "videos", "webdataset"),
-    "max_bytes": ("webdataset", "physics"),
-}
-
-OF_VIT = ("depth", "heads", "patch")
-
-# The settings that only some methods take.
-TAKEN_BY = {
-    **dict.fromkeys(("data.test", "data.white"), (*STATISTICAL, "ijepa")),
-    **dict.fromkeys(("data.frames", "data.stride", "data.decoder"), ON_VIDEO),
-    **dict.fromkeys(("model.tubelet", "model.sees", "loss.still", "loss.spread"), ON_VIDEO),
-    **dict.fromkeys(("model.expander", "model.activation"), STATISTICAL),
-    "model.predictor_dim": ("vicreg_jepa", *PREDICTIVE),
-    **dict.fromkeys(("model.predictor_depth", "model.predictor_heads"), PREDICTIVE),
-    **dict.fromkeys(
-        ("loss.invariance", "loss.variance", "loss.covariance"), ("vicreg", "vicreg_jepa")
-    ),
-    **dict.fromkeys(("loss.sigreg", "loss.slices", "loss.views"), ("lejepa",)),
-    **dict.fromkeys(("loss.future", "loss.frames_seen"), ("vjepa",)),
-    "optimizer.momentum": ("ijepa", "vjepa", "vjepa_causal"),
-    "training.checkpointing": PREDICTIVE,
-}
 
 
 class Settings(BaseModel):
@@ -96,16 +58,16 @@ class Data(Settings):
 
     @model_validator(mode="after")
     def _of_its_kind(self) -> Data:
-        if self.path is None and self.kind in KINDS["path"] and self.kind != "physics":
+        if self.path is None and self.kind in rules.KINDS["path"] and self.kind != "physics":
             raise ValueError(f"path: missing, takes a folder with kind={self.kind!r}")
         if self.name is None and self.kind == "torchvision":
             raise ValueError("name: missing, takes a set of torchvision's, such as CIFAR10")
-        for key, kinds in KINDS.items():
-            given = getattr(self, key)
-            if self.kind not in kinds and given != type(self).model_fields[key].default:
+        for key, kinds in rules.KINDS.items():
+            value = getattr(self, key)
+            if self.kind not in kinds and value != type(self).model_fields[key].default:
                 raise ValueError(
-                    f"{key}: got {str(given)!r}, but it is of kind {' and '.join(kinds)}, not of "
-                    f"{self.kind!r}"
+                    f"{key}: got {str(value)!r}, but it is used by data.kind {', '.join(kinds)}, "
+                    f"not by {self.kind!r}"
                 )
         return self
 
@@ -133,9 +95,9 @@ class Model(Settings):
 class Loss(Settings):
     """variance, covariance, invariance: VICReg's weights; sigreg: lambda of LeJEPA; slices: its
     random directions; future: share of V-JEPA's steps that hide the future, after a number of
-    token frames in frames_seen; still: share of the unchanging tokens that are predicted, beside
-    all that change; spread: weight of variance and covariance of the context's tokens, which keeps
-    V-JEPA's from low rank.
+    token frames in frames_seen; static_token_share: share of the unchanging tokens that are
+    predicted, beside all that change; vc_weight: weight of variance and covariance of the context's
+    tokens, which keeps V-JEPA's from low rank.
     """
 
     invariance: NonNegative = 25.0
@@ -146,8 +108,8 @@ class Loss(Settings):
     views: Annotated[int, Field(ge=2)] = 2
     future: Fraction = 0.0
     frames_seen: tuple[Positive, Positive] = (1, 5)
-    still: Fraction = 1.0
-    spread: NonNegative = 0.0
+    static_token_share: Fraction = 1.0
+    vc_weight: NonNegative = 0.0
 
 
 class Optimizer(Settings):
@@ -191,7 +153,7 @@ class Training(Settings):
 class Config(Settings):
     """kernels: "fused" (vicreg_kernels) or "reference" (plain PyTorch as published)."""
 
-    method: Literal["vicreg", "vicreg_jepa", "ijepa", "vjepa", "lejepa", "vjepa_causal", "pixels"]
+    method: str
     kernels: Literal["fused", "reference"] = "fused"
     backend: Literal["reference", "cpu", "triton", "cuda"] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -201,77 +163,18 @@ class Config(Settings):
     optimizer: Optimizer = Optimizer()
     training: Training = Training()
 
+    @field_validator("method")
+    @classmethod
+    def _registered(cls, name: str) -> str:
+        if name not in METHODS:
+            raise ValueError(f"takes {', '.join(METHODS)}")
+        return name
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        kinds = ("videos", "webdataset", "physics")
-        if not self.is_video:
-            kinds = ("digits", "images", "torchvision", "webdataset")
-        if self.data.kind not in kinds:
-            takes = f"{'videos' if self.is_video else 'images'}: {', '.join(kinds)}"
-            raise ValueError(f"data.kind: got {self.data.kind!r}, {self.method} takes {takes}")
-        if self.method in PREDICTIVE and self.model.encoder != "vit":
-            raise ValueError(f"model.encoder: got 'conv', {self.method} takes 'vit'")
-        self._taken()
-        if self.kernels == "reference" and self.backend is not None:
-            raise ValueError("backend: names the fused kernels', takes none with 'reference'")
+        rules.check(self)
         return self
 
     @property
     def is_video(self) -> bool:
-        return self.method in ON_VIDEO
-
-    def _taken(self) -> None:
-        """No setting is ignored in silence."""
-        for key, methods in TAKEN_BY.items():
-            if self.method not in methods:
-                self._untouched(key, f"it is of {', '.join(methods)}, not of {self.method}")
-        if self.model.encoder == "conv":
-            for name in OF_VIT:
-                self._untouched(f"model.{name}", "it is of model.encoder 'vit', not of 'conv'")
-        if self.optimizer.name == "lars":
-            self._untouched("optimizer.betas", "it is of optimizer.name 'adamw', not of 'lars'")
-        if self.method in CAUSAL and self.model.sees != "frame":
-            raise ValueError(f"model.sees: got 'clip', {self.method} takes 'frame'")
-        frames, (least, most) = self.data.frames // self.model.tubelet, self.loss.frames_seen
-        if self.method in CAUSAL and frames < 2:
-            raise ValueError(
-                f"data.frames: got {self.data.frames}, {self.method} takes at least two token "
-                f"frames of {self.model.tubelet}"
-            )
-        if self.loss.future and not least <= most < frames:
-            raise ValueError(
-                f"loss.frames_seen: got {(least, most)}, takes least and most below the clip's "
-                f"{frames} token frames"
-            )
-        if self.loss.spread and self.training.accumulate > 1:
-            raise ValueError("training.accumulate: takes 1 with loss.spread, which is of the batch")
-        if self.training.compile == "reduce-overhead":
-            self._captured()
-        if self.training.parallel == "fsdp":
-            self._shardable()
-
-    def _untouched(self, key: str, why: str) -> None:
-        section, name = key.split(".")
-        settings = getattr(self, section)
-        given = getattr(settings, name)
-        if given != type(settings).model_fields[name].default:
-            raise ValueError(f"{key}: got {given!r}, but {why}")
-
-    def _shardable(self) -> None:
-        got = "training.parallel: got 'fsdp'"
-        if self.model.encoder != "vit":
-            raise ValueError(f"{got}, which shards transformers; model.encoder 'conv' takes 'ddp'")
-        if self.optimizer.name == "lars":
-            raise ValueError(f"{got}; optimizer.name 'lars', of whole tensors' norms, takes 'ddp'")
-        if self.training.compile:
-            raise ValueError(f"{got}; training.compile takes 'ddp'")
-
-    def _captured(self) -> None:
-        """What a CUDA graph would compute wrongly or not at all."""
-        key, training = "training.compile: got 'reduce-overhead'", self.training
-        if not training.device.startswith("cuda"):
-            raise ValueError(f"{key} on {training.device!r}, takes a CUDA device")
-        if self.method in PREDICTIVE:
-            raise ValueError(f"{key}, {self.method}'s batches change their shape: takes true")
-        if training.accumulate > 1:
-            raise ValueError(f"{key} with accumulate {training.accumulate}, takes accumulate 1")
+        return METHODS[self.method].data == "videos"

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vicreg_jepa.files import listing, pictures, tar_index
-from vicreg_jepa.files.pictures import Limits
+from vicreg_jepa.files.pictures import DEFAULT, Limits
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 PICTURES = tuple(suffix[1:] for suffix in SUFFIXES)
@@ -55,7 +55,7 @@ class Stored:
     pictures: Pictures
     size: int
     rows: Tensor
-    limits: Limits = pictures.DEFAULT
+    limits: Limits = DEFAULT
 
     channels = 3
 

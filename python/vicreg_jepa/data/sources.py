@@ -8,6 +8,7 @@ from typing import Any
 from vicreg_jepa.config import Config, Data
 from vicreg_jepa.data import image_files, image_sets, videos
 from vicreg_jepa.data.batches import Clips, ClipSource, ImageSource
+from vicreg_jepa.methods import METHODS
 
 
 def images(settings: Config) -> tuple[Any, Any]:
@@ -43,8 +44,8 @@ def _stored(given: Data, path: Path) -> image_files.Stored:
 def source(settings: Config) -> Any:
     batch, seed, workers = settings.training.batch, settings.seed, settings.data.workers
     if not settings.is_video:
-        # I-JEPA's masks are drawn apart from the images, so a rank reads its own alone.
-        whole = settings.method != "ijepa"
+        # Masks are drawn apart from the images, so a rank then reads its own alone.
+        whole = METHODS[settings.method].learns == "views"
         return ImageSource(images(settings)[0], batch, seed, workers, whole)
     clips = Clips(videos.of(settings), settings.data.frames, settings.data.stride)
     return ClipSource(clips, batch, seed, workers)

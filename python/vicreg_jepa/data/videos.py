@@ -10,7 +10,6 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,7 +27,7 @@ SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 PHYSICS = Path("runs/physics")
 
 
-def of(settings: Config) -> Sequence[Any]:
+def of(settings: Config) -> Any:
     """The training videos of a run."""
     data = settings.data
     if data.kind == "physics":
@@ -49,7 +48,7 @@ def labels(settings: Config, key: str | None) -> list[str]:
     return found.labels(key)
 
 
-def simulated(folder: Path, videos: int, seed: int, workers: int, size: int) -> Sequence[Any]:
+def simulated(folder: Path, videos: int, seed: int, workers: int, size: int) -> Any:
     """The first `videos` of the seed's physics videos; those not in the folder are made first."""
     from tqdm import tqdm
 

@@ -32,7 +32,7 @@ from vicreg_jepa.methods import build
 from vicreg_jepa.training import checkpoint
 from vicreg_jepa.training.run import load, restore, train
 from vicreg_jepa.training.trainer import device_of
-from vicreg_kernels import dispatch
+from vicreg_kernels.core import dispatch
 
 # Parity is looked at before the training and at the checkpoints.
 SETTINGS = ("training.steps=200", "training.save_every=40", "training.keep=5")
@@ -197,7 +197,7 @@ def _probe(
     views["pixels"] = lambda images: images.flatten(1)
     scores: dict[str, Any] = {"per_class": PER_CLASS}
     for name, see in views.items():
-        seen = [see(part.images) for part in sets]
-        score = probe.probe(*seen, *sets, seed=settings.seed, per_class=PER_CLASS)
+        train, test = (see(part.images) for part in sets)
+        score = probe.probe(train, test, sets[0], sets[1], seed=settings.seed, per_class=PER_CLASS)
         scores[name] = asdict(score)
     return scores

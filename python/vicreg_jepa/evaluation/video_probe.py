@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,9 +119,9 @@ def scores(
     """
     train, test = image_sets.split(videos, seed)  # type: ignore[type-var]
     seen, held_out = tokens[train.rows], tokens[test.rows]
-    words = {"heads": heads, "seed": seed, "backend": backend}
+    settings: dict[str, Any] = {"heads": heads, "seed": seed, "backend": backend}
     return Scores(
-        attentive(seen, train.labels, held_out, test.labels, **words),
+        attentive(seen, train.labels, held_out, test.labels, **settings),
         probe.accuracy(seen.mean(dim=1), train.labels, held_out.mean(dim=1), test.labels),
     )
 

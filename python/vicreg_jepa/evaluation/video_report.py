@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,12 +50,16 @@ def probed(settings: Config, method: nn.Module, step: int, label: str | None, mo
     clips = Clips(videos.of(settings), settings.data.frames, settings.data.stride)
     untrained = build.method(settings, method.channels).eval()
     trained, others = _tokens(settings, _Middle(clips, rows), [method, untrained])
-    words = {"heads": settings.model.heads, "seed": settings.seed, "backend": settings.backend}
+    probes: dict[str, Any] = {
+        "heads": settings.model.heads,
+        "seed": settings.seed,
+        "backend": settings.backend,
+    }
     table = {
-        f"{settings.method}, step {step}": video_probe.scores(trained, labelled, **words),
-        "untrained encoder": video_probe.scores(others, labelled, **words),
+        f"{settings.method}, step {step}": video_probe.scores(trained, labelled, **probes),
+        "untrained encoder": video_probe.scores(others, labelled, **probes),
         "shuffled labels": video_probe.scores(
-            trained, video_probe.shuffled(labelled, settings.seed), **words
+            trained, video_probe.shuffled(labelled, settings.seed), **probes
         ),
     }
     commonest = Counter(labelled.labels.tolist()).most_common(1)[0][1] / count

@@ -21,8 +21,10 @@ from vicreg_jepa.files import listing
 WHERE = "data.path or data.test"
 BLOCK = tarfile.BLOCKSIZE
 # The keys of an extended header that are not some program's own, which have a point.
-KEYS = ("atime", "charset", "comment", "ctime", "gid", "gname", "hdrcharset", "linkpath", "mtime")
-KEYS += ("path", "size", "uid", "uname")
+KEYS = (
+    "atime", "charset", "comment", "ctime", "gid", "gname", "hdrcharset", "linkpath", "mtime",
+    "path", "size", "uid", "uname",
+)  # fmt: skip
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 
 

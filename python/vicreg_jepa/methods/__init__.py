@@ -1,1 +1,28 @@
-"""The methods, each a page over the public API of vicreg_kernels."""
+"""The methods, a file each over the public API of vicreg_kernels; base.py says what a method is.
+
+Importing a method's file registers it in METHODS.
+"""
+
+from vicreg_jepa.methods import (
+    ijepa,
+    lejepa,
+    pixels,
+    vicreg,
+    vicreg_jepa,
+    vjepa,
+    vjepa_causal,
+)
+from vicreg_jepa.methods.base import METHODS, MethodKind, register
+
+__all__ = [
+    "METHODS",
+    "MethodKind",
+    "ijepa",
+    "lejepa",
+    "pixels",
+    "register",
+    "vicreg",
+    "vicreg_jepa",
+    "vjepa",
+    "vjepa_causal",
+]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,6 +22,9 @@ from torch.nn import functional as F
 from vicreg_jepa.methods.token_prediction import Predictive
 from vicreg_jepa.models import masks
 from vicreg_jepa.ops.encode import encode
+
+if TYPE_CHECKING:
+    from vicreg_jepa.config.settings import Config
 
 
 class Causal(Predictive):
@@ -48,6 +51,7 @@ class Causal(Predictive):
         """[B, T, D]: each frame's next one, of tokens [B, T, features] of whole frames."""
         grid = self.encoder.grid
         h = self.predictor.predictor_embed(F.layer_norm(tokens, tokens.shape[-1:]))
+        assert self.predictor.table is not None  # it has position="both"
         h = h + self.predictor.table[: tokens.shape[1]]
         frames = tokens.shape[1] // grid.frame.tokens
         h = self.predictor.run(h, self.kernels.attend_causal(grid, frames))
@@ -70,10 +74,21 @@ class Causal(Predictive):
         loss = weight * self.kernels.prediction_loss(
             predicted, wanted, drawn.targets, self.kind, self.normalise
         )
-        return loss + self.spreading(tokens.flatten(0, 1), process_group)
+        return loss + self.variance_covariance(tokens.flatten(0, 1), process_group)
 
     def foreseen(self, x: Tensor, seen: Sequence[int]) -> list[Tensor]:
         """The next token frame after each number of them, [B, plane, D]."""
         _, following = self._seen(x)
         plane = self.encoder.grid.frame.tokens
         return [following[:, (n - 1) * plane : n * plane] for n in seen]
+
+
+def check(config: Config) -> None:
+    """What every method frame by frame takes."""
+    if config.model.sees != "frame":
+        raise ValueError(f"model.sees: got 'clip', {config.method} takes 'frame'")
+    if config.data.frames // config.model.tubelet < 2:
+        raise ValueError(
+            f"data.frames: got {config.data.frames}, {config.method} takes at least two token "
+            f"frames of {config.model.tubelet}"
+        )

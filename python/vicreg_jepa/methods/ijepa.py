@@ -4,14 +4,21 @@ of an image from those of one large block, smooth L1 on layer-normed targets, an
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
-from vicreg_jepa.methods.token_prediction import Draw, Predictive
+import torch
+from torch import Tensor, nn
+
+from vicreg_jepa.methods import networks
+from vicreg_jepa.methods.base import MethodKind, register
+from vicreg_jepa.methods.token_prediction import PREDICTOR, Draw, Predictive
 from vicreg_jepa.models import masks
 from vicreg_jepa.models.vit import Predictor, ViT
 from vicreg_jepa.ops.choose import Kernels
 from vicreg_jepa.ops.encode import encode
+
+if TYPE_CHECKING:
+    from vicreg_jepa.config.settings import Config
 
 
 class IJEPA(Predictive):
@@ -28,10 +35,17 @@ class IJEPA(Predictive):
         *,
         momentum: float = 0.996,
         steps: int = 1000,
-        still: float = 1.0,
-        spread: float = 0.0,
+        static_token_share: float = 1.0,
+        vc_weight: float = 0.0,
     ) -> None:
-        super().__init__(encoder, predictor, kernels, draw, still=still, spread=spread)
+        super().__init__(
+            encoder,
+            predictor,
+            kernels,
+            draw,
+            static_token_share=static_token_share,
+            vc_weight=vc_weight,
+        )
         self.teacher = kernels.teacher(encoder, momentum, steps)
 
     @torch.no_grad()
@@ -45,3 +59,19 @@ class IJEPA(Predictive):
     def tokens(self, x: Tensor) -> Tensor:
         """The teacher's, as published for probing."""
         return self.targets(x)
+
+    def exported(self) -> tuple[str, nn.Module]:
+        return "teacher", self.teacher.module
+
+
+def teacher_settings(config: Config) -> dict[str, Any]:
+    return {"momentum": config.optimizer.momentum, "steps": config.training.steps}
+
+
+def build(config: Config, kernels: Kernels, channels: int) -> IJEPA:
+    encoder, predictor = networks.encoder_and_predictor(config, channels, video=False)
+    return IJEPA(encoder, predictor, kernels, **teacher_settings(config))
+
+
+SETTINGS = (*PREDICTOR, "optimizer.momentum")
+register(MethodKind("ijepa", IJEPA, build, "tokens", "images", SETTINGS))

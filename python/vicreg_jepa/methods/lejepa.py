@@ -4,13 +4,19 @@ and SIGReg holds every view's embeddings to an isotropic Gaussian. No teacher, n
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from vicreg_jepa.methods.vicreg import Augment, VICReg
+from vicreg_jepa.methods import networks
+from vicreg_jepa.methods.augment import Augment
+from vicreg_jepa.methods.base import MethodKind, register
+from vicreg_jepa.methods.vicreg import EXPANDER, DrawView, VICReg
 from vicreg_jepa.ops.choose import Kernels
+
+if TYPE_CHECKING:
+    from vicreg_jepa.config.settings import Config
 
 
 class LeJEPA(VICReg):
@@ -26,7 +32,7 @@ class LeJEPA(VICReg):
         encoder: nn.Module,
         expander: nn.Module,
         kernels: Kernels,
-        augment: Augment,
+        augment: DrawView,
         *,
         sigreg: float = 0.05,
         slices: int = 1024,
@@ -44,3 +50,18 @@ class LeJEPA(VICReg):
 
     def after_step(self) -> None:
         self.step += 1
+
+
+def build(config: Config, kernels: Kernels, channels: int) -> LeJEPA:
+    encoder, expander = networks.encoder_and_expander(config, kernels, channels)
+    loss = config.loss
+    terms: dict[str, Any] = {
+        "sigreg": loss.sigreg,
+        "slices": loss.slices,
+        "views": loss.views,
+    }
+    return LeJEPA(encoder, expander, kernels, Augment(), **terms)
+
+
+SETTINGS = ("loss.sigreg", "loss.slices", "loss.views", *EXPANDER)
+register(MethodKind("lejepa", LeJEPA, build, "views", "images", SETTINGS))

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from vicreg_jepa.methods.causal import Causal
+from vicreg_jepa.methods import networks
+from vicreg_jepa.methods.base import MethodKind, register
+from vicreg_jepa.methods.causal import Causal, check
+from vicreg_jepa.methods.token_prediction import OF_VIDEO, PREDICTOR, video_loss
+from vicreg_jepa.models.masks import following
+from vicreg_jepa.ops.choose import Kernels
 from vicreg_jepa.ops.encode import encode
+
+if TYPE_CHECKING:
+    from vicreg_jepa.config.settings import Config
 
 
 class Pixels(Causal):
@@ -28,3 +38,14 @@ class Pixels(Causal):
     def tokens(self, x: Tensor) -> Tensor:
         """The encoder's."""
         return encode(self.encoder, self.kernels, x, None)
+
+
+def build(config: Config, kernels: Kernels, channels: int) -> Pixels:
+    encoder, predictor = networks.encoder_and_predictor(
+        config, channels, video=True, causal=True, pixels=True
+    )
+    return Pixels(encoder, predictor, kernels, following, **video_loss(config))
+
+
+SETTINGS = (*PREDICTOR, *OF_VIDEO)
+register(MethodKind("pixels", Pixels, build, "tokens", "videos", SETTINGS, check))

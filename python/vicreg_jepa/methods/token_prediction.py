@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,16 @@ from vicreg_jepa.models.vit import Grid, Predictor, ViT
 from vicreg_jepa.ops.choose import Kernels
 from vicreg_jepa.ops.encode import encode, predict
 
+if TYPE_CHECKING:
+    from vicreg_jepa.config.settings import Config
+
+PREDICTOR = (
+    "model.predictor_dim",
+    "model.predictor_depth",
+    "model.predictor_heads",
+    "training.checkpointing",
+)
+OF_VIDEO = ("model.sees", "loss.static_token_share", "loss.vc_weight")
 # (grid, batch, a CPU generator) -> the masks of a step's whole batch
 Draw = Callable[[Grid, int, torch.Generator], masks.Masks]
 
@@ -22,10 +32,10 @@ class Predictive(nn.Module, ABC):
     """Predicts the embeddings of hidden tokens from the seen ones'.
 
     kind: of loss; normalise: whether targets are layer-normed; `targets` is what is predicted.
-    still: the share of a clip's unchanging tokens that are predicted; all that change are. In a
-    video of few moving things nearly every token is background, which is learned at once; the
-    published choice is all, 1. spread: weight of VICReg's variance and covariance (25 : 1) of the
-    context's tokens, against low rank, to which a teacher alone slides.
+    static_token_share: the share of a clip's unchanging tokens that are predicted; all that change
+    are. In a video of few moving things nearly every token is background, which is learned at once;
+    the published choice is all, 1. vc_weight: weight of VICReg's variance and covariance (25 : 1)
+    of the context's tokens, against low rank, to which a teacher alone slides.
     """
 
     kind = "l1"
@@ -44,16 +54,23 @@ class Predictive(nn.Module, ABC):
         kernels: Kernels,
         draw: Draw,
         *,
-        still: float = 1.0,
-        spread: float = 0.0,
+        static_token_share: float = 1.0,
+        vc_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.encoder, self.predictor, self.kernels = encoder, predictor, kernels
-        self.masks, self.still, self.spread = draw, still, spread
+        self.masks = draw
+        self.static_token_share, self.vc_weight = static_token_share, vc_weight
 
-    def draw(self, batch: int, generator: torch.Generator) -> masks.Masks:
-        """Of a step's whole batch; generator: a CPU one."""
-        return self.masks(self.encoder.grid, batch, generator)
+    def draw(self, x: Tensor, first: int, batch: int, generator: torch.Generator) -> masks.Masks:
+        """The masks of x; of static tokens, only the targets that are left in."""
+        end = first + len(x)
+        drawn = self.masks(self.encoder.grid, batch, generator).part(first, end)
+        if self.static_token_share == 1.0:
+            return drawn
+        chance = torch.rand(batch, self.encoder.grid.tokens, generator=generator)[first:end]
+        changing = masks.changing(self.encoder.patch_embed.patches(x), self.encoder.grid).cpu()
+        return masks.chosen(drawn, changing | (chance < self.static_token_share))
 
     @abstractmethod
     def targets(self, x: Tensor) -> Tensor:
@@ -67,16 +84,12 @@ class Predictive(nn.Module, ABC):
         """[B, D], what a probe sees: the tokens, averaged."""
         return self.tokens(x).mean(dim=1)
 
-    def narrowed(self, drawn: masks.Masks, clips: Tensor, chance: Tensor) -> masks.Masks:
-        """Without the still tokens left out; chance: uniform [B, T]."""
-        changing = masks.changing(self.encoder.patch_embed.patches(clips), self.encoder.grid).cpu()
-        return masks.chosen(drawn, changing | (chance < self.still))
-
     def forward(
         self, x: Tensor, drawn: masks.Masks, weight: float = 1.0, process_group: Any = None
     ) -> Tensor:
         """x [B, C, H, W] or [B, C, F, H, W] -> the loss: weight times the mean over what is
-        predicted, and the spread of the context's tokens over all ranks of process_group.
+        predicted, and variance and covariance of the context's tokens over all ranks of
+        process_group.
         """
         wanted = self.targets(x)
         context = encode(self.encoder, self.kernels, x, drawn.context)
@@ -84,14 +97,14 @@ class Predictive(nn.Module, ABC):
         loss = weight * self.kernels.prediction_loss(
             predicted, wanted, drawn.targets, self.kind, self.normalise
         )
-        return loss + self.spreading(self.kernels.rows(context), process_group)
+        return loss + self.variance_covariance(self.kernels.rows(context), process_group)
 
-    def spreading(self, tokens: Tensor, process_group: Any) -> Tensor | float:
-        """Of tokens [N, D]."""
-        if self.spread == 0:
+    def variance_covariance(self, tokens: Tensor, process_group: Any) -> Tensor | float:
+        """The weighted terms of tokens [N, D]."""
+        if self.vc_weight == 0:
             return 0.0
         variance, covariance = self.kernels.variance_covariance(tokens, process_group)
-        return self.spread * (variance + covariance / 25)
+        return self.vc_weight * (variance + covariance / 25)
 
     def foreseen(self, x: Tensor, seen: Sequence[int]) -> list[Tensor]:
         """What follows each number of token frames seen, to the end of the clips, [B, T', D]."""
@@ -105,3 +118,11 @@ class Predictive(nn.Module, ABC):
 
     def after_step(self) -> None:
         """Without a teacher there is nothing to do."""
+
+    def exported(self) -> tuple[str, nn.Module]:
+        return "encoder", self.encoder
+
+
+def video_loss(config: Config) -> dict[str, Any]:
+    loss = config.loss
+    return {"static_token_share": loss.static_token_share, "vc_weight": loss.vc_weight}

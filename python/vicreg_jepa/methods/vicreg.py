@@ -1,21 +1,24 @@
-"""VICReg (Bardes, Ponce and LeCun, 2022, arXiv:2105.04906): two views, one encoder and expander.
-
-A method that learns from batch statistics has `views` (what is encoded), `forward` (a view's
-embedding) and `loss` (of the whole batch's embeddings): the trainer can then encode a batch in
-pieces, and on many ranks, without changing the loss.
-"""
+"""VICReg (Bardes, Ponce and LeCun, 2022, arXiv:2105.04906): two views, one encoder and expander."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from vicreg_jepa.methods import networks
+from vicreg_jepa.methods.augment import Augment
+from vicreg_jepa.methods.base import MethodKind, register
 from vicreg_jepa.ops.choose import Kernels
 
-Augment = Callable[[Tensor, torch.Generator], Tensor]
+if TYPE_CHECKING:
+    from vicreg_jepa.config.settings import Config
+
+DrawView = Callable[[Tensor, torch.Generator], Tensor]
+WEIGHTS = ("loss.invariance", "loss.variance", "loss.covariance")
+EXPANDER = ("model.expander", "model.activation")
 
 
 class VICReg(nn.Module):
@@ -26,7 +29,7 @@ class VICReg(nn.Module):
         encoder: nn.Module,
         expander: nn.Module,
         kernels: Kernels,
-        augment: Augment,
+        augment: DrawView,
         *,
         weights: tuple[float, float, float] = (25.0, 25.0, 1.0),
         views: int = 2,
@@ -50,3 +53,19 @@ class VICReg(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """[B, D], what a probe sees."""
         return self.encoder(images)
+
+    def exported(self) -> tuple[str, nn.Module]:
+        return "encoder", self.encoder
+
+
+def weights(config: Config) -> tuple[float, float, float]:
+    loss = config.loss
+    return loss.invariance, loss.variance, loss.covariance
+
+
+def build(config: Config, kernels: Kernels, channels: int) -> VICReg:
+    encoder, expander = networks.encoder_and_expander(config, kernels, channels)
+    return VICReg(encoder, expander, kernels, Augment(), weights=weights(config))
+
+
+register(MethodKind("vicreg", VICReg, build, "views", "images", (*WEIGHTS, *EXPANDER)))

@@ -5,13 +5,19 @@ towards autonomous machine intelligence", section 4.5; the terms are VICReg's).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from vicreg_jepa.methods.vicreg import Augment, VICReg
+from vicreg_jepa.methods import networks
+from vicreg_jepa.methods.augment import Augment
+from vicreg_jepa.methods.base import MethodKind, register
+from vicreg_jepa.methods.vicreg import EXPANDER, WEIGHTS, DrawView, VICReg, weights
 from vicreg_jepa.ops.choose import Kernels
+
+if TYPE_CHECKING:
+    from vicreg_jepa.config.settings import Config
 
 
 class VICRegJEPA(VICReg):
@@ -23,7 +29,7 @@ class VICRegJEPA(VICReg):
         expander: nn.Module,
         predictor: nn.Module,
         kernels: Kernels,
-        augment: Augment,
+        augment: DrawView,
         *,
         weights: tuple[float, float, float] = (25.0, 25.0, 1.0),
     ) -> None:
@@ -44,3 +50,14 @@ class VICRegJEPA(VICReg):
             variance, covariance = self.kernels.variance_covariance(z, process_group)
             loss = loss + self.weights[1] / 2 * variance + self.weights[2] * covariance
         return loss
+
+
+def build(config: Config, kernels: Kernels, channels: int) -> VICRegJEPA:
+    encoder, expander = networks.encoder_and_expander(config, kernels, channels)
+    width = config.model.expander[1]
+    predictor = networks.mlp(width, config.model.predictor_dim, width)
+    return VICRegJEPA(encoder, expander, predictor, kernels, Augment(), weights=weights(config))
+
+
+SETTINGS = (*WEIGHTS, *EXPANDER, "model.predictor_dim")
+register(MethodKind("vicreg_jepa", VICRegJEPA, build, "views", "images", SETTINGS))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,12 @@ from vicreg_jepa.models.masks import Places
 from vicreg_jepa.models.vit import Attend, Grid
 from vicreg_jepa.ops import published
 from vicreg_jepa.ops.common import Sequences, Weights, by_frame
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "smooth_l1": F.smooth_l1_loss,
+    "l1": F.l1_loss,
+    "mse": F.mse_loss,
+}
 
 
 class Reference:
@@ -97,8 +103,7 @@ class Reference:
         if normalise:
             wanted = F.layer_norm(wanted, wanted.shape[-1:])
         wanted = published.gather(wanted.repeat(len(targets), 1, 1), index)[keep]
-        loss = {"smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss, "mse": F.mse_loss}[kind]
-        return loss(predictions[keep], wanted)
+        return LOSSES[kind](predictions[keep], wanted)
 
     def teacher(self, module: nn.Module, momentum: float, steps: int) -> nn.Module:
         return published.EMA(module, momentum, steps)

@@ -89,7 +89,9 @@ def animation(videos: dict[str, Tensor], curves: dict[str, Curve], path: Path) -
     for frame in range(frames):
         canvas = Image.new("RGB", (width, edge + gap + height), "white")
         for i, video in enumerate(videos.values()):
-            one = Image.fromarray(video[frame].numpy()).resize((edge, edge), Image.NEAREST)
+            one = Image.fromarray(video[frame].numpy()).resize(
+                (edge, edge), Image.Resampling.NEAREST
+            )
             canvas.paste(one, (i * (edge + gap), 0))
         draw = ImageDraw.Draw(canvas)
         for i, name in enumerate(videos):

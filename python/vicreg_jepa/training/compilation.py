@@ -21,12 +21,15 @@ CUDA_GRAPHS = {"triton.cudagraphs": True, "triton.cudagraph_or_error": True}
 BACKEND = "inductor"
 
 
-def compile_method(method: nn.Module, *, cuda_graphs: bool = False) -> None:
-    """In place, before DistributedDataParallel wraps it; the parameters keep their names."""
+def compile_method(method: nn.Module, *, whole: bool, cuda_graphs: bool = False) -> None:
+    """In place, before DistributedDataParallel wraps it; the parameters keep their names.
+
+    whole: all of its forward as one graph, which takes batches of one shape.
+    """
     # A block is a piece already: its gradients are reduced while earlier blocks are differentiated.
     # Torch would cut each graph again, at the ends of DDP's buckets.
     torch._dynamo.config.optimize_ddp = False
-    if hasattr(method, "views"):
+    if whole:
         options: dict[str, Any] = {"options": CUDA_GRAPHS} if cuda_graphs else {}
         method.compile(fullgraph=True, backend=BACKEND, **options)
         return

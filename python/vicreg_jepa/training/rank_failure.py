@@ -1,13 +1,17 @@
-"""What a run of many processes says when one of them ends: which, how, and how the run goes on.
+"""When one rank of a torchrun job dies, report which one, how, and the command that resumes the
+run; when the job is told to stop, let all ranks save first.
 
-torchrun ends the others with SIGTERM, unless their next collective has failed already. Neither says
-why; and the main thread may be waiting for a device that never answers. So a thread of each process
-watches the other ones of its host and its own SIGTERM, and the first that knows speaks for all.
+torchrun ends the other ranks with SIGTERM, unless their next collective has failed already. Neither
+says why, and the main thread may be waiting for a device that never answers. So a thread of each
+process watches the other processes of its host and its own signals; the first rank to detect a
+failure prints the message for all. While every rank is alive, a signal only asks for a stop: the
+trainer's ranks agree on it at the end of a step and save (trainer.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import shlex
@@ -24,48 +28,57 @@ from types import FrameType
 import torch.distributed as dist
 
 from vicreg_jepa.training import checkpoint
+from vicreg_jepa.training.stopping import SIGNALS, Stop, Stopped
 
-# Seconds: for the end of another process to be seen after a collective has failed; for the other
-# ranks to say that they are alive; for the main thread to leave after SIGTERM; for SIGTERM to come.
-SEEN, ALIVE, LEAVE, TOLD = 3.0, 6.0, 3.0, 10.0
+# In seconds. After a failed collective, the end of another process is waited for.
+PEER_EXIT_TIMEOUT = 3.0
+# After a signal that none has answered yet, the other ranks may say that they are alive.
+ALIVE_TIMEOUT = 6.0
+# After a signal the ranks finish their step and save: torchrun kills them 30 seconds after its own.
+SAVE_TIMEOUT = 25.0
+# After a signal and the end of another rank, which the main thread cannot go on without, it leaves.
+LEAVE_TIMEOUT = 3.0
+# After a failure torchrun's signal is waited for, so that it counts the rank that ended as failed.
+SIGNAL_TIMEOUT = 10.0
 FAILED = 1
 
 
-class Stopped(Exception):
-    """SIGTERM, in the main thread."""
+class RankMonitor:
+    """Watches on every rank, from its making to `close`.
 
+    folder: of the run's checkpoints. stop: is told of a signal.
+    """
 
-class Watch:
-    """On every rank, from its making to `close`. folder: of the run's checkpoints."""
-
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, stop: Stop) -> None:
         self.folder, self.rank, self.ranks = folder, dist.get_rank(), dist.get_world_size()
+        self.stop = stop
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"vicreg_jepa/ranks/{attempt}", store)
-        self.how: dict[int, str] = {}  # of the ranks seen to end
-        self.changed, self.lock, self.spoken = threading.Condition(), threading.Lock(), False
-        self.told, self.leaving = threading.Event(), False  # told: by SIGTERM
+        self.exit_reason: dict[int, str] = {}  # of the ranks seen to end
+        self.changed, self.lock, self.reported = threading.Condition(), threading.Lock(), False
+        self.signal_received = threading.Event()
         self.pids = self._exchange()
         self.read, self.write = os.pipe()
         os.set_blocking(self.write, False)
-        self.before = signal.signal(signal.SIGTERM, self._stop), signal.set_wakeup_fd(self.write)
-        self.thread = threading.Thread(target=self._watch, name="ending", daemon=True)
+        self.handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        self.wakeup = signal.set_wakeup_fd(self.write)
+        self.thread = threading.Thread(target=self._watch, name="rank monitor", daemon=True)
         self.thread.start()
 
     def close(self) -> None:
-        handler, wakeup = self.before
-        signal.set_wakeup_fd(wakeup)
-        signal.signal(signal.SIGTERM, handler)
+        signal.set_wakeup_fd(self.wakeup)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         os.write(self.write, b"\0")
         self.thread.join()
         os.close(self.read)
         os.close(self.write)
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        if not self.leaving:
-            raise Stopped
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.stop.told is None:
+            self.stop.told = number
 
     def _exchange(self) -> dict[int, int]:
         """The processes of the other ranks on this host."""
@@ -90,69 +103,79 @@ class Watch:
                 handle = os.pidfd_open(pid)
                 ranks[handle] = rank
                 events.register(handle, select.POLLIN)
+        until = math.inf
         try:
-            while True:
-                for handle, _ in events.poll():
+            while time.monotonic() < until:
+                left = None if until == math.inf else 1000 * max(0.0, until - time.monotonic())
+                for handle, _ in events.poll(left):
                     if handle in ranks:
                         events.unregister(handle)
                         with self.changed:
-                            self.how[ranks[handle]] = _how(self.pids[ranks[handle]])
+                            rank = ranks[handle]
+                            self.exit_reason[rank] = _exit_reason(self.pids[rank])
                             self.changed.notify_all()
                     else:
-                        told = os.read(self.read, 64)
-                        if b"\0" in told:
+                        received = os.read(self.read, 64)
+                        if b"\0" in received:
                             return
-                        if signal.SIGTERM in told:
-                            self._end()
+                        if any(number in received for number in SIGNALS):
+                            self.signal_received.set()
+                if self.signal_received.is_set():
+                    wait = LEAVE_TIMEOUT if self.exit_reason else SAVE_TIMEOUT
+                    until = min(until, time.monotonic() + wait)
         finally:
             for handle in ranks:
                 os.close(handle)
-
-    def _end(self) -> None:
-        """The main thread has the time to close what it has open, and to speak; if it can."""
-        self.told.set()
-        time.sleep(LEAVE)
-        self.speak()
+        # The main thread has had the time to save, or to close what it has open and to report.
+        self.report_once()
         os._exit(FAILED)
 
     # ------------------------------------------------------------------------------ what is said
 
-    def left(self, error: Exception) -> None:
+    def on_exception(self, error: Exception) -> None:
         """In the main thread, with what ended it: returns if that is this rank's own failure, which
-        the others are told of; ends the process if it follows from another's end, or SIGTERM.
+        the others are told of; ends the process if it follows from another rank's end.
         """
-        self.leaving = True
-        if not isinstance(error, Stopped):
-            others = isinstance(error, RuntimeError) and self._others_ended()
-            if not others:
-                with contextlib.suppress(RuntimeError):
-                    line = (str(error).splitlines() or [""])[0]
-                    self.store.set(f"failed/{self.rank}", f"{type(error).__name__}: {line}")
-                self.spoken = True  # its own traceback says it
-                return
-        self.speak()
+        if not (isinstance(error, RuntimeError) and self._others_ended()):
+            with contextlib.suppress(RuntimeError):
+                line = (str(error).splitlines() or [""])[0]
+                self.store.set(f"failed/{self.rank}", f"{type(error).__name__}: {line}")
+            self.reported = True  # its own traceback says it
+            return
+        self.report_once()
         sys.stdout.flush()
-        self.told.wait(TOLD)  # torchrun then counts the rank that ended, not this one, as failed
+        self.signal_received.wait(SIGNAL_TIMEOUT)
         os._exit(FAILED)
+
+    def on_stop(self, stopped: Stopped) -> None:
+        """In the main thread of every rank, after all have saved: rank 0 says so in one line.
+
+        No rank leaves before that line, since torchrun ends the others when it sees one leave.
+        """
+        self.reported = True
+        if self.rank == 0:
+            text = f"vicreg-jepa: {stopped}{how_to_go_on(self.folder)}"
+            print(text, file=sys.stderr, flush=True)
+        dist.barrier()
 
     def _others_ended(self) -> bool:
         if self._failed():
             return True
         with self.changed:
-            return bool(self.changed.wait_for(lambda: self.how, timeout=SEEN))
+            return bool(self.changed.wait_for(lambda: self.exit_reason, timeout=PEER_EXIT_TIMEOUT))
 
-    def speak(self) -> None:
-        """Once, by one of the ranks that are left."""
+    def report_once(self) -> None:
+        """One of the ranks that are left prints the message."""
         with self.lock:
-            if self.spoken:
+            if self.reported:
                 return
-            self.spoken = True
+            self.reported = True
             with contextlib.suppress(RuntimeError):
                 self.store.set(f"alive/{self.rank}", "")
             failed, ended = self._failed(), self._ended()
             first = True
             with contextlib.suppress(RuntimeError):
-                first = self.store.add("spoken", 1) == 1
+                first = self.store.add("reported", 1) == 1
             if first:
                 print(self.message(failed, ended), file=sys.stderr, flush=True)
 
@@ -167,10 +190,10 @@ class Watch:
     def _ended(self) -> dict[int, str]:
         """Those seen to end; after SIGTERM, which all get, also those that do not answer."""
         with self.changed:
-            found = dict(self.how)
-        if found or not self.told.is_set():
+            found = dict(self.exit_reason)
+        if found or not self.signal_received.is_set():
             return found
-        until = time.monotonic() + ALIVE
+        until = time.monotonic() + ALIVE_TIMEOUT
         for rank in set(range(self.ranks)) - {self.rank}:
             left = max(timedelta(seconds=until - time.monotonic()), timedelta(milliseconds=1))
             try:
@@ -184,7 +207,9 @@ class Watch:
             f"vicreg-jepa: rank {rank} of {self.ranks}{self._process(rank)} {how}"
             for rank, how in sorted((failed or ended).items())
         ]
-        lines = lines or ["vicreg-jepa: the run was stopped by SIGTERM"]
+        lines = lines or [
+            f"vicreg-jepa: stopped by a signal, not saved within {SAVE_TIMEOUT:.0f} s"
+        ]
         path = checkpoint.newest(self.folder)
         if path is None:
             lines.append("It has no checkpoint yet; the same command starts it again:")
@@ -197,7 +222,7 @@ class Watch:
         return f" (process {self.pids[rank]})" if rank in self.pids else ""
 
 
-def _how(pid: int) -> str:
+def _exit_reason(pid: int) -> str:
     """Of a process that has just ended, before torchrun has asked: /proc then still knows."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -222,14 +247,26 @@ def command() -> str:
     return shlex.join([*launch, "--nproc-per-node", str(local), *words])
 
 
+def how_to_go_on(folder: Path) -> str:
+    """What follows "stopped by ..."; folder: of the run's checkpoints."""
+    path = checkpoint.newest(folder)
+    if path is None:
+        return "; it has no checkpoint yet, the same command starts it again"
+    step = int(path.name.removeprefix("step_"))
+    return f"; the same command goes on from step {step} ({path})"
+
+
 @contextlib.contextmanager
-def watched(folder: Path) -> Iterator[None]:
+def watched(folder: Path, stop: Stop) -> Iterator[None]:
     """Around the training of one rank among many; folder: of the run's checkpoints."""
-    watch = Watch(folder)
+    monitor = RankMonitor(folder, stop)
     try:
         yield
     except Exception as error:
-        watch.left(error)
+        monitor.on_exception(error)
         raise
+    except Stopped as stopped:
+        monitor.on_stop(stopped)
+        raise SystemExit(stopped.code) from None
     finally:
-        watch.close()
+        monitor.close()

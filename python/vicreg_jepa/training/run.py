@@ -44,15 +44,8 @@ def _alone(own: Ranks, folder: Path) -> Iterator[stopping.Stop]:
             with stop if own.ranks == 1 else nullcontext():
                 yield stop
         except stopping.Stopped as stopped:
-            raise stopping.Stopped(stopped.number, _how_to_go_on(folder)) from None
-
-
-def _how_to_go_on(folder: Path) -> str:
-    path = checkpoint.newest(folder / "checkpoints")
-    if path is None:
-        return "; it has no checkpoint yet, the same command starts it again"
-    step = int(path.name.removeprefix("step_"))
-    return f"; the same command goes on from step {step} ({path})"
+            text = rank_failure.how_to_go_on(folder / "checkpoints")
+            raise stopping.Stopped(stopped.number, text) from None
 
 
 def _train(settings: Config, folder: Path, own: Ranks, stop: stopping.Stop) -> int:
@@ -74,14 +67,14 @@ def _train(settings: Config, folder: Path, own: Ranks, stop: stopping.Stop) -> i
             )
     spread = SpreadMonitor(settings, method, found)
     many = own.ranks > 1 and dist.is_torchelastic_launched()
-    with rank_failure.watched(trainer.checkpoints) if many else nullcontext():
+    with rank_failure.watched(trainer.checkpoints, stop) if many else nullcontext():
         if own.rank == 0:
             with Log(settings, folder, spread, step) as log:
                 trainer.fit(found, log, stop)
         else:
             # Shards give features only where every rank takes part.
             sharded = settings.training.parallel == "fsdp"
-            trainer.fit(found, lambda step, *_: spread(step) if sharded else None)
+            trainer.fit(found, lambda step, *_: spread(step) if sharded else None, stop)
     return trainer.step
 
 

@@ -1,6 +1,7 @@
-"""Ctrl-C and SIGTERM in a run of one process: the step that is under way is finished and kept.
+"""Ctrl-C and SIGTERM: the step that is under way is finished and saved.
 
-A second one ends the process at once.
+In a run of one process a second signal ends it at once; the ranks of a larger one first agree to
+stop (rank_failure.py, trainer.py).
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stop:
-    """As a context, raises Stopped when a signal comes; inside `deferred`, at its end.
+    """Whether the run is told to stop, and by which signal.
 
-    Elsewhere than in the main thread, where Python takes no signals, it does nothing.
+    As a context it raises Stopped when a signal comes; inside `deferred`, at its end. Elsewhere
+    than in the main thread, where Python takes no signals, it does nothing. Of several ranks none
+    may stop alone: there, nothing enters the context, and `told` is only set.
     """
 
     def __init__(self) -> None:
@@ -63,7 +66,7 @@ class Stop:
             yield
         finally:
             self.depth -= 1
-        if self.told is not None and not self.depth:
+        if self.told is not None and not self.depth and self.before:
             raise Stopped(self.told)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from vicreg_jepa.data.batches import mixed
 from vicreg_jepa.distributed import sharding
 from vicreg_jepa.distributed.ranks import Ranks
 from vicreg_jepa.files import output
+from vicreg_jepa.methods import METHODS
 from vicreg_jepa.models.masks import Masks
 from vicreg_jepa.training import checkpoint, schedule
 from vicreg_jepa.training.compilation import compile_method
@@ -66,13 +68,15 @@ class Trainer:
                 "training.compile: got 'reduce-overhead', takes one process, not "
                 f"{ranks.ranks} ranks"
             )
-        self.device = device_of(config)
+        self.device, self.of_views = device_of(config), METHODS[config.method].learns == "views"
         self.method.to(self.device)
         if config.training.compile:
-            compile_method(method, cuda_graphs=config.training.compile == "reduce-overhead")
+            graphs = config.training.compile == "reduce-overhead"
+            compile_method(method, whole=self.of_views, cuda_graphs=graphs)
         self.model = sharding.distribute(method, config.training, ranks.ranks)
         self.optimizer = build_optimizer(config.optimizer, method)
         self.step, self.saved = 0, -1  # saved: the step of the newest checkpoint
+        self.stop, self.agreed_to_stop = Stop(), False
 
     # --------------------------------------------------------------------------------- a step
 
@@ -89,7 +93,7 @@ class Trainer:
             torch.compiler.cudagraph_mark_step_begin()
         torch.manual_seed(mixed(self.config.seed, 3, self.step, self.ranks.rank) % 2**63)
         # Views are drawn on the device, masks on the host.
-        where = self.device if hasattr(self.method, "views") else "cpu"
+        where = self.device if self.of_views else "cpu"
         generator = torch.Generator(where).manual_seed(mixed(self.config.seed, 4, self.step))
         with self._precision():
             loss = self._differentiate(batch, generator)
@@ -104,13 +108,16 @@ class Trainer:
 
     def _differentiate(self, batch: Tensor, generator: torch.Generator) -> Tensor:
         """Puts the gradient of the whole batch's loss into the parameters; returns that loss."""
-        if hasattr(self.method, "views"):
+        if self.of_views:
             loss = self._of_statistics(batch, generator)
         else:
             loss = self._of_tokens(batch, generator)
         if self.ranks.ranks > 1:
-            dist.all_reduce(loss)
-            loss /= self.ranks.ranks
+            # The ranks must stop after the same step, so the loss takes the request along.
+            told = loss.new_tensor(0.0 if self.stop.told is None else 1.0)
+            total = torch.stack((loss, told))
+            dist.all_reduce(total)
+            loss, self.agreed_to_stop = total[0] / self.ranks.ranks, bool(total[1] > 0)
         return loss
 
     def _of_statistics(self, batch: Tensor, generator: torch.Generator) -> Tensor:
@@ -148,19 +155,15 @@ class Trainer:
         return total
 
     def _masks(self, batch: Tensor, generator: torch.Generator) -> tuple[Masks, int]:
-        """Of this rank's samples, and how many tokens all ranks predict."""
-        whole, own = self.config.training.batch, len(batch)
-        first = own * self.ranks.rank
-        drawn = self.method.draw(whole, generator)
-        tokens, mine = drawn.tokens(), drawn.part(first, first + own)
-        if getattr(self.method, "still", 1.0) < 1.0:  # jepa's own methods have it
-            chance = torch.rand(whole, self.method.encoder.grid.tokens, generator=generator)
-            mine = self.method.narrowed(mine, batch, chance[first : first + own])
-            count = torch.tensor(mine.tokens(), device=self.device)
-            if self.ranks.ranks > 1:
-                dist.all_reduce(count)
+        """The masks of this rank's samples, and how many tokens all ranks predict."""
+        first = len(batch) * self.ranks.rank
+        masks = self.method.draw(batch, first, self.config.training.batch, generator)
+        tokens = masks.tokens()
+        if self.ranks.ranks > 1:
+            count = torch.tensor(tokens, device=self.device)
+            dist.all_reduce(count)
             tokens = int(count)
-        return mine, tokens
+        return masks, tokens
 
     def _one_reduction(self, last: bool) -> Any:
         if last or not isinstance(self.model, nn.parallel.DistributedDataParallel):
@@ -253,19 +256,22 @@ class Trainer:
     def fit(self, source: Any, log: Any, stop: Stop | None = None) -> None:
         """From where it stands to the last step. log(step, loss, seconds) after each.
 
-        When `stop` is told to, the step under way is finished and saved, and Stopped raised.
+        When `stop` is told to on any rank, the step under way is finished and saved on all, and
+        Stopped raised.
         """
-        settings, stop = self.config.training, stop or Stop()
+        settings, self.stop = self.config.training, stop or Stop()
         batches = source.batches(self.step, self.ranks.share)
         try:
             while self.step < settings.steps:
                 start = time.perf_counter()
                 batch = next(batches)
-                with stop.deferred():
+                with self.stop.deferred():
                     loss = self.take(batch)
                     log(self.step, float(loss), time.perf_counter() - start)
                     if self.step % settings.save_every == 0 or self.step == settings.steps:
                         self.save()
+                if self.agreed_to_stop:
+                    raise Stopped(self.stop.told or signal.SIGTERM)
         except Stopped:
             if self.step not in (0, self.saved):
                 self.save()

@@ -1,4 +1,4 @@
-"""Cases of test_across_ranks.py: SIGReg and LeJEPA in every variant."""
+"""Cases of test_across_ranks.py: SIGReg and LeJEPA in every convention."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import partial
 
 from tests.library.test_across_ranks import Case, encoder, views
 from vicreg_kernels.sigreg import LeJEPALoss, SIGRegLoss, sigreg_loss
-from vicreg_kernels.sigreg.variants import VARIANTS
+from vicreg_kernels.sigreg.conventions import CONVENTIONS
 
 SLICES, DIM = 40, 7
 
@@ -37,14 +37,17 @@ def lejepa(model, batch, group, **settings):
 def world_model(model, batch, group):
     """LeWM: the next embedding's prediction, here half of its own, and SIGReg per time step."""
     z = model(batch[0])
-    loss = LeJEPALoss(0.09, weighting="sum", slices=SLICES, variant="lewm", process_group=group)
+    loss = LeJEPALoss(0.09, weighting="sum", slices=SLICES, convention="lewm", process_group=group)
     return loss(z.transpose(0, 1), predicted=0.5 * z[:, :-1], target=z[:, 1:])
 
 
 CASES = {
-    **{name: Case(partial(one_view, variant=name), views(1), encoder(DIM)) for name in VARIANTS},
     **{
-        f"views of {name}": Case(partial(grouped, variant=name), views(1, 3), encoder(DIM))
+        name: Case(partial(one_view, convention=name), views(1), encoder(DIM))
+        for name in CONVENTIONS
+    },
+    **{
+        f"views of {name}": Case(partial(grouped, convention=name), views(1, 3), encoder(DIM))
         for name in ("lejepa", "stable_pretraining")
     },
     "unequal knots": Case(partial(one_view, knots=[0.0, 0.4, 1.1, 3.0]), views(1), encoder(DIM)),

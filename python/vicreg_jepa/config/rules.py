@@ -1,0 +1,92 @@
+"""Which settings go together: no setting is ignored in silence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vicreg_jepa.methods.base import METHODS, taken_by
+
+if TYPE_CHECKING:
+    from vicreg_jepa.config.settings import Config
+
+# The settings that only some kinds of data take.
+KINDS = {
+    "path": ("images", "torchvision", "videos", "webdataset", "physics"),
+    "test": ("images", "webdataset"),
+    "name": ("torchvision",),
+    "download": ("torchvision",),
+    "decoder": ("videos", "webdataset"),
+    "videos": ("physics",),
+    "white": ("images", "webdataset"),
+    "max_pixels": ("images", "videos", "webdataset"),
+    "max_bytes": ("webdataset", "physics"),
+}
+
+OF_VIT = ("depth", "heads", "patch")
+DATA_KINDS = {
+    "images": ("digits", "images", "torchvision", "webdataset"),
+    "videos": ("videos", "webdataset", "physics"),
+}
+
+
+def check(config: Config) -> None:
+    """Raises ValueError that names the setting."""
+    method, kind = config.method, METHODS[config.method]
+    kinds = DATA_KINDS[kind.data]
+    if config.data.kind not in kinds:
+        takes = f"{kind.data}: {', '.join(kinds)}"
+        raise ValueError(f"data.kind: got {config.data.kind!r}, {method} takes {takes}")
+    if kind.learns == "tokens" and config.model.encoder != "vit":
+        raise ValueError(f"model.encoder: got 'conv', {method} takes 'vit'")
+    _all_are_taken(config)
+    if kind.check is not None:
+        kind.check(config)
+    if config.loss.vc_weight and config.training.accumulate > 1:
+        raise ValueError("training.accumulate: takes 1 with loss.vc_weight, which is of the batch")
+    if config.training.compile == "reduce-overhead":
+        _can_be_captured(config)
+    if config.training.parallel == "fsdp":
+        _can_be_sharded(config)
+    if config.kernels == "reference" and config.backend is not None:
+        raise ValueError("backend: names the fused kernels', takes none with 'reference'")
+
+
+def _all_are_taken(config: Config) -> None:
+    for key, methods in taken_by().items():
+        if config.method not in methods:
+            _has_its_default(config, key, f"used by {', '.join(methods)}, not by {config.method}")
+    if config.model.encoder == "conv":
+        for name in OF_VIT:
+            key = f"model.{name}"
+            _has_its_default(config, key, "used by model.encoder 'vit', not by 'conv'")
+    if config.optimizer.name == "lars":
+        _has_its_default(config, "optimizer.betas", "used by optimizer.name 'adamw', not by 'lars'")
+
+
+def _has_its_default(config: Config, key: str, users: str) -> None:
+    section, name = key.split(".")
+    settings: Any = getattr(config, section)
+    value = getattr(settings, name)
+    if value != type(settings).model_fields[name].default:
+        raise ValueError(f"{key}: got {value!r}, but it is {users}")
+
+
+def _can_be_sharded(config: Config) -> None:
+    got = "training.parallel: got 'fsdp'"
+    if config.model.encoder != "vit":
+        raise ValueError(f"{got}, which shards transformers; model.encoder 'conv' takes 'ddp'")
+    if config.optimizer.name == "lars":
+        raise ValueError(f"{got}; optimizer.name 'lars', of whole tensors' norms, takes 'ddp'")
+    if config.training.compile:
+        raise ValueError(f"{got}; training.compile takes 'ddp'")
+
+
+def _can_be_captured(config: Config) -> None:
+    """Refuses what a CUDA graph would compute wrongly or not at all."""
+    key, training = "training.compile: got 'reduce-overhead'", config.training
+    if not training.device.startswith("cuda"):
+        raise ValueError(f"{key} on {training.device!r}, takes a CUDA device")
+    if METHODS[config.method].learns == "tokens":
+        raise ValueError(f"{key}, {config.method}'s batches change their shape: takes true")
+    if training.accumulate > 1:
+        raise ValueError(f"{key} with accumulate {training.accumulate}, takes accumulate 1")

@@ -1,0 +1,179 @@
+"""What the trainer asks of a method, and the one registry of methods.
+
+A method is a torch module with the parts of one of the two protocols. Its file ends with
+`register(MethodKind(...))`, which everything else reads: the settings that it takes, whether it is
+of images or of videos, and how it is built. docs/trainer.md has the steps for a new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vicreg_jepa.models.masks import Masks
+from vicreg_jepa.ops.choose import Kernels
+
+if TYPE_CHECKING:
+    from vicreg_jepa.config.settings import Config
+
+
+class Method(Protocol):
+    """What is asked of every method."""
+
+    def after_step(self) -> None:
+        """Called after each step of the optimizer: a teacher or a counter moves here."""
+
+    def features(self, x: Tensor) -> Tensor:
+        """[B, D] of images or clips: what probes and the signs of collapse see."""
+
+    def exported(self) -> tuple[str, nn.Module]:
+        """A word for it and the network that `vicreg-jepa export` writes."""
+
+
+class ViewMethod(Method, Protocol):
+    """A method whose loss is of batch statistics: the trainer can encode a batch in pieces, and on
+    many ranks, without changing the loss.
+    """
+
+    def views(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """The views of a whole batch; generator: on the device."""
+
+    def forward(self, view: Tensor) -> Tensor:
+        """A view's embeddings, [N, ...]."""
+
+    def loss(self, *views: Tensor, process_group: Any = None) -> Tensor:
+        """The loss of the whole batch's embeddings, over all ranks of process_group."""
+
+
+class TokenMethod(Method, Protocol):
+    """A method that predicts tokens: its loss is a mean over them, so a piece of a batch counts by
+    its tokens.
+    """
+
+    def draw(self, x: Tensor, first: int, batch: int, generator: torch.Generator) -> Masks:
+        """The masks of x, which are the samples from `first` on of a step's whole batch.
+
+        generator: a CPU one, the same on all ranks, which must draw for the whole batch.
+        """
+
+    def forward(self, x: Tensor, drawn: Masks, weight: float, process_group: Any) -> Tensor:
+        """weight times the mean loss over the predicted tokens, and what is not of tokens."""
+
+
+class VideoMethod(TokenMethod, Protocol):
+    """A method on videos, which `probe` and `surprise` take too."""
+
+    contexts: tuple[int, ...]  # how many frames are seen before the rest is foreseen
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """[B, T, D] of clips: what the probes of videos see."""
+
+    def foreseen(self, x: Tensor, seen: Sequence[int]) -> list[Tensor]:
+        """What follows each number of token frames seen, [B, T', D]."""
+
+    def targets(self, x: Tensor) -> Tensor:
+        """[B, T, D]: what is predicted, without a gradient."""
+
+
+COMMON = ("forward", "after_step", "features", "exported")
+PARTS = {"views": (*COMMON, "views", "loss"), "tokens": (*COMMON, "draw")}
+VIDEO_PARTS = ("contexts", "tokens", "foreseen", "targets")
+
+# The settings that only some methods take: those of the data that they are of, and those that a
+# method names in `takes`.
+DATA_SETTINGS = {
+    "images": ("data.test", "data.white"),
+    "videos": ("data.frames", "data.stride", "data.decoder", "model.tubelet"),
+}
+METHOD_SETTINGS = (
+    "model.sees",
+    "model.expander",
+    "model.activation",
+    "model.predictor_dim",
+    "model.predictor_depth",
+    "model.predictor_heads",
+    "loss.invariance",
+    "loss.variance",
+    "loss.covariance",
+    "loss.sigreg",
+    "loss.slices",
+    "loss.views",
+    "loss.future",
+    "loss.frames_seen",
+    "loss.static_token_share",
+    "loss.vc_weight",
+    "optimizer.momentum",
+    "training.checkpointing",
+)
+
+
+@dataclass(frozen=True)
+class MethodKind:
+    """An entry of the registry.
+
+    build: makes the method from a configuration, kernels and the number of channels. learns: which
+    of the two protocols it has. data: what it is trained on. takes: which of METHOD_SETTINGS it
+    reads. check: raises ValueError, naming the setting, for values that do not go together.
+    """
+
+    name: str
+    method: type[nn.Module]
+    build: Callable[[Config, Kernels, int], nn.Module]
+    learns: Literal["views", "tokens"]
+    data: Literal["images", "videos"]
+    takes: tuple[str, ...] = ()
+    check: Callable[[Config], None] | None = None
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Those of DATA_SETTINGS and METHOD_SETTINGS that it takes."""
+        return (*DATA_SETTINGS[self.data], *self.takes)
+
+
+METHODS: dict[str, MethodKind] = {}
+
+
+def register(kind: MethodKind) -> None:
+    """Adds a method. Raises ValueError for a name that is there, for a missing part of its protocol
+    and for a setting that no method can take.
+    """
+    if kind.name in METHODS:
+        there = METHODS[kind.name].method
+        raise ValueError(
+            f"name: got {kind.name!r}, takes one that is free: it is {there.__module__}."
+            f"{there.__qualname__}'s"
+        )
+    for field, choices in (("learns", tuple(PARTS)), ("data", tuple(DATA_SETTINGS))):
+        value = getattr(kind, field)
+        if value not in choices:
+            raise ValueError(f"{field}: got {value!r}, takes {' or '.join(map(repr, choices))}")
+    if kind.data == "videos" and kind.learns != "tokens":
+        raise ValueError(f"data: got 'videos' with learns={kind.learns!r}, takes learns='tokens'")
+    parts = (*PARTS[kind.learns], *(VIDEO_PARTS if kind.data == "videos" else ()))
+    missing = [part for part in parts if not _has(kind.method, part)]
+    if missing:
+        raise ValueError(
+            f"method: {kind.method.__qualname__} lacks {', '.join(missing)}; with "
+            f"learns={kind.learns!r} and data={kind.data!r} it takes {', '.join(parts)}"
+        )
+    unknown = [key for key in kind.takes if key not in METHOD_SETTINGS]
+    if unknown:
+        raise ValueError(f"takes: got {unknown}, takes some of {', '.join(METHOD_SETTINGS)}")
+    METHODS[kind.name] = kind
+
+
+def _has(method: type[nn.Module], part: str) -> bool:
+    # torch gives every module a `forward` that raises.
+    return getattr(method, part, None) not in (None, getattr(nn.Module, part, None))
+
+
+def taken_by() -> dict[str, tuple[str, ...]]:
+    """The methods that take each setting that only some take."""
+    keys = (*DATA_SETTINGS["images"], *DATA_SETTINGS["videos"], *METHOD_SETTINGS)
+    return {
+        key: tuple(name for name, kind in METHODS.items() if key in kind.settings) for key in keys
+    }

@@ -1,0 +1,179 @@
+"""How the package is put together: what imports what, one list of ops, and what stands twice."""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import bench
+import vicreg_kernels as vk
+from bench.gpu_stages import triton_kernels
+from tests.helpers import compilations, imports
+from vicreg_kernels.attention.contract import Settings as AttentionSettings
+from vicreg_kernels.core import registry, schema
+from vicreg_kernels.ema import checks as ema_checks
+from vicreg_kernels.sigreg import checks as sigreg_checks
+from vicreg_kernels.tokens import contract as tokens
+from vicreg_kernels.vicreg import contract as vicreg
+from vicreg_kernels.vicregl import contract as vicregl
+
+PACKAGE = Path(vk.__file__).parent
+ROOT = PACKAGE.parent
+# Rooms below the ops: they import no op.
+BELOW = ("core", "configs", "distributed", "version")
+# What an op that is composed of others may import of them: public functions, what backends take,
+# and the specification, of which its own is composed.
+PUBLIC = ("", "contract", "reference")
+
+
+@cache
+def graph() -> imports.Graph:
+    return imports.modules(ROOT, "vicreg_kernels")
+
+
+def room(module: str) -> str:
+    """The first folder or file below the package."""
+    return module.removeprefix("vicreg_kernels").lstrip(".").split(".")[0]
+
+
+def trespasses(edges: imports.Graph) -> list[str]:
+    """Imports of an op from below the ops, or of another op's insides."""
+    ops, wrong = registry.OPS, []
+    for module, targets in sorted(edges.items()):
+        here = room(module)
+        for target in sorted(targets):
+            there = room(target)
+            if there not in ops or there == here or here not in (*ops, *BELOW):
+                continue
+            inside = target.removeprefix(f"vicreg_kernels.{there}").lstrip(".")
+            if here in BELOW or here != "vicregl" or inside not in PUBLIC:
+                wrong.append(f"{module} -> {target}")
+    return wrong
+
+
+def test_nothing_imports_in_a_circle():
+    """Neither modules nor the rooms that they are in; the package's own __init__ is above all."""
+    assert len(graph()) > 100
+    assert imports.cycles(graph()) == []
+    rooms = imports.rooms(graph(), room)
+    rooms.pop("")
+    assert imports.cycles({name: others - {""} for name, others in rooms.items()}) == []
+
+
+def test_no_op_imports_another_ops_insides():
+    assert trespasses(graph()) == []
+
+
+def test_the_rule_can_fail():
+    for module, target in (
+        ("vicreg_kernels.core.checks", "vicreg_kernels.vicreg"),
+        ("vicreg_kernels.barlow.api", "vicreg_kernels.vicreg.contract"),
+        ("vicreg_kernels.vicregl.compose", "vicreg_kernels.vicreg.checks"),
+    ):
+        assert trespasses({module: {target}}) == [f"{module} -> {target}"]
+    assert trespasses({"vicreg_kernels.vicregl.compose": {"vicreg_kernels.vicreg"}}) == []
+
+
+ROOMS = ("__init__", "contract", "reference", "module", "triton/__init__", "triton/launch")
+
+
+@pytest.mark.parametrize("op", sorted(registry.OPS))
+def test_every_op_has_the_same_rooms(op):
+    missing = [name for name in ROOMS if not (PACKAGE / op / f"{name}.py").exists()]
+    assert missing == []
+    if op != "tokens":  # three ops in one folder, each with its public functions beside it
+        assert (PACKAGE / op / "op.py").exists()
+        assert (PACKAGE / op / "api.py").exists()
+
+
+def test_one_list_of_ops():
+    """The folders, the registry, the benchmarks and the C++ sources name the same ops."""
+    folders = {path.parent.name for path in PACKAGE.glob("*/contract.py")}
+    assert folders == set(registry.OPS) == set(compilations.OPS)
+    assert folders == set(bench.OPS) - {"jepa_step"}
+    assert folders == {path.parent.name for path in (ROOT / "csrc").glob("*/registration.cpp")}
+
+
+def test_what_profilers_watch_is_every_triton_kernel():
+    """Every function called *_kernel that is under triton.jit, wherever it stands."""
+    written = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef) or not node.name.endswith("_kernel"):
+                continue
+            if any("triton.jit" in ast.unparse(each) for each in node.decorator_list):
+                written.append(node.name)
+    found = triton_kernels(ROOT)
+    assert sorted(found) == sorted(written)
+    assert len(found) >= 45
+    for kernel in ("forward_kernel", "assemble_kernel", "update_kernel", "match_kernel"):
+        assert kernel in found
+
+
+def constant(path: str, name: str) -> int:
+    """An integer constant of a C++ header."""
+    text = (ROOT / "csrc" / path).read_text()
+    (value,) = re.findall(rf"constexpr \w+ {name} = ([^;]+);", text)
+    return eval(value.replace("int64_t{1}", "1"), {"__builtins__": {}})
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "value"),
+    [
+        ("vicreg/formula.h", "kDeflatedColumns", vicreg.DEFLATED_COLUMNS),
+        ("vicregl/formula.h", "kMostCounts", vicregl.MOST_COUNTS),
+        ("sigreg/formula.h", "kMostKnots", sigreg_checks.MOST_KNOTS),
+        ("ema/checks.h", "kMostSteps", ema_checks.MOST_STEPS),
+    ],
+)
+def test_constants_that_stand_in_both_languages(path, name, value):
+    assert constant(path, name) == value
+
+
+def test_the_kinds_of_the_prediction_loss():
+    text = (ROOT / "csrc" / "tokens" / "formula.h").read_text()
+    (kinds,) = re.findall(r"enum Kind : int \{ ([^}]+) \};", text)
+    numbers = {}
+    for kind in kinds.split(","):
+        name, number = kind.split("=")
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip().removeprefix("k")).lower()
+        numbers[words] = int(number)
+    assert numbers == {kind: place for place, kind in enumerate(tokens.KINDS)}
+    (cosine, others) = re.findall(r"kind == kCosine \? (\d) : (\d)", text)[0]
+    assert [tokens.saved_floats(kind) for kind in range(4)] == [int(others)] * 3 + [int(cosine)]
+
+
+def test_constants_that_triton_kernels_repeat():
+    pytest.importorskip("triton")
+    from vicreg_kernels.sigreg.triton import launch, maths
+
+    assert maths.MOST_KNOTS.value == sigreg_checks.MOST_KNOTS
+    assert maths.MOST_CHUNKS.value == launch.MOST_CHUNKS
+    assert 2 * launch.MOST_PAIRS * launch.MOST_CHUNKS == sigreg_checks.MOST_KNOTS
+    # vicreg/triton/forward.py writes the four largest columns out by hand.
+    assert vicreg.DEFLATED_COLUMNS == 4
+    assert vicregl.MOST_COUNTS == 4  # as the arguments c0 to c3 of vicregl/triton/pairs.py
+
+
+def test_schemas_are_written_from_settings():
+    import torch
+
+    ops = torch.ops.vicreg_kernels
+    for op, settings in (
+        (ops.vicreg_forward, vicreg.Settings._fields),
+        (ops.vicreg_backward, vicreg.Settings._fields),
+        (ops.tokens_loss_forward, tokens.Settings._fields),
+    ):
+        names = [argument.name for argument in op.default._schema.arguments]
+        assert names[-len(settings) :] == list(settings)
+        assert names[-len(settings) - 1] == "backend"
+    words = schema.arguments(vicreg.Settings)
+    assert words.startswith("float margin, float eps, bool unbiased, float[] scales")
+    rules = AttentionSettings.__annotations__
+    assert list(rules) == ["rules", "rope", "scale"]
+    with pytest.raises(AssertionError):
+        schema.arguments(vicreg.Settings, no_such_field="SymInt")

@@ -1,0 +1,1 @@
+"""What every op stands on; nothing here imports an op."""

@@ -1,0 +1,1 @@
+"""Device code and launch facts that the Triton kernels of several ops share."""
