@@ -106,13 +106,13 @@ def in_order(images: Any, batch: int, workers: int) -> Iterator[Tensor]:
     return _loader(images, [rows[i : i + batch] for i in rows[::batch]], workers)
 
 
-def _loader(found: Any, steps: Iterable[Any], workers: int) -> Iterator[Tensor]:
-    """found[step] of each; a worker's error is raised as this process's own would be.
+def _loader(samples: Any, steps: Iterable[Any], workers: int) -> Iterator[Tensor]:
+    """samples[step] of each; a worker's error is raised as this process's own would be.
 
     Without the DataLoader's own batches: a whole one is asked for at once.
     """
     loader = DataLoader(
-        _Told(found), sampler=cast(Any, steps), batch_size=None, num_workers=workers
+        _Told(samples), sampler=cast(Any, steps), batch_size=None, num_workers=workers
     )
     batches = iter(loader)
     while True:
@@ -141,12 +141,12 @@ class _Told(Dataset[Any]):
     text of a traceback.
     """
 
-    def __init__(self, found: Any) -> None:
-        self.found = found
+    def __init__(self, samples: Any) -> None:
+        self.samples = samples
 
     def __getitem__(self, rows: Any) -> Any:
         try:
-            return self.found[rows]
+            return self.samples[rows]
         except (ValueError, OSError, MemoryError, ImportError) as error:
             return error
 
