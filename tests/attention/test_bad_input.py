@@ -238,3 +238,9 @@ def test_offsets_on_a_device_are_read_in_debug_mode_alone(monkeypatch):
     monkeypatch.setattr(dispatch, "DEBUG", True)
     with pytest.raises(ValueError, match=r"^offsets: got a meta tensor"):
         Ragged(offsets, max_length=4)
+
+
+def test_a_boolean_padding_on_meta_is_called_as_its_caller_calls_it():
+    padding = KeyPadding(torch.ones(1, 4, dtype=torch.bool, device="meta"))
+    with pytest.raises(ValueError, match=r"^lengths: got a meta tensor"):
+        masked_attention(*(torch.randn(1, 1, 4, 16),) * 3, mask=padding)

@@ -15,6 +15,38 @@ LINES = {"vicregl_loss": 80, "vicregl_terms": 80}
 SAMPLE = "(x=T((5, 3), 'float32', 'strided', 2.0, 1), y=T((5, 3), 'float32', 'sliced', 2.0, 2)"
 
 
+# Calls whose error is that of float32, which the rule has to know (fuzz/allowances.py).
+BARELY = (
+    # Two rows: what is left of the gradient is roundings of its parts.
+    "barlow_twins_loss(x=T((2, 2), 'float32', 'sliced', 1.0, 43, '', True),"
+    " y=T((2, 2), 'float32', 'strided', 1.0, 441, '', True), backend='cpu')",
+    # C_ii - 1 of views that agree.
+    "barlow_twins_loss(x=T((2, 1), 'float16', 'contiguous', 0.00015, 665, '', False),"
+    " y=T((2, 1), 'float16', 'contiguous', 0.00015, 363, '', True), convention='lightly',"
+    " eps=0.0, backend='cpu')",
+    # Sums of squares that float32 does not hold: NaN, as the page says.
+    "barlow_twins_loss(x=T((11, 8), 'bfloat16', 'transposed', 1e+19, 782, '', True),"
+    " y=T((11, 8), 'bfloat16', 'contiguous', 1e+19, 911, '', False), backend='cpu')",
+    "barlow_twins_loss(x=T((2, 7), 'float32', 'strided', 2.6e-25, 915, '', True),"
+    " y=T((2, 7), 'float32', 'strided', 2.6e-25, 860, '', True), eps=0.0, backend='cpu')",
+    # The seventeenth knot's angle is seventeen steps from the first one's.
+    "sigreg_loss(z=T((8, 3), 'float32', 'contiguous', 1.0, 484, '', True), slices=1,"
+    " seed=4611686018427387904, backend='cpu')",
+    # Cosines that are all nearly 1.
+    "sigreg_loss(z=T((31, 1), 'bfloat16', 'contiguous', 1.0, 451, '', True), slices=3, knots=12,"
+    " t_max=0.00216, backend='cpu')",
+    # No variance and no hinge.
+    "vicreg_loss(x=T((3, 3), 'float32', 'contiguous', 1.0, 987, 'constant', True),"
+    " y=T((3, 3), 'float32', 'transposed', 1.0, 469, '', True), convention='eb_jepa', margin=0.0,"
+    " eps=0.0, backend='cpu')",
+    # q . k is past float32 before it is scaled.
+    "masked_attention(q=T((1, 3, 40), 'float32', 'contiguous', 5.1e+22, 571, '', True),"
+    " k=T((1, 3, 40), 'float32', 'strided', 5.1e+22, 262, 'offset', False),"
+    " v=T((1, 3, 40), 'float32', 'transposed', 5.1e+22, 904, '', True),"
+    " mask=Ragged(I([0, 0, 1, 1], 'int64')) & FrameCausal(5, window=1), scale=0.0, backend='cpu')",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("op", runner.OPS)
 def test_calls_are_right_or_refused_by_name(op) -> None:
     seeds = (f"{op}/{n}" for n in range(LINES.get(op, 200)))
@@ -115,3 +147,40 @@ def test_a_finite_number_is_refused_where_the_truth_is_nan(monkeypatch) -> None:
     _broken(monkeypatch, finite)
     with pytest.raises(runner.Fault, match="where the truth is nan"):
         runner.hold(line)
+
+
+@pytest.mark.parametrize("line", BARELY)
+def test_errors_of_float32_are_allowed(line) -> None:
+    assert runner.hold(line) == "right"
+
+
+@pytest.mark.parametrize("part", ["values", "gradients"])
+@pytest.mark.parametrize(
+    ("op", "arguments"),
+    [
+        ("barlow_twins_loss", "x=T((8, 5)), y=T((8, 5), seed=1)"),
+        ("barlow_twins_loss", "x=T((3, 5)), y=T((3, 5), seed=1)"),
+        ("sigreg_loss", "z=T((31, 7)), slices=5"),
+    ],
+)
+def test_errors_far_past_those_of_float32_are_not(monkeypatch, op, arguments, part) -> None:
+    """The allowances are a few roundings: a loss or a gradient 3e-5 off is seen."""
+    line = f"{op}({arguments}, backend='cpu')"
+    assert runner.hold(line) == "right"
+    whole = getattr(runner.vicreg_kernels, op)
+
+    def coarse(**arguments):
+        out = whole(**arguments)
+        if arguments["backend"] != "cpu":
+            return out
+        off = 3e-5 * (out.detach() if part == "values" else out - out.detach())
+        return out + off
+
+    monkeypatch.setattr(runner.vicreg_kernels, op, coarse)
+    with pytest.raises(runner.Fault, match=f"{part} 0: .*norm error"):
+        runner.hold(line)
+
+
+def test_an_int_past_int64_is_a_setting_like_its_float() -> None:
+    for line in ("margin=2**70", "eps=2**70"):
+        assert runner.hold(f"vicreg_loss{SAMPLE}, {line}, backend='cpu')") == "right"

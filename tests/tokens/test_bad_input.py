@@ -98,6 +98,11 @@ ASSEMBLE = {
     "one offsets": (
         (P, INDEX, T, INDEX), {"context_offsets": [0, 1]}, ValueError, "target_offsets", ["None"],
     ),
+    "offsets on meta": (
+        (z(3, 3), FLAT, T, FLAT),
+        {"context_offsets": torch.tensor([0, 3], device="meta"), "target_offsets": [0, 3]},
+        ValueError, "context_offsets", ["meta"],
+    ),
     "offsets": (
         (z(3, 3), FLAT, T, FLAT), {"context_offsets": [0, 1, 3], "target_offsets": [0, 3]},
         ValueError, "target_offsets", ["2 numbers"],

@@ -241,3 +241,29 @@ def test_assembly_of_two_index_dtypes_gives_the_wider(dtypes, packed) -> None:
         )
         assert made.index.flatten().tolist() == [0, 1, 2, 3, 4]
         assert {z.dtype for z in made[1:4]} == {torch.int64}, backend
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_targets_wider_than_the_context_are_rounded_once(dtype, packed) -> None:
+    """target + position in float32, then to the context's dtype: the bits of the reference."""
+    torch.manual_seed(0)
+    shape, offsets = ((3,), {"context_offsets": [0, 3], "target_offsets": [0, 4]})
+    if not packed:
+        shape, offsets = (1, 3), {}
+    context = torch.randn(*shape, 64).to(dtype).requires_grad_()
+    rows = torch.randn(*shape[:-1], 4, 64, requires_grad=True)
+    table = torch.randn(7, 64, requires_grad=True)
+    index = torch.tensor([4, 0, 2]).reshape(shape)
+    target = torch.tensor([1, 3, 6, 5]).reshape(*shape[:-1], 4)
+    found = []
+    for backend in ("reference", "cpu"):
+        tokens = assemble_tokens(
+            context, index, rows, target, positions=table, backend=backend, **offsets
+        ).tokens
+        leaves = (context, rows, table)
+        gradients = torch.autograd.grad((tokens.float() ** 2).sum(), leaves)
+        assert [g.dtype for g in gradients] == [dtype, torch.float32, torch.float32]
+        found.append((tokens, *gradients))
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)

@@ -190,7 +190,7 @@ def npz() -> bytes:
 def read_npz(path: Path) -> np.ndarray:
     tar = path.with_name("a.tar")
     tar.write_bytes(tar_of({"0.npz": path.read_bytes()}))
-    return videos.Shards(tar, 16)[0][:]
+    return videos.VideoShards(tar, 16)[0][:]
 
 
 def film(format: str, codec: str, **options: str) -> Callable[[], bytes]:

@@ -104,7 +104,7 @@ def test_batches_depend_on_seed_and_step_alone(tmp_path):
 def test_a_stored_folder_is_the_one_in_memory(tmp_path):
     root = folder_of(tmp_path)
     found, held = (
-        image_files.stored("x", image_files.Folder(root), 8),
+        image_files.stored("x", image_files.ImageFolder(root), 8),
         image_sets.image_folder(root, 8),
     )
     assert torch.equal(found[range(12)], held.images)
@@ -117,7 +117,7 @@ def test_a_stored_folder_is_the_one_in_memory(tmp_path):
 def test_a_corrupt_image_is_named_by_the_worker_that_reads_it(tmp_path):
     bad = folder_of(tmp_path) / "b" / "07.png"
     bad.write_bytes(bad.read_bytes()[:60])
-    found = image_files.stored("x", image_files.Folder(tmp_path), 8)
+    found = image_files.stored("x", image_files.ImageFolder(tmp_path), 8)
     with pytest.raises(ValueError, match=r"b/07\.png is truncated"):
         list(batches.in_order(found, 5, workers=1))
 
@@ -165,7 +165,7 @@ def test_what_is_wrong_in_a_shard_is_named(files, message, tmp_path):
     write(tmp_path / "a.tar", files)
 
     def read() -> None:
-        found = image_files.stored("x", image_files.Shards(tmp_path), 8)
+        found = image_files.stored("x", image_files.ImageShards(tmp_path), 8)
         assert found[[0]].shape == (1, 3, 8, 8)
         assert found.labels is None
 

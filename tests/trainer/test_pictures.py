@@ -25,7 +25,9 @@ def read(path: Path, content: bytes, **limits) -> torch.Tensor:
     for name in "ab":
         (path.parent / name).mkdir(exist_ok=True)
         (path.parent / name / path.name).write_bytes(content)
-    return image_files.stored("x", image_files.Folder(path.parent), 64, Limits(**limits))[[0]][0]
+    return image_files.stored("x", image_files.ImageFolder(path.parent), 64, Limits(**limits))[[0]][
+        0
+    ]
 
 
 def packed(array: np.ndarray, format: str, **words) -> bytes:
@@ -210,7 +212,7 @@ def test_hidden_files_are_skipped_with_a_word(tmp_path, capsys):
     folder(root / "a", classes=(".ipynb_checkpoints",))
     (root / "b" / "._0.png").write_bytes(b"\0\5\x16\7")
     (root / "b" / ".DS_Store").write_bytes(b"no picture")
-    found = image_files.Folder(root)
+    found = image_files.ImageFolder(root)
     assert found.classes == ("a", "b")
     assert len(found) == 4
     told = capsys.readouterr().err
@@ -222,7 +224,7 @@ def test_hidden_files_are_skipped_with_a_word(tmp_path, capsys):
 def test_pictures_that_belong_to_no_class_are_named(tmp_path, capsys):
     root = folder(tmp_path)
     (root / "cover.jpg").write_bytes(b"x")
-    assert len(image_files.Folder(root)) == 4
+    assert len(image_files.ImageFolder(root)) == 4
     assert "1 picture beside the class folders is left out ('cover.jpg')" in capsys.readouterr().err
 
 
@@ -236,7 +238,7 @@ def test_nested_and_linked_pictures_are_taken(tmp_path):
     (links / "y" / "0.png").symlink_to(real / "b" / "0.png")
     (links / "y" / "more").symlink_to(real / "b")
     (links / "y" / "again").symlink_to(links / "y")  # leads back: entered once
-    found = image_files.Folder(links)
+    found = image_files.ImageFolder(links)
     assert found.classes == ("x", "y")
     names = [os.path.relpath(found.where(n), links) for n in range(len(found))]
     assert names == ["x/0.png", "x/1.png", "x/2.png", "x/deep/0.png", "y/0.png", "y/more/0.png",
@@ -248,16 +250,16 @@ def test_what_is_no_regular_file_is_refused_unopened(tmp_path):
     root = folder(tmp_path)
     os.mkfifo(root / "a" / "pipe.png")
     with pytest.raises(ValueError, match=r"pipe\.png' is no regular file"):
-        image_files.Folder(root)
+        image_files.ImageFolder(root)
     (root / "a" / "pipe.png").unlink()
     (root / "a" / "gone.png").symlink_to("/nowhere/x.png")
     with pytest.raises(ValueError, match=r"gone\.png' is a link that leads nowhere"):
-        image_files.Folder(root)
+        image_files.ImageFolder(root)
 
 
 @pytest.mark.parametrize("name", ["pictures [v2]", "a{0..1}*?", "näme\nwith lines", "100%d"])
 def test_names_of_any_characters(name, tmp_path):
     root = folder(tmp_path / name, classes=[name, "b"])
     (root / "b" / os.fsdecode(b"\xff[1].png")).write_bytes((root / "b" / "0.png").read_bytes())
-    found = image_files.stored("x", image_files.Folder(root), 8)
+    found = image_files.stored("x", image_files.ImageFolder(root), 8)
     assert found[range(5)].shape == (5, 3, 8, 8)

@@ -141,7 +141,7 @@ def test_names_of_any_characters(name, tmp_path, monkeypatch):
     (tmp_path / f"{name}.mp4").write_bytes(encode(frames=3))
     monkeypatch.chdir(tmp_path)
     for folder in (tmp_path, Path()):
-        found = videos.Folder(folder, 16, "pyav")
+        found = videos.VideoFolder(folder, 16, "pyav")
         assert [len(found[n]) for n in range(len(found))] == [3]
         assert found[0][0:3].shape == (3, 16, 16, 3)
 
@@ -150,7 +150,7 @@ def test_names_of_any_characters(name, tmp_path, monkeypatch):
 def test_names_that_are_no_text(tmp_path):
     name = os.fsdecode(b"\xff.mp4")
     (tmp_path / name).write_bytes(encode(frames=3))
-    assert len(videos.Folder(tmp_path, 16, "pyav")[0]) == 3
+    assert len(videos.VideoFolder(tmp_path, 16, "pyav")[0]) == 3
 
 
 @decoding
@@ -232,7 +232,7 @@ def test_hidden_and_linked_videos(undecoded, tmp_path, capsys):
     (root / "set").symlink_to(real)
     (real / "above").symlink_to(root)  # leads back: entered once
     (root / "e.mp4").symlink_to(real / "a.mp4")
-    found = videos.Folder(root, 16)
+    found = videos.VideoFolder(root, 16)
     names = [os.path.relpath(path, root) for path in found.files]
     assert names == ["c.mkv", "e.mp4", "set/a.mp4", "set/deep/b.MP4"]
     told = capsys.readouterr().err
@@ -243,13 +243,13 @@ def test_hidden_and_linked_videos(undecoded, tmp_path, capsys):
 def test_what_is_no_regular_file_is_refused_unopened(undecoded, tmp_path):
     os.mkfifo(tmp_path / "a.mp4")
     with pytest.raises(ValueError, match=r"a\.mp4' is no regular file"):
-        videos.Folder(tmp_path, 16)
+        videos.VideoFolder(tmp_path, 16)
     with pytest.raises(ValueError, match=r"a\.mp4' is no regular file"):
         videos.decode(tmp_path / "a.mp4", 16)
     (tmp_path / "a.mp4").unlink()
     (tmp_path / "a.mp4").symlink_to("nowhere")
     with pytest.raises(ValueError, match=r"a\.mp4' is a link that leads nowhere"):
-        videos.Folder(tmp_path, 16)
+        videos.VideoFolder(tmp_path, 16)
 
 
 # ------------------------------------------------------------------------------- arrays
@@ -276,9 +276,9 @@ def header(shape: tuple[int, ...]) -> bytes:
     return packed.getvalue()
 
 
-def shard(root: Path, content: bytes, **limits: int) -> videos.Shards:
+def shard(root: Path, content: bytes, **limits: int) -> videos.VideoShards:
     (root / "a.tar").write_bytes(tar_of({"0.npz": content}))
-    return videos.Shards(root, 16, limits=Limits(**limits))
+    return videos.VideoShards(root, 16, limits=Limits(**limits))
 
 
 FRAMES = np.arange(4 * 16 * 16 * 3, dtype=np.uint8).reshape(4, 16, 16, 3)

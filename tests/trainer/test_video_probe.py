@@ -132,13 +132,13 @@ def test_labels_of_folders_are_their_names(tmp_path, monkeypatch):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
-    found = videos.Folder(tmp_path, 16)
+    found = videos.VideoFolder(tmp_path, 16)
     assert found.labels(None) == ["cat", "cat", "dog"]
     with pytest.raises(ValueError, match="label: got 'x', but videos in folders"):
         found.labels("x")
     (tmp_path / "4.mp4").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"label: video '4\.mp4' is in no class folder"):
-        videos.Folder(tmp_path, 16).labels(None)
+        videos.VideoFolder(tmp_path, 16).labels(None)
 
 
 def test_one_class_is_no_task():

@@ -262,3 +262,26 @@ def test_threads_do_not_change_bits():
         assert torch.equal(other.values[4], found[0].values[4])
         for mine, theirs in zip(other.gradients[5:], found[0].gradients[5:], strict=True):
             torch.testing.assert_close(mine, theirs)
+
+
+def test_parts_of_a_float16_gradient_may_be_past_float16(fused):
+    """The invariance's part and the hinge's, each past 65504, cancel to what float16 holds."""
+    torch.manual_seed(24)
+    _, maps, grids = draw(((2, 1), (2, 1)), batch=3, channels=2, device=fused.device)
+    maps = [z.detach().half().requires_grad_() for z in maps]
+    settings = {"alpha": 0.0, "num_matches": (None, 1), "margin": 9.0}
+    weights = {"invariance_weight": 1.0, "variance_weight": 4.0, "covariance_weight": 0.0}
+
+    def gradient(backend, views, weights):
+        loss = vicregl_loss(None, views, grids, **settings, **weights, backend=backend)
+        return torch.cat([z.flatten() for z in torch.autograd.grad(loss * 1.1e5, views)])
+
+    wide = [z.detach().double().requires_grad_() for z in maps]
+    most = torch.finfo(torch.float16).max
+    for part in ("invariance_weight", "variance_weight"):
+        alone = {name: w * (name == part) for name, w in weights.items()}
+        assert gradient("reference", wide, alone).abs().max() > most
+    truth = gradient("reference", wide, weights)
+    assert truth.abs().max() < most
+    found = gradient(fused.name, maps, weights).double()
+    assert (found - truth).norm() < 2 * torch.finfo(torch.float16).eps * truth.norm()

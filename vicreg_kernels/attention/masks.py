@@ -75,12 +75,13 @@ class _Tensors:
         tensor = self.own[name]
         if tensor is None or tensor.device == device:
             return tensor
+        argument = "lengths" if name == "keep" else name  # as KeyPadding's caller calls it
         if torch.compiler.is_compiling():
-            return integers.onto(name, tensor, device)
+            return integers.onto(argument, tensor, device)
         if (name, device) in self.copies:
             return self.copies[name, device]
         with torch.inference_mode(False):
-            copy = integers.onto(name, tensor, device)
+            copy = integers.onto(argument, tensor, device)
         if not kept.inside_a_mode() and kept.lasts(copy):
             self.copies[name, device] = copy
         return copy

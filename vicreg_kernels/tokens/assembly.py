@@ -402,7 +402,13 @@ def _assembled(
     )
     # The table and the one mask token are small; they are read in float32.
     table = None if positions is None else positions.float().contiguous()
-    target = target.float().contiguous() if target.dim() == 1 else target.to(context.dtype)
+    dtype = context.dtype
+    if target.dim() == 1:
+        target = target.float().contiguous()
+    elif table is None or target.dtype == dtype:
+        target = target.to(dtype)
+    else:  # rows of two dtypes: the sums are those of float32, rounded once
+        context, target = context.float(), target.float()
     rows = [target_index, index, context_rows, target_rows]
     if offsets:  # places are rows of the packed whole: one sequence
         rows = [z[None] for z in rows]
@@ -410,4 +416,4 @@ def _assembled(
         tokens = _Assemble.apply(context[None], target, table, context_index[None], *rows, name)[0]
     else:
         tokens = _Assemble.apply(context, target, table, context_index, *rows, name)
-    return Assembly(tokens, index, context_rows, target_rows, whole)
+    return Assembly(tokens.to(dtype), index, context_rows, target_rows, whole)

@@ -60,6 +60,8 @@ def offsets(name: str, given: Offsets, batch: int | None, total: int, like: Tens
         raise ValueError(f"{name}: got shape {tuple(made.shape)}, takes [B + 1], B at least 1")
     if batch is not None and made.shape[0] != batch + 1:
         raise ValueError(f"{name}: got {made.shape[0]} numbers, takes B + 1 = {batch + 1}")
+    if made.is_meta and like.device.type != "meta":
+        raise ValueError(f"{name}: got a meta tensor, takes one with values, or all on meta")
     made = made.to(torch.int64).contiguous()
     if on_host and not torch.compiler.is_compiling():
         offset_values(name, made, total)

@@ -38,7 +38,7 @@ def check_settings(
         )
     eps, margin = reals.finite("eps", eps, 0), reals.finite("margin", margin, 0)
     dispatch.check_backend(backend)
-    return margin, eps
+    return float(margin), float(eps)
 
 
 def _check_tensor(

@@ -229,6 +229,12 @@ def composed(
     embeddings: list[Tensor], maps: list[Tensor], grids: list[Tensor], run: Run
 ) -> tuple[Tensor, ...]:
     setting = run.setting
+    # A view's gradient is a sum over ops, and float16 does not hold every part of one that it
+    # holds: autograd adds them up in float32 and rounds once.
+    embeddings, maps = (
+        [z.float() if z.dtype == torch.float16 else z for z in views]
+        for views in (embeddings, maps)
+    )
     zero = run.zero((embeddings or maps)[0])
     across, matched, sets = zero, zero, None
     if setting.alpha > 0:

@@ -95,7 +95,7 @@ def stored(name: str, source: Pictures, size: int, limits: Limits = pictures.DEF
     return Stored(name, source, size, torch.arange(len(source)), limits)
 
 
-class Folder:
+class ImageFolder:
     """`root`/<class>/**, the classes and each one's files in the order of their names.
 
     Raises ValueError where it is not a folder of at least two class folders with images, and where
@@ -159,7 +159,7 @@ def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
-class Shards:
+class ImageShards:
     """The pictures of WebDataset shards; their classes stand in .cls, or in .json as `label` or
     `cls`, and are numbers.
     """

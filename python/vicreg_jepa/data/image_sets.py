@@ -57,10 +57,10 @@ def digits() -> Images:
 def image_folder(path: str | Path, size: int = 32) -> Images:
     """The images of `path`/<class>/*, cut to their central square and resized to `size`, as RGB.
 
-    All of them are held in memory: 4 * 3 * size^2 bytes an image; `stored.Folder` reads them as
-    they are asked for. Raises ValueError as that does.
+    All of them are held in memory: 4 * 3 * size^2 bytes an image;
+    `image_files.ImageFolder` reads them as they are asked for. Raises ValueError as that does.
     """
-    found = image_files.stored(Path(path).name, image_files.Folder(path), size)
+    found = image_files.stored(Path(path).name, image_files.ImageFolder(path), size)
     return Images(found.name, found[range(len(found))], found.labels, found.classes)
 
 

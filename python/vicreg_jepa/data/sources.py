@@ -37,7 +37,7 @@ def images(settings: Config) -> tuple[Any, Any]:
 
 def _stored(data: Data, path: Path) -> image_files.Stored:
     folder = data.kind == "images"
-    source = image_files.Folder(path) if folder else image_files.Shards(path, data.limits)
+    source = image_files.ImageFolder(path) if folder else image_files.ImageShards(path, data.limits)
     return image_files.stored(path.name, source, data.size, data.limits)
 
 

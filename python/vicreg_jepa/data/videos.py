@@ -34,8 +34,8 @@ def of(settings: Config) -> Any:
         return simulated(data.path or PHYSICS, data.videos, settings.seed, data.workers, data.size)
     assert data.path is not None
     if data.kind == "webdataset":
-        return Shards(data.path, data.size, data.decoder, data.limits)
-    return Folder(data.path, data.size, data.decoder, data.limits)
+        return VideoShards(data.path, data.size, data.decoder, data.limits)
+    return VideoFolder(data.path, data.size, data.decoder, data.limits)
 
 
 def labels(settings: Config, key: str | None) -> list[str]:
@@ -56,10 +56,10 @@ def simulated(folder: Path, videos: int, seed: int, workers: int, size: int) -> 
 
     with tqdm(total=videos, desc="physics videos", unit="video", ncols=100) as bar:
         shards.write(folder, videos, shards.Settings(seed), workers, bar.update)
-    return torch.utils.data.Subset(Shards(folder, size), range(videos))
+    return torch.utils.data.Subset(VideoShards(folder, size), range(videos))
 
 
-class Folder:
+class VideoFolder:
     """Every video file below a folder, and below the folders behind its links; hidden ones are
     left out with a word. Raises ValueError where there is none, or one is no regular file.
     """
@@ -104,7 +104,7 @@ def _is_video(name: str) -> bool:
     return Path(name).suffix.lower() in SUFFIXES
 
 
-class Shards:
+class VideoShards:
     """The videos of WebDataset shards: files, or the array `video` of a .npz."""
 
     def __init__(
@@ -134,8 +134,9 @@ class Shards:
         return Array(where, _unpacked(where, content, self.limits.max_bytes), self.size)
 
     def labels(self, key: str | None) -> list[str]:
-        """Of each sample: `key` of its .json, a list counting as its length; without a key, its
-        .cls, or `label` or `cls` of its .json. Raises ValueError by the sample's name without one.
+        """A label for each sample: `key` of its .json, a list counting as its length. Without a
+        key it is its .cls, or `label` or `cls` of its .json. Raises ValueError by the name of a
+        sample that has none.
         """
         suffixes = ("cls", "json") if key is None else ("json",)
         shards, most = self.files.shards, self.limits.max_bytes

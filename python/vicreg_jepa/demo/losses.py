@@ -50,7 +50,7 @@ def apart(losses: Mapping[str, parity.Loss], moments: list[Views]) -> dict[str, 
 
 
 def throughput(losses: Mapping[str, parity.Loss], views: Views) -> dict[str, Any]:
-    """Time the losses and their gradients with respect to both embeddings, in turns."""
+    """Time the loss and its gradient with respect to both embeddings, in turns."""
     x, y = (z.detach().requires_grad_() for z in views)
     actions = {
         name: lambda loss=loss: torch.autograd.grad(loss(x, y), (x, y))

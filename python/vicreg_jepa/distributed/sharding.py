@@ -70,7 +70,7 @@ def is_shard(z: Any) -> bool:
 
 
 def whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Every tensor on the CPU, shards put together, one after the other; nothing where not `keep`.
+    """Gather shards and copy each tensor to the CPU, one at a time; return {} if `keep` is False.
 
     Where there are shards every rank calls it, with the same names in the same order.
     """

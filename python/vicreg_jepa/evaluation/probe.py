@@ -34,7 +34,9 @@ def calibrated(method: nn.Module, images: Tensor) -> nn.Module:
 
 
 def accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
-    """The share, in [0, 1], that logistic regression on standardised features [N, F] gets right."""
+    """Fit logistic regression on standardised features [N, F]; return its share of right answers
+    on the test set, in [0, 1].
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

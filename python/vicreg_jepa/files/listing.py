@@ -15,7 +15,7 @@ COPIES = ("@eaDir", "__MACOSX")
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder of this name is left out."""
+    """Whether a file or folder is hidden by its own name."""
     return name.startswith(".") or name in COPIES
 
 

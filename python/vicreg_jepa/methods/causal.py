@@ -58,7 +58,7 @@ class Causal(Predictive):
         return present + self.predictor.predictor_proj(h)
 
     def _seen(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of every token frame that another one follows: its tokens, and what is foreseen."""
+        """The tokens of all frames but the last, and what is foreseen after each."""
         seen = x[:, :, : -self.encoder.patch_embed.size[0]]
         tokens = encode(self.encoder, self.kernels, seen, None)
         return tokens, self.following(tokens, self.present(seen, tokens))

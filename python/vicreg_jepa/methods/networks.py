@@ -30,7 +30,7 @@ class Pooled(nn.Module):
 def encoder_and_expander(
     config: Config, kernels: Kernels, channels: int
 ) -> tuple[nn.Module, nn.Module]:
-    """Of a method of views: images -> [N, features] -> [N, D]."""
+    """Build the networks of a method of views: images -> [N, features] -> [N, D]."""
     model, data = config.model, config.data
     activation = ACTIVATIONS[model.activation]
     encoder: Any
@@ -48,7 +48,10 @@ def encoder_and_expander(
 def encoder_and_predictor(
     config: Config, channels: int, *, video: bool, causal: bool = False, pixels: bool = False
 ) -> tuple[ViT, Predictor]:
-    """Of a method of tokens. causal: frame by frame; pixels: the predictor gives tubelets."""
+    """Build the networks of a method of tokens.
+
+    causal: frame by frame; pixels: the predictor gives tubelets.
+    """
     model, data = config.model, config.data
     position = "rope" if video else "sincos"
     encoder = ViT(

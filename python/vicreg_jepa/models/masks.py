@@ -25,7 +25,7 @@ class Masks:
     targets: list[Places]
 
     def part(self, begin: int, end: int) -> Masks:
-        """Of samples begin to end."""
+        """The masks of samples begin to end."""
         return Masks(self.context[begin:end], [places[begin:end] for places in self.targets])
 
     def tokens(self) -> int:

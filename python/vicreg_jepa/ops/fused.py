@@ -96,7 +96,9 @@ class Fused:
         kind: str,
         normalise: bool,
     ) -> Tensor:
-        """Of predictions in the order of targets, against wanted [B, T, D], layer-normed or not."""
+        """The loss of predictions, in the order of targets, against wanted [B, T, D]; normalise:
+        layer-norm wanted first.
+        """
         offsets = [_offsets(places) for places in targets]
         parts = predictions.split([int(o[-1]) for o in offsets])
         index = [torch.cat(places).to(wanted.device) for places in targets]

@@ -117,7 +117,7 @@ def relative_accuracy(possible: Sequence[float], impossible: Sequence[float]) ->
 
 
 def auroc(possible: Sequence[float], impossible: Sequence[float]) -> float:
-    """How well one threshold tells impossible videos from possible ones."""
+    """The area under the ROC of telling impossible videos from possible ones by a threshold."""
     from sklearn.metrics import roc_auc_score
 
     labels = [0] * len(possible) + [1] * len(impossible)

@@ -19,7 +19,8 @@ SurpriseOf = Callable[[Tensor], dict[str, list[float]]]
 
 @dataclass(frozen=True)
 class Score:
-    """How one property is told: the share of quadruplets, and the AUROC over single videos.
+    """The results for one property: the share of quadruplets told apart, and the AUROC over
+    single videos.
 
     A quadruplet is told apart where its two impossible videos surprise more than its two possible
     ones together: IntPhys' relative score. Its videos are made of the same frames, so what a model

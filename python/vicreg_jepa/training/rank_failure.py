@@ -223,7 +223,7 @@ class RankMonitor:
 
 
 def _exit_reason(pid: int) -> str:
-    """Of a process that has just ended, before torchrun has asked: /proc then still knows."""
+    """Read from /proc how a process has ended, which is there until torchrun asks for it."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         status = int(fields[-1]) if fields[0] == "Z" else None

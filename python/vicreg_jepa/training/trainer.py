@@ -81,7 +81,7 @@ class Trainer:
     # --------------------------------------------------------------------------------- a step
 
     def take(self, batch: Tensor) -> Tensor:
-        """One step on this batch; the loss before it, of all ranks together."""
+        """Take one optimizer step; return the loss before the step, averaged over ranks."""
         settings, steps = self.config.optimizer, self.config.training.steps
         for group in self.optimizer.param_groups:
             group["lr"] = schedule.rate(settings, self.step, steps)
@@ -91,7 +91,7 @@ class Trainer:
         if self.config.training.compile == "reduce-overhead":
             # The gradients above were the last that is read of the step before: its memory is free.
             torch.compiler.cudagraph_mark_step_begin()
-        torch.manual_seed(mixed(self.config.seed, 3, self.step, self.ranks.rank) % 2**63)
+        torch.manual_seed(mixed(self.config.seed, 3, self.step, self.ranks.rank))
         # Views are drawn on the device, masks on the host.
         where = self.device if self.of_views else "cpu"
         generator = torch.Generator(where).manual_seed(mixed(self.config.seed, 4, self.step))
