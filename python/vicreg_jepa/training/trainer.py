@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import vicreg_kernels as vk
 from vicreg_jepa.config import Config, describe, parse
-from vicreg_jepa.data.batches import mixed
+from vicreg_jepa.data.batches import Stream, seed_for
 from vicreg_jepa.distributed import sharding
 from vicreg_jepa.distributed.ranks import Ranks
 from vicreg_jepa.files import output
@@ -91,10 +91,11 @@ class Trainer:
         if self.config.training.compile == "reduce-overhead":
             # The gradients above were the last that is read of the step before: its memory is free.
             torch.compiler.cudagraph_mark_step_begin()
-        torch.manual_seed(mixed(self.config.seed, 3, self.step, self.ranks.rank))
+        seed = self.config.seed
+        torch.manual_seed(seed_for(Stream.MODEL, seed, self.step, self.ranks.rank))
         # Views are drawn on the device, masks on the host.
         where = self.device if self.of_views else "cpu"
-        generator = torch.Generator(where).manual_seed(mixed(self.config.seed, 4, self.step))
+        generator = torch.Generator(where).manual_seed(seed_for(Stream.METHOD, seed, self.step))
         with self._precision():
             loss = self._differentiate(batch, generator)
         if not math.isfinite(float(loss)):
