@@ -13,8 +13,8 @@ from vicreg_jepa.cli_options import integer, reported
 def parser() -> argparse.ArgumentParser:
     from vicreg_jepa import config
 
-    found = argparse.ArgumentParser(prog="vicreg-jepa", description=__doc__)
-    commands = found.add_subparsers(dest="command", required=True)
+    parser = argparse.ArgumentParser(prog="vicreg-jepa", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("train", help="train a recipe, or go on with a run")
     one.add_argument("config", help=f"a YAML file or a recipe: {', '.join(config.recipes())}")
     one.add_argument("overrides", nargs="*", metavar="key=value", help="training.steps=500 ...")
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     five = commands.add_parser("export", help="a run's encoder as one safetensors file")
     five.add_argument("run", type=Path)
     five.add_argument("file", type=Path)
-    return found
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -123,8 +123,8 @@ def _surprise(options: argparse.Namespace) -> int:
     for run in options.beside:
         other, its, trained = _video_run(run)
         models[other] = physics_test.of_method(trained, its.data.stride)
-    found = report.test(models, options.quadruplets, output)
-    print(report.table(found, options.quadruplets))
+    scores = report.test(models, options.quadruplets, output)
+    print(report.table(scores, options.quadruplets))
     for property in PROPERTIES:
         report.draw_quadruplet(method, property, output, stride=stride)
     print(f"pictures of every property: {output}")
@@ -150,8 +150,8 @@ def _compare(options: argparse.Namespace) -> int:
 
     overrides = [word for word in options.configs if "=" in word]
     names = [word for word in options.configs if "=" not in word]
-    found = [compare.compare(config.load(name, overrides), options.rounds) for name in names]
-    print(compare.table(found))
+    comparisons = [compare.compare(config.load(name, overrides), options.rounds) for name in names]
+    print(compare.table(comparisons))
     return 0
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from vicreg_jepa import config
 from vicreg_jepa.compare import memory, timing
-from vicreg_jepa.data import batches, image_sets
+from vicreg_jepa.data import batches, image_files, image_sets
 from vicreg_jepa.demo import __main__ as demo
 from vicreg_jepa.demo import parity, physics, table
 from vicreg_jepa.distributed.ranks import Ranks
@@ -135,24 +135,25 @@ def test_image_folder_reads_every_class(tmp_path):
     paint(tmp_path, "red", 3, (255, 0, 0))
     paint(tmp_path, "blue", 2, (0, 0, 255))
     (tmp_path / "red" / "notes.txt").write_text("not an image")
-    found = image_sets.image_folder(tmp_path, 8)
+    found = image_files.stored("x", image_files.ImageFolder(tmp_path), 8)
     assert found.classes == ("blue", "red")
     assert found.labels.tolist() == [0, 0, 1, 1, 1]
-    assert found.images.shape == (5, 3, 8, 8)
-    assert torch.equal(found.images[0, :, 4, 4], torch.tensor([0.0, 0.0, 1.0]))
-    assert torch.equal(found.images[4, :, 4, 4], torch.tensor([1.0, 0.0, 0.0]))
+    images = found[range(5)]
+    assert images.shape == (5, 3, 8, 8)
+    assert torch.equal(images[0, :, 4, 4], torch.tensor([0.0, 0.0, 1.0]))
+    assert torch.equal(images[4, :, 4, 4], torch.tensor([1.0, 0.0, 0.0]))
 
 
 def test_image_folder_says_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="takes a folder"):
-        image_sets.image_folder(tmp_path / "none")
+        image_files.ImageFolder(tmp_path / "none")
     paint(tmp_path, "red", 1, (255, 0, 0))
     with pytest.raises(ValueError, match="1 sub-folders"):
-        image_sets.image_folder(tmp_path)
+        image_files.ImageFolder(tmp_path)
     (tmp_path / "blue").mkdir()
     (tmp_path / "blue" / "broken.png").write_bytes(b"not a png")
     with pytest.raises(ValueError, match=r"broken\.png is not an image"):
-        image_sets.image_folder(tmp_path)
+        image_files.stored("x", image_files.ImageFolder(tmp_path), 8)[range(2)]
 
 
 # Training

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, features
 from vicreg_jepa import config
-from vicreg_jepa.data import image_files, image_sets, sources
+from vicreg_jepa.data import image_files, sources
 from vicreg_jepa.files.pictures import Limits
 
 RAMP = np.linspace(0, 1, 64)[None].repeat(64, 0)
@@ -243,7 +243,7 @@ def test_nested_and_linked_pictures_are_taken(tmp_path):
     names = [os.path.relpath(found.where(n), links) for n in range(len(found))]
     assert names == ["x/0.png", "x/1.png", "x/2.png", "x/deep/0.png", "y/0.png", "y/more/0.png",
                      "y/more/1.png", "y/more/2.png"]  # fmt: skip
-    assert image_sets.image_folder(links, 8).images.shape == (8, 3, 8, 8)
+    assert image_files.stored("x", found, 8)[range(8)].shape == (8, 3, 8, 8)
 
 
 def test_what_is_no_regular_file_is_refused_unopened(tmp_path):

@@ -44,8 +44,8 @@ def with_kernels(settings: Config, name: str) -> Config:
 
 
 def _trainer(settings: Config, name: str, folder: Path, channels: int) -> Trainer:
-    made = with_kernels(settings, name)
-    return Trainer(made, build.method(made, channels), Ranks(), folder)
+    settings = with_kernels(settings, name)
+    return Trainer(settings, build.method(settings, channels), Ranks(), folder)
 
 
 def batch_of(settings: Config) -> torch.Tensor:
@@ -84,19 +84,19 @@ def compare(settings: Config, rounds: int) -> Compared:
     pairs = zip(losses["fused"], losses["reference"], strict=True)
     return Compared(
         settings.method,
-        {name: median(found) for name, found in seconds.items()},
+        {name: median(each) for name, each in seconds.items()},
         timing.median_ratio(seconds["reference"], seconds["fused"]),
         {n: memory.in_own_process(_memory, describe(settings), n) for n in NAMES},
         max(abs(a - b) / abs(b) for a, b in pairs),
     )
 
 
-def table(found: list[Compared]) -> str:
+def table(comparisons: list[Compared]) -> str:
     lines = [
         f"{'method':<14}{'fused':>12}{'reference':>12}{'ratio':>8}"
         f"{'MiB':>8}{'MiB ref':>9}{'apart':>10}"
     ]
-    for one in found:
+    for one in comparisons:
         rates = [f"{1 / one.seconds[name]:>9.2f}/s" for name in NAMES]
         extra = [one.extra_bytes[name] / 2**20 for name in NAMES]
         lines.append(

@@ -36,10 +36,10 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     for key in keys:
         if keys.count(key) > 1:
             raise ConfigError(f"{key}: given {keys.count(key)} times, takes one (quote braces)")
-    given: dict[str, Any] = {}
+    chosen: dict[str, Any] = {}
     for word in overrides:
-        _put(given, word)
-    _give_way(values, given)
+        _put(chosen, word)
+    _give_way(values, chosen)
     for word in overrides:
         _put(values, word)
     return parse(values)
@@ -69,11 +69,11 @@ def _continued(error: Exception) -> str:
     return text if text.startswith("is ") else f"is refused: {text}"
 
 
-def _give_way(values: dict[str, Any], given: dict[str, Any]) -> None:
-    """Takes from a file's values what is only of the choices that `given` replaces."""
+def _give_way(values: dict[str, Any], chosen: dict[str, Any]) -> None:
+    """Takes from a file's values what is only of the choices that `chosen` replaces."""
 
     def replaced(section: str | None, name: str, default: str | None) -> Any:
-        old, new = ((v if section is None else v.get(section)) for v in (values, given))
+        old, new = ((v if section is None else v.get(section)) for v in (values, chosen))
         if not isinstance(old, dict) or not isinstance(new, dict) or name not in new:
             return None
         return new[name] if new[name] != old.get(name, default) else None
@@ -98,8 +98,8 @@ def _give_way(values: dict[str, Any], given: dict[str, Any]) -> None:
 
 def layered(words: Sequence[str], over: Sequence[str]) -> list[str]:
     """Overrides, those of `over` in place of `words`' of the same key."""
-    given = {_key(word) for word in over}
-    return [*(word for word in words if _key(word) not in given), *over]
+    replaced = {_key(word) for word in over}
+    return [*(word for word in words if _key(word) not in replaced), *over]
 
 
 def _key(word: str) -> str:
@@ -133,20 +133,20 @@ def _put(values: dict[str, Any], word: str) -> None:
 
 def _message(error: ValidationError) -> str:
     lines = []
-    for found in error.errors():
-        where = ".".join(map(str, found["loc"]))
-        if found["type"] == "extra_forbidden":
+    for problem in error.errors():
+        where = ".".join(map(str, problem["loc"]))
+        if problem["type"] == "extra_forbidden":
             lines.append(f"{where}: unknown key")
-        elif found["type"] == "missing":
+        elif problem["type"] == "missing":
             lines.append(f"{where}: missing")
         else:
-            text = found["msg"].removeprefix("Value error, ")
-            given = (
+            text = problem["msg"].removeprefix("Value error, ")
+            value = (
                 ""
-                if isinstance(found["input"], dict)
-                else f"got {yaml_text.shown(found['input'])}, "
+                if isinstance(problem["input"], dict)
+                else f"got {yaml_text.shown(problem['input'])}, "
             )
-            lines.append(f"{where}: {given}{text}" if where else text)
+            lines.append(f"{where}: {value}{text}" if where else text)
     return "; ".join(lines)
 
 

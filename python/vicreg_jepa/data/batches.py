@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import lru_cache
 from itertools import count
 from typing import Any, cast
@@ -17,10 +18,19 @@ from torch.utils.data import DataLoader, Dataset
 from vicreg_jepa.distributed.ranks import Share
 
 
-def mixed(*parts: int) -> int:
-    """A seed of 63 bits from several numbers (splitmix64's finaliser, chained)."""
+class Stream(IntEnum):
+    """What random numbers are drawn for: each has a stream of its own."""
+
+    EPOCH = 1  # the order of the samples
+    CLIP = 2  # where in its video each clip begins
+    MODEL = 3  # what the model draws
+    METHOD = 4  # views and masks
+
+
+def seed_for(stream: Stream, seed: int, *parts: int) -> int:
+    """A seed of 63 bits from the run's and other numbers (splitmix64's finaliser, chained)."""
     value = 0x9E3779B97F4A7C15
-    for part in parts:
+    for part in (seed, stream, *parts):
         value = (value ^ part) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
         value = (value ^ (value >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
         value ^= value >> 31
@@ -45,7 +55,7 @@ class Plan:
         """[batch] indices."""
         per_epoch = self.samples // self.batch
         epoch, place = divmod(step, per_epoch)
-        order = _order(self.samples, mixed(self.seed, 1, epoch))
+        order = _order(self.samples, seed_for(Stream.EPOCH, self.seed, epoch))
         return order[place * self.batch : (place + 1) * self.batch]
 
 
@@ -72,7 +82,7 @@ class _ClipSteps(_Steps):
     """With where in its video each clip begins, in [0, 1)."""
 
     def of(self, step: int) -> list[tuple[int, float]]:
-        generator = torch.Generator().manual_seed(mixed(self.plan.seed, 2, step))
+        generator = torch.Generator().manual_seed(seed_for(Stream.CLIP, self.plan.seed, step))
         where = torch.rand(self.plan.batch, generator=generator).tolist()
         return list(zip(super().of(step), where, strict=True))
 
@@ -106,13 +116,13 @@ def in_order(images: Any, batch: int, workers: int) -> Iterator[Tensor]:
     return _loader(images, [rows[i : i + batch] for i in rows[::batch]], workers)
 
 
-def _loader(found: Any, steps: Iterable[Any], workers: int) -> Iterator[Tensor]:
-    """found[step] of each; a worker's error is raised as this process's own would be.
+def _loader(samples: Any, steps: Iterable[Any], workers: int) -> Iterator[Tensor]:
+    """samples[step] of each; a worker's error is raised as this process's own would be.
 
     Without the DataLoader's own batches: a whole one is asked for at once.
     """
     loader = DataLoader(
-        _Told(found), sampler=cast(Any, steps), batch_size=None, num_workers=workers
+        _Told(samples), sampler=cast(Any, steps), batch_size=None, num_workers=workers
     )
     batches = iter(loader)
     while True:
@@ -141,12 +151,12 @@ class _Told(Dataset[Any]):
     text of a traceback.
     """
 
-    def __init__(self, found: Any) -> None:
-        self.found = found
+    def __init__(self, samples: Any) -> None:
+        self.samples = samples
 
     def __getitem__(self, rows: Any) -> Any:
         try:
-            return self.found[rows]
+            return self.samples[rows]
         except (ValueError, OSError, MemoryError, ImportError) as error:
             return error
 

@@ -89,10 +89,10 @@ class Stored:
         return replace(self, rows=self.rows[index])
 
 
-def stored(name: str, found: Pictures, size: int, limits: Limits = pictures.DEFAULT) -> Stored:
+def stored(name: str, source: Pictures, size: int, limits: Limits = pictures.DEFAULT) -> Stored:
     if size < 4:
         raise ValueError(f"size: got {size}, takes at least 4 pixels")
-    return Stored(name, found, size, torch.arange(len(found)), limits)
+    return Stored(name, source, size, torch.arange(len(source)), limits)
 
 
 class ImageFolder:
@@ -109,26 +109,26 @@ class ImageFolder:
             raise ValueError(
                 f"images: got {str(root)!r}, takes a folder with one sub-folder a class"
             )
-        found = self._found()
-        self.classes = tuple(name for name, files in found.items() if files)
+        files_of = self._listed()
+        self.classes = tuple(name for name, files in files_of.items() if files)
         if len(self.classes) < 2:
             raise ValueError(
                 f"images: got {str(root)!r} with {len(self.classes)} sub-folders that hold images, "
                 f"takes at least 2 (one a class; files ending in {', '.join(SUFFIXES)})"
             )
-        counts = torch.tensor([len(found[name]) for name in self.classes])
+        counts = torch.tensor([len(files_of[name]) for name in self.classes])
         self.labels = torch.arange(len(counts)).repeat_interleave(counts)
         # One array: workers would copy millions of small objects, each of them.
-        self.files = np.array([os.fsencode(f) for name in self.classes for f in found[name]])
+        self.files = np.array([os.fsencode(f) for name in self.classes for f in files_of[name]])
 
-    def _found(self) -> dict[str, list[str]]:
+    def _listed(self) -> dict[str, list[str]]:
         """Each class's files, relative to its folder."""
-        found, skipped, beside = {}, [], []
+        files_of, skipped, beside = {}, [], []
         for path in sorted(self.root.iterdir()):
             if listing.hidden(path.name):
                 skipped += [path.name] if path.is_dir() or _is_image(path.name) else []
             elif path.is_dir():
-                found[path.name], inside = listing.below(path, _is_image, "images")
+                files_of[path.name], inside = listing.below(path, _is_image, "images")
                 skipped += [os.path.join(path.name, name) for name in inside]
             elif _is_image(path.name):
                 beside.append(path.name)
@@ -139,7 +139,7 @@ class ImageFolder:
             else ("pictures beside the class folders are")
         )
         listing.tell(f"images: {str(self.root)!r}: {len(beside)} {are} left out", beside)
-        return found
+        return files_of
 
     def __len__(self) -> int:
         return len(self.files)
@@ -190,10 +190,10 @@ class ImageShards:
     def _label(self, number: int) -> int:
         suffix, content = self.classed.read(number)
         try:
-            found = json.loads(content) if suffix == "json" else content.decode().strip()
-            if isinstance(found, dict):
-                found = found["label"] if "label" in found else found["cls"]
-            return int(found)
+            label = json.loads(content) if suffix == "json" else content.decode().strip()
+            if isinstance(label, dict):
+                label = label["label"] if "label" in label else label["cls"]
+            return int(label)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{self.where(number)}: has no label, takes a number in .cls, or in .json as "
@@ -204,15 +204,15 @@ class ImageShards:
 class TorchVision:
     """One of torchvision's own sets, as its class gives it."""
 
-    def __init__(self, name: str, found: Any) -> None:
-        self.name, self.found = name, found
-        self.classes = tuple(map(str, getattr(found, "classes", ())))
+    def __init__(self, name: str, dataset: Any) -> None:
+        self.name, self.dataset = name, dataset
+        self.classes = tuple(map(str, getattr(dataset, "classes", ())))
 
     def __len__(self) -> int:
-        return len(self.found)
+        return len(self.dataset)
 
     def picture(self, number: int) -> Any:
-        return self.found[number][0]
+        return self.dataset[number][0]
 
     def where(self, number: int) -> str:
         return f"torchvision's {self.name}, sample {number}"
@@ -220,10 +220,10 @@ class TorchVision:
     @cached_property
     def labels(self) -> Tensor:
         for name in ("targets", "labels"):
-            if hasattr(self.found, name):
-                return torch.as_tensor(getattr(self.found, name)).long()
+            if hasattr(self.dataset, name):
+                return torch.as_tensor(getattr(self.dataset, name)).long()
         try:
-            return torch.tensor([int(self.found[number][1]) for number in range(len(self))])
+            return torch.tensor([int(self.dataset[number][1]) for number in range(len(self))])
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"data.name: the targets of {self.name} are no classes") from error
 
@@ -253,16 +253,16 @@ def torchvision(name: str, root: Path, size: int, download: bool) -> tuple[Store
         raise ValueError(f"data.download: torchvision's {name} takes false, it has no download")
     alone = not (download and dist.is_initialized())
     first = alone or os.environ.get("LOCAL_RANK", "0") == "0"
-    made = []
+    halves = []
     for training in (True, False):
         if not (alone or first):
             dist.barrier()
         options = {"download": True} if download and first else {}
-        found = _of_split(name, kind, takes, root, training, options)
+        dataset = _of_split(name, kind, takes, root, training, options)
         if first and not alone:
             dist.barrier()
-        made.append(stored(name, TorchVision(name, found), size))
-    return made[0], made[1]
+        halves.append(stored(name, TorchVision(name, dataset), size))
+    return halves[0], halves[1]
 
 
 def _of_split(

@@ -1,10 +1,9 @@
-"""Labelled images as one tensor: scikit-learn's digits, or a folder of one's own; the split."""
+"""Labelled images as one tensor, such as scikit-learn's digits; and the split of any set."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -52,16 +51,6 @@ def digits() -> Images:
     images = torch.tensor(source.images, dtype=torch.float32).unsqueeze(1) / 16.0
     labels = torch.tensor(source.target, dtype=torch.int64)
     return Images("digits", images, labels, tuple(str(name) for name in source.target_names))
-
-
-def image_folder(path: str | Path, size: int = 32) -> Images:
-    """The images of `path`/<class>/*, cut to their central square and resized to `size`, as RGB.
-
-    All of them are held in memory: 4 * 3 * size^2 bytes an image;
-    `image_files.ImageFolder` reads them as they are asked for. Raises ValueError as that does.
-    """
-    found = image_files.stored(Path(path).name, image_files.ImageFolder(path), size)
-    return Images(found.name, found[range(len(found))], found.labels, found.classes)
 
 
 def split(data: Set, seed: int, test_fraction: float = 0.2) -> tuple[Set, Set]:

@@ -13,32 +13,32 @@ from vicreg_jepa.methods import METHODS
 
 def images(settings: Config) -> tuple[Any, Any]:
     """(training, held out) of a run on images."""
-    given, seed = settings.data, settings.seed
-    if given.kind == "digits":
-        found = image_sets.digits()
+    data, seed = settings.data, settings.seed
+    if data.kind == "digits":
+        digits = image_sets.digits()
         return image_sets.split(
-            found if given.size == 8 else image_sets.resized(found, given.size), seed
+            digits if data.size == 8 else image_sets.resized(digits, data.size), seed
         )
-    assert given.path is not None
-    if given.kind == "torchvision":
-        assert given.name is not None
-        return image_files.torchvision(given.name, given.path, given.size, given.download)
-    whole = _stored(given, given.path)
-    if given.test is not None:
-        held_out = _stored(given, given.test)
+    assert data.path is not None
+    if data.kind == "torchvision":
+        assert data.name is not None
+        return image_files.torchvision(data.name, data.path, data.size, data.download)
+    whole = _stored(data, data.path)
+    if data.test is not None:
+        held_out = _stored(data, data.test)
         if held_out.classes != whole.classes:
             raise ValueError(
-                f"data.test: {given.test} has the classes {held_out.classes}, takes data.path's "
+                f"data.test: {data.test} has the classes {held_out.classes}, takes data.path's "
                 f"{whole.classes}"
             )
         return whole, held_out
     return image_sets.split(whole, seed) if whole.classes else image_sets.split_blind(whole, seed)
 
 
-def _stored(given: Data, path: Path) -> image_files.Stored:
-    folder = given.kind == "images"
-    found = image_files.ImageFolder(path) if folder else image_files.ImageShards(path, given.limits)
-    return image_files.stored(path.name, found, given.size, given.limits)
+def _stored(data: Data, path: Path) -> image_files.Stored:
+    folder = data.kind == "images"
+    source = image_files.ImageFolder(path) if folder else image_files.ImageShards(path, data.limits)
+    return image_files.stored(path.name, source, data.size, data.limits)
 
 
 def source(settings: Config) -> Any:

@@ -42,10 +42,10 @@ class Recording(ABC):
         return length
 
     def __getitem__(self, places: slice) -> NDArray[np.uint8]:
-        wanted = range(*places.indices(len(self)))
+        numbers = range(*places.indices(len(self)))
         with self._named():
-            found = self._frames(wanted)
-        return np.array(found, np.uint8).reshape(-1, self.size, self.size, 3)
+            frames = self._frames(numbers)
+        return np.array(frames, np.uint8).reshape(-1, self.size, self.size, 3)
 
     @property
     def _whence(self) -> bytes | str:
@@ -66,13 +66,14 @@ class Recording(ABC):
         """How many frames it shows."""
 
     @abstractmethod
-    def _frames(self, wanted: range) -> list[NDArray[np.uint8]]:
-        """Each [size, size, 3], in the order of `wanted`."""
+    def _frames(self, numbers: range) -> list[NDArray[np.uint8]]:
+        """Each [size, size, 3], in the order of `numbers`."""
 
 
 class PyAV(Recording):
-    """Decodes from the first frame to the last wanted one; a frame that FFmpeg could not decode
-    whole, and those that build on it, are refused.
+    """Decodes from the first frame to the last one that is asked for.
+
+    A frame that FFmpeg could not decode whole, and those that build on it, are refused.
     """
 
     def _open(self) -> Any:
@@ -84,11 +85,11 @@ class PyAV(Recording):
 
     def _film(self, container: Any) -> Any:
         """The stream that FFmpeg takes for the film, as torchcodec does: a cover is none."""
-        found = container.streams.best("video")
-        if found is None or found.disposition & type(found.disposition).attached_pic:
+        stream = container.streams.best("video")
+        if stream is None or stream.disposition & type(stream.disposition).attached_pic:
             raise ValueError("it has no video stream, or a cover alone")
-        self.limits.check(found.codec_context.width, found.codec_context.height)
-        return found
+        self.limits.check(stream.codec_context.width, stream.codec_context.height)
+        return stream
 
     @cached_property
     def _packets(self) -> int:
@@ -107,59 +108,59 @@ class PyAV(Recording):
         check_whole(self._whence)
         return self._packets if self.shown is None else self.shown
 
-    def _frames(self, wanted: range) -> list[NDArray[np.uint8]]:
-        found, number, damaged = [], -1, None
+    def _frames(self, numbers: range) -> list[NDArray[np.uint8]]:
+        frames, number, damaged = [], -1, None
         with self._open() as container:
             for number, frame in enumerate(container.decode(self._film(container))):
                 if frame.is_corrupt:
                     damaged = number
                 elif frame.key_frame:  # builds on no other
                     damaged = None
-                if number in wanted:
+                if number in numbers:
                     if damaged is not None:
                         raise ValueError(f"frame {damaged} is damaged")
                     self.limits.check(frame.width, frame.height)
                     # as torchcodec does of itself: a telephone's videos lie on their side
                     upright = frame.to_image().rotate(frame.rotation, expand=True)
-                    found.append(square(upright, self.size))
-                if number == wanted[-1]:
-                    return found
+                    frames.append(square(upright, self.size))
+                if number == numbers[-1]:
+                    return frames
         self.shown = number + 1
-        return found
+        return frames
 
 
 class TorchCodec(Recording):
-    """Seeks: decodes from the key frame before each wanted one."""
+    """Seeks: decodes from the key frame before each one that is asked for."""
 
     @cached_property
     def _decoder(self) -> Any:
         from torchcodec.decoders import VideoDecoder
 
-        found = VideoDecoder(self._whence, dimension_order="NHWC")
-        self.limits.check(found.metadata.width, found.metadata.height)
-        return found
+        decoder = VideoDecoder(self._whence, dimension_order="NHWC")
+        self.limits.check(decoder.metadata.width, decoder.metadata.height)
+        return decoder
 
     def _length(self) -> int:
         check_whole(self._whence)
         return len(self._decoder)
 
-    def _frames(self, wanted: range) -> list[NDArray[np.uint8]]:
+    def _frames(self, numbers: range) -> list[NDArray[np.uint8]]:
         from PIL import Image
 
-        frames = self._decoder.get_frames_at(indices=list(wanted)).data.numpy()
+        frames = self._decoder.get_frames_at(indices=list(numbers)).data.numpy()
         return [square(Image.fromarray(frame), self.size) for frame in frames]
 
 
 @cache
 def decoder(name: str) -> type[Recording]:
     """pyav, torchcodec, or auto: torchcodec where it can be loaded, else PyAV. Says once which."""
-    found: type[Recording] = PyAV
+    kind: type[Recording] = PyAV
     why = ""
     if name != "pyav":
         try:
             import torchcodec.decoders
 
-            found, why = TorchCodec, f" {torchcodec.__version__}"
+            kind, why = TorchCodec, f" {torchcodec.__version__}"
         except (ImportError, OSError, RuntimeError) as error:
             missing = "is not installed"
             if not isinstance(error, ModuleNotFoundError):  # no FFmpeg, or made for another torch
@@ -170,7 +171,7 @@ def decoder(name: str) -> type[Recording]:
                     "and FFmpeg's shared libraries)"
                 ) from error
             why = f"; torchcodec {missing}"
-    if found is PyAV:
+    if kind is PyAV:
         try:
             import av  # noqa: F401
         except ImportError as error:
@@ -178,5 +179,5 @@ def decoder(name: str) -> type[Recording]:
                 f"video files need PyAV or torchcodec: pip install av ({error}{why})"
             ) from error
     if os.environ.get("RANK", "0") == "0":
-        print(f"videos are decoded by {found.__name__}{why}", file=sys.stderr)
-    return found
+        print(f"videos are decoded by {kind.__name__}{why}", file=sys.stderr)
+    return kind

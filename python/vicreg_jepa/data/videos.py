@@ -42,10 +42,10 @@ def labels(settings: Config, key: str | None) -> list[str]:
     """A name for each of the training videos; key: of the records of physics and of shards, for
     physics the family of the scene without one.
     """
-    found = of(settings)
-    if isinstance(found, torch.utils.data.Subset):
-        return found.dataset.labels(key or "family")[: len(found)]
-    return found.labels(key)
+    videos = of(settings)
+    if isinstance(videos, torch.utils.data.Subset):
+        return videos.dataset.labels(key or "family")[: len(videos)]
+    return videos.labels(key)
 
 
 def simulated(folder: Path, videos: int, seed: int, workers: int, size: int) -> Any:
@@ -140,12 +140,12 @@ class VideoShards:
         """
         suffixes = ("cls", "json") if key is None else ("json",)
         shards, most = self.files.shards, self.limits.max_bytes
-        found = tar_index.Files(shards, tar_index.indices(shards), suffixes, most, optional=True)
-        return [_label(found, number, key) for number in range(len(found))]
+        files = tar_index.Files(shards, tar_index.indices(shards), suffixes, most, optional=True)
+        return [_label(files, number, key) for number in range(len(files))]
 
 
-def _label(found: tar_index.Files, number: int, key: str | None) -> str:
-    suffix, content = found.read(number)
+def _label(files: tar_index.Files, number: int, key: str | None) -> str:
+    suffix, content = files.read(number)
     try:
         if suffix != "json":
             value: Any = content.decode().strip()
@@ -159,7 +159,7 @@ def _label(found: tar_index.Files, number: int, key: str | None) -> str:
         return str(value)
     except (ValueError, TypeError, KeyError, StopIteration) as error:
         named = f"`{key}` in .json" if key else "one in .cls, or in .json as `label` or `cls`"
-        raise ValueError(f"label: {found.where(number)} has none, takes {named}") from error
+        raise ValueError(f"label: {files.where(number)} has none, takes {named}") from error
 
 
 def _unpacked(where: str, content: bytes, max_bytes: int) -> NDArray[np.uint8]:

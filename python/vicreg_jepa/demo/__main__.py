@@ -17,16 +17,16 @@ PARTS = ("digits", "physics")
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+    options = argparse.ArgumentParser(
         prog="python -m vicreg_jepa.demo",
         description="VICReg on digits, fused against plain PyTorch; then a V-JEPA's surprise at "
         "impossible physics.",
     )
-    add = found.add_argument
+    add = options.add_argument
     add("--output", type=Path, default=Path("runs/demo"), help="a folder; %(default)s")
     add("--only", choices=PARTS, help="one of the two parts")
     add("overrides", nargs="*", metavar="key=value", help="with --only: its recipe's settings")
-    return found
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -41,17 +41,17 @@ PER_CLASS = 10
 
 
 def settings(output: Path, overrides: Sequence[str]) -> Config:
-    made = config.load("vicreg_digits", config.layered(SETTINGS, overrides))
-    if made.method != "vicreg":
-        raise ConfigError(f"method: got {made.method!r}, the demo takes 'vicreg'")
-    if made.kernels != "fused":
-        raise ConfigError(f"kernels: got {made.kernels!r}, the demo trains with both")
-    return made
+    chosen = config.load("vicreg_digits", config.layered(SETTINGS, overrides))
+    if chosen.method != "vicreg":
+        raise ConfigError(f"method: got {chosen.method!r}, the demo takes 'vicreg'")
+    if chosen.kernels != "fused":
+        raise ConfigError(f"kernels: got {chosen.kernels!r}, the demo trains with both")
+    return chosen
 
 
-def run(made: Config, output: Path) -> None:
+def run(settings: Config, output: Path) -> None:
     start = time.perf_counter()
-    results = measure(made, output)
+    results = measure(settings, output)
     results["seconds"] = time.perf_counter() - start
     picture = output / f"vicreg_{results['data']['name']}.png"
     figure.draw(results, picture)
@@ -60,33 +60,33 @@ def run(made: Config, output: Path) -> None:
     print(f"{picture} and {output / 'results.json'} written, in {results['seconds']:.0f} s")
 
 
-def measure(made: Config, output: Path) -> dict[str, Any]:
+def measure(settings: Config, output: Path) -> dict[str, Any]:
     """All of it, as JSON takes it; the trained encoders are left in `output`."""
-    about = _about(made)
+    about = _about(settings)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         runs = {name: Path(scratch, name) for name in NAMES}
-        peak = {n: in_own_process(_train, with_kernels(made, n), runs[n]) for n in NAMES}
+        peak = {n: in_own_process(_train, with_kernels(settings, n), runs[n]) for n in NAMES}
         views = Path(scratch, "views.safetensors")
         parts: dict[str, Callable[[], Any]] = {
-            "speed, parity, probe": partial(in_own_process, _side_by_side, made, runs, views)
+            "speed, parity, probe": partial(in_own_process, _side_by_side, settings, runs, views)
         }
         for name in NAMES:
-            memory = partial(in_own_exact_process, losses.memory, made, name, views)
+            memory = partial(in_own_exact_process, losses.memory, settings, name, views)
             parts[f"memory, {name}"] = memory
-        found = []
+        measured = []
         with tqdm(total=len(parts), desc="measuring", unit="part", ncols=100) as bar:
             for label, part in parts.items():
                 bar.set_postfix_str(label)
-                found.append(part())
+                measured.append(part())
                 bar.update()
         curves = {name: _curve(folder) for name, folder in runs.items()}
         for name, folder in runs.items():
             encoder = restore(folder)[1].encoder
             save_file(encoder.state_dict(), output / f"encoder_{name}.safetensors")
-    both, *extra = found
+    both, *extra = measured
     step: Compared = both.pop("step")
-    rates = {name: made.training.batch / seconds for name, seconds in step.seconds.items()}
+    rates = {name: settings.training.batch / seconds for name, seconds in step.seconds.items()}
     return {
         **about,
         "throughput": {
@@ -104,19 +104,19 @@ def measure(made: Config, output: Path) -> dict[str, Any]:
     }
 
 
-def _about(made: Config) -> dict[str, Any]:
-    device = device_of(made)
-    side = min(made.training.batch, made.model.expander[1])
+def _about(settings: Config) -> dict[str, Any]:
+    device = device_of(settings)
+    side = min(settings.training.batch, settings.model.expander[1])
     try:
-        backend = dispatch.choose("vicreg", made.backend, device.type, torch.float32, side)
+        backend = dispatch.choose("vicreg", settings.backend, device.type, torch.float32, side)
     except RuntimeError as error:
         raise ConfigError(f"backend: {error}") from None
-    train_set, test_set = sets_of(made)
+    train_set, test_set = sets_of(settings)
     where = f"cpu, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     return {
-        "settings": config.describe(made),
+        "settings": config.describe(settings),
         "environment": {
             "backend": backend,
             "device": where,
@@ -134,21 +134,21 @@ def _about(made: Config) -> dict[str, Any]:
     }
 
 
-def sets_of(made: Config) -> tuple[Images, Images]:
+def sets_of(settings: Config) -> tuple[Images, Images]:
     """(training, held out), whole in memory."""
     train, test = (
         part
         if isinstance(part, Images)
         else Images(part.name, part[range(len(part))], part.labels, part.classes)
-        for part in sources.images(made)
+        for part in sources.images(settings)
     )
     return train, test
 
 
-def _train(made: Config, folder: Path) -> int:
+def _train(settings: Config, folder: Path) -> int:
     """Trains; the bytes at the peak of this process."""
-    train(made, folder)
-    device = torch.device(made.training.device)
+    train(settings, folder)
+    device = torch.device(settings.training.device)
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_peak()
 
 
@@ -168,26 +168,26 @@ def _training(curves: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
-def _side_by_side(made: Config, runs: dict[str, Path], views: Path) -> dict[str, Any]:
+def _side_by_side(settings: Config, runs: dict[str, Path], views: Path) -> dict[str, Any]:
     """What takes both losses in one process; leaves the last embeddings in the file `views`."""
-    sets = sets_of(made)
-    untrained = build.method(made, sets[0].images.shape[1])
-    found = [load(path) for path in checkpoint.existing(runs["fused"] / "checkpoints")]
-    methods = [(untrained, 0), *((method, step) for _, method, step in found)]
-    moments = [losses.embeddings(made, method, step) for method, step in methods]
+    sets = sets_of(settings)
+    untrained = build.method(settings, sets[0].images.shape[1])
+    checkpoints = [load(path) for path in checkpoint.existing(runs["fused"] / "checkpoints")]
+    methods = [(untrained, 0), *((method, step) for _, method, step in checkpoints)]
+    moments = [losses.embeddings(settings, method, step) for method, step in methods]
     losses.save(moments[-1], views)
-    both = losses.of(made)
+    both = losses.of(settings)
     trained = {name: restore(folder)[1] for name, folder in runs.items()}
     return {
-        "step": compare(made, losses.ROUNDS),
+        "step": compare(settings, losses.ROUNDS),
         "loss": losses.throughput(both, moments[-1]),
         "parity": losses.apart(both, moments),
-        "probe": _probe(made, trained, probe.calibrated(untrained, sets[0].images), sets),
+        "probe": _probe(settings, trained, probe.calibrated(untrained, sets[0].images), sets),
     }
 
 
 def _probe(
-    made: Config, trained: dict[str, Any], untrained: Any, sets: tuple[Images, Images]
+    settings: Config, trained: dict[str, Any], untrained: Any, sets: tuple[Images, Images]
 ) -> dict[str, Any]:
     """Accuracy on the trained encoders' features, on the untrained one's and on the pixels."""
     views: dict[str, Callable[[Tensor], Tensor]] = {
@@ -195,9 +195,9 @@ def _probe(
         for name, method in {**trained, "untrained": untrained}.items()
     }
     views["pixels"] = lambda images: images.flatten(1)
-    found: dict[str, Any] = {"per_class": PER_CLASS}
+    scores: dict[str, Any] = {"per_class": PER_CLASS}
     for name, see in views.items():
         train, test = (see(part.images) for part in sets)
-        score = probe.probe(train, test, sets[0], sets[1], seed=made.seed, per_class=PER_CLASS)
-        found[name] = asdict(score)
-    return found
+        score = probe.probe(train, test, sets[0], sets[1], seed=settings.seed, per_class=PER_CLASS)
+        scores[name] = asdict(score)
+    return scores

@@ -26,10 +26,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
     _curves(axes[0], results["training"])
     _bars(axes[1], results["throughput"]["step"], "Training step")
     _bars(axes[2], results["throughput"]["loss"], "Loss alone, forward + backward")
-    made = results["settings"]
+    settings = results["settings"]
+    batch, width = settings["training"]["batch"], settings["model"]["expander"][1]
     figure.suptitle(
-        f"VICReg on {results['data']['name']}: batch {made['training']['batch']}, embeddings of "
-        f"{made['model']['expander'][1]}, {results['environment']['device']}",
+        f"VICReg on {results['data']['name']}: batch {batch}, embeddings of {width}, "
+        f"{results['environment']['device']}",
         fontsize=12,
     )
     figure.savefig(path, dpi=130)

@@ -41,11 +41,11 @@ def embeddings(settings: Config, method: Any, step: int) -> Views:
 
 
 def apart(losses: Mapping[str, parity.Loss], moments: list[Views]) -> dict[str, Any]:
-    found = [parity.compare(losses, x, y) for x, y in moments]
+    each = [parity.compare(losses, x, y) for x, y in moments]
     return {
-        "moments": len(found),
-        "worst": asdict(parity.worst(found)),
-        "each": [asdict(moment) for moment in found],
+        "moments": len(each),
+        "worst": asdict(parity.worst(each)),
+        "each": [asdict(moment) for moment in each],
     }
 
 

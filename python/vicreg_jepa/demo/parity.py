@@ -43,9 +43,9 @@ def _apart(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[float, f
 def compare(losses: Mapping[str, Loss], x: Tensor, y: Tensor) -> Parity:
     """losses: "fused" and "reference"; x, y: [N, D]."""
     truth = _evaluate(losses["reference"], x.double(), y.double())
-    found = {name: _evaluate(loss, x, y) for name, loss in losses.items()}
-    errors = {name: _apart(value, truth) for name, value in found.items()}
-    between = _apart(found["fused"], found["reference"])
+    results = {name: _evaluate(loss, x, y) for name, loss in losses.items()}
+    errors = {name: _apart(value, truth) for name, value in results.items()}
+    between = _apart(results["fused"], results["reference"])
     return Parity(
         *between,
         loss_truth={name: error[0] for name, error in errors.items()},

@@ -27,65 +27,65 @@ QUADRUPLETS = 10
 
 
 def settings(output: Path, overrides: Sequence[str]) -> Config:
-    own = [
+    defaults = [
         f"training.steps={STEPS}",
         f"data.videos={VIDEOS}",
         f"data.path={json.dumps(str(output / 'physics_videos'))}",
     ]
     if trainer.bfloat16_is_slow("cpu"):
-        own.append("training.precision=float32")
-    made = config.load("vjepa_causal_physics", config.layered(own, overrides))
+        defaults.append("training.precision=float32")
+    chosen = config.load("vjepa_causal_physics", config.layered(defaults, overrides))
     if any(words.startswith("training.steps=") for words in overrides):
-        return made
-    return fitted(made, in_own_process(seconds_of_a_step, config.describe(made)))
+        return chosen
+    return fitted(chosen, in_own_process(seconds_of_a_step, config.describe(chosen)))
 
 
 def seconds_of_a_step(described: dict[str, Any]) -> float:
     """The median of some steps after two that warm up, without reading the videos."""
-    made = config.parse(described)
-    batch = compare.batch_of(made)
+    settings = config.parse(described)
+    batch = compare.batch_of(settings)
     with tempfile.TemporaryDirectory() as folder:
-        method = build.method(made, batch.shape[1]).train()
-        steps = trainer.Trainer(made, method, trainer.Ranks(), Path(folder))
+        method = build.method(settings, batch.shape[1]).train()
+        steps = trainer.Trainer(settings, method, trainer.Ranks(), Path(folder))
         action = {"step": lambda: steps.take(batch)}
         seconds = timing.interleaved(action, steps.device, rounds=TIMED_STEPS)["step"]
     return sorted(seconds)[TIMED_STEPS // 2]
 
 
-def fitted(made: Config, seconds: float) -> Config:
-    """`made` with as many steps as SECONDS hold, at most those that it has; seconds: of a step."""
-    steps = max(1, min(made.training.steps, int(SECONDS / seconds)))
-    if steps < made.training.steps:
+def fitted(settings: Config, seconds: float) -> Config:
+    """The settings with at most as many steps, of `seconds` each, as SECONDS hold."""
+    steps = max(1, min(settings.training.steps, int(SECONDS / seconds)))
+    if steps < settings.training.steps:
         print(
             f"a step takes {seconds:.2f} s on this machine: training {steps} steps in place of "
-            f"{made.training.steps}, about {SECONDS} s",
+            f"{settings.training.steps}, about {SECONDS} s",
             file=sys.stderr,
         )
-    values = config.describe(made)
+    values = config.describe(settings)
     return config.parse(values | {"training": values["training"] | {"steps": steps}})
 
 
-def run(made: Config, output: Path) -> None:
+def run(settings: Config, output: Path) -> None:
     folder = output / "vjepa_causal_physics"
-    in_own_process(_train, made, folder)
+    in_own_process(_train, settings, folder)
     accuracy = in_own_process(_surprise, folder, output)
     picture, moving = (output / f"{PROPERTY}.{kind}" for kind in ("png", "gif"))
     print(f"surprise where a thing vanishes or appears: {picture}, {moving}")
     print(
         f"{PROPERTY}: {100 * accuracy:.0f} % of {QUADRUPLETS} quadruplets told apart after "
-        f"{made.training.steps} steps (chance is 50 %); all properties: "
+        f"{settings.training.steps} steps (chance is 50 %); all properties: "
         f"vicreg-jepa surprise {folder}"
     )
 
 
-def _train(made: Config, folder: Path) -> None:
-    train(made, folder)
+def _train(settings: Config, folder: Path) -> None:
+    train(settings, folder)
 
 
 def _surprise(folder: Path, output: Path) -> float:
     """Draws one pair; the relative accuracy over a few quadruplets."""
-    made, method, _ = restore(folder)
-    report.draw_quadruplet(method, PROPERTY, output, stride=made.data.stride)
-    surprise_of = physics_test.of_method(method, made.data.stride)
+    settings, method, _ = restore(folder)
+    report.draw_quadruplet(method, PROPERTY, output, stride=settings.data.stride)
+    surprise_of = physics_test.of_method(method, settings.data.stride)
     clips = physics_test.quadruplets(PROPERTY, QUADRUPLETS)
     return physics_test.scores(surprise_of, clips, PROPERTY)["mean"].accuracy

@@ -50,12 +50,12 @@ def _row(
 
 
 def _head(results: dict[str, Any]) -> list[str]:
-    made, data, where = results["settings"], results["data"], results["environment"]
-    training, shape = made["training"], " x ".join(map(str, data["shape"]))
+    settings, data, where = results["settings"], results["data"], results["environment"]
+    training, shape = settings["training"], " x ".join(map(str, data["shape"]))
     return [
         f"VICReg on {data['name']}: {data['train']:,} training images of {shape}, "
-        f"{training['steps']} steps of {training['batch']}, seed {made['seed']}",
-        f"embeddings {training['batch']} x {made['model']['expander'][1]} float32, "
+        f"{training['steps']} steps of {training['batch']}, seed {settings['seed']}",
+        f"embeddings {training['batch']} x {settings['model']['expander'][1]} float32, "
         f"{where['device']}, torch {where['torch']}",
         f"fused:     vicreg_kernels.vicreg_loss, backend {where['backend']!r}",
         "reference: the published formula, eager PyTorch (D x D covariance, off-diagonal copy)",
@@ -95,36 +95,37 @@ def less(values: Mapping[str, float]) -> str:
 
 def _times(ratio: float, better: str, worse: str) -> str:
     """How many times better the fused loss is: of a gain its inverse reads as a loss."""
-    found = f"{max(ratio, 1 / ratio):.1f}x"
-    return found if found == "1.0x" else f"{found} {better if ratio > 1 else worse}"
+    times = f"{max(ratio, 1 / ratio):.1f}x"
+    return times if times == "1.0x" else f"{times} {better if ratio > 1 else worse}"
 
 
-def _parity(found: dict[str, Any]) -> list[str]:
-    lines = [f"PARITY (same embeddings, worst of {found['moments']} moments of the training)"]
+def _parity(parity: dict[str, Any]) -> list[str]:
+    lines = [f"PARITY (same embeddings, worst of {parity['moments']} moments of the training)"]
     for key, unit in (("loss", "relative"), ("gradient", "of max")):
-        between = f"{found['worst'][f'{key}_between']:.1e}"
-        truth = found["worst"][f"{key}_truth"]
+        between = f"{parity['worst'][f'{key}_between']:.1e}"
+        truth = parity["worst"][f"{key}_truth"]
         lines.append(_row(f"{key}, fused against reference", unit, "lower", None, str, between))
         lines.append(_row(f"{key}, error from float64", unit, "lower", truth, "{:.1e}".format))
     return lines
 
 
-def _training(found: dict[str, Any]) -> list[str]:
-    final, apart = f"loss, mean of the last {found['final_steps']} steps", found["curves_apart"]
+def _training(training: dict[str, Any]) -> list[str]:
+    final = f"loss, mean of the last {training['final_steps']} steps"
+    apart = training["curves_apart"]
     curves = "loss curves, largest difference at a step"
     return [
         "TRAINING (same seed)",
-        _row(final, "", "lower", found["final_loss"], "{:.4f}".format),
+        _row(final, "", "lower", training["final_loss"], "{:.4f}".format),
         _row(curves, "relative", "lower", None, str, f"{apart['largest']:.1e}"),
     ]
 
 
-def _probe(found: dict[str, Any], data: dict[str, Any]) -> list[str]:
+def _probe(accuracy: dict[str, Any], data: dict[str, Any]) -> list[str]:
     held_out = data["test"]
     share = f"{held_out} held-out images, of which one is {100 / held_out:.1f} %"
     lines = [f"LINEAR PROBE (frozen features, {share})"]
     for key, labels in (
-        ("few_labels", f"{found['per_class']} labels a class"),
+        ("few_labels", f"{accuracy['per_class']} labels a class"),
         ("all_labels", f"all {data['train']:,} labels"),
     ):
         for encoder, label in (
@@ -132,6 +133,6 @@ def _probe(found: dict[str, Any], data: dict[str, Any]) -> list[str]:
             ("untrained", "  untrained encoder"),
             ("pixels", "  raw pixels"),
         ):
-            scores = {name: 100 * found[encoder or name][key] for name in NAMES}
+            scores = {name: 100 * accuracy[encoder or name][key] for name in NAMES}
             lines.append(_row(f"{label}, {labels}", "%", "higher", scores, "{:.1f}".format))
     return lines

@@ -17,8 +17,8 @@ class _SumOfRanks(torch.autograd.Function):
     """The sum over ranks; its gradient is the sum of theirs."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor) -> Tensor:
-        total = own.clone(memory_format=torch.contiguous_format)
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total
 
@@ -45,8 +45,8 @@ class CPUSyncBatchNorm(_BatchNorm):
         self._check_input_dim(x)
         along = [d for d in range(x.dim()) if d != 1]
         wide = x.double()  # as torch's own does: the sum of squares then loses nothing
-        own = wide.new_tensor([x.numel() / x.shape[1]])
-        total = _SumOfRanks.apply(torch.cat((wide.sum(along), wide.square().sum(along), own)))
+        rows = wide.new_tensor([x.numel() / x.shape[1]])
+        total = _SumOfRanks.apply(torch.cat((wide.sum(along), wide.square().sum(along), rows)))
         count = total[-1].detach()
         if count < 2:
             raise ValueError(f"x: got {int(count)} values a channel on all ranks, takes at least 2")
@@ -75,9 +75,9 @@ def synchronised(module: nn.Module, device: torch.device) -> nn.Module:
     if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
         if not (module.affine and module.track_running_stats):
             raise ValueError("batch norm: takes affine=True and track_running_stats=True")
-        made = CPUSyncBatchNorm(module.num_features, module.eps, module.momentum)
-        made._parameters, made._buffers = module._parameters, module._buffers
-        return made.train(module.training)
+        norm = CPUSyncBatchNorm(module.num_features, module.eps, module.momentum)
+        norm._parameters, norm._buffers = module._parameters, module._buffers
+        return norm.train(module.training)
     for name, child in module.named_children():
         setattr(module, name, synchronised(child, device))
     return module

@@ -41,13 +41,13 @@ def ranks(settings: Config) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def in_turn(own: Ranks, make: Callable[[], Any]) -> Any:
+def in_turn(process: Ranks, make: Callable[[], Any]) -> Any:
     """make() on rank 0, then on all others at once: what writes files finds them written."""
-    if own.ranks == 1:
+    if process.ranks == 1:
         return make()
-    # Of its own, for simulating videos may take longer than other collectives wait.
+    # A group of its own, for simulating videos may take longer than other collectives wait.
     group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-    found = make() if own.rank == 0 else None
+    result = make() if process.rank == 0 else None
     dist.barrier(group)
     dist.destroy_process_group(group)
-    return make() if found is None else found
+    return make() if result is None else result

@@ -74,14 +74,14 @@ def whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
     Where there are shards every rank calls it, with the same names in the same order.
     """
-    found = {}
+    copies = {}
     for name, z in tensors.items():
         z = z.detach()
         if is_shard(z):
             z = z.full_tensor()
         if keep:
-            found[name] = z.cpu()
-    return found
+            copies[name] = z.cpu()
+    return copies
 
 
 def shard_like(value: Any, like: Any) -> Any:
@@ -98,9 +98,9 @@ def shard_like(value: Any, like: Any) -> Any:
 
 def load(method: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """load_state_dict of whole tensors."""
-    own = method.state_dict()
+    shards = method.state_dict()
     method.load_state_dict(
-        {k: shard_like(z, own[k]) if k in own else z for k, z in tensors.items()}
+        {k: shard_like(z, shards[k]) if k in shards else z for k, z in tensors.items()}
     )
 
 

@@ -27,16 +27,16 @@ class Spread:
     dim: int
 
     def warnings(self) -> list[str]:
-        found = []
+        warnings = []
         if self.std < LEAST_STD:
-            found.append(f"complete collapse: mean standard deviation {self.std:.1e}")
+            warnings.append(f"complete collapse: mean standard deviation {self.std:.1e}")
         elif self.effective_rank < max(1.5, LEAST_RANK_SHARE * self.dim):
-            found.append(f"dimensional collapse: effective rank {self.effective_rank:.1f}")
+            warnings.append(f"dimensional collapse: effective rank {self.effective_rank:.1f}")
         if self.collapsed and self.std >= LEAST_STD:
-            found.append(f"{self.collapsed} of {self.dim} dimensions are constant")
+            warnings.append(f"{self.collapsed} of {self.dim} dimensions are constant")
         if self.correlation > MOST_CORRELATION:
-            found.append(f"redundancy: mean absolute correlation {self.correlation:.2f}")
-        return found
+            warnings.append(f"redundancy: mean absolute correlation {self.correlation:.2f}")
+        return warnings
 
 
 @torch.no_grad()

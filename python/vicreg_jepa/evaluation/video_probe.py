@@ -43,8 +43,8 @@ class AttentiveProbe(nn.Module):
         query = self.query.expand(len(tokens), 1, -1)
         k, v = self.kv(self.norm1(tokens)).chunk(2, dim=-1)
         q, k, v = (z.unflatten(2, (self.heads, -1)).transpose(1, 2) for z in (self.q(query), k, v))
-        found = vk.masked_attention(q, k, v, backend=self.backend)
-        h = query + self.proj(found.transpose(1, 2).flatten(2))
+        pooled = vk.masked_attention(q, k, v, backend=self.backend)
+        h = query + self.proj(pooled.transpose(1, 2).flatten(2))
         return self.head(self.norm2(self.mlp(h)))[:, 0]
 
 
@@ -64,19 +64,19 @@ def attentive(
     """
     torch.manual_seed(seed)
     classes = int(torch.cat((train_labels, test_labels)).max()) + 1
-    made = AttentiveProbe(train.shape[-1], heads, classes, backend).to(train.device)
-    optimizer = torch.optim.AdamW(made.parameters(), lr=RATE, weight_decay=DECAY)
+    classifier = AttentiveProbe(train.shape[-1], heads, classes, backend).to(train.device)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=RATE, weight_decay=DECAY)
     steps = EPOCHS * -(-len(train) // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(EPOCHS):
         for rows in torch.randperm(len(train)).split(BATCH):
-            loss = nn.functional.cross_entropy(made(train[rows]), train_labels[rows])
+            loss = nn.functional.cross_entropy(classifier(train[rows]), train_labels[rows])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
     with torch.no_grad():
-        guesses = torch.cat([made(part).argmax(dim=1) for part in test.split(BATCH)])
+        guesses = torch.cat([classifier(part).argmax(dim=1) for part in test.split(BATCH)])
     return float((guesses == test_labels).float().mean())
 
 
@@ -111,12 +111,13 @@ class Scores:
 
 
 def scores(
-    tokens: Tensor, found: Labelled, *, heads: int, seed: int, backend: str | None = None
+    tokens: Tensor, videos: Labelled, *, heads: int, seed: int, backend: str | None = None
 ) -> Scores:
-    """Fit both probes to tokens [N, T, D], in the order of the videos; seed holds out a fifth of
-    each class.
+    """Fit both probes to tokens [N, T, D], in the order of the videos.
+
+    The seed decides which fifth of each class is held out.
     """
-    train, test = image_sets.split(found, seed)  # type: ignore[type-var]
+    train, test = image_sets.split(videos, seed)  # type: ignore[type-var]
     seen, held_out = tokens[train.rows], tokens[test.rows]
     settings: dict[str, Any] = {"heads": heads, "seed": seed, "backend": backend}
     return Scores(
@@ -125,8 +126,8 @@ def scores(
     )
 
 
-def shuffled(found: Labelled, seed: int) -> Labelled:
+def shuffled(videos: Labelled, seed: int) -> Labelled:
     """With the labels of other videos: what a probe reaches with them it has not seen in them."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(found.labels), generator=generator)
-    return replace(found, labels=found.labels[order])
+    order = torch.randperm(len(videos.labels), generator=generator)
+    return replace(videos, labels=videos.labels[order])

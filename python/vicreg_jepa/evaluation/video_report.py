@@ -29,10 +29,10 @@ class _Middle:
 
 
 @torch.no_grad()
-def _tokens(settings: Config, found: _Middle, methods: list[nn.Module]) -> list[Tensor]:
+def _tokens(settings: Config, middles: _Middle, methods: list[nn.Module]) -> list[Tensor]:
     """[N, T, D] on the CPU, of each method; every clip is decoded once."""
     parts: list[list[Tensor]] = [[] for _ in methods]
-    for clips in in_order(found, 16, settings.data.workers):
+    for clips in in_order(middles, 16, settings.data.workers):
         for part, method in zip(parts, methods, strict=True):
             part.append(method.tokens(clips).float())
     return [torch.cat(part) for part in parts]
@@ -46,7 +46,7 @@ def probed(settings: Config, method: nn.Module, step: int, label: str | None, mo
     names = videos.labels(settings, label)
     count = min(most, len(names))
     rows = torch.linspace(0, len(names) - 1, count).long().tolist()
-    found = video_probe.labelled([names[row] for row in rows])
+    labelled = video_probe.labelled([names[row] for row in rows])
     clips = Clips(videos.of(settings), settings.data.frames, settings.data.stride)
     untrained = build.method(settings, method.channels).eval()
     trained, others = _tokens(settings, _Middle(clips, rows), [method, untrained])
@@ -56,14 +56,14 @@ def probed(settings: Config, method: nn.Module, step: int, label: str | None, mo
         "backend": settings.backend,
     }
     table = {
-        f"{settings.method}, step {step}": video_probe.scores(trained, found, **probes),
-        "untrained encoder": video_probe.scores(others, found, **probes),
+        f"{settings.method}, step {step}": video_probe.scores(trained, labelled, **probes),
+        "untrained encoder": video_probe.scores(others, labelled, **probes),
         "shuffled labels": video_probe.scores(
-            trained, video_probe.shuffled(found, settings.seed), **probes
+            trained, video_probe.shuffled(labelled, settings.seed), **probes
         ),
     }
-    commonest = Counter(found.labels.tolist()).most_common(1)[0][1] / count
-    lines = [f"{count} videos of {len(found.classes)} classes, a fifth held out"]
+    commonest = Counter(labelled.labels.tolist()).most_common(1)[0][1] / count
+    lines = [f"{count} videos of {len(labelled.classes)} classes, a fifth held out"]
     lines += [f"{'':24} {'attentive':>10} {'linear':>10}"]
     lines += [f"{k:24} {s.attentive:10.1%} {s.linear:10.1%}" for k, s in table.items()]
     return "\n".join([*lines, f"the commonest class alone: {commonest:.1%}"])

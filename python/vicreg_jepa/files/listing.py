@@ -36,12 +36,12 @@ def regular(path: str | Path, what: str) -> Path:
     return Path(path)
 
 
-def below(root: Path, wanted: Callable[[str], bool], what: str) -> tuple[list[str], list[str]]:
-    """(found, skipped): the files at any depth whose names are wanted, and what is hidden, both
+def below(root: Path, takes: Callable[[str], bool], what: str) -> tuple[list[str], list[str]]:
+    """(files, skipped): the files at any depth whose names `takes` accepts, and what is hidden,
     relative to root and in the order of their names. Folders behind links are entered, but not
-    those that hold the link. Raises ValueError where a wanted name is no regular file.
+    those that hold the link. Raises ValueError where an accepted name is no regular file.
     """
-    found: list[str] = []
+    names: list[str] = []
     skipped: list[str] = []
 
     def enter(place: str, above: frozenset[tuple[int, int]]) -> None:
@@ -54,17 +54,17 @@ def below(root: Path, wanted: Callable[[str], bool], what: str) -> tuple[list[st
             for entry in entries:
                 name = os.path.join(place, entry.name)
                 if hidden(entry.name):
-                    if wanted(entry.name) or entry.is_dir():
+                    if takes(entry.name) or entry.is_dir():
                         skipped.append(name)
                 elif entry.is_dir():
                     enter(name, inside)
-                elif wanted(entry.name):
+                elif takes(entry.name):
                     if not entry.is_file():
                         regular(root / name, what)
-                    found.append(name)
+                    names.append(name)
 
     enter("", frozenset())
-    return sorted(found, key=_parts), sorted(skipped, key=_parts)
+    return sorted(names, key=_parts), sorted(skipped, key=_parts)
 
 
 def _parts(name: str) -> list[str]:
@@ -79,6 +79,6 @@ def tell(what: str, names: Sequence[str]) -> None:
 
 
 def skip(what: str, where: object, names: Sequence[str]) -> None:
-    """Says which hidden ones are left out."""
+    """Say which hidden files are left out."""
     are = "file is" if len(names) == 1 else "files are"
     tell(f"{what}: {str(where)!r}: {len(names)} hidden {are} skipped", names)

@@ -39,8 +39,8 @@ def writing(path: Path) -> Iterator[None]:
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
-        found = re.search(r"([^:]*) \(os error (\d+)\)", str(error))
-        number, why = (int(found[2]), found[1].strip()) if found else (0, str(error))
+        cause = re.search(r"([^:]*) \(os error (\d+)\)", str(error))
+        number, why = (int(cause[2]), cause[1].strip()) if cause else (0, str(error))
         raise _named(path, number, why) from error
 
 

@@ -84,20 +84,20 @@ def _check_png(file: IO[bytes]) -> None:
     kind = b""
     while kind != b"IEND":
         length, kind = struct.unpack(">I4s", _exactly(file, 8))
-        found = zlib.crc32(kind)
+        checksum = zlib.crc32(kind)
         while length:
             part = _exactly(file, min(length, 1 << 20))
-            found, length = zlib.crc32(part, found), length - len(part)
-        if _exactly(file, 4) != found.to_bytes(4, "big"):
+            checksum, length = zlib.crc32(part, checksum), length - len(part)
+        if _exactly(file, 4) != checksum.to_bytes(4, "big"):
             raise Refused(f"is damaged before byte {file.tell()}: a checksum is wrong")
     file.seek(place)
 
 
 def _exactly(file: IO[bytes], count: int) -> bytes:
-    found = file.read(count)
-    if len(found) != count:
+    content = file.read(count)
+    if len(content) != count:
         raise Refused("is truncated")
-    return found
+    return content
 
 
 def square(image: Any, size: int, orientation: int = 1) -> NDArray[np.uint8]:
@@ -128,13 +128,13 @@ def _of_8_bits(image: Any, white: float | None) -> Any:
             "which value is white"
         )
     inverse = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO
-    found = np.empty(values.shape, np.uint8)
+    levels = np.empty(values.shape, np.uint8)
     rows = max(1, 2**20 // values.shape[1])  # at once: a float64 of all of them is eight times it
     for row in range(0, len(values), rows):
         part = values[row : row + rows].astype(np.float64)
         part = full - part if inverse else part
-        found[row : row + rows] = (part * (255 / full)).round()
-    return pillow().fromarray(found)
+        levels[row : row + rows] = (part * (255 / full)).round()
+    return pillow().fromarray(levels)
 
 
 def _full(image: Any) -> float:

@@ -44,9 +44,9 @@ def paths(pattern: str | Path) -> list[Path]:
     """
     text = str(pattern)
     if os.path.isdir(text):
-        found = sorted(name for name in os.listdir(text) if name.endswith(".tar"))
-        listing.skip(WHERE, text, [name for name in found if listing.hidden(name)])
-        names = [os.path.join(text, name) for name in found if not listing.hidden(name)]
+        tars = sorted(name for name in os.listdir(text) if name.endswith(".tar"))
+        listing.skip(WHERE, text, [name for name in tars if listing.hidden(name)])
+        names = [os.path.join(text, name) for name in tars if not listing.hidden(name)]
     else:
         names = [name for one in _expanded(text) for name in _matching(one, text)]
     if not names:
@@ -55,30 +55,30 @@ def paths(pattern: str | Path) -> list[Path]:
 
 
 def _matching(name: str, text: str) -> list[str]:
-    found = [name]
+    matching = [name]
     if not os.path.lexists(name):
-        found = sorted(glob.glob(name.replace("[", "[[]"))) if re.search(r"[*?]", name) else []
-    if not found:
+        matching = sorted(glob.glob(name.replace("[", "[[]"))) if re.search(r"[*?]", name) else []
+    if not matching:
         raise ValueError(f"{WHERE}: got {text!r}, but {name!r} is no file")
-    return found
+    return matching
 
 
 def _expanded(pattern: str) -> list[str]:
     """As a shell expands braces."""
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if found is None or os.path.lexists(pattern):
+    braces = re.search(r"\{([^{}]*)\}", pattern)
+    if braces is None or os.path.lexists(pattern):
         return [pattern]
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
     if numbers:
         first, last = numbers.groups()
         padded = any(n.startswith("0") and len(n) > 1 for n in (first, last))
         width = max(len(first), len(last)) if padded else 0
         options = [f"{n:0{width}d}" for n in range(int(first), int(last) + 1)]
     else:
-        options = found[1].split(",")
+        options = braces[1].split(",")
     if not options or (len(options) == 1 and not numbers):
         raise ValueError(f"{WHERE}: got {pattern!r}, braces take {{000..127}} or {{a,b}}")
-    before, after = pattern[: found.start()], pattern[found.end() :]
+    before, after = pattern[: braces.start()], pattern[braces.end() :]
     return [one for option in options for one in _expanded(f"{before}{option}{after}")]
 
 
@@ -91,9 +91,9 @@ def damaged(path: Path, why: object) -> ValueError:
 def indices(shards: Sequence[Path]) -> list[list[Sample]]:
     """`index` of each, and a word on what is hidden in them."""
     skipped: list[str] = []
-    found = [index(shard, skipped) for shard in shards]
+    samples = [index(shard, skipped) for shard in shards]
     listing.skip(WHERE, f"{shards[0]}, ..." if len(shards) > 1 else shards[0], skipped)
-    return found
+    return samples
 
 
 def index(path: str | Path, skipped: list[str] | None = None) -> list[Sample]:
@@ -150,11 +150,11 @@ def _extended(path: Path, file: BinaryIO, member: tarfile.TarInfo) -> None:
         header = tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "surrogateescape")
         records = file.read(header.size)
         while header.type == tarfile.XHDTYPE and records:
-            found = re.match(rb"(\d{1,19}) ([^=\n]+)=", records)
-            length = int(found[1]) if found else 0
-            key = found[2].decode(errors="replace") if found else ""
+            record = re.match(rb"(\d{1,19}) ([^=\n]+)=", records)
+            length = int(record[1]) if record else 0
+            key = record[2].decode(errors="replace") if record else ""
             known = key in KEYS or "." in key
-            if not (known and found and found.end() < length <= len(records)) or (
+            if not (known and record and record.end() < length <= len(records)) or (
                 records[length - 1 : length] != b"\n"
             ):
                 raise damaged(path, f"an extended header that cannot be read at byte {place}")
@@ -233,8 +233,8 @@ class Files:
     ) -> None:
         self.shards, self.suffixes = list(shards), tuple(suffixes)
         rows, keys = [], []
-        for number, (shard, found) in enumerate(zip(shards, samples, strict=True)):
-            for sample in found:
+        for number, (shard, its_samples) in enumerate(zip(shards, samples, strict=True)):
+            for sample in its_samples:
                 suffix = next((s for s in self.suffixes if s in sample.files), None)
                 if suffix is not None:
                     rows.append((number, self.suffixes.index(suffix), *sample.files[suffix]))

@@ -67,12 +67,12 @@ class Causal(Predictive):
         self, x: Tensor, drawn: masks.Masks, weight: float = 1.0, process_group: Any = None
     ) -> Tensor:
         """x [B, C, F, H, W]; the loss as in Predictive."""
-        wanted = self.targets(x)
+        targets = self.targets(x)
         tokens, following = self._seen(x)
         plane = self.encoder.grid.frame.tokens
         predicted = self.kernels.take(following, [p - plane for p in drawn.targets[0]]).x
         loss = weight * self.kernels.prediction_loss(
-            predicted, wanted, drawn.targets, self.kind, self.normalise
+            predicted, targets, drawn.targets, self.kind, self.normalise
         )
         return loss + self.variance_covariance(tokens.flatten(0, 1), process_group)
 

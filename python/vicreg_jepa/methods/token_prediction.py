@@ -91,11 +91,11 @@ class Predictive(nn.Module, ABC):
         predicted, and variance and covariance of the context's tokens over all ranks of
         process_group.
         """
-        wanted = self.targets(x)
+        targets = self.targets(x)
         context = encode(self.encoder, self.kernels, x, drawn.context)
         predicted = predict(self.predictor, self.kernels, context, drawn)
         loss = weight * self.kernels.prediction_loss(
-            predicted, wanted, drawn.targets, self.kind, self.normalise
+            predicted, targets, drawn.targets, self.kind, self.normalise
         )
         return loss + self.variance_covariance(self.kernels.rows(context), process_group)
 
@@ -108,13 +108,13 @@ class Predictive(nn.Module, ABC):
 
     def foreseen(self, x: Tensor, seen: Sequence[int]) -> list[Tensor]:
         """What follows each number of token frames seen, to the end of the clips, [B, T', D]."""
-        found = []
+        parts = []
         for frames in seen:
             drawn = masks.future(self.encoder.grid, len(x), frames)
             context = encode(self.encoder, self.kernels, x, drawn.context)
             predicted = predict(self.predictor, self.kernels, context, drawn)
-            found.append(predicted.reshape(len(x), -1, predicted.shape[-1]))
-        return found
+            parts.append(predicted.reshape(len(x), -1, predicted.shape[-1]))
+        return parts
 
     def after_step(self) -> None:
         """Without a teacher there is nothing to do."""

@@ -51,11 +51,11 @@ class Blocks:
 
     def draw(self, grid: Grid, size: tuple[int, int], generator: torch.Generator) -> Tensor:
         """bool [height, width]: one rectangle of this size, anywhere."""
-        found = torch.zeros(grid.height, grid.width, dtype=torch.bool)
+        inside = torch.zeros(grid.height, grid.width, dtype=torch.bool)
         top = int(torch.randint(grid.height - size[0] + 1, (), generator=generator))
         left = int(torch.randint(grid.width - size[1] + 1, (), generator=generator))
-        found[top : top + size[0], left : left + size[1]] = True
-        return found
+        inside[top : top + size[0], left : left + size[1]] = True
+        return inside
 
 
 def multi_block(
@@ -150,11 +150,11 @@ def changing(patches: Tensor, grid: Grid) -> Tensor:
     CHANGE from the clip's median at their place, or from the token frame before or after.
     """
     frames = patches.unflatten(1, (grid.frames, -1))
-    found = (frames - frames.median(dim=1, keepdim=True).values).abs().amax(dim=-1) > CHANGE
+    change = (frames - frames.median(dim=1, keepdim=True).values).abs().amax(dim=-1) > CHANGE
     between = (frames[:, 1:] - frames[:, :-1]).abs().amax(dim=-1) > CHANGE
-    found[:, 1:] |= between
-    found[:, :-1] |= between
-    return found.flatten(1)
+    change[:, 1:] |= between
+    change[:, :-1] |= between
+    return change.flatten(1)
 
 
 def chosen(drawn: Masks, keep: Tensor) -> Masks:

@@ -73,7 +73,7 @@ class Fused:
         self, context: Sequences, mask_token: Tensor, targets: list[Places], table: Tensor | None
     ) -> Sequences:
         """For each of the M targets of each sample, its context and mask tokens in grid order."""
-        made = vk.assemble_tokens(
+        assembled = vk.assemble_tokens(
             context.x.repeat(len(targets), 1),
             context.index.repeat(len(targets)),
             mask_token,
@@ -83,7 +83,7 @@ class Fused:
             target_offsets=_offsets([p for places in targets for p in places]),
             backend=self.backend,
         )
-        return Sequences(made.tokens, made.index, made.offsets, order=made)
+        return Sequences(assembled.tokens, assembled.index, assembled.offsets, order=assembled)
 
     def predictions(self, sequences: Sequences) -> Tensor:
         return sequences.order.targets(sequences.x, backend=self.backend)

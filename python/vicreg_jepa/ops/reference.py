@@ -42,9 +42,9 @@ class Reference:
         index, keep = sequences.index, sequences.keep[:, None]  # [P, 1 or queries, keys]
         if apart is not None:
             frame, index = index // apart.frame.tokens, index % apart.frame.tokens
-            own = torch.eye(frame.shape[1], dtype=torch.bool, device=keep.device)
+            itself = torch.eye(frame.shape[1], dtype=torch.bool, device=keep.device)
             # Padding sees itself, so that no row of the softmax is empty.
-            keep = (keep & (frame[:, :, None] == frame[:, None])) | own
+            keep = (keep & (frame[:, :, None] == frame[:, None])) | itself
         return partial(published.attention, index=index, keep=keep, grid=rope)
 
     def attend_causal(self, grid: Grid, frames: int) -> Attend:

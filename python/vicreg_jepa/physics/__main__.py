@@ -20,20 +20,20 @@ OPTIONS = {"per_shard": "--videos-per-shard", "version": "--output"}
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+    options = argparse.ArgumentParser(
         prog="python -m vicreg_jepa.physics",
         description="Simulate physics videos (uint8, 32 x 64 x 64 x 3) and write them as tar "
         "shards; what is there already is kept, so a stopped run is resumed by the same command.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = found.add_argument
+    add = options.add_argument
     add("--output", type=Path, required=True, help="folder of the shards")
     add("--videos", type=integer(1), default=10000, help="how many, those there included")
     add("--workers", type=integer(0, 1024), default=2, help="processes; 0: this one alone")
     add("--seed", type=integer(0), default=0, help="decides every video, with its number")
     add("--videos-per-shard", type=integer(1), default=256, help="of all shards but the last")
     add("--property", choices=tuple(PROPERTIES), help="write quadruplets of it instead")
-    return found
+    return options
 
 
 def main(arguments: list[str] | None = None) -> None:

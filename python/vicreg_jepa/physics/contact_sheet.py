@@ -1,6 +1,6 @@
 """A contact sheet: every property's quadruplet, and some possible videos, as rows of frames.
 
-python -m vicreg_jepa.physics.sheet --output runs/physics --seed 0
+python -m vicreg_jepa.physics.contact_sheet --output runs/physics --seed 0
 """
 
 from __future__ import annotations
@@ -43,27 +43,27 @@ def strip(video: NDArray[np.uint8], shown: list[int], rim: tuple[int, int, int])
     return row
 
 
-def quadruplet_block(found: Quadruplet, columns: int, rows: tuple[int, ...]) -> Image.Image:
+def quadruplet_block(four: Quadruplet, columns: int, rows: tuple[int, ...]) -> Image.Image:
     """The rows of one quadruplet: labels on the left, a line before what differs."""
-    seen = found.first_difference
-    shown = chosen({found.record["cut"] - 1, seen - 1, seen}, columns)
+    seen = four.first_difference
+    shown = chosen({four.record["cut"] - 1, seen - 1, seen}, columns)
     width = LABEL + columns * (SIZE + GAP)
     block = Image.new("RGB", (width, 16 + len(rows) * (SIZE + GAP + 2)), "white")
     draw, font = ImageDraw.Draw(block), ImageFont.load_default(12)
-    where = "behind a panel" if found.behind_occluder else "in view"
-    draw.text((2, 0), f"{found.record['property']}, {where}", "black", font)
+    where = "behind a panel" if four.behind_occluder else "in view"
+    draw.text((2, 0), f"{four.record['property']}, {where}", "black", font)
     at = LABEL + shown.index(seen) * (SIZE + GAP) - 2
     small = ImageFont.load_default(10)
     for column, frame in enumerate(shown):
         draw.text((LABEL + column * (SIZE + GAP) + 2, 2), str(frame), (120, 120, 120), small)
     for line, row in enumerate(rows):
         y = 16 + line * (SIZE + GAP + 2)
-        rim = POSSIBLE if found.possible[row] else IMPOSSIBLE
+        rim = POSSIBLE if four.possible[row] else IMPOSSIBLE
         parts = (row % 2, row % 2 if row < 2 else 1 - row % 2)
-        kind = "possible" if found.possible[row] else "impossible"
+        kind = "possible" if four.possible[row] else "impossible"
         draw.text((2, y + 14), kind, rim, font)
         draw.text((2, y + 32), f"past {'AB'[parts[0]]}, future {'AB'[parts[1]]}", "black", font)
-        block.paste(strip(found.videos[row], shown, rim), (LABEL, y))
+        block.paste(strip(four.videos[row], shown, rim), (LABEL, y))
     draw.line([(at, 14), (at, block.height)], fill=(0, 0, 0), width=1)
     return block
 
@@ -95,34 +95,34 @@ def quadruplet_sheet(
     seed: int, hidden: bool | None, columns: int, rows: tuple[int, ...] = (0, 1, 2, 3)
 ) -> Image.Image:
     """Every property's quadruplet of the seed."""
-    found = [quadruplet(name, seed, hidden) for name in PROPERTIES]
-    return stacked([quadruplet_block(one, columns, rows) for one in found], 2)
+    quadruplets = [quadruplet(name, seed, hidden) for name in PROPERTIES]
+    return stacked([quadruplet_block(one, columns, rows) for one in quadruplets], 2)
 
 
 def overview(seed: int) -> Image.Image:
     """A small sheet: a possible and both exchanged videos of each property, half behind panels."""
     hidden = ("permanence", "gravity", "colour", "control")
-    found = [quadruplet(name, seed, name in hidden) for name in PROPERTIES]
-    return stacked([quadruplet_block(one, 9, (0, 2, 3)) for one in found], 2)
+    quadruplets = [quadruplet(name, seed, name in hidden) for name in PROPERTIES]
+    return stacked([quadruplet_block(one, 9, (0, 2, 3)) for one in quadruplets], 2)
 
 
 def possible_sheet(seed: int, columns: int, each: int) -> Image.Image:
     """The first `each` videos of every family, from `seed` on."""
-    wanted = dict.fromkeys((*FAMILIES, "staged"), each)
-    found: list[Sample] = []
-    while any(wanted.values()):
+    missing = dict.fromkeys((*FAMILIES, "staged"), each)
+    samples: list[Sample] = []
+    while any(missing.values()):
         sample = possible(seed)
         seed += 1
-        if wanted[sample.record["family"]]:
-            wanted[sample.record["family"]] -= 1
-            found.append(sample)
-    found.sort(key=lambda sample: sample.record["family"])
-    return stacked([possible_block(sample, columns) for sample in found], 2)
+        if missing[sample.record["family"]]:
+            missing[sample.record["family"]] -= 1
+            samples.append(sample)
+    samples.sort(key=lambda sample: sample.record["family"])
+    return stacked([possible_block(sample, columns) for sample in samples], 2)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = argparse.ArgumentParser(
-        prog="python -m vicreg_jepa.physics.sheet",
+        prog="python -m vicreg_jepa.physics.contact_sheet",
         description="Draw videos as rows of frames: an overview, possible ones, all quadruplets.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

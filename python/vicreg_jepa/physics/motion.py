@@ -59,11 +59,11 @@ def _shelf(rng: Generator, scene: Scene, body: Thing) -> Pair:
     shelf = upright("shelf", middle - reach, middle + reach, above, below)
     scene = replace(scene, blocks=(shelf,))
     top = below + depth(body) + uniform(rng, 1, 3)
-    # v^2 that is lost on the way up to the shelf, and what is wanted there
+    # v^2 that is lost on the way up to the shelf, and what is left of it there
     climb = 2 * scene.gravity * (scene.floor - below - 2 * depth(body))
-    wanted = uniform(rng, 1.2, 1.8) ** 2
+    excess = uniform(rng, 1.2, 1.8) ** 2
     start = 2 * scene.gravity * (scene.floor - depth(body) - top)
-    down = ((wanted + climb) / body.restitution**2 - start) ** 0.5
+    down = ((excess + climb) / body.restitution**2 - start) ** 0.5
     second = with_things(scene, thrown(body, middle, top, down=down))
     cut = next((frame for frame, _, what in simulate(second).contacts if what == "shelf"), None)
     if cut is None:

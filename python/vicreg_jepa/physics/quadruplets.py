@@ -65,9 +65,9 @@ def quadruplet(property: str, seed: int, behind_occluder: bool | None = None) ->
         pair = PROPERTIES[property](rng, hidden)
         if chance(rng, 0.5):
             pair = mirrored(pair)
-        found = _exchange(pair, rng)
-        if found is not None:
-            videos, cut, same, clips = found
+        exchange = _exchange(pair, rng)
+        if exchange is not None:
+            videos, cut, same, clips = exchange
             possible = np.array([True, True, property == "control", property == "control"])
             record = {"property": property, "seed": seed, "cut": cut, "same": len(same)}
             record |= {"possible": [clip.record() for clip in clips]}

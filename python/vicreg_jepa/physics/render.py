@@ -20,12 +20,12 @@ PANEL_EDGE = np.array((95, 95, 100), dtype=np.float32)
 
 def frames(clip: Clip) -> NDArray[np.uint8]:
     """uint8 [T, 64, 64, 3]"""
-    found = np.repeat(_still(clip.scene)[None], FRAMES, axis=0)
+    video = np.repeat(_still(clip.scene)[None], FRAMES, axis=0)
     for number, thing in enumerate(clip.scene.things):
-        _thing(found, thing, clip.position[:, number], clip.angle[:, number])
+        _thing(video, thing, clip.position[:, number], clip.angle[:, number])
     for panel in clip.scene.panels:
-        _panel(found, panel, clip.scene.floor)
-    return np.rint(found).astype(np.uint8)
+        _panel(video, panel, clip.scene.floor)
+    return np.rint(video).astype(np.uint8)
 
 
 def _still(scene: Scene) -> Floats:
@@ -54,8 +54,8 @@ def _backdrop(backdrop: Backdrop) -> Floats:
     return picture.clip(0, 255)
 
 
-def _thing(found: Floats, thing: Thing, position: NDArray, angle: NDArray) -> None:
-    """Draw on found: [T, 64, 64, 3]; position: [T, 2], angle: [T]."""
+def _thing(video: Floats, thing: Thing, position: NDArray, angle: NDArray) -> None:
+    """Draw the thing on video [T, 64, 64, 3]; position: [T, 2], angle: [T]."""
     outline = thing.outline()
     reach = thing.radius if outline is None else np.linalg.norm(outline[0])
     side = 2 * int(np.ceil(reach)) + 3
@@ -73,17 +73,17 @@ def _thing(found: Floats, thing: Thing, position: NDArray, angle: NDArray) -> No
         spot = _cover(np.hypot(u - 0.42 * thing.radius, v) - 0.3 * thing.radius)[..., None]
         paint += 0.75 * spot * (255 - paint)
     where = (np.arange(FRAMES)[:, None, None], rows[:, :, None], columns[:, None, :])
-    patch = found[where]
-    found[where] = patch + _cover(distance)[..., None] * (paint - patch)
+    patch = video[where]
+    video[where] = patch + _cover(distance)[..., None] * (paint - patch)
 
 
-def _panel(found: Floats, panel: Panel, floor: float) -> None:
+def _panel(video: Floats, panel: Panel, floor: float) -> None:
     heights = panel.heights().astype(np.float32)[:, None]
     # It stands a little nearer than the things, whose lower edges would show at its own.
     foot = np.where(heights > 0, np.ceil(floor) + 1, floor).astype(np.float32)
     columns = slice(max(int(panel.left), 0), int(np.ceil(panel.right)))
     edges = np.arange(SIZE, dtype=np.float32)
-    patch = found[:, :, columns]
+    patch = video[:, :, columns]
 
     def cover(inset: float) -> Floats:
         """[T, 64, columns, 1]: how much of a pixel lies in the panel without a rim of `inset`."""

@@ -156,7 +156,7 @@ class Scene:
 class Clip:
     """A scene and what became of it.
 
-    position, velocity: [T, N, 2]; angle, spin: [T, N]; mass, moment: [N];
+    position, velocity: [T, N, 2]; angle, spin: [T, N];
     contacts: (frame, thing, what it met: "floor", a block's kind or another thing), at the start
     of each contact.
     """
@@ -166,8 +166,6 @@ class Clip:
     velocity: NDArray[np.float64]
     angle: NDArray[np.float64]
     spin: NDArray[np.float64]
-    mass: NDArray[np.float64]
-    moment: NDArray[np.float64]
     contacts: tuple[tuple[int, int, str | int], ...]
 
     @cached_property
@@ -181,21 +179,21 @@ class Clip:
     def hidden(self) -> NDArray[np.bool_]:
         """[T, N]: wholly behind one panel."""
         left, right, top, bottom = np.moveaxis(self.bounds, 2, 0)
-        found = np.zeros(left.shape, dtype=bool)
+        hidden = np.zeros(left.shape, dtype=bool)
         for panel in self.scene.panels:
             sides = (left >= panel.left) & (right <= panel.right) & (bottom <= self.scene.floor + 1)
-            found |= sides & (top >= self.scene.floor - panel.heights()[:, None])
-        return found
+            hidden |= sides & (top >= self.scene.floor - panel.heights()[:, None])
+        return hidden
 
     def covered(self) -> NDArray[np.bool_]:
         """[T, N]: at least touched by a panel."""
         left, right, _, bottom = np.moveaxis(self.bounds, 2, 0)
-        found = np.zeros(left.shape, dtype=bool)
+        touched = np.zeros(left.shape, dtype=bool)
         for panel in self.scene.panels:
             height = panel.heights()[:, None]
             sides = (right > panel.left - 1) & (left < panel.right + 1) & (height > 0)
-            found |= sides & (bottom > self.scene.floor - height - 1)
-        return found
+            touched |= sides & (bottom > self.scene.floor - height - 1)
+        return touched
 
     def inside(self) -> NDArray[np.bool_]:
         """[T, N]: wholly in the picture."""
@@ -270,7 +268,5 @@ def simulate(scene: Scene) -> Clip:
         velocity=states[:, :, 2:4],
         angle=states[:, :, 4],
         spin=states[:, :, 5],
-        mass=np.array([body.mass for body in bodies]),
-        moment=np.array([body.moment for body in bodies]),
         contacts=tuple(contacts),
     )

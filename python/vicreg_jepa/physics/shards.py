@@ -101,17 +101,17 @@ def _claim(root: Path, settings: Settings) -> None:
         return
     listing.regular(path, "output")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError(f"it holds a {type(found).__name__}")
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(begun, dict):
+            raise ValueError(f"it holds a {type(begun).__name__}")
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: is damaged ({error}), takes {json.dumps(asdict(settings))}, or another seed's"
         ) from error
     for name, value in asdict(settings).items():
-        if found.get(name) != value:
+        if begun.get(name) != value:
             raise ValueError(
-                f"{name}: got {value!r}, but {str(root)!r} was begun with {found.get(name)!r}; "
+                f"{name}: got {value!r}, but {str(root)!r} was begun with {begun.get(name)!r}; "
                 "takes the same, or another output folder"
             )
 
@@ -122,13 +122,13 @@ def _sample(settings: Settings, index: int) -> tuple[bytes, bytes]:
     if settings.property is None:
         video, record = possible(seed)
     else:
-        found = quadruplet(settings.property, seed)
-        video = found.videos
+        four = quadruplet(settings.property, seed)
+        video = four.videos
         record = {
-            **found.record,
-            "possible_videos": found.possible.tolist(),
-            "first_difference": found.first_difference,
-            "behind_occluder": found.behind_occluder,
+            **four.record,
+            "possible_videos": four.possible.tolist(),
+            "first_difference": four.first_difference,
+            "behind_occluder": four.behind_occluder,
         }
     packed = io.BytesIO()
     np.savez_compressed(packed, video=video)

@@ -81,12 +81,12 @@ def standing(body: Thing, scene: Scene, x: float) -> Thing:
 
 def moving(body: Thing, scene: Scene, x: float, speed: float, glide: bool) -> Thing:
     """Along the floor at a speed that stays: a ball that rolls, or anything without friction."""
-    found = replace(standing(body, scene, x), velocity=(speed, 0.0))
+    sliding = replace(standing(body, scene, x), velocity=(speed, 0.0))
     if glide:
-        return replace(found, friction=0.0)
+        return replace(sliding, friction=0.0)
     if body.shape != "ball":
         raise ValueError(f"shape: got {body.shape!r}, takes 'ball' (the others do not roll)")
-    return replace(found, spin=speed / body.radius)
+    return replace(sliding, spin=speed / body.radius)
 
 
 def thrown(body: Thing, x: float, y: float, right: float = 0.0, down: float = 0.0) -> Thing:

@@ -19,8 +19,11 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Curve:
-    """values: [contexts, frames], each frame's surprise as the first predicted one's token frames
-    see it, NaN where no window predicts the frame; a frame counts in the windows that hold it.
+    """The surprise at each frame of a video.
+
+    values: [contexts, frames]; row c is for windows that see contexts[c] frames. A frame's value is
+    the mean, over the windows that predict it, of the error of its token frame; NaN where no window
+    predicts it.
     """
 
     contexts: tuple[int, ...]
@@ -46,15 +49,15 @@ def window_errors(method: Any, clips: Tensor, seen: Sequence[int]) -> list[Tenso
     the mean L1 of each.
     """
     plane = method.encoder.grid.frame.tokens
-    wanted = method.targets(clips)
+    targets = method.targets(clips)
     if method.normalise:
-        wanted = F.layer_norm(wanted, wanted.shape[-1:])
-    found = []
+        targets = F.layer_norm(targets, targets.shape[-1:])
+    errors = []
     for frames, predicted in zip(seen, method.foreseen(clips, seen), strict=True):
         first = frames * plane
-        apart = predicted - wanted[:, first : first + predicted.shape[1]]
-        found.append(apart.abs().mean(dim=-1).unflatten(1, (-1, plane)).mean(dim=-1))
-    return found
+        apart = predicted - targets[:, first : first + predicted.shape[1]]
+        errors.append(apart.abs().mean(dim=-1).unflatten(1, (-1, plane)).mean(dim=-1))
+    return errors
 
 
 @torch.no_grad()
@@ -96,8 +99,8 @@ def curves(
         clips = torch.stack([videos[v, s : s + span : stride] for v, s in part])
         clips = clips.to(device).permute(0, 4, 1, 2, 3).float() / 255.0
         errors = window_errors(method, clips, [context // tubelet for context in contexts])
-        for i, (context, found) in enumerate(zip(contexts, errors, strict=True)):
-            for (v, s), row in zip(part, found.cpu(), strict=True):
+        for i, (context, rows) in enumerate(zip(contexts, errors, strict=True)):
+            for (v, s), row in zip(part, rows.cpu(), strict=True):
                 # A token frame stands for all frames of the video from its first to the next's.
                 wide = row.repeat_interleave(tubelet * stride)[: length - s - context * stride]
                 first = s + context * stride

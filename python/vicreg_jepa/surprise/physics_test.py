@@ -35,12 +35,12 @@ class Score:
 
 def quadruplets(property: str, count: int, first_seed: int = 0) -> Tensor:
     """uint8 [count, 4, F, H, W, 3]: two possible, two impossible; seeds no training sees."""
-    found = [quadruplet(property, first_seed + i).videos for i in range(count)]
-    return torch.from_numpy(np.stack(found))
+    videos = [quadruplet(property, first_seed + i).videos for i in range(count)]
+    return torch.from_numpy(np.stack(videos))
 
 
 def scores(surprise_of: SurpriseOf, videos: Tensor, property: str) -> dict[str, Score]:
-    """The surprise of quadruplets [count, 4, F, H, W, 3], by how a curve becomes one number."""
+    """Score quadruplets [count, 4, F, H, W, 3]: {how a curve becomes one number: score}."""
     count, result = len(videos), {}
     for kind, values in surprise_of(videos.flatten(0, 1)).items():
         grid = torch.tensor(values, dtype=torch.float64).view(count, 2, 2)
@@ -57,8 +57,8 @@ def scores(surprise_of: SurpriseOf, videos: Tensor, property: str) -> dict[str, 
 def of_method(method: Any, stride: int) -> SurpriseOf:
     """A trained model's surprise; stride: frames of the video between those that it takes."""
 
-    def found(videos: Tensor) -> dict[str, list[float]]:
+    def surprise_of(videos: Tensor) -> dict[str, list[float]]:
         each = curves.curves(method, videos, stride=stride)
         return {"mean": [c.mean for c in each], "maximum": [c.maximum for c in each]}
 
-    return found
+    return surprise_of

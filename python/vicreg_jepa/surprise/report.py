@@ -16,44 +16,44 @@ from vicreg_jepa.physics import PROPERTIES, quadruplet
 from vicreg_jepa.surprise import curves, figure, physics_test
 
 # model -> property -> how a video's curve becomes a number -> score
-Found = dict[str, dict[str, dict[str, physics_test.Score]]]
+Scores = dict[str, dict[str, dict[str, physics_test.Score]]]
 
 
-def test(models: Mapping[str, physics_test.SurpriseOf], count: int, output: Path) -> Found:
+def test(models: Mapping[str, physics_test.SurpriseOf], count: int, output: Path) -> Scores:
     """Every property's scores for each model, and surprise.json in `output`."""
-    found: Found = {name: {} for name in models}
+    scores: Scores = {name: {} for name in models}
     with tqdm(total=len(PROPERTIES) * len(models), desc="physics test", ncols=100) as bar:
         for property in PROPERTIES:
             clips = physics_test.quadruplets(property, count)
             for name, surprise_of in models.items():
-                found[name][property] = physics_test.scores(surprise_of, clips, property)
+                scores[name][property] = physics_test.scores(surprise_of, clips, property)
                 bar.update()
     plain = {
         name: {prop: {k: asdict(s) for k, s in kinds.items()} for prop, kinds in row.items()}
-        for name, row in found.items()
+        for name, row in scores.items()
     }
     (output / "surprise.json").write_text(json.dumps(plain, indent=1))
-    return found
+    return scores
 
 
-def table(found: Found, count: int) -> str:
+def table(scores: Scores, count: int) -> str:
     """Per cent: of the first model both scores and AUROC, of the others the mean's; the control,
     fair at 50, is not averaged.
     """
-    first, *others = found
-    own = found[first]
-    width = max(12, *(len(name) + 2 for name in found))
+    first, *others = scores
+    own_scores = scores[first]
+    width = max(12, *(len(name) + 2 for name in scores))
 
     def row(name: str, pick: Any) -> str:
-        cells = [pick(own, "mean", "accuracy"), pick(own, "maximum", "accuracy")]
-        cells += [pick(own, "mean", "auroc")]
-        cells += [pick(found[other], "mean", "accuracy") for other in others]
+        cells = [pick(own_scores, "mean", "accuracy"), pick(own_scores, "maximum", "accuracy")]
+        cells += [pick(own_scores, "mean", "auroc")]
+        cells += [pick(scores[other], "mean", "accuracy") for other in others]
         widths = [12, 10, 8] + [width] * len(others)
         return f"{name:<12}" + "".join(
             f"{100 * cell:>{wide}.1f}" for cell, wide in zip(cells, widths, strict=True)
         )
 
-    broken = [property for property in own if property != "control"]
+    broken = [property for property in own_scores if property != "control"]
 
     def over(reduce: Any) -> Any:
         return lambda rows, kind, what: reduce([getattr(rows[p][kind], what) for p in broken])
@@ -78,21 +78,21 @@ def draw_quadruplet(
     method: Any, property: str, output: Path, *, stride: int, seed: int = 0
 ) -> None:
     """An impossible video and the possible ones that share its past and its future: PNG, GIF."""
-    made = quadruplet(property, seed)
-    three = torch.from_numpy(made.videos[[0, 2, 1]].copy())
+    four = quadruplet(property, seed)
+    three = torch.from_numpy(four.videos[[0, 2, 1]].copy())
     each = curves.curves(method, three, stride=stride)
-    names = ("same past", "exchanged" if made.possible[2] else "impossible", "same future")
+    names = ("same past", "exchanged" if four.possible[2] else "impossible", "same future")
     clips = dict(zip(names, three, strict=True))
-    found = dict(zip(names, each, strict=True))
-    figure.picture(clips, found, output / f"{property}.png", property, made.first_difference)
-    figure.animation(clips, found, output / f"{property}.gif")
+    shown = dict(zip(names, each, strict=True))
+    figure.picture(clips, shown, output / f"{property}.png", property, four.first_difference)
+    figure.animation(clips, shown, output / f"{property}.gif")
 
 
 def draw_video(method: Any, path: Path, size: int, output: Path, *, stride: int) -> None:
     video = videos.decode(path, size)
     (curve,) = curves.curves(method, video[None], stride=stride)
-    clip, found = {"video": video}, {"video": curve}
-    figure.picture(clip, found, output / f"{path.stem}.png", path.name, None)
-    figure.animation(clip, found, output / f"{path.stem}.gif")
+    clip, shown = {"video": video}, {"video": curve}
+    figure.picture(clip, shown, output / f"{path.stem}.png", path.name, None)
+    figure.animation(clip, shown, output / f"{path.stem}.gif")
     values = curve.over_time.nan_to_num(-1.0)
     print(f"{path.name}: mean {curve.mean:.4f}, most {curve.maximum:.4f} at {int(values.argmax())}")

@@ -107,11 +107,11 @@ def _state(path: Path) -> dict[str, Any]:
         written = json.loads(state.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{state}: is truncated or not JSON ({error})") from None
-    found = written.get("format") if isinstance(written, dict) else type(written).__name__
+    version = written.get("format") if isinstance(written, dict) else type(written).__name__
     whole = isinstance(written, dict) and sealed(written) == written
-    if found != FORMAT:
-        kind = CheckpointError if whole or found in OLDER else Damaged
-        raise kind(f"{state}: has format {found!r}, takes {FORMAT!r}")
+    if version != FORMAT:
+        kind = CheckpointError if whole or version in OLDER else Damaged
+        raise kind(f"{state}: has format {version!r}, takes {FORMAT!r}")
     if not whole:
         raise Damaged(f"{state}: its contents are not those that were written")
     if path.name != f"step_{written['step']:08d}":
@@ -127,13 +127,13 @@ def newest_whole(folder: Path) -> tuple[Path, tuple[dict[str, Tensor], int, dict
     problems: list[Damaged] = []
     for path in reversed(existing(folder)):
         try:
-            found = load(path)
+            loaded = load(path)
         except Damaged as error:
             problems.append(error)
             continue
         for problem in problems if os.environ.get("RANK", "0") == "0" else ():
             print(f"{problem}; taking {path.name} instead", file=sys.stderr)
-        return path, found
+        return path, loaded
     if problems:
         raise problems[0]
     return None
@@ -152,8 +152,8 @@ def set_aside(folder: Path, step: int) -> None:
 
 def newest(folder: Path) -> Path | None:
     """The checkpoint of most steps; what was being written when a run was killed does not count."""
-    found = existing(folder)
-    return found[-1] if found else None
+    steps = existing(folder)
+    return steps[-1] if steps else None
 
 
 def existing(folder: Path) -> list[Path]:
@@ -186,23 +186,23 @@ def flatten(prefix: str, state: Any, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(f"{prefix}: got {type(state).__name__}, which a checkpoint does not hold")
 
 
-def unflatten(found: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `flatten` was given."""
-    if "tensor" in found:
-        return tensors[found["tensor"]]
-    if "items" in found:
-        return {k: unflatten(v, tensors) for k, v in found["items"]}
-    if "list" in found:
-        return [unflatten(v, tensors) for v in found["list"]]
-    return found["value"]
+def unflatten(flat: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What `flatten` took apart."""
+    if "tensor" in flat:
+        return tensors[flat["tensor"]]
+    if "items" in flat:
+        return {k: unflatten(v, tensors) for k, v in flat["items"]}
+    if "list" in flat:
+        return [unflatten(v, tensors) for v in flat["list"]]
+    return flat["value"]
 
 
 def _digest(path: Path) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(1 << 20):
-            found.update(part)
-    return found.hexdigest()
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

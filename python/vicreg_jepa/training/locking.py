@@ -68,8 +68,8 @@ def _take(path: Path, file: int) -> None:
 def _holder(file: int) -> tuple[int | None, str]:
     """The process and host that the file names; None where it names none."""
     try:
-        found = json.loads(os.pread(file, 4096, 0))
-        return int(found["pid"]), str(found["host"])
+        holder = json.loads(os.pread(file, 4096, 0))
+        return int(holder["pid"]), str(holder["host"])
     except (ValueError, TypeError, KeyError):
         return None, ""
 

@@ -19,9 +19,9 @@ from vicreg_jepa.training import metrics_file
 class SpreadMonitor:
     """How a fixed batch's features are spread, at the steps that are logged."""
 
-    def __init__(self, settings: Config, method: nn.Module, found: Any) -> None:
+    def __init__(self, settings: Config, method: nn.Module, source: Any) -> None:
         self.settings, self.method = settings.training, method
-        self.probe = found.sample(32 if settings.is_video else 256)
+        self.probe = source.sample(32 if settings.is_video else 256)
 
     def due(self, step: int) -> bool:
         return step % self.settings.log_every == 0 or step == self.settings.steps
@@ -94,15 +94,15 @@ class Log:
                         self.writer.add_scalar(name, value, step)
 
     def _collapse(self, step: int) -> dict[str, float]:
-        found = self.spread(step)
-        if found is None:
+        spread = self.spread(step)
+        if spread is None:
             return {}
-        for warning in found.warnings():
+        for warning in spread.warnings():
             self.console.print(f"[yellow]{warning}[/yellow]")
         return {
-            "effective_rank": found.effective_rank,
-            "std": found.std,
-            "correlation": found.correlation,
+            "effective_rank": spread.effective_rank,
+            "std": spread.std,
+            "correlation": spread.correlation,
         }
 
 

@@ -34,7 +34,7 @@ def take_up(path: Path, step: int) -> None:
 
 def _step(line: bytes) -> int | None:
     try:
-        found = json.loads(line)["step"]
+        step = json.loads(line)["step"]
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    return found if isinstance(found, int) else None
+    return step if isinstance(step, int) else None

@@ -21,10 +21,10 @@ def groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build(settings: Optimizer, module: nn.Module) -> torch.optim.Optimizer:
-    found = groups(module, settings.weight_decay)
+    parameters = groups(module, settings.weight_decay)
     if settings.name == "adamw":
-        return torch.optim.AdamW(found, lr=settings.rate, betas=settings.betas)
-    return LARS(found, lr=settings.rate)
+        return torch.optim.AdamW(parameters, lr=settings.rate, betas=settings.betas)
+    return LARS(parameters, lr=settings.rate)
 
 
 class LARS(torch.optim.Optimizer):

@@ -84,12 +84,12 @@ class RankMonitor:
         """The processes of the other ranks on this host."""
         host = socket.gethostname()
         self.store.set(f"process/{self.rank}", f"{os.getpid()} {host}")
-        found = {}
+        pids = {}
         for rank in range(self.ranks):
             pid, _, where = self.store.get(f"process/{rank}").decode().partition(" ")
             if where == host and rank != self.rank:
-                found[rank] = int(pid)
-        return found
+                pids[rank] = int(pid)
+        return pids
 
     # -------------------------------------------------------------------------------- the thread
 
@@ -180,27 +180,27 @@ class RankMonitor:
                 print(self.message(failed, ended), file=sys.stderr, flush=True)
 
     def _failed(self) -> dict[int, str]:
-        found = {}
+        reasons = {}
         with contextlib.suppress(RuntimeError):
             for rank in range(self.ranks):
                 if rank != self.rank and self.store.check([f"failed/{rank}"]):
-                    found[rank] = f"failed: {self.store.get(f'failed/{rank}').decode()}"
-        return found
+                    reasons[rank] = f"failed: {self.store.get(f'failed/{rank}').decode()}"
+        return reasons
 
     def _ended(self) -> dict[int, str]:
         """Those seen to end; after SIGTERM, which all get, also those that do not answer."""
         with self.changed:
-            found = dict(self.exit_reason)
-        if found or not self.signal_received.is_set():
-            return found
+            reasons = dict(self.exit_reason)
+        if reasons or not self.signal_received.is_set():
+            return reasons
         until = time.monotonic() + ALIVE_TIMEOUT
         for rank in set(range(self.ranks)) - {self.rank}:
             left = max(timedelta(seconds=until - time.monotonic()), timedelta(milliseconds=1))
             try:
                 self.store.wait([f"alive/{rank}"], left)
             except RuntimeError:
-                found[rank] = "ended: it does not answer"
-        return found
+                reasons[rank] = "ended: it does not answer"
+        return reasons
 
     def message(self, failed: dict[int, str], ended: dict[int, str]) -> str:
         lines = [

@@ -31,30 +31,30 @@ def train(settings: Config, folder: Path) -> int:
     """
     with output.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with ranks(settings) as own, _alone(own, folder) as stop:
-        return _train(settings, folder, own, stop)
+    with ranks(settings) as process, _alone(process, folder) as stop:
+        return _train(settings, folder, process, stop)
 
 
 @contextmanager
-def _alone(own: Ranks, folder: Path) -> Iterator[stopping.Stop]:
+def _alone(process: Ranks, folder: Path) -> Iterator[stopping.Stop]:
     """The folder is locked, and the signals are ours where the run has one process."""
     stop = stopping.Stop()
-    with locking.held(folder) if own.rank == 0 else nullcontext():
+    with locking.held(folder) if process.rank == 0 else nullcontext():
         try:
-            with stop if own.ranks == 1 else nullcontext():
+            with stop if process.ranks == 1 else nullcontext():
                 yield stop
         except stopping.Stopped as stopped:
             text = rank_failure.how_to_go_on(folder / "checkpoints")
             raise stopping.Stopped(stopped.number, text) from None
 
 
-def _train(settings: Config, folder: Path, own: Ranks, stop: stopping.Stop) -> int:
+def _train(settings: Config, folder: Path, process: Ranks, stop: stopping.Stop) -> int:
     """All that refers to the process group, so that nothing outlives it."""
-    found = in_turn(own, lambda: sources.source(settings))
-    method = build.method(settings, found.channels).train()
-    trainer = Trainer(settings, method, own, folder)
+    source = in_turn(process, lambda: sources.source(settings))
+    method = build.method(settings, source.channels).train()
+    trainer = Trainer(settings, method, process, folder)
     step = trainer.resume()
-    if own.rank == 0:
+    if process.rank == 0:
         described = json.dumps(config.describe(settings), indent=1)
         output.replace(folder / "config.json", described.encode())
         if step:
@@ -65,25 +65,25 @@ def _train(settings: Config, folder: Path, own: Ranks, stop: stopping.Stop) -> i
                 "times as long as float32 here; training.precision=float32 is the fast one",
                 file=sys.stderr,
             )
-    spread = SpreadMonitor(settings, method, found)
-    many = own.ranks > 1 and dist.is_torchelastic_launched()
+    spread = SpreadMonitor(settings, method, source)
+    many = process.ranks > 1 and dist.is_torchelastic_launched()
     with rank_failure.watched(trainer.checkpoints, stop) if many else nullcontext():
-        if own.rank == 0:
+        if process.rank == 0:
             with Log(settings, folder, spread, step) as log:
-                trainer.fit(found, log, stop)
+                trainer.fit(source, log, stop)
         else:
             # Shards give features only where every rank takes part.
             sharded = settings.training.parallel == "fsdp"
-            trainer.fit(found, lambda step, *_: spread(step) if sharded else None, stop)
+            trainer.fit(source, lambda step, *_: spread(step) if sharded else None, stop)
     return trainer.step
 
 
 def restore(folder: Path) -> tuple[Config, nn.Module, int]:
     """(configuration, trained method in evaluation mode, step) of the newest whole checkpoint."""
-    found = checkpoint.newest_whole(folder / "checkpoints")
-    if found is None:
+    newest = checkpoint.newest_whole(folder / "checkpoints")
+    if newest is None:
         raise checkpoint.CheckpointError(f"{folder}: holds no checkpoint of a run")
-    return _restored(*found[1])
+    return _restored(*newest[1])
 
 
 def load(path: Path) -> tuple[Config, nn.Module, int]:
@@ -96,6 +96,7 @@ def _restored(
 ) -> tuple[Config, nn.Module, int]:
     settings = config.parse(state["config"])
     method = build.method(settings, state["channels"])
-    own = {k.removeprefix("method."): v for k, v in tensors.items() if k.startswith("method.")}
-    method.load_state_dict(own)
+    prefix = "method."
+    weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    method.load_state_dict(weights)
     return settings, method.eval(), step

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import vicreg_kernels as vk
 from vicreg_jepa.config import Config, describe, parse
-from vicreg_jepa.data.batches import mixed
+from vicreg_jepa.data.batches import Stream, seed_for
 from vicreg_jepa.distributed import sharding
 from vicreg_jepa.distributed.ranks import Ranks
 from vicreg_jepa.files import output
@@ -91,10 +91,11 @@ class Trainer:
         if self.config.training.compile == "reduce-overhead":
             # The gradients above were the last that is read of the step before: its memory is free.
             torch.compiler.cudagraph_mark_step_begin()
-        torch.manual_seed(mixed(self.config.seed, 3, self.step, self.ranks.rank))
+        seed = self.config.seed
+        torch.manual_seed(seed_for(Stream.MODEL, seed, self.step, self.ranks.rank))
         # Views are drawn on the device, masks on the host.
         where = self.device if self.of_views else "cpu"
-        generator = torch.Generator(where).manual_seed(mixed(self.config.seed, 4, self.step))
+        generator = torch.Generator(where).manual_seed(seed_for(Stream.METHOD, seed, self.step))
         with self._precision():
             loss = self._differentiate(batch, generator)
         if not math.isfinite(float(loss)):
@@ -135,12 +136,12 @@ class Trainer:
     def _of_tokens(self, batch: Tensor, generator: torch.Generator) -> Tensor:
         """The mean over all ranks' predicted tokens: a piece counts by how many it has."""
         whole, pieces = self.config.training.batch, self.config.training.accumulate
-        own = whole // self.ranks.ranks
+        share = whole // self.ranks.ranks
         if len(batch) == whole:
             batch = self.ranks.share.of(batch)
         batch = batch.to(self.device)
         drawn, tokens = self._masks(batch, generator)
-        size = own // pieces
+        size = share // pieces
         total = torch.zeros((), device=self.device)
         for piece in range(pieces):
             begin = piece * size
@@ -216,9 +217,9 @@ class Trainer:
 
     def resume(self) -> int:
         """Goes on from the newest whole checkpoint, if there is one; returns the step."""
-        found = checkpoint.newest_whole(self.checkpoints)
-        if found is not None:
-            self._take_up(*found)
+        newest = checkpoint.newest_whole(self.checkpoints)
+        if newest is not None:
+            self._take_up(*newest)
         if self.ranks.ranks > 1:
             steps = torch.zeros(self.ranks.ranks, dtype=torch.int64)
             steps[self.ranks.rank] = self.step
@@ -228,7 +229,7 @@ class Trainer:
                     f"{self.checkpoints}: the ranks found checkpoints of steps {steps.tolist()}: "
                     "the run's folder must be the same one for all"
                 )
-        if found is not None and self.ranks.rank == 0:
+        if newest is not None and self.ranks.rank == 0:
             checkpoint.set_aside(self.checkpoints, self.step)
         self.saved = self.step
         return self.step
@@ -245,8 +246,9 @@ class Trainer:
                     f"{path}: was written with {section} {theirs.get(section)}, this run has "
                     f"{mine[section]}: give another output folder"
                 )
-        own = {k.removeprefix("method."): v for k, v in tensors.items() if k.startswith("method.")}
-        sharding.load(self.method, own)
+        prefix = "method."
+        weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        sharding.load(self.method, weights)
         optimizer = checkpoint.unflatten(state["optimizer"], tensors)
         sharding.load_optimizer(self.optimizer, optimizer)
         self.step = step
