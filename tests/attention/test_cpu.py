@@ -40,7 +40,7 @@ COMBINED = [(rule,) for rule in cases.RULES] + [
 
 
 def hold(fused, call, cotangent=None, grads=ALL):
-    reason = cases.unfit(fused.name, call)
+    reason = cases.cannot_run(fused.name, call)
     if reason is not None:
         pytest.skip(f"{fused.name}: {reason}")
     return cases.hold(fused.name, call.wanting(*grads), cotangent)
@@ -186,7 +186,7 @@ def test_weights_are_exact_to_a_few_roundings(fused):
     k[:, 0, 1, 0] = 1.0
     v[:, 0, 1, 0] = 1.0
     call = cases.Call(q, k, v, scale=1.0)
-    if cases.unfit(fused.name, call):
+    if cases.cannot_run(fused.name, call):
         pytest.skip("not for this backend")
     found = masked_attention(*call.inputs, backend=fused.name, scale=1.0)[:, 0, 0, 0].double()
     truth = torch.sigmoid(x.double())
@@ -263,7 +263,7 @@ def test_apply_rope(fused, rules, dtype, axes):
 def test_not_finite_reaches_who_may_see_it(fused, rules, what, bad):
     """And nobody else, neither by 0 * NaN nor across samples."""
     call = cases.draw(tokens=60, batch=2, device=fused.device)
-    if cases.unfit(fused.name, call):
+    if cases.cannot_run(fused.name, call):
         pytest.skip("not for this backend")
     # frames: within the first tile of queries, which others see less of
     token, sample = 20 if rules == "frames" else 41, 0
@@ -311,7 +311,7 @@ def test_not_finite_reaches_who_may_see_it(fused, rules, what, bad):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_two_runs_are_bitwise_equal(fused, rules, dtype):
     call = cases.draw(rules, tokens=300, batch=3, axes=3, dtype=dtype, device=fused.device)
-    if cases.unfit(fused.name, call):
+    if cases.cannot_run(fused.name, call):
         pytest.skip("not for this backend")
     call = call.wanting(*ALL)
     cotangent = torch.randn(call.q.shape).to(call.q)
@@ -343,7 +343,7 @@ def test_two_runs_are_bitwise_equal(fused, rules, dtype):
 def test_anything(fused, seed, **drawn):
     torch.manual_seed(seed)
     call = cases.draw(device=fused.device, **drawn)
-    assume(cases.unfit(fused.name, call) is None)
+    assume(cases.cannot_run(fused.name, call) is None)
     cases.hold(fused.name, call.wanting(*ALL), name=str(drawn))
 
 
@@ -413,7 +413,7 @@ def test_the_op_checks_what_python_cannot_see():
         if index is not None:
             rope = (table, index[None], index[None], list(grid))
         bounds = None if bounds is None else bounds[None]
-        return op(q, q, q, offsets, keys, lengths, None, bounds, 6, 6, 0, 0, *rope, 0.25, "cpu")
+        return op(q, q, q, "cpu", offsets, keys, lengths, None, bounds, 6, 6, 0, 0, *rope, 0.25)
 
     for words, arguments in (
         ("offsets: got offsets from 1", {"offsets": ints(1, 6)}),

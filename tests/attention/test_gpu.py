@@ -48,8 +48,8 @@ def real(name: str, samples: int, dtype: torch.dtype) -> Call:
     return call.wanting(True, True, True)
 
 
-def skip_unfit(backend: str, call: Call) -> None:
-    reason = cases.unfit(backend, call)
+def skip_what_cannot_run(backend: str, call: Call) -> None:
+    reason = cases.cannot_run(backend, call)
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
 
@@ -68,7 +68,7 @@ def results(backend: str, call: Call, cotangent: Tensor | None = None) -> tuple[
 @pytest.mark.parametrize("name", REAL)
 def test_real_shapes_match_the_reference(backend, name, dtype):
     call = real(name, 5, dtype)  # the reference makes a matrix of all tokens by all tokens
-    skip_unfit(backend, call)
+    skip_what_cannot_run(backend, call)
     hold(backend, call, name=name)
 
 

@@ -113,7 +113,7 @@ def test_peak_on_cuda(fused, rules):
     call = cases.draw(
         rules, batch=2, heads_=4, tokens=2048, dim=64, dtype=torch.bfloat16, device="cuda"
     ).wanting(True, True, True)
-    if cases.unfit(fused.name, call) or dispatch.missing(fused.name, "cuda", torch.bfloat16):
+    if cases.cannot_run(fused.name, call) or dispatch.missing(fused.name, "cuda", torch.bfloat16):
         pytest.skip("not for this backend")
     cotangent = torch.randn(call.q.shape).to(call.q)
     cases.run(fused.name, call, cotangent)

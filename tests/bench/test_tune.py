@@ -105,7 +105,9 @@ def test_the_general_one_stays_where_none_is_faster():
 def test_kernels_that_do_not_ask_for_a_configuration_are_an_error():
     """A launch that is kept from an earlier call would be timed in every candidate's place."""
     problem = Kernels(cost).problem()
-    with pytest.raises(RuntimeError, match=r"without asking vicreg_kernels\.vicreg\.configs\.near"):
+    with pytest.raises(
+        RuntimeError, match=r"without asking vicreg_kernels\.vicreg\.triton\.configs\.n"
+    ):
         tune.tune(table(**CANDIDATES), problem, lambda: None, 10**6, lambda steps: {})
 
 

@@ -83,7 +83,7 @@ def test_momentum_and_step_in_device_memory(kernel, dtype, momentum):
     targets, onlines, copies = ema_tensors.every_dtype([(70,)], layouts=["contiguous"])
     value, step = torch.tensor(momentum, dtype=dtype), torch.tensor(2**40 + 3)
     mine, own = ema_tensors.again(targets), ema_tensors.again(copies)
-    kernel(mine, onlines, own, value, 0.5, True, 9, step, 0)
+    kernel.update_(mine, onlines, own, value, 0.5, True, 9, step, 0)
     reference.update_(targets, onlines, copies, None, value.item(), True, 9, None, step.item())
     ema_tensors.assert_same_bits(mine, targets, "targets")
     ema_tensors.assert_same_bits(own, copies, "shadows")

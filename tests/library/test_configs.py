@@ -94,7 +94,7 @@ def test_a_file_that_is_not_valid_says_where(change, named):
         ("occupancy", True, "occupancy: got True, takes a value of int"),
         ("occupancy", None, "occupancy: got None"),
         ("shape", [64], "shape: got .* takes 2 integers"),
-        ("tile", 3, r"tile: is no field of vicreg_kernels\.vicreg\.configs\.Config"),
+        ("tile", 3, r"tile: is no field of vicreg_kernels\.vicreg\.triton\.configs\.Config"),
         ("gradient", "absent", "gradient: got None, takes"),
     ],
 )

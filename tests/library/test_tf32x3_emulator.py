@@ -101,7 +101,7 @@ def test_long_sums_of_one_sign(kernels):
     """The Gram matrix's diagonal: what the tensor core cuts off must not add up."""
     z = torch.rand(1, 2, 2048) + 0.5
     z[:, 1] += 4.0
-    squares = kernels[0].forward(z, None, *SETTINGS, True)[2]
+    squares = kernels["vicreg"].forward(z, None, *SETTINGS, True)[2]
     centred = z.double() - z.double().mean(dim=1, keepdim=True)
     truth = centred @ centred.mT
     assert relative_error(squares, truth) < 4 * torch.finfo(torch.float32).eps
@@ -134,13 +134,13 @@ def test_what_is_not_finite_stays_in_its_place(kernels, shape, bad):
     """As in full float32: of its own view and group, and there of its row or column."""
     x, y = shapes.randn(2, *shape), shapes.randn(2, *shape)
     x[1, 2, 3] = bad
-    found, plain = (kernels[0].forward(x, y, *SETTINGS, tf32x3) for tf32x3 in (True, False))
+    found, plain = (kernels["vicreg"].forward(x, y, *SETTINGS, tf32x3) for tf32x3 in (True, False))
     assert found[2][0, 0].isfinite().all()
     assert found[2][1].isfinite().all()
     for mine, theirs in zip(found, plain, strict=True):
         assert torch.equal(mine.isfinite(), theirs.isfinite())
     grads = [
-        kernels[0].backward(torch.ones(1), x, y, *saved, True, True, *SETTINGS, tf32x3)
+        kernels["vicreg"].backward(torch.ones(1), x, y, *saved, True, True, *SETTINGS, tf32x3)
         for (_, *saved), tf32x3 in ((found, True), (plain, False))
     ]
     for mine, theirs in zip(*grads, strict=True):
@@ -156,7 +156,7 @@ def test_any_order_of_blocks_gives_the_same_bits(kernels, shape, monkeypatch):
     runs = []
     for seed in (0, 1):
         monkeypatch.setenv("EMULATOR_SEED", str(seed))
-        runs.append(kernels[0].forward(z, None, *SETTINGS, True))
+        runs.append(kernels["vicreg"].forward(z, None, *SETTINGS, True))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     assert torch.equal(runs[0][2], runs[0][2].mT)
 
@@ -165,7 +165,8 @@ def test_half_inputs_and_the_default_are_not_touched(kernels):
     for dtype in (torch.float32, torch.bfloat16):
         z = shapes.randn(1, 20, 68, dtype=dtype)
         asked, default, off = (
-            kernels[0].forward(z, None, *SETTINGS, *flag)[2] for flag in ((True,), (), (False,))
+            kernels["vicreg"].forward(z, None, *SETTINGS, *flag)[2]
+            for flag in ((True,), (), (False,))
         )
         assert torch.equal(default, off)
         assert torch.equal(asked, default) == (dtype == torch.bfloat16)

@@ -62,7 +62,7 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     replaced = {name: getattr(launchers, name) for name in names}
     real = devices.device
     try:
-        for name in names[:-1]:
+        for name in names:
             setattr(launchers, name, Recorder(replaced[name], found))
         devices.device = lambda index: devices.Device("default", 132, case.arch // 10)
         matches = launchers.match(a, b)
