@@ -48,6 +48,18 @@ def may_be_finite(op: str, arguments: Mapping[str, Any]) -> bool:
     return op in _VICREG and arguments.get("eps") == 0 and arguments.get("margin") == 0
 
 
+def variance_rounding(op: str, arguments: Mapping[str, Any]) -> float:
+    """The relative rounding of the smallest variance of a column, VICReg's with eps = 0: past the
+    least normal number float32 keeps ever fewer digits of it, and its root divides the gradient.
+    """
+    if op not in _VICREG or arguments.get("eps") != 0:
+        return 0.0
+    views = (_wide(arguments[name]) for name in "xyz" if arguments.get(name) is not None)
+    found = [view.var(dim=-2) for view in views if view.dim() >= 2 and view.shape[-2] > 1]
+    least = min((float(v[v > 0].min()) for v in found if bool((v > 0).any())), default=LEAST)
+    return EPS * max(LEAST / least, 1.0) if least < LEAST else 0.0
+
+
 def _settings(arguments: Mapping[str, Any]) -> tuple[float, float, float, float]:
     """(eps under the root, eps beside it, degrees lost, lambd) of a call of Barlow's."""
     rule = CONVENTIONS[arguments.get("convention", "barlow_twins")]

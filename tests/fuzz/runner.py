@@ -238,6 +238,7 @@ class _Comparison:
         found, truth = found[kept], truth[kept]
         usual = torch.where(plain[kept].isfinite(), plain[kept], truth)
         eps = info.eps
+        eps = max(eps, allowances.variance_rounding(op_of(self.line), self.truth.arguments))
         if op_of(self.line) == "sigreg_loss" and kind == "gradients":
             steps = EPS * allowances.sigreg_roundings(self.truth.arguments)
             eps = max(eps, steps / FEWEST_ROUNDINGS**0.5)

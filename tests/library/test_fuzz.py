@@ -35,6 +35,9 @@ BARELY = (
     # Cosines that are all nearly 1.
     "sigreg_loss(z=T((31, 1), 'bfloat16', 'contiguous', 1.0, 451, '', True), slices=3, knots=12,"
     " t_max=0.00216, backend='cpu')",
+    # squares past float32's least normal number
+    "variance_covariance(z=T((11, 11), 'float32', 'contiguous', 6.1e-23, 60, '', True), eps=0.0,"
+    " precision=None, unbiased=True, backend=None)",
     # No variance and no hinge.
     "vicreg_loss(x=T((3, 3), 'float32', 'contiguous', 1.0, 987, 'constant', True),"
     " y=T((3, 3), 'float32', 'transposed', 1.0, 469, '', True), convention='eb_jepa', margin=0.0,"
