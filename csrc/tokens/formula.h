@@ -58,8 +58,9 @@ struct Cosine {
 
 KERNELS_ALWAYS_INLINE Cosine cosine(float pp, float zz, float pz) {
   const float p_norm = std::sqrt(pp), z_norm = std::sqrt(zz);
-  const float p_safe = p_norm < kLeastNorm ? kLeastNorm : p_norm;
-  const float z_safe = z_norm < kLeastNorm ? kLeastNorm : z_norm;
+  // Infinity less itself is NaN: of squares past float32 the cosine is unknown, and not 0.
+  const float p_safe = (p_norm < kLeastNorm ? kLeastNorm : p_norm) + (p_norm - p_norm);
+  const float z_safe = (z_norm < kLeastNorm ? kLeastNorm : z_norm) + (z_norm - z_norm);
   const float cos = pz / p_safe / z_safe;
   const float along = p_norm < kLeastNorm ? 0.f : cos / p_safe / p_safe;
   return {1.f - cos, -1.f / p_safe / z_safe, along};

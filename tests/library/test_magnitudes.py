@@ -110,3 +110,22 @@ def test_a_loss_that_is_nan_has_no_finite_gradient():
     x, y = (z.requires_grad_() for z in views(1e20, True))
     grads = torch.autograd.grad(vk.barlow_twins_loss(x, y, backend="cpu"), (x, y))
     assert all(grad[:, 3].isnan().all() for grad in grads)
+
+
+@pytest.mark.skipif(library.CPU_MISSING is not None, reason="not compiled")
+@pytest.mark.parametrize("size", [1e18, 6.2e25, 1.5e27])
+def test_a_cosine_whose_squares_float32_does_not_hold_is_not_zero(size):
+    """NaN: the 0 that torch's own cosine_similarity gives there would look like any other."""
+    torch.manual_seed(0)
+    pred = (size * torch.randn(1, 4, 24)).requires_grad_()
+    teacher, index = torch.randn(1, 4, 24), torch.arange(4)[None]
+    loss = vk.prediction_loss(pred, teacher, index, kind="cosine", backend="cpu")
+    (grad,) = torch.autograd.grad(loss, pred)
+    if size < 1e19:
+        truth = vk.prediction_loss(
+            pred.detach().double(), teacher.double(), index, kind="cosine", backend="reference"
+        )
+        assert abs(loss.item() - truth.item()) <= 1e-6
+    else:
+        assert loss.isnan()
+        assert grad.isnan().all()

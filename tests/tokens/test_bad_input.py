@@ -284,3 +284,12 @@ def test_what_can_change_is_checked_in_every_call(name):
         good[3]()
     with torch.no_grad():
         good[3]()
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_a_fill_that_the_dtype_does_not_hold_is_named(backend):
+    rows, index = torch.randn(1, 2, 4).half(), torch.tensor([[0, 1]])
+    with pytest.raises(ValueError, match=r"fill: got 1000000.0, takes a number that torch.float16"):
+        scatter_tokens(rows, index, 3, fill=1e6, backend=backend)
+    for fill in (65504.0, float("inf"), float("-inf")):
+        assert (scatter_tokens(rows, index, 3, fill=fill, backend=backend)[0, 2] == fill).all()

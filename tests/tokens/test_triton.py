@@ -140,3 +140,11 @@ class TestInterpreter:
         nan = out.isnan().all(-1)
         assert nan.sum() == 1
         assert nan[1, order[1][1, 1].item()]
+
+    def test_a_cosine_whose_squares_float32_does_not_hold_is_not_a_number(self):
+        pred, teacher, index = 1e27 * torch.randn(1, 4, 24), torch.randn(1, 4, 24), torch.arange(4)
+        pred.requires_grad_()
+        loss = prediction_loss(pred, teacher, index[None], kind="cosine", backend="triton")
+        (grad,) = torch.autograd.grad(loss, pred)
+        assert loss.isnan()
+        assert grad.isnan().all()

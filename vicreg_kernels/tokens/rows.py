@@ -6,6 +6,7 @@ Both are linear and each is the other's gradient, so they differentiate to any o
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -257,6 +258,8 @@ def scatter_tokens(
         at = checks.offsets("offsets", offsets, None, index.shape[0], tokens)
     batch = tokens.shape[0] if at is None else at.shape[0] - 1
     fill = float(reals.real("fill", fill, "a number"))
+    if math.isfinite(fill) and abs(fill) > torch.finfo(tokens.dtype).max:
+        raise ValueError(f"fill: got {fill}, takes a number that {tokens.dtype} holds")
     name = choose(backend, seen)
     if name == "reference":
         if checks.wanted(name, index):

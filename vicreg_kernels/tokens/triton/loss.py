@@ -94,9 +94,10 @@ def loss_kernel(
         unknown = float("nan")
         if KIND == COSINE:
             p_norm = tl.sqrt(tl.sum(p * p, axis=0))
-            p_safe = tl.where(p_norm < LEAST_NORM, LEAST_NORM, p_norm)
+            # Infinity less itself is NaN: of squares past float32 the cosine is unknown, and not 0.
+            p_safe = tl.where(p_norm < LEAST_NORM, LEAST_NORM, p_norm) + (p_norm - p_norm)
             z_norm = tl.sqrt(tl.sum(z * z, axis=0))
-            z_safe = tl.where(z_norm < LEAST_NORM, LEAST_NORM, z_norm)
+            z_safe = tl.where(z_norm < LEAST_NORM, LEAST_NORM, z_norm) + (z_norm - z_norm)
             cosine = tl.sum(p * z, axis=0) / p_safe / z_safe
             part = 1.0 - cosine
             own = saved + row * 4
