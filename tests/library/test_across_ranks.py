@@ -1,7 +1,7 @@
 """Tier 6: every batch-statistic loss, on 2 and 4 gloo ranks under DistributedDataParallel, gives
 the loss and the parameter gradients of one process with the whole batch.
 
-A file tests/across_ranks_<op>.py gives CASES: name -> Case. All cases of all ops run in one spawn a
+A file tests/library/across_ranks/<op>.py gives CASES: name -> Case. All cases of all ops run in one spawn a
 number of ranks.
 """
 
@@ -110,7 +110,12 @@ def worker(rank: int, ranks: int, port: int, out: str) -> None:
         torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=sorted(SPLITS))
+FEW, *MORE = sorted(SPLITS)
+# Four processes on two cores take a minute.
+RANKS = [FEW, *(pytest.param(ranks, marks=pytest.mark.thorough) for ranks in MORE)]
+
+
+@pytest.fixture(scope="module", params=RANKS)
 def everyone(request, tmp_path_factory) -> tuple[int, list[dict[Any, Any]]]:
     ranks, folder = request.param, tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import audit_cuda
 
-# A minute of nvcc; `make audit` runs it, and `make test` the audits of the smaller ops.
+# What nvcc compiles takes a minute an op: `make test` compiles VICReg alone, `make audit` all.
 pytestmark = pytest.mark.thorough
 
 

@@ -153,7 +153,12 @@ def words_of(folder: Path, *words: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("number", "told"), [("SIGTERM", "one"), ("SIGTERM", "all"), ("SIGINT", "all")]
+    ("number", "told"),
+    [
+        ("SIGTERM", "one"),
+        pytest.param("SIGTERM", "all", marks=pytest.mark.thorough),
+        pytest.param("SIGINT", "all", marks=pytest.mark.thorough),
+    ],
 )
 def test_ranks_that_are_told_to_stop_save_first(number, told, tmp_path):
     """Told is one rank, or torchrun, which tells all; the run then goes on as if never stopped."""
