@@ -1,8 +1,8 @@
 """Tier 6: every batch-statistic loss, on 2 and 4 gloo ranks under DistributedDataParallel, gives
 the loss and the parameter gradients of one process with the whole batch.
 
-A file tests/library/across_ranks/<op>.py gives CASES: name -> Case. All cases of all ops run in one spawn a
-number of ranks.
+A file tests/library/across_ranks/<op>.py gives CASES: name -> Case. All cases of all ops run in one
+spawn a number of ranks.
 """
 
 from __future__ import annotations
