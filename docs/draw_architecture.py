@@ -82,6 +82,7 @@ def main() -> None:
     figure.tight_layout()
     # Without the date and random identifiers, so that the same imports give the same file.
     matplotlib.rcParams["svg.hashsalt"] = "architecture"
+    matplotlib.rcParams["svg.fonttype"] = "none"
     figure.savefig(OUT, metadata={"Date": None})
     print(OUT)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.attention import cases
 from tests.attention.cases import LAYOUTS, RULES, Call, draw, hold
+from tests.helpers import gpu_steps
 from vicreg_kernels.attention import Ragged, Rope3d, apply_rope, masked_attention
 from vicreg_kernels.core import dispatch
 
@@ -161,15 +162,7 @@ def test_graph_replay_after_poison(backend, dtype):
     buffers = [x.clone() for x in call.inputs]
     cotangent = torch.randn(call.q.shape).to(call.q)
     inside = cases.replace(call, q=buffers[0], k=buffers[1], v=buffers[2])
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            results(backend, inside, cotangent)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = results(backend, inside, cotangent)
+    graph, captured = gpu_steps.captured(lambda: results(backend, inside, cotangent))
     for _ in range(2):
         for x in buffers:
             x.fill_(torch.nan)

@@ -7,6 +7,7 @@ must be equal to the last bit; what adds up is held to the rule of tolerances.py
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -211,3 +212,32 @@ def check_assembly(
     ]
     for name, a, t, p in zip(wanted_names, found[1:], truth[1:], plain[1:], strict=True):
         close(a, t, p, rows, f"gradient of {name}")
+
+
+def check_out_of_range(kernels: Any, bad: int, dtype: torch.dtype, dim: int) -> None:
+    """What is not checked on a GPU, since it would wait: NaN comes out, nothing else changes."""
+    x, index = torch.randn(2, 5, dim), mask(2, 5, 3, dtype=dtype).index
+    broken = index.clone()
+    broken[1, 1] = bad
+    good, found = (kernels.gather(x, i, None) for i in (index, broken))
+    assert found[1, 1].isnan().all()
+    good[1, 1] = found[1, 1] = 0.0
+    same(found, good, "gather")
+    out = kernels.scatter(good, broken, None, 2, 5, 7.0, False, False)
+    expected = kernels.scatter(good, index, None, 2, 5, 7.0, False, False)
+    expected[1, index[1, 1].item()] = 7.0
+    same(out, expected, "scatter")
+    for kind in range(4):
+        args = (good, x, broken, None)
+        loss, saved = kernels.loss_forward(*args, kind, True, 1.0, 1e-5)
+        assert loss.isnan()
+        grad = kernels.loss_backward(torch.ones(()), *args, saved, kind, True, 1.0)
+        assert grad[1, 1].isnan().all()
+        grad[1, 1] = 0.0
+        assert grad.isfinite().all()
+    order = kernels.order(broken, index, None, None)
+    table = torch.randn(5, dim)
+    out = kernels.assemble(x[:, :3], broken, order[1], torch.randn(dim), index, order[2], table)
+    nan = out.isnan().all(-1)
+    assert nan.sum() == 1
+    assert nan[1, order[1][1, 1].item()]

@@ -17,6 +17,7 @@ from tests.tokens.cases import (
     check_assembly,
     check_gather,
     check_loss,
+    check_out_of_range,
     check_scatter,
     draw,
     mask,
@@ -154,32 +155,7 @@ def test_nan_and_inf_spread_as_in_the_reference(kind, bad, dim):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("dim", [8, 5])
 def test_indices_out_of_range_are_never_followed(kernels, bad, dtype, dim):
-    """What is not checked on a GPU, since it would wait: NaN comes out, nothing else changes."""
-    x, index = torch.randn(2, 5, dim), mask(2, 5, 3, dtype=dtype).index
-    broken = index.clone()
-    broken[1, 1] = bad
-    good, found = (kernels.gather(x, i, None) for i in (index, broken))
-    assert found[1, 1].isnan().all()
-    good[1, 1] = found[1, 1] = 0.0
-    same(found, good, "gather")
-    out = kernels.scatter(good, broken, None, 2, 5, 7.0, False, False)
-    expected = kernels.scatter(good, index, None, 2, 5, 7.0, False, False)
-    expected[1, index[1, 1].item()] = 7.0
-    same(out, expected, "scatter")
-    for kind in range(4):
-        args = (good, x, broken, None)
-        loss, saved = kernels.loss_forward(*args, kind, True, 1.0, 1e-5)
-        assert loss.isnan()
-        grad = kernels.loss_backward(torch.ones(()), *args, saved, kind, True, 1.0)
-        assert grad[1, 1].isnan().all()
-        grad[1, 1] = 0.0
-        assert grad.isfinite().all()
-    order = kernels.order(broken, index, None, None)
-    table = torch.randn(5, dim)
-    out = kernels.assemble(x[:, :3], broken, order[1], torch.randn(dim), index, order[2], table)
-    nan = out.isnan().all(-1)
-    assert nan.sum() == 1
-    assert nan[1, order[1][1, 1].item()]
+    check_out_of_range(kernels, bad, dtype, dim)
 
 
 @pytest.mark.parametrize("offsets", [[0, 9, 3], [-5, 1, 99], [0, 0, 0], [2, 1, 0]])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.helpers import gpu_steps
 from tests.tokens.cases import (
     DTYPES,
     KINDS,
@@ -138,15 +139,7 @@ def test_graph_replay_after_poison(backend):
     not write anew shows."""
     given = inputs()
     x, teacher, _, _, token = given
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            whole_step(backend, *given)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = whole_step(backend, *given)
+    graph, results = gpu_steps.captured(lambda: whole_step(backend, *given))
     for _ in range(2):
         with torch.no_grad():
             for z in (x, teacher, token):
@@ -164,13 +157,7 @@ def test_graph_replay_after_poison(backend):
 
 def test_no_host_synchronisation(backend):
     given = inputs()
-    whole_step(backend, *given)  # loads and compiles kernels
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        whole_step(backend, *given)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    gpu_steps.check_no_wait(lambda: whole_step(backend, *given))
 
 
 def test_runs_on_the_current_stream(backend):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.helpers import gpu_steps
 from tests.vicregl import cases as vicregl_cases
 from tests.vicregl import matches as cases
 from tests.vicregl.matches import DTYPES, LAYOUTS, maps, rules, same
@@ -114,15 +115,7 @@ def test_graph_replay_after_poison(backend):
     """A graph replayed on NaN leaves NaN in every buffer of its pool; whatever a later replay does
     not write anew shows."""
     given = inputs()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            whole_step(backend, *given)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = whole_step(backend, *given)
+    graph, results = gpu_steps.captured(lambda: whole_step(backend, *given))
     for _ in range(2):
         with torch.no_grad():
             for z in given:
@@ -140,13 +133,7 @@ def test_graph_replay_after_poison(backend):
 
 def test_no_host_synchronisation(backend):
     given = inputs()
-    whole_step(backend, *given)  # loads and compiles kernels
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        whole_step(backend, *given)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    gpu_steps.check_no_wait(lambda: whole_step(backend, *given))
 
 
 def test_runs_on_the_current_stream(backend):

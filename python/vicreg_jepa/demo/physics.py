@@ -32,9 +32,12 @@ def settings(output: Path, overrides: Sequence[str]) -> Config:
         f"data.videos={VIDEOS}",
         f"data.path={json.dumps(str(output / 'physics_videos'))}",
     ]
-    if trainer.bfloat16_is_slow("cpu"):
-        defaults.append("training.precision=float32")
     chosen = config.load("vjepa_causal_physics", config.layered(defaults, overrides))
+    if trainer.bfloat16_is_slow(chosen.training.device):
+        defaults.append("training.precision=float32")
+        chosen = config.load("vjepa_causal_physics", config.layered(defaults, overrides))
+        if chosen.training.precision == "float32":
+            print("this CPU has no instructions for bfloat16: training in float32", file=sys.stderr)
     if any(words.startswith("training.steps=") for words in overrides):
         return chosen
     return fitted(chosen, in_own_process(seconds_of_a_step, config.describe(chosen)))
