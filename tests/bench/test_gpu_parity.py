@@ -96,7 +96,7 @@ def test_memory_hungry_tests_run_alone(collected):
 
 def test_the_stage_of_graphs_has_every_test_that_captures_one(collected):
     chosen, _ = collected
-    capturing = named(chosen, re.compile(r"CUDAGraph\("))
+    capturing = named(chosen, re.compile(r"(CUDAGraph|captured|check_replays)\("))
     assert len(capturing) >= 8
     assert [name for name in capturing if not re.search(GRAPHS, name.split("::")[1])] == []
 
