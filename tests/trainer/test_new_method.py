@@ -2,69 +2,39 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from dataclasses import replace
 
 import pytest
-import torch
-from torch import Tensor, nn
+from torch import nn
 from vicreg_jepa import cli, config
 from vicreg_jepa.config import settings as settings_module
-from vicreg_jepa.methods import base, networks
-from vicreg_jepa.methods.augment import Augment
-from vicreg_jepa.methods.base import METHODS, MethodKind, register
+from vicreg_jepa.methods import base
+from vicreg_jepa.methods.base import METHODS, register
 from vicreg_jepa.training import checkpoint, trainer
 
 from tests.trainer.runs import SMALL, column, steps_of
 
-
-class Whitened(nn.Module):
-    """Two views agree, and each has the identity as its covariance."""
-
-    def __init__(self, encoder: nn.Module, expander: nn.Module, weight: float) -> None:
-        super().__init__()
-        self.encoder, self.expander, self.weight = encoder, expander, weight
-        self.augment = Augment()
-
-    def views(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        return self.augment(images, generator), self.augment(images, generator)
-
-    def forward(self, view: Tensor) -> Tensor:
-        return self.expander(self.encoder(view))
-
-    def loss(self, x: Tensor, y: Tensor, *, process_group=None) -> Tensor:
-        eye = torch.eye(x.shape[1])
-        white = sum((z.T.cov() - eye).square().mean() for z in (x, y))
-        return (x - y).square().mean() + self.weight * white
-
-    def after_step(self) -> None:
-        pass
-
-    def features(self, x: Tensor) -> Tensor:
-        return self.encoder(x)
-
-    def exported(self) -> tuple[str, nn.Module]:
-        return "encoder", self.encoder
+MODULE = "tests.trainer.whitened"
+NAME = f"{MODULE}.views"
 
 
-def build(settings, kernels, channels) -> Whitened:
-    parts = networks.encoder_and_expander(settings, kernels, channels)
-    return Whitened(*parts, settings.loss.covariance)
+def forget() -> None:
+    """As in a process that has not imported the method's module."""
+    METHODS.pop(NAME, None)
+    sys.modules.pop(MODULE, None)
 
 
-TAKES = ("model.expander", "model.activation", "loss.covariance")
-KIND = MethodKind("whitened", Whitened, build, "views", "images", TAKES)
-
-
-@pytest.fixture
-def registered():
-    register(KIND)
+@pytest.fixture(autouse=True)
+def forgotten():
+    forget()
     yield
-    del METHODS["whitened"]
+    forget()
 
 
-@pytest.mark.usefixtures("registered")
 def test_it_is_trained_resumed_probed_and_exported(tmp_path, capsys):
-    words = ["train", "vicreg_digits", *SMALL, "method=whitened", "loss.covariance=0.5"]
+    words = ["train", "vicreg_digits", *SMALL, f"method={NAME}", "loss.covariance=0.5"]
     words += ["training.steps=4", "--output"]
     whole, folder = tmp_path / "whole", tmp_path / "run"
     assert cli.main([*words, str(whole)]) == 0
@@ -86,20 +56,20 @@ def test_it_is_trained_resumed_probed_and_exported(tmp_path, capsys):
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0]
     assert steps_of(folder) == [1, 2, 3, 4]
+    forget()
     assert cli.main(["probe", str(folder)]) == 0
-    assert "whitened, step 4: linear probe" in capsys.readouterr().out
+    assert f"{NAME}, step 4: linear probe" in capsys.readouterr().out
     assert cli.main(["export", str(folder), str(tmp_path / "encoder.safetensors")]) == 0
     assert "tensors of the encoder" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("registered")
 def test_it_takes_its_own_settings_and_no_others():
-    taken = config.load("vicreg_digits", ["method=whitened", "loss.covariance=2"])
+    taken = config.load("vicreg_digits", [f"method={NAME}", "loss.covariance=2"])
     assert taken.loss.covariance == 2
     with pytest.raises(
         config.ConfigError, match=r"loss\.sigreg: got 0\.5, but it is used by lejepa"
     ):
-        config.load("vicreg_digits", ["method=whitened", "loss.sigreg=0.5"])
+        config.load("vicreg_digits", [f"method={NAME}", "loss.sigreg=0.5"])
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones():
@@ -107,9 +77,35 @@ def test_an_unknown_method_is_refused_with_the_known_ones():
         config.load("vicreg_digits", ["method=whitened"])
 
 
-class Speechless(Whitened):
-    exported = None
-    views = None
+NOT_THERE = {
+    "absent.views": r"takes a module that Python finds, .* of PYTHONPATH: No module named 'absent'",
+    "tests.absent.views": r"takes a module that Python finds, .*No module named 'tests\.absent'",
+    f"{MODULE}.pairs": rf"takes {NAME}",
+    "json.views": r"takes what json registers: nothing",
+    "needs_more.views": r"its module cannot be imported: No module named 'not_installed'",
+    "broken.views": r"its module cannot be imported: ZeroDivisionError: division by zero",
+    ".views": r"takes .*vicreg, ",
+    "tests..views": r"takes a module",
+}
+
+
+@pytest.mark.parametrize(("name", "message"), NOT_THERE.items(), ids=NOT_THERE)
+def test_a_module_without_the_method_is_refused(name, message, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "needs_more.py").write_text("import not_installed\n")
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    with pytest.raises(config.ConfigError, match=rf"method: got '{re.escape(name)}', {message}"):
+        config.load("vicreg_digits", [f"method={name}"])
+
+
+class Speechless(nn.Module):
+    def after_step(self): ...
+
+    def forward(self, view): ...
+
+    def features(self, x): ...
+
+    def loss(self, *views): ...
 
 
 @pytest.mark.parametrize(
@@ -132,9 +128,10 @@ class Speechless(Whitened):
     ],
 )
 def test_a_kind_that_does_not_fit_is_refused(change, message):
+    kind = base.find(NAME)
     before = dict(METHODS)
     with pytest.raises(ValueError, match=message):
-        register(replace(KIND, **change))
+        register(replace(kind, **{"name": "free", **change}))
     assert before == METHODS
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from vicreg_jepa.config import rules
 from vicreg_jepa.files.pictures import DEFAULT, Limits
 from vicreg_jepa.methods import METHODS
+from vicreg_jepa.methods.base import find
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -166,8 +167,7 @@ class Config(Settings):
     @field_validator("method")
     @classmethod
     def _registered(cls, name: str) -> str:
-        if name not in METHODS:
-            raise ValueError(f"takes {', '.join(METHODS)}")
+        find(name)
         return name
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ of images or of videos, and how it is built. docs/trainer.md has the steps for a
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -115,9 +116,10 @@ METHOD_SETTINGS = (
 class MethodKind:
     """An entry of the registry.
 
-    build: makes the method from a configuration, kernels and the number of channels. learns: which
-    of the two protocols it has. data: what it is trained on. takes: which of METHOD_SETTINGS it
-    reads. check: raises ValueError, naming the setting, for values that do not go together.
+    name: the setting `method`; outside of the package "<its module>.<a word>", so that a run of it
+    finds it again. build: makes the method from a configuration, kernels and channels. learns:
+    which of the two protocols it has. data: what it is trained on. takes: which of METHOD_SETTINGS
+    it reads. check: raises ValueError, naming the setting, for values that do not go together.
     """
 
     name: str
@@ -164,6 +166,31 @@ def register(kind: MethodKind) -> None:
     if unknown:
         raise ValueError(f"takes: got {unknown}, takes some of {', '.join(METHOD_SETTINGS)}")
     METHODS[kind.name] = kind
+
+
+def find(name: str) -> MethodKind:
+    """The entry of this name. A dotted name says where a method from outside of the package is
+    registered: for "my_methods.whitened" the module my_methods is imported first.
+
+    Raises ValueError for a name that is not there and for a module that cannot be imported.
+    """
+    module = name.rpartition(".")[0]
+    if name not in METHODS and module:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise ValueError(f"its module cannot be imported: {error}") from error
+            raise ValueError(
+                f"takes a module that Python finds, installed or in a folder of PYTHONPATH: {error}"
+            ) from error
+        except Exception as error:
+            kind = type(error).__name__
+            raise ValueError(f"its module cannot be imported: {kind}: {error}") from error
+    if name not in METHODS:
+        there = [known for known in METHODS if not module or known.startswith(f"{module}.")]
+        raise ValueError(f"takes {', '.join(there) or f'what {module} registers: nothing'}")
+    return METHODS[name]
 
 
 def _has(method: type[nn.Module], part: str) -> bool:
