@@ -74,16 +74,16 @@ def accumulate(
     _check_modules(modules)
     put_back = module_state.keep(modules)
     random: list[list[Undo]] = []
-    found: list[tuple[Tensor, ...]] = []
+    embeddings: list[tuple[Tensor, ...]] = []
     try:
         with torch.no_grad():
             for batch in micro_batches:
                 random.append(module_state.random_states(module_state.devices_of(batch)))
-                found.append(_encode(encoder, batch))
-        _check_embeddings(found)
-        whole = [torch.cat(parts).requires_grad_() for parts in zip(*found, strict=True)]
-        rows = [[z.shape[0] for z in parts] for parts in zip(*found, strict=True)]
-        del found
+                embeddings.append(_encode(encoder, batch))
+        _check_embeddings(embeddings)
+        whole = [torch.cat(parts).requires_grad_() for parts in zip(*embeddings, strict=True)]
+        rows = [[z.shape[0] for z in parts] for parts in zip(*embeddings, strict=True)]
+        del embeddings
         value, grads = _loss_and_gradient(loss, whole, scaler)
         pairs = [_by_micro_batch(parts, rows) for parts in (whole, grads)]
         del whole, grads
@@ -105,13 +105,13 @@ def _second_pass(
     micro_batches: Sequence[Any],
     modules: list[nn.Module],
     random: list[list[Undo]],
-    found: list[tuple[Tensor, ...]],
+    embeddings: list[tuple[Tensor, ...]],
     pieces: list[tuple[Tensor, ...]],
 ) -> None:
-    """The micro-batches once more; found: what the first pass gave, pieces: its gradient."""
+    """The micro-batches once more; embeddings: what the first pass gave, pieces: its gradient."""
     last = len(micro_batches) - 1
     differences = []
-    for i, (batch, first, piece) in enumerate(zip(micro_batches, found, pieces, strict=True)):
+    for i, (batch, first, piece) in enumerate(zip(micro_batches, embeddings, pieces, strict=True)):
         for put_back in random[i]:
             put_back()
         with _no_sync(modules) if i < last else contextlib.nullcontext():
@@ -160,7 +160,7 @@ def _difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
     """0-d, on the device: the largest |second - first| / |first| by tensor, over what its dtype's
     arithmetic explains. NaN where the first is not finite, as in a step that a scaler skips.
     """
-    found = []
+    differences = []
     for a, b in zip(first, second, strict=True):
         a, b = a.detach(), b.detach()
         wide = torch.promote_types(a.dtype, torch.float32)
@@ -170,8 +170,10 @@ def _difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
         half = a.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(
             a.device.type
         )
-        found.append(apart / size.clamp_min(torch.finfo(wide).tiny) / (HALF if half else SINGLE))
-    return torch.stack([x.to(found[0]) for x in found]).max()
+        differences.append(
+            apart / size.clamp_min(torch.finfo(wide).tiny) / (HALF if half else SINGLE)
+        )
+    return torch.stack([x.to(differences[0]) for x in differences]).max()
 
 
 def _check_differences(differences: Sequence[Tensor]) -> None:
@@ -228,9 +230,9 @@ def _check(loss: Any, encoder: Any, micro_batches: Any) -> None:
         raise ValueError("micro_batches: got none, takes at least one")
 
 
-def _check_embeddings(found: list[tuple[Tensor, ...]]) -> None:
-    first = found[0]
-    for i, parts in enumerate(found):
+def _check_embeddings(embeddings: list[tuple[Tensor, ...]]) -> None:
+    first = embeddings[0]
+    for i, parts in enumerate(embeddings):
         for z in parts:
             if not isinstance(z, Tensor) or z.dim() < 1:
                 raise TypeError(

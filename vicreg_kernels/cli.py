@@ -30,11 +30,11 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 def _nvcc() -> str | None:
     """nvcc's release, for example 13.0."""
-    found = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if found is None:
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None:
         return None
     try:
-        text = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=20)
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return None
     release = re.search(r"release (\S+),", text.stdout)
@@ -115,20 +115,20 @@ def info() -> dict[str, Any]:
     }
 
 
-def _text(found: dict[str, Any]) -> str:
-    lines = [f"{name:<16}{value or '-'}" for name, value in found["versions"].items()]
-    lines += [f"{'device':<16}{name}" for name in found["devices"]]
+def _text(facts: dict[str, Any]) -> str:
+    lines = [f"{name:<16}{value or '-'}" for name, value in facts["versions"].items()]
+    lines += [f"{'device':<16}{name}" for name in facts["devices"]]
     lines += ["", "libraries"]
-    lines += [f"  {name:<16}{state}" for name, state in found["libraries"].items()]
-    lines += [f"  {note}" for note in found["notes"]]
-    named = found["VICREG_KERNELS_BACKEND"]
+    lines += [f"  {name:<16}{state}" for name, state in facts["libraries"].items()]
+    lines += [f"  {note}" for note in facts["notes"]]
+    named = facts["VICREG_KERNELS_BACKEND"]
     lines += ["", "backend that runs" + (f" (VICREG_KERNELS_BACKEND={named})" if named else "")]
-    for op, devices in found["backends"].items():
+    for op, devices in facts["backends"].items():
         for device, by_dtype in devices.items():
             lines += [f"  {op:<18}{device:<7}{dtype:<10}{b}" for dtype, b in by_dtype.items()]
-    if found["configurations"]:
+    if facts["configurations"]:
         lines += ["", "launch configurations of the Triton kernels"]
-        lines += [f"  {device:<7}{text}" for device, text in found["configurations"].items()]
+        lines += [f"  {device:<7}{text}" for device, text in facts["configurations"].items()]
     return "\n".join(lines)
 
 
@@ -162,8 +162,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.command == "info":
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        found = info()
-        print(json.dumps(found, indent=1) if options.json else _text(found))
+        facts = info()
+        print(json.dumps(facts, indent=1) if options.json else _text(facts))
         return 0
     if options.command == "bench":
         if "--tune" in rest:

@@ -140,7 +140,7 @@ class Rope3d:
         """For q, k: [B, H, T, d], or packed [total, H, d]; longest: the longest sample of each,
         which must fit the grid where index is None.
         """
-        found: list[Tensor | None] = []
+        checked: list[Tensor | None] = []
         sides = (("index", self.index, q), ("key_index", self.key_index, k))
         for (name, index, x), most in zip(sides, longest, strict=True):
             if index is None and name == "key_index" and self.index is not None:
@@ -151,7 +151,7 @@ class Rope3d:
                         f"grid: got {self.grid}, {self.places} places, takes at least the {most} "
                         "tokens of a sample, or an index"
                     )
-                found.append(None)
+                checked.append(None)
                 continue
             index = index.unsqueeze(0) if index.dim() == 1 else index
             rows, tokens = rows_and_tokens(x)
@@ -160,9 +160,9 @@ class Rope3d:
                     f"{name}: got shape {tuple(index.shape)}, takes [T] or [B, T] with "
                     f"B = {rows}, T = {tokens}"
                 )
-            found.append(integers.onto(name, index, q.device))
+            checked.append(integers.onto(name, index, q.device))
         table = self.table(q.shape[-1], q.device)
-        return RopeArguments(table, found[0], found[1], [*self.grid, self.axes])
+        return RopeArguments(table, checked[0], checked[1], [*self.grid, self.axes])
 
     def __repr__(self) -> str:
         return f"Rope3d(grid={self.grid[3 - self.axes :]}, layout={self.layout!r})"

@@ -178,9 +178,9 @@ def _integer(value: Any) -> bool:
 
 def rows(device: str, op: str, kind: type[Any], keys: Mapping[str, Any]) -> tuple[Row, ...]:
     """The device's measured rows of an op, checked."""
-    found = load(device)["rows"].get(op, [])
+    rows = load(device)["rows"].get(op, [])
     try:
-        return tuple(parse(row, kind, keys, f"rows.{op}[{i}]") for i, row in enumerate(found))
+        return tuple(parse(row, kind, keys, f"rows.{op}[{i}]") for i, row in enumerate(rows))
     except ValueError as error:
         raise ValueError(
             f"{path_of(device)}: {error}; `vicreg-kernels bench --tune` writes it anew"

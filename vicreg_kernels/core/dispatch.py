@@ -102,9 +102,9 @@ def _read_threshold(op: str, index: int | None, dtype: torch.dtype) -> float:
         return math.inf
     by_format = configs.load(gpu[1])["triton_from"].get(op, {})
     least = by_format.get("single" if dtype == torch.float32 else "half")
-    found = math.inf if dtype not in FUSED_DTYPES or least is None else least
-    _thresholds[op, gpu[0], dtype] = found
-    return found
+    threshold = math.inf if dtype not in FUSED_DTYPES or least is None else least
+    _thresholds[op, gpu[0], dtype] = threshold
+    return threshold
 
 
 _transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active

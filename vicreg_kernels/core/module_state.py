@@ -122,8 +122,8 @@ def _attributes(attributes: dict[str, Any], memo: dict[int, Undo]) -> Undo:
 
 
 def _all_contents(values: Iterable[Any], memo: dict[int, Undo]) -> list[Undo]:
-    found = (_contents(value, memo) for value in values)
-    return [each for each in found if each is not None]
+    undos = (_contents(value, memo) for value in values)
+    return [each for each in undos if each is not None]
 
 
 def _contents(value: Any, memo: dict[int, Undo]) -> Undo | None:
@@ -132,19 +132,19 @@ def _contents(value: Any, memo: dict[int, Undo]) -> Undo | None:
     """
     if id(value) in memo:
         return None  # put back by its first owner
-    found: Undo | None
+    undo: Undo | None
     if isinstance(value, Tensor):
-        found = None if isinstance(value, nn.Parameter) else _tensor(value)
+        undo = None if isinstance(value, nn.Parameter) else _tensor(value)
     elif isinstance(value, torch.Generator):
-        found = partial(value.set_state, value.get_state())
+        undo = partial(value.set_state, value.get_state())
     elif isinstance(value, (tuple, *_CONTAINERS)):
         memo[id(value)] = _nothing  # a container that holds itself
-        found = _container(value, memo)
+        undo = _container(value, memo)
     else:
         return None
-    if found is not None:
-        memo[id(value)] = found
-    return found
+    if undo is not None:
+        memo[id(value)] = undo
+    return undo
 
 
 def _nothing() -> None:

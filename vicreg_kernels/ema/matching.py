@@ -50,7 +50,7 @@ def directions(module: nn.Module) -> set[str]:
     """Plain names of the buffers that hold spectral normalisation's singular vectors: of unit norm,
     which a mean of two is not.
     """
-    found = set()
+    names = set()
     for name, part in module.named_modules(remove_duplicate=False):
         if isinstance(part, _SpectralNorm):
             kept = ["_u", "_v"]
@@ -58,8 +58,8 @@ def directions(module: nn.Module) -> set[str]:
             hooks = part._forward_pre_hooks.values()
             norms = [hook for hook in hooks if isinstance(hook, SpectralNorm)]
             kept = [hook.name + end for hook in norms for end in ("_u", "_v")]
-        found |= {plain_name(f"{name}.{key}" if name else key) for key in kept}
-    return found
+        names |= {plain_name(f"{name}.{key}" if name else key) for key in kept}
+    return names
 
 
 def ties(tensors: dict[str, Tensor]) -> dict[str, str]:

@@ -206,7 +206,7 @@ class _Match:
         self.averaged: list[str] = []
         self.copied: list[str] = []
         picks: list[tuple[list[int], list[int]]] = [([], []) for _ in self.trees]
-        found: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in named]
+        rows: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in named]
         self.ties: list[tuple[int, int]] = []  # places of a teacher's tensor's two names
         self.by_dtype: list[int] = []  # which of the copied ones would be averaged if they floated
         for k in (0, 1) if ema.buffer_rule != "ignore" else (0,):
@@ -228,10 +228,10 @@ class _Match:
                 (self.copied if copies else self.averaged).append(name)
                 for pick, tree in zip(picks, self.trees, strict=True):
                     pick[copies].append(tree.places[k][name])
-                for each, tensors in zip(found, named, strict=True):
+                for each, tensors in zip(rows, named, strict=True):
                     each[copies].append(tensors[k][name])
-        self.fixed: Rows | None = found if compiling else None
-        self.plain = not any([z.is_complex() for z in found[0][0] + found[1][0]])
+        self.fixed: Rows | None = rows if compiling else None
+        self.plain = not any([z.is_complex() for z in rows[0][0] + rows[1][0]])
         self.picks = [tuple(map(_picker, pair)) for pair in picks]
 
     def holds(self, ema: EMA, student: nn.Module) -> bool:

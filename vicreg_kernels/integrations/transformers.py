@@ -166,12 +166,12 @@ def unfuse(model: nn.Module, attn_implementation: str | dict[str, Any] | None = 
     """
     if _BEFORE not in model.__dict__:
         raise ValueError(f"model: got {type(model).__name__} that is not fused, takes what is")
-    found = model.__dict__[_BEFORE] if attn_implementation is None else attn_implementation
-    if attn_implementation is None and NAME in (found, *(found if isinstance(found, dict) else ())):
+    name = model.__dict__[_BEFORE] if attn_implementation is None else attn_implementation
+    if attn_implementation is None and NAME in (name, *(name if isinstance(name, dict) else ())):
         raise ValueError(
             f"attn_implementation: got None where fuse found {NAME!r}, takes a name such as 'sdpa'"
         )
-    model.set_attn_implementation(found)
+    model.set_attn_implementation(name)
     del model.__dict__[_BEFORE]
     for module in model.modules():
         if all(name in module.__dict__ for name in _METHODS):

@@ -84,7 +84,7 @@ def _ordered_pairs(views: Sequence[Tensor]) -> int:
 
 def _global(embeddings: Sequence[Tensor], across: Tensor, run: Run) -> Three:
     """(invariance, variance, covariance) of embeddings [B, D], one a view."""
-    found = vicreg_terms(
+    pair = vicreg_terms(
         *embeddings[:LARGE],
         margin=run.setting.margin,
         eps=run.setting.eps,
@@ -93,13 +93,13 @@ def _global(embeddings: Sequence[Tensor], across: Tensor, run: Run) -> Three:
         process_group=run.ranks,
     )
     if len(embeddings) == LARGE:
-        return found.invariance, found.variance, found.covariance
+        return pair.invariance, pair.variance, pair.covariance
     variance, covariance = run.statistics(torch.stack(list(embeddings[LARGE:])))
     share = LARGE / len(embeddings)
     return (  # the pair of large views comes twice
-        found.invariance * (2.0 / _ordered_pairs(embeddings)) + across,
-        found.variance * share + variance * (1.0 - share),
-        found.covariance * share + covariance * (1.0 - share),
+        pair.invariance * (2.0 / _ordered_pairs(embeddings)) + across,
+        pair.variance * share + variance * (1.0 - share),
+        pair.covariance * share + covariance * (1.0 - share),
     )
 
 
@@ -147,23 +147,23 @@ def _matched(maps: Sequence[Tensor], grids: Sequence[Tensor], run: Run) -> tuple
     for block in _blocks(maps):
         a, b = (_stack([maps[i] for i in side]) for side in block[:2])
         at_a, at_b = (_stack([grids[i] for i in side]) for side in block[:2])
-        for found, counts in (
+        for matches, counts in (
             (op.match(a, b, run.backend), features),
             (op.match(at_a, at_b, run.backend), setting.num_matches),
         ):
             rules = _rules(block, counts, share)
             kept = _kept(rules[0], a), _kept(rules[1], b)
-            invariance = invariance + op.pairs(a, b, found, *kept, run.backend)
+            invariance = invariance + op.pairs(a, b, matches, *kept, run.backend)
             if not setting.fast_vc_reg:
-                sets.add(block, found, rules)
+                sets.add(block, matches, rules)
     return invariance, sets
 
 
 def _maps_statistics(maps: Sequence[Tensor], run: Run) -> tuple[Tensor, Tensor]:
     """Statistics of the maps themselves: the mean over views of the mean over positions."""
-    found = [run.statistics(z.transpose(0, 1)) for z in maps]
-    variance = torch.stack([hinge for hinge, _ in found]).mean()
-    squares = torch.stack([square for _, square in found])
+    statistics = [run.statistics(z.transpose(0, 1)) for z in maps]
+    variance = torch.stack([hinge for hinge, _ in statistics]).mean()
+    squares = torch.stack([square for _, square in statistics])
     if run.setting.covariance == "last_view":
         return variance, squares[-1] * (2.0 / len(maps))
     return variance, squares.mean()
@@ -184,11 +184,11 @@ class _Sets:
         # size, which a compiled graph need not know.
         self.taken: list[dict[tuple[Any, float], list[Tensor]]] = [{} for _ in maps]
 
-    def add(self, block: _Block, found: Matches, rules: Any) -> None:
+    def add(self, block: _Block, matches: Matches, rules: Any) -> None:
         for u, i in enumerate(block.a):
             for v, j in enumerate(block.b):
-                self._one(i, j, found.nearest_a[u, v], found.rank_a[u, v], rules[0])
-                self._one(j, i, found.nearest_b[u, v], found.rank_b[u, v], rules[1])
+                self._one(i, j, matches.nearest_a[u, v], matches.rank_a[u, v], rules[0])
+                self._one(j, i, matches.nearest_b[u, v], matches.rank_b[u, v], rules[1])
 
     def _one(self, i: int, j: int, nearest: Tensor, rank: Tensor, rules: Any) -> None:
         """The matches of view i in view j: a set of either."""
@@ -222,9 +222,9 @@ class _Sets:
             sizes = [sum(index.shape[1] for index in indices) for indices in taken.values()]
             weights = [weight * len(indices) for (_, weight), indices in taken.items()]
             sets += zip(weights, rows.split(sizes, dim=1), strict=True)
-        found = [(weight, *self.run.statistics(z.transpose(0, 1))) for weight, z in sets]
-        variance = torch.stack([weight * hinge for weight, hinge, _ in found]).sum()
-        covariance = torch.stack([weight * squares for weight, _, squares in found]).sum()
+        statistics = [(weight, *self.run.statistics(z.transpose(0, 1))) for weight, z in sets]
+        variance = torch.stack([weight * hinge for weight, hinge, _ in statistics]).sum()
+        covariance = torch.stack([weight * squares for weight, _, squares in statistics]).sum()
         return variance, covariance
 
 
@@ -259,8 +259,8 @@ def composed(
     shares = (setting.alpha, 1.0 - setting.alpha)
     weighed = [
         share * weight * term
-        for share, found in zip(shares, both, strict=True)
-        for weight, term in zip(setting.weights, found, strict=True)
+        for share, terms in zip(shares, both, strict=True)
+        for weight, term in zip(setting.weights, terms, strict=True)
         if share
     ]
     return torch.stack(weighed).sum(), *both[0], *both[1]

@@ -26,8 +26,8 @@ def _working(*tensors: Tensor) -> list[Tensor]:
 def _distances(a: Tensor, b: Tensor) -> Tensor:
     """[..., L1, C] and [..., L2, C] -> Euclidean distances [..., L1, L2], NaN counting as +inf."""
     a, b = _working(a, b)
-    found = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-    return found.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    distances = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+    return distances.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def _nearest(distances: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,11 +122,11 @@ def _local(
             by_feature = _distances(maps[i], maps[j])
             by_location = _distances(grids[i], grids[j])
         for distances, counts in ((by_feature, features), (by_location, setting.num_matches)):
-            for own, other, found, count in (
+            for own, other, distance, count in (
                 (maps[i], maps[j], distances, counts[0]),
                 (maps[j], maps[i], distances.mT, counts[1]),
             ):
-                x, y = _kept(own, other, found, count, setting.match_order)
+                x, y = _kept(own, other, distance, count, setting.match_order)
                 invariance = invariance + (x - y).square().mean() / 2
                 if not setting.fast_vc_reg:
                     for z in (x, y):
@@ -135,22 +135,22 @@ def _local(
     pairs_count = len(ordered)
     if not setting.fast_vc_reg:
         return invariance / pairs_count, variance / pairs_count, covariance / pairs_count
-    found_all = [_statistics(z, setting) for z in maps]
-    variance = sum(hinge for hinge, _ in found_all) / len(maps)
+    statistics = [_statistics(z, setting) for z in maps]
+    variance = sum(hinge for hinge, _ in statistics) / len(maps)
     if setting.covariance == "last_view":
-        return invariance / pairs_count, variance, 2 * found_all[-1][1] / len(maps)
-    return invariance / pairs_count, variance, sum(s for _, s in found_all) / len(maps)
+        return invariance / pairs_count, variance, 2 * statistics[-1][1] / len(maps)
+    return invariance / pairs_count, variance, sum(s for _, s in statistics) / len(maps)
 
 
 def _global(embeddings: Sequence[Tensor], setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
     """(invariance, variance, covariance) of embeddings [B, D]."""
     ordered = [(i, j) for i in range(2) for j in range(len(embeddings)) if j != i]
     differences = [(embeddings[i] - embeddings[j]).square().mean() for i, j in ordered]
-    found = [_statistics(z[:, None], setting) for z in embeddings]
+    statistics = [_statistics(z[:, None], setting) for z in embeddings]
     return (
         sum(differences) / len(ordered),
-        sum(hinge for hinge, _ in found) / len(found),
-        sum(squares for _, squares in found) / len(found),
+        sum(hinge for hinge, _ in statistics) / len(statistics),
+        sum(squares for _, squares in statistics) / len(statistics),
     )
 
 
@@ -175,8 +175,8 @@ def terms(
         if setting.alpha < 1:
             both[1] = _local(maps, grids, setting)
         summed = [
-            sum(weight * term for weight, term in zip(setting.weights, found, strict=True))
-            for found in both
+            sum(weight * term for weight, term in zip(setting.weights, terms, strict=True))
+            for terms in both
         ]
         loss = setting.alpha * summed[0] + (1 - setting.alpha) * summed[1]
         return loss, *both[0], *both[1]

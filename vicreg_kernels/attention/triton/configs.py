@@ -74,10 +74,10 @@ def nearest(device: str, capability: int, format: str, head_dim: int, tokens: in
 
 def shipped() -> list[tuple[str, str, tuple[int, int], Config]]:
     """Every row, general and measured: (device, format, (head dim, tokens), configuration)."""
-    found = [(name, row) for name in GENERAL.values() for row in _general(name)]
+    rows = [(name, row) for name in GENERAL.values() for row in _general(name)]
     for device in measured.devices():
-        found += [(device, row) for row in measured.rows(device, "attention", Config, KEYS)]
+        rows += [(device, row) for row in measured.rows(device, "attention", Config, KEYS)]
     return [
         (device, row.format, (row.key["head_dim"], row.key["tokens"]), row.config)
-        for device, row in found
+        for device, row in rows
     ]

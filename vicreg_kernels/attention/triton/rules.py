@@ -28,13 +28,13 @@ def find_sample(offsets, samples, batch, program, TILE: tl.constexpr):
     (o + n) // TILE + 1 >= o // TILE + cdiv(n, TILE); what is left over finds no row and ends. So
     no sum over the samples is needed, and the host need not know their lengths.
     """
-    found = program * 0
+    begun = program * 0
     for first in range(0, samples, SAMPLES):
         s = first + tl.arange(0, SAMPLES)
         begin = tl.load(offsets + s, mask=s < samples, other=0) // TILE + s
-        found += tl.sum(((s < samples) & (begin <= program)).to(tl.int32), axis=0)
+        begun += tl.sum(((s < samples) & (begin <= program)).to(tl.int32), axis=0)
     ragged = samples > 0
-    sample = tl.where(ragged, found - 1, batch)
+    sample = tl.where(ragged, begun - 1, batch)
     begin = tl.load(offsets + sample, mask=ragged, other=0)
     return sample, program - tl.where(ragged, begin // TILE + sample, 0)
 

@@ -72,13 +72,13 @@ def nearest(device: str, format: str, rows: int, dim: int) -> Config:
     return _nearest(fit or [r for r in _general() if r.format == family], rows, dim)
 
 
-def _nearest(found: list[measured.Row], rows: int, dim: int) -> Config:
+def _nearest(candidates: list[measured.Row], rows: int, dim: int) -> Config:
     def distance(row: measured.Row) -> tuple[bool, float]:
         n, d = row.key["shape"]
         apart = abs(math.log2(n / rows)) + abs(math.log2(d / dim))
         return not _same_side(row, rows, dim), apart
 
-    return min(found, key=distance).config
+    return min(candidates, key=distance).config
 
 
 def with_tma(config: Config, rows: int, dim: int) -> Config:
@@ -100,7 +100,7 @@ def tma_side(device: str) -> int | None:
 
 def shipped() -> list[tuple[str, str, tuple[int, int], Config]]:
     """Every row, general and measured: (device, format, shape, configuration)."""
-    found = [("default", row) for row in _general()]
+    device_rows = [("default", row) for row in _general()]
     for device in measured.devices():
-        found += [(device, row) for row in measured.rows(device, "vicreg", Config, KEYS)]
-    return [(device, row.format, row.key["shape"], row.config) for device, row in found]
+        device_rows += [(device, row) for row in measured.rows(device, "vicreg", Config, KEYS)]
+    return [(device, row.format, row.key["shape"], row.config) for device, row in device_rows]
