@@ -204,11 +204,11 @@ def loop(x: Inputs, rotate: bool) -> Step:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if rotate:
             q, k = rotate_eagerly(q, cosine, sine), rotate_eagerly(k, cosine, sine)
-        found = []
+        outputs = []
         for begin, end in pairwise(ends):
             rows = (t[begin:end].transpose(0, 1)[None] for t in (q, k, v))
-            found.append(F.scaled_dot_product_attention(*rows)[0].transpose(0, 1))
-        return torch.cat(found)
+            outputs.append(F.scaled_dot_product_attention(*rows)[0].transpose(0, 1))
+        return torch.cat(outputs)
 
     return x.step(attend, leaves, grad)
 

@@ -22,10 +22,10 @@ ROOT = Path(__file__).resolve().parents[1]
 def processor() -> str:
     """The processor's model name."""
     try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
-        found = None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+        model = None
+    return model.group(1).strip() if model else platform.processor() or platform.machine()
 
 
 def cores() -> int:

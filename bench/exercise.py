@@ -73,12 +73,12 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 if reason is not None:
                     raise RuntimeError(reason)
-                found = run(op, backend, options.device)
-                print(f"{op} {backend}: {found} results not finite", flush=True)
+                not_finite = run(op, backend, options.device)
+                print(f"{op} {backend}: {not_finite} results not finite", flush=True)
             except Exception:  # the next op is watched all the same
                 traceback.print_exc()
-                found = 1
-            bad += found
+                not_finite = 1
+            bad += not_finite
     return 1 if bad else 0
 
 

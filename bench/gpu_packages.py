@@ -35,12 +35,12 @@ def absent(folder: Path | None = None) -> list[str]:
 
 def unpack(wheels: Path, target: Path) -> str | None:
     """Installs the wheels into `target`, offline; why that failed, or None."""
-    found = sorted(wheels.glob("*.whl")) if wheels.is_dir() else []
-    if not found:
+    packed = sorted(wheels.glob("*.whl")) if wheels.is_dir() else []
+    if not packed:
         return f"no wheel in {wheels.name}: `make gpu-packages` downloads them"
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
     command += ["--disable-pip-version-check", "--root-user-action", "ignore", "--upgrade"]
-    command += ["--target", str(target), *map(str, found)]
+    command += ["--target", str(target), *map(str, packed)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:

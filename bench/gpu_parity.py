@@ -166,12 +166,12 @@ def collect(plan: Plan, log: Path, seconds: float) -> tuple[dict[str, str], dict
 def uncollected(plan: Plan, tests: dict[str, str]) -> list[str]:
     """Files that mark a test as gpu, by their text, of which no test was collected."""
     files = {test.split("::")[0] for test in tests}
-    found = []
+    names = []
     for path in sorted((plan.root / "tests").rglob("test_*.py")):
         name = path.relative_to(plan.root).as_posix()
         if name not in files and MARKED.search(path.read_text(errors="replace")):
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 class Pool:

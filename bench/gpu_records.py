@@ -18,10 +18,10 @@ def finished(records: Path) -> set[str]:
 def read(records: Path) -> list[dict[str, Any]]:
     """The complete lines of a file of records; a killed process may leave half a line."""
     lines = records.read_text(errors="replace").splitlines() if records.exists() else []
-    found = []
+    complete = []
     for line in lines:
         try:
-            found.append(json.loads(line))
+            complete.append(json.loads(line))
         except ValueError:
             continue
-    return found
+    return complete

@@ -122,8 +122,8 @@ def copy(root: Path, to: Path, carried: Sequence[str]) -> int:
     names = tree(root)
     for path in carried:
         source = root / path
-        found = [source] if source.is_file() else sorted(source.rglob("*"))
-        names += [name.relative_to(root) for name in found if name.is_file()]
+        files = [source] if source.is_file() else sorted(source.rglob("*"))
+        names += [name.relative_to(root) for name in files if name.is_file()]
     for name in names:
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(root / name, to / name)
@@ -184,9 +184,9 @@ def missed(kinds: Sequence[str], code: int, text: str) -> list[str]:
     """Injected failures that the summary and the exit status do not show, and what else is not as
     it was without them.
     """
-    found = []
+    faults = []
     if code != 1:
-        found.append(f"the exit status is {code} though failures were injected")
+        faults.append(f"the exit status is {code} though failures were injected")
     lines = text.splitlines()
     tests = [kind for kind in kinds if kind in INJECTED]
     for kind in kinds:
@@ -196,17 +196,17 @@ def missed(kinds: Sequence[str], code: int, text: str) -> list[str]:
             test = f"- {REHEARSED}::test_graph_injected_{kind}: "
             said = any(line.startswith(test) and SAID[kind] in line for line in lines)
         if not said:
-            found.append(f"the summary does not show the injected {kind}")
+            faults.append(f"the summary does not show the injected {kind}")
     failed = sum(line.startswith("- tests/") for line in lines)
     if "build" not in kinds and failed != len(tests):
-        found.append(f"{failed} tests failed, {len(tests)} of them injected")
+        faults.append(f"{failed} tests failed, {len(tests)} of them injected")
     for line in lines:
         stage = re.match(r"- (FAIL|SKIPPED \(not proved\)|NOT REACHED) ([^,:]+)", line)
         if stage is not None and (stage[1] == "NOT REACHED" or not touched(stage[2], kinds)):
-            found.append(f"nothing was injected into: {line[2:]}")
+            faults.append(f"nothing was injected into: {line[2:]}")
         if " not reached" in line:
-            found.append(f"not done: {line[2:]}")
-    return found
+            faults.append(f"not done: {line[2:]}")
+    return faults
 
 
 def touched(stage: str, kinds: Sequence[str]) -> bool:

@@ -95,8 +95,8 @@ def tool(name: str) -> str | None:
 
 def sources(root: Path) -> list[Path]:
     kinds = (".cpp", ".cu", ".cuh", ".h")
-    found = [path for path in (root / "csrc").rglob("*") if path.suffix in kinds]
-    return [root / "setup.py", *sorted(found)]
+    sources = [path for path in (root / "csrc").rglob("*") if path.suffix in kinds]
+    return [root / "setup.py", *sorted(sources)]
 
 
 def fingerprint(setting: Setting) -> str:
@@ -190,14 +190,14 @@ def parity_stage(setting: Setting, name: str, word: str = "") -> Stage:
 
 def count_rows(records: Path, ops: Sequence[str], ours: bool) -> dict[str, int]:
     """How many rows the records of the ops hold, or of ours alone."""
-    found = dict.fromkeys(ops, 0)
+    counts = dict.fromkeys(ops, 0)
     for record in gpu_summary.read_records(records):
-        if record["op"] in found:
+        if record["op"] in counts:
             rows = gpu_summary.rows_of(record)
-            found[record["op"]] = sum(
+            counts[record["op"]] = sum(
                 row["contender"].startswith("ours" if ours else "") for row in rows
             )
-    return found
+    return counts
 
 
 def figures_stage(
@@ -286,8 +286,8 @@ def sanitizer_stage(setting: Setting, name: str, backend: str, *words: str) -> S
     under them and initcheck finds padding that those read and never use. A CUDA kernel is known by
     its op's namespace, as mangled and demangled names hold it.
     """
-    found, ops = tool("compute-sanitizer"), exercised(setting)
-    head = [found or "compute-sanitizer", "--error-exitcode", "9", "--tool", name.split()[0]]
+    sanitizer, ops = tool("compute-sanitizer"), exercised(setting)
+    head = [sanitizer or "compute-sanitizer", "--error-exitcode", "9", "--tool", name.split()[0]]
     if not name.startswith("memcheck"):
         for op in ops:
             for kernel in (f"{len(op)}{op}", f"{op}::"):
@@ -303,7 +303,7 @@ def sanitizer_stage(setting: Setting, name: str, backend: str, *words: str) -> S
     return Stage(
         name,
         [[*head, *exercise(setting, op, backend, *words)] for op in ops],
-        missing=None if found else "compute-sanitizer is not installed",
+        missing=None if sanitizer else "compute-sanitizer is not installed",
         every=True,
         workers=min(setting.workers, 4),
         check=check,
@@ -317,8 +317,8 @@ def sanitizer_stage(setting: Setting, name: str, backend: str, *words: str) -> S
 
 def ncu_stage(setting: Setting) -> Stage:
     """What bounds our kernels at the first case of every op, one process at a time."""
-    found = tool("ncu")
-    profile = [found or "ncu", "--clock-control", "none", "--section", "SpeedOfLight"]
+    ncu = tool("ncu")
+    profile = [ncu or "ncu", "--clock-control", "none", "--section", "SpeedOfLight"]
     profile += ["--section", "LaunchStats", "--launch-count", "16"]
     profile += ["--kernel-name-base", "demangled", "--kernel-name"]
     spaces = [f"{op}::" for op in setting.ops]
@@ -333,7 +333,7 @@ def ncu_stage(setting: Setting) -> Stage:
             None if profiled >= len(ops) else f"{profiled} kernels were profiled, of {len(ops)} ops"
         )
 
-    missing = None if found else "ncu is not installed"
+    missing = None if ncu else "ncu is not installed"
     return Stage("ncu", commands, missing=missing, every=True, check=check)
 
 

@@ -37,12 +37,12 @@ def plan(op: str, name: str) -> Plan:
 
 @pytest.mark.parametrize(("op", "case", "contender"), ROWS)
 def test_step(benchmark: Any, op: str, case: str, contender: str) -> None:
-    found = plan(op, case)
-    if contender not in found.steps:
-        pytest.skip(found.skipped.get(contender, "is no contender of this case"))
-    if contender in (*found.compiled, *found.peers):
+    planned = plan(op, case)
+    if contender not in planned.steps:
+        pytest.skip(planned.skipped.get(contender, "is no contender of this case"))
+    if contender in (*planned.compiled, *planned.peers):
         pytest.skip("takes long: python3 -m bench.run measures it")
-    step = found.steps[contender]
+    step = planned.steps[contender]
 
     def synchronised() -> None:
         step()

@@ -202,10 +202,10 @@ def _assembly(batch: int, tokens: int, dim: int, kept: int, wanted: int) -> Case
         grad = torch.randn(batch, kept + wanted, dim, device=device).to(dtype)
 
         def ours(context: Tensor, mask_token: Tensor) -> Tensor:
-            found = assemble_tokens(
+            assembled = assemble_tokens(
                 context, context_index, mask_token, target_index, backend=backend
             )
-            return found.tokens
+            return assembled.tokens
 
         functions: dict[str, Callable[..., Tensor]] = {
             "ours": ours,

@@ -319,8 +319,8 @@ def main(argv: list[str] | None = None) -> int:
     except groups.Poisoned as error:
         print(f"bench --tune: lost the device: {error}; run it again", file=sys.stderr)
         return 1
-    for op, found in record["triton_from"].items():
-        print(f"{op}: triton from min(N, D) = {found}")
+    for op, threshold in record["triton_from"].items():
+        print(f"{op}: triton from min(N, D) = {threshold}")
     if path.exists():
         print(f"wrote {path}")
     return 1 if tuner.failed else 0

@@ -93,11 +93,11 @@ def gram_plain(embeddings: Views, maps: Views, grids: Views, fast: bool = False)
         roles = 2 if j < 2 else 1  # both are the large view in turn
         for at, everything in ((maps, True), (grids, False)):
             distances = torch.cdist(at[i], at[j])
-            for a, b, found, count in (
+            for a, b, matrix, count in (
                 (i, j, distances, MATCHES[0]),
                 (j, i, distances.mT, MATCHES[1]),
             ):
-                least, nearest = found.min(dim=-1)
+                least, nearest = matrix.min(dim=-1)
                 counts = (None,) if everything else (MATCHES if roles == 2 else (count,))
                 for kept in counts:
                     weight = roles if kept is None else 1
