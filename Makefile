@@ -56,8 +56,8 @@ fuzz: setup ## call every op at random, 60 seconds an op, twice; then damage fil
 soak: setup ## call every op 10,000 times and watch memory, caches and threads
 	$(BIN)/python -W ignore -m tests.fuzz.soak
 
-# What takes minutes of compiling: the GPU kernels for every architecture (`make test` compiles them
-# for one), and the CUDA sources under sanitizers.
+# What takes minutes: the GPU kernels compiled for every architecture, the CUDA sources under sanitizers,
+# and the draws that `make test` leaves out.
 audit: setup ## compile every GPU kernel for every architecture; run the sanitizers and the longest tests
 	VICREG_KERNELS_AUDIT=all $(BIN)/python -m pytest -n 2 --dist loadfile tests/*/test_audit_*.py
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m thorough --ignore-glob="tests/*/test_audit_*.py"

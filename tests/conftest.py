@@ -50,10 +50,14 @@ def compiled_for(item: pytest.Item) -> bool:
     return all(takes(**parameters) for takes in which)
 
 
-def leave_samples(items: list[pytest.Item]) -> None:
-    """Marks as thorough what `sampled` leaves out: of a test's draws all but each nth."""
+def mark_thorough(items: list[pytest.Item]) -> None:
+    """Marks as thorough the audits, which only compile, and what `sampled` leaves out: of a test's
+    draws all but each nth.
+    """
     seen: Counter[str] = Counter()
     for item in items:
+        if item.path.name.startswith("test_audit_"):
+            item.add_marker(pytest.mark.thorough)
         mark = item.get_closest_marker("sampled")
         if mark is not None and item.get_closest_marker("thorough") is None:
             test = item.nodeid.split("[")[0]
@@ -65,7 +69,7 @@ def leave_samples(items: list[pytest.Item]) -> None:
 # Before pytest itself selects by markers.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    leave_samples(items)
+    mark_thorough(items)
     left = [item for item in items if not compiled_for(item)]
     if left:
         config.hook.pytest_deselected(items=left)

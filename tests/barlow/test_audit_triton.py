@@ -37,7 +37,7 @@ class Case(NamedTuple):
 
 def _cases() -> Iterator[Case]:
     """Every kernel once on sm_90, products also in their widest tiles; the rest of the launches on
-    every architecture under `make audit`.
+    every architecture under VICREG_KERNELS_AUDIT=all.
     """
     for kernel in ("statistics_kernel", "gram_kernel", "combine_kernel", "finish_kernel"):
         yield Case(90, "float32", GRAM, kernel)

@@ -1,5 +1,5 @@
-"""What the audits of the ops' cuda.cu share: nvcc without a GPU, for sm_90 under `make test` and
-for sm_80, sm_90 and sm_100 under `make audit`.
+"""What the audits of the ops' cuda.cu share: nvcc without a GPU, for sm_90, and with
+VICREG_KERNELS_AUDIT=all, as in `make audit`, for sm_80, sm_90 and sm_100.
 
 A test file names its op; `check_*` hold the op's kernels to what every op promises: no spills,
 registers and shared memory within budgets/<op>_cuda.json, nothing of torch's unstable C++

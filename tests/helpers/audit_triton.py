@@ -1,5 +1,5 @@
 """What the audits of the ops' Triton kernels share: ahead-of-time compilation without a GPU, for
-sm_90 under `make test` and for sm_80, sm_90 and sm_100 under `make audit`.
+sm_90, and with VICREG_KERNELS_AUDIT=all, as in `make audit`, for sm_80, sm_90 and sm_100.
 
 What is compiled is what the launchers would launch: they run on meta tensors while their kernels
 are replaced by recorders, and arguments are specialised as Triton specialises them. A test file

@@ -93,6 +93,7 @@ def run_installed(wheel: Path, tmp_path: Path, code: str) -> list[str]:
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.thorough
 def test_compiled_wheel_works_in_an_empty_environment(tmp_path: Path) -> None:
     # How fast it runs is not what is asked.
     wheel, _ = build_wheel(tmp_path, VICREG_KERNELS_BUILD="cpu", CXXFLAGS="-O0")

@@ -22,7 +22,6 @@ from tests.helpers import native
 from tests.helpers.audit_cuda import nvcc
 
 # Minutes of compiling.
-pytestmark = pytest.mark.thorough
 
 OLDEST = "2.11.0"
 SUPPORTED = (OLDEST, "2.12.0", "2.13.0")

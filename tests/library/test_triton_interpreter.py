@@ -75,7 +75,7 @@ def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-rA", "--rootdir", str(folder), *words],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
         text=True,
     )
@@ -113,6 +113,7 @@ def test_a_process_that_dies_fails_those_it_did_not_end(tmp_path):
     assert "the interpreting process ended with 7 before this test did" in text
 
 
+@pytest.mark.thorough
 def test_a_test_of_an_op_runs_by_its_node_id():
     test = "tests/ema/test_triton.py::TestInterpreter::test_without_shadows_and_with_empty_tensors"
     done = run(ROOT, test)

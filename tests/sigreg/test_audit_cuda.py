@@ -6,9 +6,6 @@ import pytest
 
 from tests.helpers import audit_cuda
 
-# What nvcc compiles takes a minute an op: `make test` compiles VICReg alone, `make audit` all.
-pytestmark = pytest.mark.thorough
-
 KERNELS = 22
 
 

@@ -15,7 +15,6 @@ from tests.helpers import audit_triton
 from tests.helpers.audit_triton import ARCHITECTURES, MATRIX, Recorder
 
 # Minutes of compiling.
-pytestmark = pytest.mark.thorough
 
 KERNELS = (
     "directions_kernel",

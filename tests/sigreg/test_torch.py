@@ -81,6 +81,7 @@ def test_fullgraph_of_the_reference(fused):
     assert_same_outcome(differentiate(compiled, z), differentiate(function, z))
 
 
+@pytest.mark.thorough
 def test_inductor(fused):
     """The default compiler, with arithmetic around the op that it generates code for."""
 

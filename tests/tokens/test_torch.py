@@ -129,6 +129,7 @@ def test_fullgraph_of_the_reference(fused, name):
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.thorough
 def test_inductor(fused):
     """The default compiler, with arithmetic around the ops that it generates code for."""
     function, leaves, integers = cases(fused)["loss"]

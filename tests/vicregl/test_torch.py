@@ -63,6 +63,7 @@ def test_fullgraph_equals_eager(fused):
     equal(*(torch.autograd.grad(t.loss, leaves) for t in (terms, function(*inputs))))
 
 
+@pytest.mark.thorough
 def test_dynamic_shapes_compile_once(fused):
     counter = CompileCounterWithBackend("aot_eager")
     function = loss(fused.name)
