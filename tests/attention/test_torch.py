@@ -164,6 +164,7 @@ def test_the_fullgraph_rotation(fused):
     assert_same_outcome(differentiate(summed(compiled), x), differentiate(summed(function), x))
 
 
+@pytest.mark.thorough
 def test_inductor(fused):
     """The default compiler, with the projections around the op that it generates code for."""
     module = MaskedAttention(48, 3, backend=fused.name).to(fused.device)

@@ -37,7 +37,11 @@ def test_opcheck(fused, shadows, as_tensor):
 
 @pytest.mark.parametrize(
     ("backend", "rounding"),
-    [("aot_eager", "nearest"), ("aot_eager", "stochastic"), ("inductor", "stochastic")],
+    [
+        ("aot_eager", "nearest"),
+        ("aot_eager", "stochastic"),
+        pytest.param("inductor", "stochastic", marks=pytest.mark.thorough),
+    ],
 )
 def test_fullgraph_training_step(fused, backend, rounding):
     """A loss against the teacher and the update of the teacher in one graph, its gradient outside,

@@ -319,6 +319,7 @@ def test_deterministic_and_inputs_untouched(fused, shape, dtype):
     assert [z._version for z in (x, y)] == versions
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.triton_takes(lambda **_: False)
 @pytest.mark.parametrize("shape", [(200, 500), (500, 200), (5, 2000), (4000, 5), (64, 4096)])
 def test_any_number_of_threads(fused, shape):
