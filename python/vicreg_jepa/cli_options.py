@@ -1,4 +1,4 @@
-"""What the command lines share: types of options, and errors without a traceback."""
+"""Shared by all command lines: types of options, and errors without a traceback."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
 
 
 def reported(program: str, run: Callable[[], int]) -> int:
-    """run()'s exit code; what the user can mend is a line on stderr, and the code 2; what a signal
-    stopped is a line, and 128 and the signal's number.
+    """Return run()'s exit code. An error that the user can correct is one line on stderr and code
+    2; a stop by a signal is one line and 128 plus the signal's number.
     """
     code = 2
     try:

@@ -1,7 +1,8 @@
-"""What a run is made of: the settings, the recipes, and how both are read.
+"""The settings of a run, the recipes, and the code that reads both.
 
-settings.py has the settings and their ranges, rules.py says which go together, load.py reads
-recipes/*.yaml and the command line's key=value, yaml_text.py refuses what PyYAML lets pass.
+settings.py has the settings and their ranges, rules.py checks their combinations, load.py reads
+recipes/*.yaml and the command line's key=value, and yaml_text.py refuses text that PyYAML accepts
+but that is probably a mistake.
 """
 
 from vicreg_jepa.config.load import (

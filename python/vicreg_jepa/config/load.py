@@ -1,4 +1,4 @@
-"""Reads a recipe or a YAML file, with `key=value` from the command line put over it."""
+"""Reads a recipe or a YAML file and applies `key=value` from the command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RECIPES = Path(__file__).with_name("recipes")
 
 
 class ConfigError(ValueError):
-    """Names every key that is wrong."""
+    """The message names every key that is wrong."""
 
 
 def recipes() -> list[str]:
@@ -25,11 +25,11 @@ def recipes() -> list[str]:
 
 
 def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """A recipe's name or a YAML file, with `key=value` or `section.key=value` put over it.
+    """Load a recipe by name, or a YAML file, and apply `key=value` or `section.key=value`.
 
-    Where that replaces data.kind, method, model.encoder or optimizer.name, the file's settings that
-    only its own one takes give way. Raises ConfigError naming the key; also where it is given
-    twice, as a shell does that expands braces.
+    If an override replaces data.kind, method, model.encoder or optimizer.name, the file's settings
+    that apply only to its own choice are dropped. Raises ConfigError naming the key, also if a key
+    is given twice, as by a shell that expands braces.
     """
     values = _read(source)
     keys = [_key(word) for word in overrides]
@@ -70,7 +70,7 @@ def _continued(error: Exception) -> str:
 
 
 def _give_way(values: dict[str, Any], chosen: dict[str, Any]) -> None:
-    """Takes from a file's values what is only of the choices that `chosen` replaces."""
+    """Drop the file's values that apply only to a choice that `chosen` replaces."""
 
     def replaced(section: str | None, name: str, default: str | None) -> Any:
         old, new = ((v if section is None else v.get(section)) for v in (values, chosen))
@@ -97,7 +97,7 @@ def _give_way(values: dict[str, Any], chosen: dict[str, Any]) -> None:
 
 
 def layered(words: Sequence[str], over: Sequence[str]) -> list[str]:
-    """Overrides, those of `over` in place of `words`' of the same key."""
+    """Merge overrides; for the same key `over` wins."""
     replaced = {_key(word) for word in over}
     return [*(word for word in words if _key(word) not in replaced), *over]
 
@@ -151,5 +151,5 @@ def _message(error: ValidationError) -> str:
 
 
 def describe(config: Config) -> dict[str, Any]:
-    """As JSON holds it; `parse` reads it back."""
+    """The settings as JSON values; `parse` reads them back."""
     return config.model_dump(mode="json")

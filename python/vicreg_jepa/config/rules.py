@@ -1,4 +1,4 @@
-"""Which settings go together: no setting is ignored in silence."""
+"""Checks of combinations of settings, so that no setting is silently ignored."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _can_be_sharded(config: Config) -> None:
 
 
 def _can_be_captured(config: Config) -> None:
-    """Refuses what a CUDA graph would compute wrongly or not at all."""
+    """Refuse settings that a CUDA graph would compute wrongly or cannot capture."""
     key, training = "training.compile: got 'reduce-overhead'", config.training
     if not training.device.startswith("cuda"):
         raise ValueError(f"{key} on {training.device!r}, takes a CUDA device")

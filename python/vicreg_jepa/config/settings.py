@@ -1,6 +1,6 @@
-"""What a run is made of: typed, one YAML file a recipe, `key=value` on the command line.
+"""The typed settings of a run: one YAML file per recipe, `key=value` on the command line.
 
-Unknown keys, wrong types and values out of range are refused by name (pydantic).
+Unknown keys, wrong types and values out of range are errors that name the key (pydantic).
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ class Settings(BaseModel):
 
 
 class Data(Settings):
-    """What is trained on.
+    """The training data.
 
     kind: digits (scikit-learn's), images (a folder of class folders), torchvision (its set `name`),
-    videos (a folder of clips), webdataset (tars of images or clips, whichever the method takes),
-    physics (simulated: `videos` of them). path: a folder; of tars also {000..127}, {a,b} and *.
-    test: the held-out images as path gives the others; without it, a fifth of them. size: edge in
-    pixels that images and frames are resized to; frames, stride: of a clip and between its frames;
-    decoder: of video files, auto is torchcodec where it can be loaded; workers: processes that
-    read. white: the value that is white in pictures of more than 8 bits; without it, all bits of
-    16-bit ones and 1 of floats. What is larger is refused: max_pixels of a picture or a frame,
-    max_bytes of a file in a shard, and of its array when it is unpacked.
+    videos (a folder of clips), webdataset (tars of images or clips, as the method needs), physics
+    (`videos` simulated ones). path: a folder; for tars also a pattern with {000..127}, {a,b} and *.
+    test: the path of the held-out images; without it a fifth of the images is held out. size: the
+    edge in pixels to which images and frames are resized. frames: the frames of a clip; stride: the
+    distance between them in the video. decoder: of video files; auto is torchcodec if it can be
+    loaded, else PyAV. workers: the processes that read. white: the value of white in images of more
+    than 8 bits; the default is all bits for 16-bit images and 1 for floats. max_pixels: the largest
+    image or frame. max_bytes: the largest file in a shard, and the largest array when it is
+    unpacked.
     """
 
     kind: Literal["digits", "images", "torchvision", "videos", "webdataset", "physics"] = "digits"
@@ -75,8 +76,9 @@ class Data(Settings):
 
 class Model(Settings):
     """The networks. patch, tubelet: pixels and frames of a token; sees: whether a video encoder's
-    tokens attend to the whole clip or to their own token frame; expander: inner and outer width
-    of the embedding that a loss of batch statistics sees; activation: of it and of a conv encoder.
+    tokens attend to the whole clip or only to their own token frame; expander: inner and output
+    width of the network before a loss of batch statistics; activation: of the expander and of a
+    conv encoder.
     """
 
     encoder: Literal["conv", "vit"] = "vit"
@@ -94,11 +96,11 @@ class Model(Settings):
 
 
 class Loss(Settings):
-    """variance, covariance, invariance: VICReg's weights; sigreg: lambda of LeJEPA; slices: its
-    random directions; future: share of V-JEPA's steps that hide the future, after a number of
-    token frames in frames_seen; static_token_share: share of the unchanging tokens that are
-    predicted, beside all that change; vc_weight: weight of variance and covariance of the context's
-    tokens, which keeps V-JEPA's from low rank.
+    """variance, covariance, invariance: VICReg's weights; sigreg: lambda of LeJEPA; slices: the
+    number of its random directions; future: share of V-JEPA's steps that hide the future, after a
+    number of token frames in the range frames_seen; static_token_share: share of the static tokens
+    that are predicted, in addition to all changing ones; vc_weight: weight of the variance and
+    covariance of the context's tokens, which keeps V-JEPA's tokens from collapsing to a low rank.
     """
 
     invariance: NonNegative = 25.0
@@ -114,9 +116,9 @@ class Loss(Settings):
 
 
 class Optimizer(Settings):
-    """Per step: the learning rate rises linearly for `warmup` of all steps and falls as a cosine to
-    final_rate; weight decay goes as a cosine to final_weight_decay; the teacher's momentum linearly
-    to 1.
+    """The learning rate rises linearly over the share `warmup` of all steps and falls as a cosine
+    to final_rate; the weight decay moves as a cosine to final_weight_decay; the teacher's momentum
+    rises linearly to 1.
     """
 
     name: Literal["adamw", "lars"] = "adamw"
@@ -132,10 +134,10 @@ class Optimizer(Settings):
 
 class Training(Settings):
     """batch: samples of a step over all ranks; accumulate: micro-batches of a rank's share, exact
-    for every loss (batch norm sees a micro-batch at a time, of all ranks); parallel: what many
-    ranks hold, a copy of the model each (ddp) or shards of it (fsdp); checkpointing: recompute a
-    transformer's blocks in the backward; keep: checkpoints kept; compile: true for torch.compile,
-    "reduce-overhead" for CUDA graphs as well.
+    for every loss (batch norm sees one micro-batch of all ranks at a time); parallel: with several
+    ranks each holds a copy of the model (ddp) or a shard of it (fsdp); checkpointing: recompute a
+    transformer's blocks in the backward; keep: the number of checkpoints kept; compile: true for
+    torch.compile, "reduce-overhead" also for CUDA graphs.
     """
 
     steps: Positive = 1000

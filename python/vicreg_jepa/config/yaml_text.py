@@ -1,4 +1,4 @@
-"""YAML with what PyYAML lets pass refused: keys given twice, text nested too deeply, odd keys."""
+"""A YAML reader that refuses repeated keys, deep nesting and keys that are not names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class YamlError(ValueError):
 
 
 def shown(value: Any) -> str:
-    """repr, of bounded length: YAML's aliases make much of little."""
+    """repr of bounded length: a short YAML text with aliases can expand to a huge value."""
     try:
         return _SHORT.repr(value)
     except ValueError:  # an int of more digits than Python writes
@@ -29,7 +29,7 @@ def shown(value: Any) -> str:
 
 
 def parse(text: str) -> Any:
-    """What yaml.safe_load gives. Raises YamlError."""
+    """Like yaml.safe_load, but raises YamlError."""
     loader = None
     try:
         loader = _Loader(text)

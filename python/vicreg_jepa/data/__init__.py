@@ -1,6 +1,6 @@
-"""Where batches come from.
+"""The data of the batches.
 
-sources.py opens what the settings name: images (image_sets.py in memory, image_files.py on the
-disk) or videos (videos.py, video_decoders.py, video_containers.py); batches.py says what a step
-takes.
+sources.py opens the data that the settings name: images (image_sets.py in memory, image_files.py on
+disk) or videos (videos.py, video_decoders.py, video_containers.py). batches.py chooses the samples
+of each step.
 """

@@ -1,5 +1,5 @@
-"""Batches by the number of the step: what a step sees depends on the seed and the step alone, so a
-resumed run needs no state, and every rank takes its own rows of the same batch.
+"""Batches by step number: a batch depends only on the seed and the step, so a resumed run needs no
+state, and every rank takes its own rows of the same batch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vicreg_jepa.distributed.ranks import Share
 
 
 class Stream(IntEnum):
-    """What random numbers are drawn for: each has a stream of its own."""
+    """The uses of random numbers; each has its own stream."""
 
     EPOCH = 1  # the order of the samples
     CLIP = 2  # where in its video each clip begins
@@ -28,7 +28,7 @@ class Stream(IntEnum):
 
 
 def seed_for(stream: Stream, seed: int, *parts: int) -> int:
-    """A seed of 63 bits from the run's and other numbers (splitmix64's finaliser, chained)."""
+    """A 63-bit seed from the run's seed and other numbers (splitmix64's finaliser, chained)."""
     value = 0x9E3779B97F4A7C15
     for part in (seed, stream, *parts):
         value = (value ^ part) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
@@ -39,7 +39,9 @@ def seed_for(stream: Stream, seed: int, *parts: int) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which samples each step takes: every epoch in a new order, its incomplete end left out."""
+    """The samples of each step: every epoch has a new order, and its incomplete last batch is
+    dropped.
+    """
 
     samples: int
     batch: int
@@ -65,7 +67,7 @@ def _order(samples: int, seed: int) -> Tensor:
 
 
 class _Steps:
-    """Which samples every step from `start` on takes, a rank's share of them."""
+    """A rank's share of the samples of every step from `start` on."""
 
     def __init__(self, plan: Plan, start: int, share: Share) -> None:
         self.plan, self.start, self.share = plan, start, share
@@ -79,7 +81,7 @@ class _Steps:
 
 
 class _ClipSteps(_Steps):
-    """With where in its video each clip begins, in [0, 1)."""
+    """Adds the place in [0, 1) of its video at which each clip begins."""
 
     def of(self, step: int) -> list[tuple[int, float]]:
         generator = torch.Generator().manual_seed(seed_for(Stream.CLIP, self.plan.seed, step))
@@ -88,9 +90,9 @@ class _ClipSteps(_Steps):
 
 
 class ImageSource:
-    """Batches [B, C, H, W] of images, in memory or stored; `images[rows]` gives some of them.
+    """Batches [B, C, H, W] of images, in memory or on disk; `images[rows]` returns some of them.
 
-    whole: every rank takes all rows, as it must where views are drawn for the whole batch.
+    whole: every rank takes all rows, because views are drawn for the whole batch.
     """
 
     def __init__(
@@ -100,26 +102,27 @@ class ImageSource:
         self.channels, self.whole = images.channels, whole
 
     def batches(self, start: int, share: Share) -> Iterator[Tensor]:
-        """The batches of step `start` and after, without end."""
+        """The batches from step `start` on, without end."""
         steps = _Steps(self.plan, start, Share() if self.whole else share)
         return _loader(self.images, steps, self.workers)
 
     def sample(self, most: int) -> Tensor:
-        """At most so many images, evenly over the set: it may be in the order of its classes."""
+        """At most `count` images, spread evenly over the set, which may be sorted by class."""
         count = min(most, len(self.images))
         return self.images[torch.linspace(0, len(self.images) - 1, count).long().tolist()]
 
 
 def in_order(images: Any, batch: int, workers: int) -> Iterator[Tensor]:
-    """All images, a batch at a time."""
+    """All images in order, one batch at a time."""
     rows = range(len(images))
     return _loader(images, [rows[i : i + batch] for i in rows[::batch]], workers)
 
 
 def _loader(samples: Any, steps: Iterable[Any], workers: int) -> Iterator[Tensor]:
-    """samples[step] of each; a worker's error is raised as this process's own would be.
+    """Load samples[step] of each step; an error in a worker is raised as if it came from this
+    process.
 
-    Without the DataLoader's own batches: a whole one is asked for at once.
+    The DataLoader does no batching of its own: the samples return whole batches.
     """
     loader = DataLoader(
         _Told(samples), sampler=cast(Any, steps), batch_size=None, num_workers=workers
@@ -143,12 +146,12 @@ def _loader(samples: Any, steps: Iterable[Any], workers: int) -> Iterator[Tensor
 
 
 class WorkerError(ValueError):
-    """A process that reads has ended."""
+    """A worker process has ended."""
 
 
 class _Told(Dataset[Any]):
-    """Gives an error in the place of what cannot be read: the loader would wrap a worker's in the
-    text of a traceback.
+    """Returns an error as the value of a sample that cannot be read: the loader would wrap an
+    exception of a worker in the text of a traceback.
     """
 
     def __init__(self, samples: Any) -> None:
@@ -164,7 +167,7 @@ class _Told(Dataset[Any]):
 class Clips(Dataset[Tensor]):
     """float32 [C, frames, H, W] in [0, 1] at (video, first frame) of videos uint8 [F, H, W, C].
 
-    A video is an array, or anything else that has a length and gives its frames by slices.
+    A video is an array, or any object with a length whose slices are arrays of frames.
     """
 
     def __init__(self, videos: Any, frames: int, stride: int) -> None:
@@ -187,20 +190,21 @@ class Clips(Dataset[Tensor]):
                 )
             first = min(int(where * (length - span + 1)), length - span)
             clip = torch.as_tensor(video[first : first + span : self.stride])
-            # A file may show fewer frames than it promises; its length is known better now.
+            # A file may hold fewer frames than its header says; after a read its length is
+            # corrected.
             if len(clip) == self.frames:
                 return clip.permute(3, 0, 1, 2).float() / 255.0
 
 
 class ClipSource:
-    """Batches [B, C, frames, H, W] of clips, each beginning anywhere in its video."""
+    """Batches [B, C, frames, H, W] of clips, each from a random place of its video."""
 
     def __init__(self, clips: Clips, batch: int, seed: int, workers: int = 0) -> None:
         self.clips, self.plan, self.workers = clips, Plan(len(clips), batch, seed), workers
         self.channels = 3
 
     def sample(self, most: int) -> Tensor:
-        """The first clip of at most so many videos, evenly over the set."""
+        """The first clip of at most `count` videos, spread evenly over the set."""
         count = min(most, len(self.clips))
         rows = torch.linspace(0, len(self.clips) - 1, count).long().tolist()
         return torch.stack([self.clips[row, 0.0] for row in rows])

@@ -1,5 +1,5 @@
-"""Labelled images that stay on the disk and are read when a batch asks for them: folders,
-torchvision's sets, WebDataset shards.
+"""Labelled images that stay on disk and are read when a batch needs them: folders, torchvision's
+sets, WebDataset shards.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TRAINING, TEST = ("train", "trainval"), ("test", "val", "valid")
 
 
 class Pictures(Protocol):
-    """Where images lie: picture(i) opens one, where(i) names it, labels holds all classes."""
+    """A source of images: picture(i) opens one, where(i) names it, labels holds all classes."""
 
     classes: tuple[str, ...]
 
@@ -46,9 +46,10 @@ class Pictures(Protocol):
 
 @dataclass(frozen=True)
 class Stored:
-    """Some of the pictures, as RGB, cut to their central square and resized to `size`.
+    """Some of the images, as RGB, cropped to their central square and resized to `size`.
 
-    rows: which, int64 [N]; `stored[numbers]` reads float32 [B, 3, size, size] in [0, 1].
+    rows: int64 [N], the chosen images; `stored[numbers]` reads float32 [B, 3, size, size] in [0,
+    1].
     """
 
     name: str
@@ -78,7 +79,7 @@ class Stored:
 
     @cached_property
     def labels(self) -> Tensor:
-        """int64 [N]. Raises ValueError where the pictures have none."""
+        """int64 [N]. Raises ValueError if the images have none."""
         return self.pictures.labels[self.rows]
 
     @property
@@ -96,10 +97,10 @@ def stored(name: str, source: Pictures, size: int, limits: Limits = pictures.DEF
 
 
 class ImageFolder:
-    """`root`/<class>/**, the classes and each one's files in the order of their names.
+    """`root`/<class>/**; the classes, and the files of each, are in the order of their names.
 
-    Raises ValueError where it is not a folder of at least two class folders with images, and where
-    one of them is no regular file.
+    Raises ValueError if root is not a folder of at least two class folders with images, or if an
+    image is not a regular file.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -160,8 +161,8 @@ def _is_image(name: str) -> bool:
 
 
 class ImageShards:
-    """The pictures of WebDataset shards; their classes stand in .cls, or in .json as `label` or
-    `cls`, and are numbers.
+    """The images of WebDataset shards. Their classes are numbers in .cls, or in .json as `label` or
+    `cls`.
     """
 
     classes: tuple[str, ...] = ()
@@ -202,7 +203,7 @@ class ImageShards:
 
 
 class TorchVision:
-    """One of torchvision's own sets, as its class gives it."""
+    """One of torchvision's datasets."""
 
     def __init__(self, name: str, dataset: Any) -> None:
         self.name, self.dataset = name, dataset
@@ -231,7 +232,7 @@ class TorchVision:
 def torchvision(name: str, root: Path, size: int, download: bool) -> tuple[Stored, Stored]:
     """(training, test) of torchvision.datasets.`name`, whose constructor takes train= or split=.
 
-    download: with torchrun each machine's first process fetches and the others wait for it.
+    download: with torchrun the first process of each machine downloads, and the others wait for it.
     """
     try:
         sets = importlib.import_module("torchvision.datasets")
@@ -268,7 +269,9 @@ def torchvision(name: str, root: Path, size: int, download: bool) -> tuple[Store
 def _of_split(
     name: str, kind: Any, takes: set[str], root: Path, training: bool, options: dict[str, bool]
 ) -> Any:
-    """The training or the test half; without the files torchvision's own error, by name."""
+    """The training or the test split. If the files are missing, raises torchvision's own error with
+    the name of the setting.
+    """
     tries: list[dict[str, Any]] = [{"train": training}]
     if "train" not in takes:
         tries = [{"split": one} for one in (TRAINING if training else TEST)]

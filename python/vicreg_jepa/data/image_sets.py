@@ -1,4 +1,6 @@
-"""Labelled images as one tensor, such as scikit-learn's digits; and the split of any set."""
+"""Labelled images as one tensor, such as scikit-learn's digits; and the split of any labelled
+set.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,7 @@ def digits() -> Images:
 
 
 def split(data: Set, seed: int, test_fraction: float = 0.2) -> tuple[Set, Set]:
-    """A (training, test) pair with every class cut in the same proportion, fixed by `seed`."""
+    """A (training, test) pair with the same share of every class, chosen by `seed`."""
     generator = torch.Generator().manual_seed(seed)
     train, test = [], []
     for label in range(len(data.classes)):
@@ -72,7 +74,7 @@ def split(data: Set, seed: int, test_fraction: float = 0.2) -> tuple[Set, Set]:
 
 
 def split_blind(data: Set, seed: int, test_fraction: float = 0.2) -> tuple[Set, Set]:
-    """The same without a look at the classes, which an unlabelled set lacks."""
+    """The same for a set without labels: a random split by `seed`."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
     held_out = max(1, round(test_fraction * len(data)))
     return data.subset(order[held_out:]), data.subset(order[:held_out])

@@ -1,4 +1,4 @@
-"""From the settings to the images or clips that a run trains on."""
+"""Opens the images or clips that the settings of a run name."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _stored(data: Data, path: Path) -> image_files.Stored:
 def source(settings: Config) -> Any:
     batch, seed, workers = settings.training.batch, settings.seed, settings.data.workers
     if not settings.is_video:
-        # Masks are drawn apart from the images, so a rank then reads its own alone.
+        # Token methods draw masks without the images, so a rank reads only its own images.
         whole = METHODS[settings.method].learns == "views"
         return ImageSource(images(settings)[0], batch, seed, workers, whole)
     clips = Clips(videos.of(settings), settings.data.frames, settings.data.stride)

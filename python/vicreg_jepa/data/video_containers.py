@@ -1,5 +1,5 @@
-"""How many bytes a video file should have by its own account: FFmpeg shows what is left of one that
-was cut between two frames, and says nothing.
+"""The size that a video file should have by its own headers: FFmpeg decodes a file that was
+truncated between two frames without an error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ MOST_BOXES = 100_000
 
 
 def check_whole(source: bytes | str | Path) -> None:
-    """Raises ValueError for a Matroska, AVI or MP4 file that lacks its end; others pass."""
+    """Raises ValueError for a truncated Matroska, AVI or MP4 file; other formats are not
+    checked.
+    """
     with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
@@ -55,7 +57,9 @@ def _boxes(file: IO[bytes], size: int) -> int:
 
 
 def _vint(head: bytes, place: int) -> tuple[int, int | None]:
-    """(the place after it, the number) of EBML's variable length; None: of unknown size."""
+    """(the place after it, the value) of an EBML number of variable length; None: an unknown
+    size.
+    """
     width = 9 - head[place].bit_length() if place < len(head) else 9
     number = int.from_bytes(head[place : place + width], "big") & ((1 << 7 * width) - 1)
     unknown = width > 8 or number == (1 << 7 * width) - 1

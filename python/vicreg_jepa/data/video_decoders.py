@@ -1,6 +1,6 @@
-"""Video files by torchcodec or PyAV, decoded no further than the frames that are asked for.
+"""Video files by torchcodec or PyAV, decoded only as far as the requested frames.
 
-Both give the same frames of the same places; their colours may differ by rounding.
+Both return the same frames; their colours may differ by rounding.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from vicreg_jepa.files.pictures import DEFAULT, Limits, Refused, square
 class Recording(ABC):
     """A video's frames by slices, uint8 [F, size, size, 3]: the central square of each.
 
-    source: a file, or a file's content. Raises ValueError by `name` where it cannot be decoded, and
-    where its frames are larger than `limits` allow.
+    source: a file, or a file's content. Raises ValueError that begins with `name` if it cannot be
+    decoded or its frames are larger than `limits` allow.
     """
 
     def __init__(
@@ -49,7 +49,9 @@ class Recording(ABC):
 
     @property
     def _whence(self) -> bytes | str:
-        """Whole, because FFmpeg takes a name like a:b.mp4 for one of its protocols."""
+        """The absolute path, because FFmpeg would read a name like a:b.mp4 as one of its
+        protocols.
+        """
         return self.source if isinstance(self.source, bytes) else os.path.abspath(self.source)
 
     @contextmanager
@@ -63,7 +65,7 @@ class Recording(ABC):
 
     @abstractmethod
     def _length(self) -> int:
-        """How many frames it shows."""
+        """The number of frames."""
 
     @abstractmethod
     def _frames(self, numbers: range) -> list[NDArray[np.uint8]]:
@@ -71,9 +73,10 @@ class Recording(ABC):
 
 
 class PyAV(Recording):
-    """Decodes from the first frame to the last one that is asked for.
+    """Decodes from the first frame to the last requested one.
 
-    A frame that FFmpeg could not decode whole, and those that build on it, are refused.
+    Raises an error for a frame that FFmpeg could not decode completely, and for the frames that
+    depend on it.
     """
 
     def _open(self) -> Any:
@@ -84,7 +87,7 @@ class PyAV(Recording):
         )
 
     def _film(self, container: Any) -> Any:
-        """The stream that FFmpeg takes for the film, as torchcodec does: a cover is none."""
+        """The video stream that FFmpeg ranks best, as in torchcodec; never a cover image."""
         stream = container.streams.best("video")
         if stream is None or stream.disposition & type(stream.disposition).attached_pic:
             raise ValueError("it has no video stream, or a cover alone")
@@ -93,7 +96,7 @@ class PyAV(Recording):
 
     @cached_property
     def _packets(self) -> int:
-        """The frames that the file promises: its packets are counted, not decoded."""
+        """The number of frames by the file's packets, which are counted, not decoded."""
         count = 0
         with self._open() as container:
             for packet in container.demux(self._film(container)):
@@ -130,7 +133,7 @@ class PyAV(Recording):
 
 
 class TorchCodec(Recording):
-    """Seeks: decodes from the key frame before each one that is asked for."""
+    """Decodes from the key frame before each requested frame."""
 
     @cached_property
     def _decoder(self) -> Any:
@@ -153,7 +156,9 @@ class TorchCodec(Recording):
 
 @cache
 def decoder(name: str) -> type[Recording]:
-    """pyav, torchcodec, or auto: torchcodec where it can be loaded, else PyAV. Says once which."""
+    """pyav, torchcodec, or auto: torchcodec if it can be loaded, else PyAV. Prints the choice
+    once.
+    """
     kind: type[Recording] = PyAV
     why = ""
     if name != "pyav":

@@ -1,6 +1,6 @@
-"""Videos to take clips from: simulated, in WebDataset shards, or a folder's files.
+"""The videos that clips are cut from: simulated ones, WebDataset shards, or the files of a folder.
 
-Each has a length and gives uint8 [F, size, size, 3] by slices of its frames.
+Each video has a length, and its slices are uint8 [F, size, size, 3].
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def of(settings: Config) -> Any:
 
 
 def labels(settings: Config, key: str | None) -> list[str]:
-    """A name for each of the training videos; key: of the records of physics and of shards, for
-    physics the family of the scene without one.
+    """The label of each training video. key: of the records of physics videos and shards; the
+    default for physics is the family of the scene.
     """
     videos = of(settings)
     if isinstance(videos, torch.utils.data.Subset):
@@ -49,7 +49,9 @@ def labels(settings: Config, key: str | None) -> list[str]:
 
 
 def simulated(folder: Path, videos: int, seed: int, workers: int, size: int) -> Any:
-    """The first `videos` of the seed's physics videos; those not in the folder are made first."""
+    """The first `videos` physics videos of the seed; those missing from the folder are simulated
+    first.
+    """
     from tqdm import tqdm
 
     from vicreg_jepa.physics import shards
@@ -60,8 +62,8 @@ def simulated(folder: Path, videos: int, seed: int, workers: int, size: int) -> 
 
 
 class VideoFolder:
-    """Every video file below a folder, and below the folders behind its links; hidden ones are
-    left out with a word. Raises ValueError where there is none, or one is no regular file.
+    """Every video file below a folder, links to folders included. Hidden files are left out, with a
+    message. Raises ValueError if there is no video, or one is not a regular file.
     """
 
     def __init__(
@@ -89,8 +91,8 @@ class VideoFolder:
         return self.recording(repr(str(path)), path, self.size, self.limits)
 
     def labels(self, key: str | None) -> list[str]:
-        """The folder right below the data's that holds each video. Raises ValueError for videos in
-        no such folder, and for a key: files have none.
+        """The class folder of each video, directly below the data folder. Raises ValueError for a
+        video in no class folder, and for a key, because files have no records.
         """
         if key is not None:
             raise ValueError(f"label: got {key!r}, but videos in folders have their folder's name")
@@ -134,9 +136,9 @@ class VideoShards:
         return Array(where, _unpacked(where, content, self.limits.max_bytes), self.size)
 
     def labels(self, key: str | None) -> list[str]:
-        """A label for each sample: `key` of its .json, a list counting as its length. Without a
-        key it is its .cls, or `label` or `cls` of its .json. Raises ValueError by the name of a
-        sample that has none.
+        """A label for each sample: `key` of its .json (for a list, its length). Without a key it is
+        the .cls, or `label` or `cls` of the .json. Raises ValueError naming a sample without a
+        label.
         """
         suffixes = ("cls", "json") if key is None else ("json",)
         shards, most = self.files.shards, self.limits.max_bytes
@@ -198,7 +200,7 @@ def _check(shape: tuple[int, ...], kind: np.dtype, packed: int, max_bytes: int) 
 
 
 class Array:
-    """A video in memory, frames [F, H, W, 3], as a recording gives it."""
+    """A video in memory, frames [F, H, W, 3], with the interface of a recording."""
 
     def __init__(self, name: str, frames: NDArray[np.uint8], size: int) -> None:
         self.name, self.frames, self.size = name, frames, size
