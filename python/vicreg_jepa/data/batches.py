@@ -107,7 +107,7 @@ class ImageSource:
         return _loader(self.images, steps, self.workers)
 
     def sample(self, most: int) -> Tensor:
-        """At most `count` images, spread evenly over the set, which may be sorted by class."""
+        """At most `most` images, spread evenly over the set, which may be sorted by class."""
         count = min(most, len(self.images))
         return self.images[torch.linspace(0, len(self.images) - 1, count).long().tolist()]
 
@@ -204,7 +204,7 @@ class ClipSource:
         self.channels = 3
 
     def sample(self, most: int) -> Tensor:
-        """The first clip of at most `count` videos, spread evenly over the set."""
+        """The first clip of at most `most` videos, spread evenly over the set."""
         count = min(most, len(self.clips))
         rows = torch.linspace(0, len(self.clips) - 1, count).long().tolist()
         return torch.stack([self.clips[row, 0.0] for row in rows])

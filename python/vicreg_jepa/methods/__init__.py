@@ -1,4 +1,5 @@
-"""The methods, a file each over the public API of vicreg_kernels; base.py says what a method is.
+"""The methods, one file each, on the public API of vicreg_kernels; base.py defines what a method
+is.
 
 Importing a method's file registers it in METHODS.
 """

@@ -1,4 +1,4 @@
-"""Random views of a batch of images, every image with its own draw, without a loop over images."""
+"""Random views of a batch of images, drawn independently for each image without a loop."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ class Augment:
     erase: float = 0.5
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """images: [N, C, H, W] in [0, 1] -> a view like it.
+        """images: [N, C, H, W] in [0, 1] -> a view of the same shape.
 
-        Drawn on the generator's device: a CPU one gives the same views on every device.
+        The numbers are drawn on the generator's device: a CPU generator gives the same views on
+        every device.
         """
         return self._erase(self._tones(self._warp(images, generator), generator), generator)
 

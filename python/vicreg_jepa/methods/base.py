@@ -1,8 +1,9 @@
-"""What the trainer asks of a method, and the one registry of methods.
+"""The interface of a training method, and the registry of methods.
 
-A method is a torch module with the parts of one of the two protocols. Its file ends with
-`register(MethodKind(...))`, which everything else reads: the settings that it takes, whether it is
-of images or of videos, and how it is built. docs/trainer.md has the steps for a new one.
+A method is a torch module that has the functions of one of the two protocols. Its file ends with
+`register(MethodKind(...))`, which tells the rest of the trainer the settings that the method takes,
+whether it trains on images or videos, and how to build it. docs/trainer.md has the steps for a new
+method.
 """
 
 from __future__ import annotations
@@ -23,25 +24,25 @@ if TYPE_CHECKING:
 
 
 class Method(Protocol):
-    """What is asked of every method."""
+    """The part that every method has."""
 
     def after_step(self) -> None:
-        """Called after each step of the optimizer: a teacher or a counter moves here."""
+        """Called after each optimizer step, to update a teacher or a counter."""
 
     def features(self, x: Tensor) -> Tensor:
-        """[B, D] of images or clips: what probes and the signs of collapse see."""
+        """[B, D] of images or clips, for probes and for the signs of collapse."""
 
     def exported(self) -> tuple[str, nn.Module]:
-        """A word for it and the network that `vicreg-jepa export` writes."""
+        """The network that `vicreg-jepa export` writes, and a word for it."""
 
 
 class ViewMethod(Method, Protocol):
-    """A method whose loss is of batch statistics: the trainer can encode a batch in pieces, and on
-    many ranks, without changing the loss.
+    """A method whose loss is a function of batch statistics. The trainer can encode a batch in
+    micro-batches, and on many ranks, without changing the loss.
     """
 
     def views(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """The views of a whole batch; generator: on the device."""
+        """Draw the views of a whole batch; generator: on the device."""
 
     def forward(self, view: Tensor) -> Tensor:
         """A view's embeddings, [N, ...]."""
@@ -51,41 +52,43 @@ class ViewMethod(Method, Protocol):
 
 
 class TokenMethod(Method, Protocol):
-    """A method that predicts tokens: its loss is a mean over them, so a piece of a batch counts by
-    its tokens.
+    """A method that predicts tokens. Its loss is a mean over them, so the trainer weights a
+    micro-batch by its number of predicted tokens.
     """
 
     def draw(self, x: Tensor, first: int, batch: int, generator: torch.Generator) -> Masks:
-        """The masks of x, which are the samples from `first` on of a step's whole batch.
+        """Draw the masks of x, the samples from `first` on of a step's whole batch.
 
-        generator: a CPU one, the same on all ranks, which must draw for the whole batch.
+        generator: on the CPU and the same on all ranks, so it must draw for the whole batch.
         """
 
     def forward(self, x: Tensor, drawn: Masks, weight: float, process_group: Any) -> Tensor:
-        """weight times the mean loss over the predicted tokens, and what is not of tokens."""
+        """weight times the mean loss over the predicted tokens, plus the terms that are not of
+        tokens.
+        """
 
 
 class VideoMethod(TokenMethod, Protocol):
-    """A method on videos, which `probe` and `surprise` take too."""
+    """A method on videos, with the functions that `probe` and `surprise` need."""
 
-    contexts: tuple[int, ...]  # how many frames are seen before the rest is foreseen
+    contexts: tuple[int, ...]  # numbers of frames that are seen before the rest is predicted
 
     def tokens(self, x: Tensor) -> Tensor:
-        """[B, T, D] of clips: what the probes of videos see."""
+        """[B, T, D] of clips, the input of the video probes."""
 
     def foreseen(self, x: Tensor, seen: Sequence[int]) -> list[Tensor]:
-        """What follows each number of token frames seen, [B, T', D]."""
+        """For each number of token frames seen, the prediction [B, T', D] of what follows."""
 
     def targets(self, x: Tensor) -> Tensor:
-        """[B, T, D]: what is predicted, without a gradient."""
+        """[B, T, D]: the targets of the prediction, without a gradient."""
 
 
 COMMON = ("forward", "after_step", "features", "exported")
 PARTS = {"views": (*COMMON, "views", "loss"), "tokens": (*COMMON, "draw")}
 VIDEO_PARTS = ("contexts", "tokens", "foreseen", "targets")
 
-# The settings that only some methods take: those of the data that they are of, and those that a
-# method names in `takes`.
+# The settings that only some methods take: those of their kind of data, and those that a method
+# lists in `takes`.
 DATA_SETTINGS = {
     "images": ("data.test", "data.white"),
     "videos": ("data.frames", "data.stride", "data.decoder", "model.tubelet"),
@@ -116,10 +119,11 @@ METHOD_SETTINGS = (
 class MethodKind:
     """An entry of the registry.
 
-    name: the setting `method`; outside of the package "<its module>.<a word>", so that a run of it
-    finds it again. build: makes the method from a configuration, kernels and channels. learns:
-    which of the two protocols it has. data: what it is trained on. takes: which of METHOD_SETTINGS
-    it reads. check: raises ValueError, naming the setting, for values that do not go together.
+    name: the value of the setting `method`; outside of the package "<its module>.<a word>", so that
+    the trainer can import the module. build: makes the method from a configuration, kernels and
+    channels. learns: which of the two protocols it has. data: the kind of data that it trains on.
+    takes: the METHOD_SETTINGS that it reads. check: raises ValueError, naming the setting, for
+    values that do not fit together.
     """
 
     name: str
@@ -132,7 +136,7 @@ class MethodKind:
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """Those of DATA_SETTINGS and METHOD_SETTINGS that it takes."""
+        """The DATA_SETTINGS and METHOD_SETTINGS that the method takes."""
         return (*DATA_SETTINGS[self.data], *self.takes)
 
 
@@ -140,8 +144,8 @@ METHODS: dict[str, MethodKind] = {}
 
 
 def register(kind: MethodKind) -> None:
-    """Adds a method. Raises ValueError for a name that is there, for a missing part of its protocol
-    and for a setting that no method can take.
+    """Add a method. Raises ValueError for a name that is already registered, for a missing function
+    of its protocol and for a setting that no method can take.
     """
     if kind.name in METHODS:
         there = METHODS[kind.name].method
@@ -169,10 +173,10 @@ def register(kind: MethodKind) -> None:
 
 
 def find(name: str) -> MethodKind:
-    """The entry of this name. A dotted name says where a method from outside of the package is
-    registered: for "my_methods.whitened" the module my_methods is imported first.
+    """Return the entry of this name. A dotted name names the module that registers a method from
+    outside of the package: for "my_methods.whitened" the module my_methods is imported first.
 
-    Raises ValueError for a name that is not there and for a module that cannot be imported.
+    Raises ValueError for an unknown name and for a module that cannot be imported.
     """
     module = name.rpartition(".")[0]
     if name not in METHODS and module:
@@ -199,7 +203,7 @@ def _has(method: type[nn.Module], part: str) -> bool:
 
 
 def taken_by() -> dict[str, tuple[str, ...]]:
-    """The methods that take each setting that only some take."""
+    """For each setting that only some methods take, the names of those methods."""
     keys = (*DATA_SETTINGS["images"], *DATA_SETTINGS["videos"], *METHOD_SETTINGS)
     return {
         key: tuple(name for name, kind in METHODS.items() if key in kind.settings) for key in keys

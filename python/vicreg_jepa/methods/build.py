@@ -1,4 +1,6 @@
-"""A method from its configuration; the weights depend on the seed alone, not on the kernels."""
+"""Builds a method from its configuration; the weights depend only on the seed, not on the
+kernels.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def method(config: Config, channels: int) -> nn.Module:
-    """On the CPU, in training mode, for images or clips of so many channels."""
+    """Build it on the CPU, in training mode, for images or clips of this number of channels."""
     torch.manual_seed(config.seed)
     kernels = choose.named(config.kernels, config.backend)
     built = METHODS[config.method].build(config, kernels, channels)

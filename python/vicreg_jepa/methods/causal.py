@@ -1,13 +1,13 @@
-"""Prediction frame by frame: every token frame's next one from it and all before it, in one pass
+"""Prediction frame by frame: each token frame is predicted from all frames before it, in one pass
 (V-JEPA 2-AC without actions: Assran et al., 2025, arXiv:2506.09985, section 3).
 
-The encoder sees each frame by itself, so no frame's embedding tells of another one, and what is
-foreseen can only come from the predictor's memory. What is predicted is the change from the frame
-before: a still world is foreseen from the start.
+The encoder sees each frame by itself, so a frame's embedding contains nothing of other frames, and
+the prediction can only use the predictor's memory of earlier ones. The predictor predicts the
+change from the frame before, so a static scene is predicted right from the start.
 
-The loss is squared. V-JEPA's absolute one asks for the median, and of a thing that may be in one of
-several places the median says that it is in none: until motion is foreseen to within a token, there
-is nothing to be gained by foreseeing it at all, and training stays there.
+The loss is squared. V-JEPA's absolute loss leads to the median. If a thing may be in one of several
+places, the median has it in none of them. So until the model predicts motion to within a token,
+predicting motion does not lower the loss, and training makes no progress.
 """
 
 from __future__ import annotations
@@ -39,16 +39,20 @@ class Causal(Predictive):
 
     @property
     def contexts(self) -> tuple[int, ...]:
-        """In frames; a single token frame has no motion to go on."""
+        """In frames; a single token frame shows no motion."""
         tubelet = self.encoder.patch_embed.size[0]
         return tuple(n * tubelet for n in range(2, self.encoder.grid.frames))
 
     @abstractmethod
     def present(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """[B, T, D]: what is predicted, of the frames of `tokens`."""
+        """[B, T, D]: the targets at the frames of `tokens`, to which the predicted change is
+        added.
+        """
 
     def following(self, tokens: Tensor, present: Tensor) -> Tensor:
-        """[B, T, D]: each frame's next one, of tokens [B, T, features] of whole frames."""
+        """[B, T, D]: the prediction of each frame's next one, from tokens [B, T, features] of whole
+        frames.
+        """
         grid = self.encoder.grid
         h = self.predictor.predictor_embed(F.layer_norm(tokens, tokens.shape[-1:]))
         assert self.predictor.table is not None  # it has position="both"
@@ -58,7 +62,7 @@ class Causal(Predictive):
         return present + self.predictor.predictor_proj(h)
 
     def _seen(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens of all frames but the last, and what is foreseen after each."""
+        """The tokens of all frames but the last, and the prediction of the frame after each."""
         seen = x[:, :, : -self.encoder.patch_embed.size[0]]
         tokens = encode(self.encoder, self.kernels, seen, None)
         return tokens, self.following(tokens, self.present(seen, tokens))
@@ -77,14 +81,14 @@ class Causal(Predictive):
         return loss + self.variance_covariance(tokens.flatten(0, 1), process_group)
 
     def foreseen(self, x: Tensor, seen: Sequence[int]) -> list[Tensor]:
-        """The next token frame after each number of them, [B, plane, D]."""
+        """For each number of token frames seen, the prediction of the next one, [B, plane, D]."""
         _, following = self._seen(x)
         plane = self.encoder.grid.frame.tokens
         return [following[:, (n - 1) * plane : n * plane] for n in seen]
 
 
 def check(config: Config) -> None:
-    """What every method frame by frame takes."""
+    """Check the settings that every method of this kind needs."""
     if config.model.sees != "frame":
         raise ValueError(f"model.sees: got 'clip', {config.method} takes 'frame'")
     if config.data.frames // config.model.tubelet < 2:

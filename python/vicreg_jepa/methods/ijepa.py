@@ -1,5 +1,6 @@
-"""I-JEPA (Assran et al., 2023, arXiv:2301.08243): predict the teacher's embeddings of four blocks
-of an image from those of one large block, smooth L1 on layer-normed targets, an EMA teacher.
+"""I-JEPA (Assran et al., 2023, arXiv:2301.08243): predict an EMA teacher's embeddings of four
+blocks of an image from the encoder's embeddings of one large block, with smooth L1 on layer-normed
+targets.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
 
 class IJEPA(Predictive):
-    """encoder, predictor: with sine tables. momentum rises linearly to 1 in `steps` updates."""
+    """encoder, predictor: with sine position tables. The teacher's momentum rises linearly to 1 in
+    `steps` updates.
+    """
 
     kind = "smooth_l1"
 
@@ -57,7 +60,7 @@ class IJEPA(Predictive):
         self.teacher.update(self.encoder)
 
     def tokens(self, x: Tensor) -> Tensor:
-        """The teacher's, as published for probing."""
+        """The tokens of the teacher, which the published code probes."""
         return self.targets(x)
 
     def exported(self) -> tuple[str, nn.Module]:

@@ -1,5 +1,6 @@
 """LeJEPA (Balestriero and LeCun, 2025, arXiv:2511.08544): views of an image agree with their mean,
-and SIGReg holds every view's embeddings to an isotropic Gaussian. No teacher, no predictor.
+and SIGReg pulls the embeddings of every view to an isotropic Gaussian. It has no teacher and no
+predictor.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 class LeJEPA(VICReg):
     """loss = (1 - lambda) mean((z_v - mean_v z)^2) + lambda SIGReg.
 
-    `step` counts the losses, and with it the random directions, in training mode.
+    In training mode `step` counts the calls of the loss; the random directions depend on it.
     """
 
     step: Tensor

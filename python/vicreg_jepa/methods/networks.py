@@ -1,4 +1,6 @@
-"""The networks of a method from its settings, in the order in which their weights are drawn."""
+"""Builds the networks of a method from its settings; the order of building is the order in which
+their weights are drawn.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Pooled(nn.Module):
-    """A ViT's tokens averaged: images [N, C, H, W] -> [N, features]."""
+    """A ViT and the mean over its tokens: images [N, C, H, W] -> [N, features]."""
 
     def __init__(self, vit: ViT, kernels: Kernels) -> None:
         super().__init__()
@@ -50,7 +52,7 @@ def encoder_and_predictor(
 ) -> tuple[ViT, Predictor]:
     """Build the networks of a method of tokens.
 
-    causal: frame by frame; pixels: the predictor gives tubelets.
+    causal: for prediction frame by frame; pixels: the predictor outputs tubelets of pixels.
     """
     model, data = config.model, config.data
     position = "rope" if video else "sincos"

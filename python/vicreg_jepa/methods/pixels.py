@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 
 class Pixels(Causal):
-    """The same task and size in pixels: what surprise in embeddings is measured against.
+    """The same task and network size with pixels as targets, as a baseline for surprise in
+    embeddings.
 
     predictor: its output is a tubelet, channels x frames x height x width.
     """
@@ -29,14 +30,14 @@ class Pixels(Causal):
 
     @torch.no_grad()
     def targets(self, x: Tensor) -> Tensor:
-        """The tubelets' pixels, as the encoder takes them."""
+        """The pixels of the tubelets, scaled as the encoder's input."""
         return self.encoder.patch_embed.pixels(x)
 
     def present(self, x: Tensor, tokens: Tensor) -> Tensor:
         return self.encoder.patch_embed.pixels(x)
 
     def tokens(self, x: Tensor) -> Tensor:
-        """The encoder's."""
+        """The tokens of the encoder."""
         return encode(self.encoder, self.kernels, x, None)
 
 

@@ -1,4 +1,4 @@
-"""What the methods that predict hidden tokens share."""
+"""The base class of the methods that predict hidden tokens."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ Draw = Callable[[Grid, int, torch.Generator], masks.Masks]
 
 
 class Predictive(nn.Module, ABC):
-    """Predicts the embeddings of hidden tokens from the seen ones'.
+    """Predicts `targets`, the embeddings of hidden tokens, from the embeddings of the visible ones.
 
-    kind: of loss; normalise: whether targets are layer-normed; `targets` is what is predicted.
-    static_token_share: the share of a clip's unchanging tokens that are predicted; all that change
-    are. In a video of few moving things nearly every token is background, which is learned at once;
-    the published choice is all, 1. vc_weight: weight of VICReg's variance and covariance (25 : 1)
-    of the context's tokens, against low rank, to which a teacher alone slides.
+    kind: the kind of loss; normalise: whether targets are layer-normed. static_token_share: the
+    share of a clip's static tokens that are predicted; all changing tokens are. In a video of few
+    moving things nearly every token is background, which is learned at once; published code
+    predicts all, 1. vc_weight: weight of VICReg's variance and covariance (25 : 1) of the context's
+    tokens. It keeps them from the low rank to which they fall with a teacher alone.
     """
 
     kind = "l1"
@@ -43,7 +43,9 @@ class Predictive(nn.Module, ABC):
 
     @property
     def contexts(self) -> tuple[int, ...]:
-        """The context lengths of surprise, in frames: the published ones that the clip has."""
+        """The context lengths of surprise, in frames: the published ones that are shorter than the
+        clip.
+        """
         frames, tubelet = self.encoder.grid.frames, self.encoder.patch_embed.size[0]
         return tuple(n for n in (2, 4, 6, 8, 10) if n % tubelet == 0 and n < frames * tubelet)
 
@@ -63,7 +65,7 @@ class Predictive(nn.Module, ABC):
         self.static_token_share, self.vc_weight = static_token_share, vc_weight
 
     def draw(self, x: Tensor, first: int, batch: int, generator: torch.Generator) -> masks.Masks:
-        """The masks of x; of static tokens, only the targets that are left in."""
+        """Draw the masks of x, without the static target tokens that are left out."""
         end = first + len(x)
         drawn = self.masks(self.encoder.grid, batch, generator).part(first, end)
         if self.static_token_share == 1.0:
@@ -78,17 +80,17 @@ class Predictive(nn.Module, ABC):
 
     @abstractmethod
     def tokens(self, x: Tensor) -> Tensor:
-        """[B, T, D] of images or clips, what a probe of tokens sees."""
+        """[B, T, D] of images or clips, the input of a probe of tokens."""
 
     def features(self, x: Tensor) -> Tensor:
-        """[B, D], what a probe sees: the tokens, averaged."""
+        """[B, D], the mean of the tokens, the input of a probe."""
         return self.tokens(x).mean(dim=1)
 
     def forward(
         self, x: Tensor, drawn: masks.Masks, weight: float = 1.0, process_group: Any = None
     ) -> Tensor:
-        """x [B, C, H, W] or [B, C, F, H, W] -> the loss: weight times the mean over what is
-        predicted, and variance and covariance of the context's tokens over all ranks of
+        """x [B, C, H, W] or [B, C, F, H, W] -> the loss: weight times the mean over the predicted
+        tokens, plus variance and covariance of the context's tokens over all ranks of
         process_group.
         """
         targets = self.targets(x)
@@ -100,14 +102,16 @@ class Predictive(nn.Module, ABC):
         return loss + self.variance_covariance(self.kernels.rows(context), process_group)
 
     def variance_covariance(self, tokens: Tensor, process_group: Any) -> Tensor | float:
-        """The weighted terms of tokens [N, D]."""
+        """The weighted sum of both terms of tokens [N, D]."""
         if self.vc_weight == 0:
             return 0.0
         variance, covariance = self.kernels.variance_covariance(tokens, process_group)
         return self.vc_weight * (variance + covariance / 25)
 
     def foreseen(self, x: Tensor, seen: Sequence[int]) -> list[Tensor]:
-        """What follows each number of token frames seen, to the end of the clips, [B, T', D]."""
+        """For each number of token frames seen, the prediction of the rest of the clips, [B, T',
+        D].
+        """
         parts = []
         for frames in seen:
             drawn = masks.future(self.encoder.grid, len(x), frames)
@@ -117,7 +121,7 @@ class Predictive(nn.Module, ABC):
         return parts
 
     def after_step(self) -> None:
-        """Without a teacher there is nothing to do."""
+        """Does nothing: there is no teacher."""
 
     def exported(self) -> tuple[str, nn.Module]:
         return "encoder", self.encoder

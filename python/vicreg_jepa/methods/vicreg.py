@@ -48,10 +48,10 @@ class VICReg(nn.Module):
         return self.kernels.vicreg(x, y, self.weights, process_group)
 
     def after_step(self) -> None:
-        """There is no teacher."""
+        """Does nothing: there is no teacher."""
 
     def features(self, images: Tensor) -> Tensor:
-        """[B, D], what a probe sees."""
+        """[B, D], the input of a probe."""
         return self.encoder(images)
 
     def exported(self) -> tuple[str, nn.Module]:

@@ -1,5 +1,5 @@
-"""A joint-embedding predictor without a teacher: the second view's embedding is predicted from the
-first one's, and the variance and covariance of both keep them from collapsing (LeCun, 2022, "A path
+"""A joint-embedding predictor without a teacher: the embedding of each view is predicted from that
+of the other, and VICReg's variance and covariance keep both from collapsing (LeCun, 2022, "A path
 towards autonomous machine intelligence", section 4.5; the terms are VICReg's).
 """
 
@@ -37,7 +37,7 @@ class VICRegJEPA(VICReg):
         self.predictor = predictor
 
     def forward(self, view: Tensor) -> Tensor:
-        """[N, 2, D]: the view's embedding, and what it predicts of the other's."""
+        """[N, 2, D]: the view's embedding, and its prediction of the other view's."""
         z = super().forward(view)
         return torch.stack((z, self.predictor(z)), dim=1)
 

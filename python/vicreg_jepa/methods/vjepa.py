@@ -1,5 +1,6 @@
 """V-JEPA (Bardes et al., 2024, arXiv:2404.08471; 2: Assran et al., 2025, arXiv:2506.09985): predict
-the teacher's embeddings of tubes hidden from a clip, L1 on layer-normed targets, rotary position.
+an EMA teacher's embeddings of tubes that are hidden from a clip, with L1 on layer-normed targets
+and rotary position.
 """
 
 from __future__ import annotations

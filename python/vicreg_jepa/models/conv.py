@@ -1,4 +1,4 @@
-"""The networks: an encoder whose features are kept, an expander that only the loss sees."""
+"""The convolutional encoder, and the expander, which only the loss uses."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from itertools import pairwise
 from torch import nn
 
 RELU = partial(nn.ReLU, inplace=True)
-# A unit at ReLU's kink is on or off by rounding: runs 1e-7 apart part within a hundred steps, by
-# 1e-3 to 1e-2 of the loss. With GELU the same runs stay 1e-6 apart.
+# At ReLU's kink rounding decides whether a unit is on or off: the losses of two runs that differ by
+# 1e-7 differ by 1e-3 to 1e-2 within a hundred steps. With GELU the difference stays at 1e-6.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": RELU, "gelu": nn.GELU}
 
 
@@ -36,8 +36,9 @@ class ConvEncoder(nn.Sequential):
 class Expander(nn.Sequential):
     """VICReg's three-layer expander: [N, features] -> [N, dim].
 
-    The published one is as wide inside as outside; `hidden` sets the inner width by itself. A
-    batch norm takes out the bias before it, whose gradient would be rounding alone: there is none.
+    The published expander has the same inner and outer width; here `hidden` sets the inner width.
+    The layers before a batch norm have no bias: the norm would cancel it, and its gradient would be
+    only rounding errors.
     """
 
     def __init__(

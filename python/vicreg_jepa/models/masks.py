@@ -1,6 +1,6 @@
-"""Which tokens a JEPA sees and which it predicts: I-JEPA's blocks and V-JEPA's tubes.
+"""The tokens that a JEPA sees and those that it predicts: I-JEPA's blocks and V-JEPA's tubes.
 
-Every sample has masks of its own, of its own lengths: nothing is cut to the shortest of a batch.
+Every sample has its own masks and lengths: nothing is cut to the shortest of a batch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ Places = list[Tensor]
 
 @dataclass(frozen=True)
 class Masks:
-    """context: what is seen; targets: [M], what is predicted from it, M times a sample."""
+    """context: the visible tokens; targets: M lists of tokens, each predicted separately from the
+    context.
+    """
 
     context: Places
     targets: list[Places]
@@ -29,13 +31,15 @@ class Masks:
         return Masks(self.context[begin:end], [places[begin:end] for places in self.targets])
 
     def tokens(self) -> int:
-        """How many are predicted."""
+        """The number of predicted tokens."""
         return sum(place.numel() for places in self.targets for place in places)
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Rectangles drawn by their share of the grid's area and by their height over width."""
+    """The number of random rectangles, and the ranges of their share of the grid's area (scale) and
+    of their height over width (aspect).
+    """
 
     count: int
     scale: tuple[float, float]
@@ -50,7 +54,7 @@ class Blocks:
         return height, width
 
     def draw(self, grid: Grid, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-        """bool [height, width]: one rectangle of this size, anywhere."""
+        """bool [height, width]: one rectangle of this size at a random place."""
         inside = torch.zeros(grid.height, grid.width, dtype=torch.bool)
         top = int(torch.randint(grid.height - size[0] + 1, (), generator=generator))
         left = int(torch.randint(grid.width - size[1] + 1, (), generator=generator))
@@ -65,9 +69,10 @@ def multi_block(
     context: Blocks = Blocks(1, (0.85, 1.0)),  # noqa: B008 - frozen
     target: Blocks = Blocks(4, (0.15, 0.2), (0.75, 1.5)),  # noqa: B008 - frozen
 ) -> Masks:
-    """I-JEPA's masks: `target.count` blocks of one size a batch, and a large block without them.
+    """I-JEPA's masks: `target.count` blocks as targets, and a large block without them as context.
+    A batch has one size of each.
 
-    A context that the targets leave empty is drawn again (its targets too).
+    A sample whose targets leave its context empty is drawn again.
     """
     target_size, context_size = target.size(grid, generator), context.size(grid, generator)
     contexts: Places = []
@@ -92,7 +97,9 @@ def multi_block(
 
 
 def tubes(grid: Grid, batch: int, generator: torch.Generator, blocks: Blocks) -> Masks:
-    """V-JEPA's masks: rectangles hidden in every frame; the target is all that is hidden."""
+    """V-JEPA's masks: rectangles that are hidden in every frame; the target is all hidden
+    tokens.
+    """
     contexts: Places = []
     targets: Places = []
     for _ in range(batch):
@@ -114,9 +121,10 @@ def tubes(grid: Grid, batch: int, generator: torch.Generator, blocks: Blocks) ->
 class VideoMasks:
     """How V-JEPA hides parts of a clip.
 
-    blocks: the settings of tube masks, one drawn a step (published: 8 short-range blocks of 15 %
-    and 2 long-range ones of 70 %). future: the chance that a step hides the future instead: all
-    tokens after a number of token frames in `frames_seen`, the task that surprise is measured on.
+    blocks: the settings of tube masks, of which each step draws one (published: 8 short-range
+    blocks of 15 % and 2 long-range ones of 70 %). future: the chance that a step instead hides the
+    future, that is all tokens after a number of token frames in `frames_seen`; surprise is measured
+    on this task.
     """
 
     blocks: tuple[Blocks, ...] = (
@@ -135,19 +143,19 @@ class VideoMasks:
 
 
 def following(grid: Grid, batch: int, generator: torch.Generator) -> Masks:
-    """Every token frame but the last is seen, every one but the first predicted."""
+    """The context is every token frame but the last, the target every one but the first."""
     del generator  # nothing is drawn
     every, plane = torch.arange(grid.tokens), grid.frame.tokens
     return Masks([every[:-plane]] * batch, [[every[plane:]] * batch])
 
 
-# Of the range of pixels: what changes by less is noise.
+# A share of the range of pixels: smaller changes count as noise.
 CHANGE = 0.15
 
 
 def changing(patches: Tensor, grid: Grid) -> Tensor:
-    """bool [B, T]: the tokens of clips [B, T, pixels] in [0, 1] that differ somewhere by more than
-    CHANGE from the clip's median at their place, or from the token frame before or after.
+    """bool [B, T]: the tokens of clips [B, T, pixels] in [0, 1] of which a pixel differs by more
+    than CHANGE from the clip's median at its place, or from the token frame before or after.
     """
     frames = patches.unflatten(1, (grid.frames, -1))
     change = (frames - frames.median(dim=1, keepdim=True).values).abs().amax(dim=-1) > CHANGE
@@ -158,9 +166,7 @@ def changing(patches: Tensor, grid: Grid) -> Tensor:
 
 
 def chosen(drawn: Masks, keep: Tensor) -> Masks:
-    """The same context, and of each sample's targets those that keep, bool [B, T], names; where it
-    names none of them, all.
-    """
+    """Keep only the targets where `keep` [B, T] is True. A sample with none keeps all its targets."""
     targets = []
     for one in drawn.targets:
         some = [places[row[places]] for places, row in zip(one, keep, strict=True)]

@@ -1,7 +1,7 @@
 """Vision transformers for images and video, with timm's parameter names.
 
-A transformer here does not know how its attention is computed or how its tokens lie: it is given
-`attend`, and works on padded [B, T, D] and on packed [total, D] tokens alike (`kernels.py`).
+A transformer gets its attention as the argument `attend`, so it works on padded [B, T, D] and on
+packed [total, D] tokens (`ops/`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Attend = Callable[[vk.MaskedAttention, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Grid:
-    """Tokens of a clip: frames x height x width of them; an image has one frame."""
+    """The grid of a clip's tokens: frames x height x width; an image has one frame."""
 
     frames: int
     height: int
@@ -32,7 +32,7 @@ class Grid:
 
     @property
     def frame(self) -> Grid:
-        """One frame of it."""
+        """The grid of one frame."""
         return Grid(1, self.height, self.width)
 
     @property
@@ -67,8 +67,9 @@ class Block(nn.Module):
 
 
 class Local(nn.Module):
-    """Adds a 3 x 3 convolution over a token's frame and the one before it: what moves comes from
-    next door, which attention finds only after long training. [B, T, dim] of whole frames.
+    """Adds a 3 x 3 convolution over a token's frame and the one before it. A moving thing comes
+    from a neighbouring token, and attention learns this only after long training. Takes [B, T, dim]
+    of whole frames.
     """
 
     def __init__(self, dim: int, frame: Grid) -> None:
@@ -82,8 +83,8 @@ class Local(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks, each after a convolution where `local` has them, and a last norm; checkpointing:
-    recompute each block in the backward.
+    """Blocks and a last norm; local: convolutions, one before each block; checkpointing: recompute
+    each block in the backward.
     """
 
     def __init__(self, dim: int, heads: int, depth: int) -> None:
@@ -105,7 +106,9 @@ class Transformer(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """[B, C, frames, height, width] -> [B, T, dim], tubelets of `size`; images: a frame of one."""
+    """[B, C, frames, height, width] -> [B, T, dim], for tubelets of `size`; an image has one
+    frame.
+    """
 
     def __init__(self, channels: int, size: tuple[int, int, int], dim: int) -> None:
         super().__init__()
@@ -120,20 +123,20 @@ class PatchEmbed(nn.Module):
         return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
 
     def pixels(self, x: Tensor) -> Tensor:
-        """The patches as the projection takes them: pixels in [0, 1] spread about 0, so that a
-        patch weighs as much as its position.
+        """The patches, scaled for the projection: pixels in [0, 1] become centred about 0, with a
+        scale at which a patch weighs as much as its position.
         """
         return (self.patches(x) - 0.5) / 0.25
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.pixels(x)  # and a product: the same numbers as the convolution
+        x = self.pixels(x)  # as a product: it equals the convolution
         return nn.functional.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class ViT(Transformer):
     """The encoder: patches, positions (a fixed sine table, or rotary in the attention), blocks.
 
-    image: (channels, frames, height, width) of what it takes; patch: the tubelet (1 frame: images).
+    image: (channels, frames, height, width) of its input; patch: the tubelet (1 frame for images).
     position: "sincos" adds a table, "rope" leaves position to `attend`. sees: "clip", tokens attend
     to the whole clip; "frame", each token frame is encoded by itself (V-JEPA 2-AC), so that a
     frame's embeddings do not depend on what happens before and after it.
@@ -170,7 +173,7 @@ class ViT(Transformer):
 
     @property
     def apart(self) -> Grid | None:
-        """The grid whose frames do not see each other."""
+        """The grid if its frames do not see each other, else None."""
         return self.grid if self.sees == "frame" else None
 
     def embed(self, x: Tensor) -> Tensor:
@@ -180,10 +183,12 @@ class ViT(Transformer):
 
 
 class Predictor(Transformer):
-    """Predicts target tokens' embeddings from context tokens': narrower, with a mask token.
+    """A narrower transformer that predicts the embeddings of target tokens from context tokens and
+    a mask token.
 
-    features: of the context's tokens; targets: of what is predicted, None: the same. position: as
-    the encoder's, or "both". local: a convolution before each block, for dense frames.
+    features: width of the context's tokens; targets: width of the predictions, by default the same.
+    position: as for the encoder, or "both". local: a convolution before each block, for dense
+    frames.
     """
 
     def __init__(
@@ -219,7 +224,7 @@ class Predictor(Transformer):
 
 
 def sincos(grid: Grid, dim: int) -> Tensor:
-    """[T, dim]: sines and cosines of each axis' coordinate, one part of the columns an axis."""
+    """[T, dim]: sines and cosines of the coordinates; each axis has its own part of the columns."""
     axes = [n for n in grid.axes if n > 1] or [1]
     part = dim // len(axes) // 2 * 2
     places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in axes))
@@ -231,9 +236,10 @@ def sincos(grid: Grid, dim: int) -> Tensor:
 
 
 def initialise(module: nn.Module) -> None:
-    """Truncated normal weights of 1 / sqrt(inputs), no biases; what is added to the residual stream
-    shrinks with depth, as in I-JEPA and V-JEPA. Their 0.02 is about that at their width; a narrow
-    model learns several times slower from it.
+    """Set truncated normal weights of standard deviation 1 / sqrt(inputs) and zero biases; the
+    weights that write to the residual stream shrink with depth, as in I-JEPA and V-JEPA. At their
+    width the published 0.02 is about 1 / sqrt(inputs); a narrow model learns several times more
+    slowly from 0.02.
     """
     for child in module.modules():
         if isinstance(child, nn.Linear | nn.Conv3d):

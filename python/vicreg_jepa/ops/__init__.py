@@ -1,3 +1,3 @@
-"""What a method computes with: the ops of vicreg_kernels (fused.py) or plain PyTorch
+"""The ops that a method computes with: those of vicreg_kernels (fused.py) or plain PyTorch
 (reference.py).
 """

@@ -1,10 +1,10 @@
-"""One switch: what a method asks for, with the fused ops or as published code does it.
+"""The switch between the fused ops and the ops of published code.
 
-A method is written once over these few steps. `Fused` keeps ragged batches packed; `Reference` pads
-to the longest sample, masks the padding, rotates queries and keys eagerly, gathers through
-expanded int64 indices, sorts with an argsort, forms D x D covariances and updates the teacher
-tensor by tensor. Both take the same masks, so they compute the same loss; published I-JEPA and
-V-JEPA differ in cutting every sample to the shortest of the batch: they train on other tokens.
+A method is written once, on the few functions that both classes have. `Fused` keeps ragged batches
+packed; `Reference` pads to the longest sample, masks the padding, rotates queries and keys eagerly,
+gathers through expanded int64 indices, sorts with an argsort, forms D x D covariances and updates
+the teacher tensor by tensor. Both take the same masks, so they compute the same loss. Published
+I-JEPA and V-JEPA cut every sample to the shortest of the batch, so they train on fewer tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the fused and the reference kernels share."""
+"""Types shared by the fused and the reference ops."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import vicreg_kernels as vk
 from vicreg_jepa.models.masks import Places
 from vicreg_jepa.models.vit import Attend, Grid
 
-# Of invariance, variance and covariance.
+# The weights of invariance, variance and covariance.
 Weights = tuple[float, float, float]
 
 
@@ -19,9 +19,9 @@ Weights = tuple[float, float, float]
 class Sequences:
     """Tokens of a batch of sequences of different lengths, and their places in the grid.
 
-    places: of each sequence, on the host, where they were taken from a grid.
-    Fused: x [total, D], index [total], offsets [P + 1] on the host. Reference: x [P, L, D],
-    index [P, L], keep bool [P, L], padded behind.
+    places: the places of each sequence, on the host, if they were taken from a grid. Fused: x
+    [total, D], index [total], offsets [P + 1] on the host. Reference: x [P, L, D], index [P, L],
+    keep bool [P, L], with padding at the end.
     """
 
     x: Tensor
@@ -36,7 +36,7 @@ class Sequences:
 
 
 def by_frame(apart: Grid | None, attend: Attend) -> Attend:
-    """On dense tokens [B, T, D], each frame a sample of its own."""
+    """Attention on dense tokens [B, T, D] in which each frame is a separate sample."""
     if apart is None:
         return attend
 

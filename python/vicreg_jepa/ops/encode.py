@@ -1,4 +1,4 @@
-"""An encoder and a predictor run on some of the tokens, with either kernels."""
+"""Runs an encoder and a predictor on some of the tokens, with fused or reference ops."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from vicreg_jepa.ops.common import Sequences
 
 
 def encode(encoder: Any, kernels: Kernels, x: Tensor, places: Places | None) -> Any:
-    """The encoder on the tokens at `places`, as Sequences; None: on all of them, [B, T, D]."""
+    """Run the encoder on the tokens at `places` and return Sequences; None: on all tokens, [B, T,
+    D].
+    """
     tokens = encoder.embed(x)
     if places is None:
         return encoder.run(tokens, kernels.attend(None, encoder.rope, encoder.apart))
@@ -21,7 +23,7 @@ def encode(encoder: Any, kernels: Kernels, x: Tensor, places: Places | None) -> 
 
 
 def predict(predictor: Any, kernels: Kernels, context: Sequences, masks: Masks) -> Tensor:
-    """The predictor's embeddings of the targets, as `prediction_loss` takes them."""
+    """Predict the embeddings of the targets, in the form that `prediction_loss` takes."""
     narrow = context.with_tokens(predictor.predictor_embed(context.x))
     sequence = kernels.assemble(narrow, predictor.mask_token, masks.targets, predictor.table)
     x = predictor.run(sequence.x, kernels.attend(sequence, predictor.rope))

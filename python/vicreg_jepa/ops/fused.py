@@ -1,4 +1,4 @@
-"""What a method asks for, by the ops of vicreg_kernels on packed tokens."""
+"""The ops of a method, by vicreg_kernels on packed tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Fused:
         self.backend = backend
 
     def take(self, x: Tensor, places: Places) -> Sequences:
-        """Each sample's tokens at `places` of x [B, T, D]."""
+        """Take each sample's tokens at `places` from x [B, T, D]."""
         index, offsets = torch.cat(places).to(x.device), _offsets(places)
         tokens = vk.gather_tokens(x, index, offsets=offsets, backend=self.backend)
         return Sequences(tokens, index, offsets, places=places)
@@ -35,26 +35,30 @@ class Fused:
     def attend(
         self, sequences: Sequences | None, rope: Grid | None, apart: Grid | None = None
     ) -> Attend:
-        """How attention is computed over these sequences; None: dense tokens [B, T, D].
+        """Return the attention function for these sequences; None: for dense tokens [B, T, D].
 
-        apart: the grid whose frames do not see each other; None: a clip's tokens see them all.
+        apart: the grid, if its frames do not see each other; None: every token of a clip sees all
+        others.
         """
         if sequences is None:
             turn = None if rope is None else vk.Rope3d((apart.frame if apart else rope).axes)
             return by_frame(apart, lambda module, x: module(x, rope=turn))
         index, offsets = sequences.index, sequences.offsets
         if apart is not None:
-            # V-JEPA's rotation is not quite relative: a frame is placed as if it were alone.
+            # V-JEPA's rotation is not quite relative, so each frame gets the positions of a frame
+            # by itself.
             index, offsets = index % apart.frame.tokens, _frame_offsets(sequences, apart)
         turn = None if rope is None else vk.Rope3d(rope.axes, index)
         assert offsets is not None
-        # Moved and read here, once for all blocks: a compiled block can do neither.
+        # The offsets are moved and read here, once for all blocks: a compiled block can do neither.
         longest = int(offsets.diff().max())
         rule = vk.Ragged(offsets.to(sequences.x.device), max_length=longest)
         return lambda module, x: module(x, mask=rule, rope=turn)
 
     def attend_causal(self, grid: Grid, frames: int) -> Attend:
-        """Rotary attention over the first token frames of a grid, dense, to no later frame."""
+        """Rotary attention over dense tokens of the first frames of a grid; no token sees a later
+        frame.
+        """
         turn = vk.Rope3d((frames, grid.height, grid.width))
         rule = vk.FrameCausal(grid.frame.tokens)
         return lambda module, x: module(x, mask=rule, rope=turn)
@@ -72,7 +76,7 @@ class Fused:
     def assemble(
         self, context: Sequences, mask_token: Tensor, targets: list[Places], table: Tensor | None
     ) -> Sequences:
-        """For each of the M targets of each sample, its context and mask tokens in grid order."""
+        """For each of the M targets of each sample, the context and mask tokens in grid order."""
         assembled = vk.assemble_tokens(
             context.x.repeat(len(targets), 1),
             context.index.repeat(len(targets)),
@@ -96,8 +100,8 @@ class Fused:
         kind: str,
         normalise: bool,
     ) -> Tensor:
-        """The loss of predictions, in the order of targets, against wanted [B, T, D]; normalise:
-        layer-norm wanted first.
+        """The loss of predictions, in the order of targets, against `wanted` [B, T, D]; normalise:
+        layer-norm `wanted` first.
         """
         offsets = [_offsets(places) for places in targets]
         parts = predictions.split([int(o[-1]) for o in offsets])
@@ -127,7 +131,9 @@ class Fused:
 
 
 def _frame_offsets(sequences: Sequences, grid: Grid) -> Tensor:
-    """Where the tokens of each sequence's frames begin; they lie in the grid's order."""
+    """The offset of the first token of each frame of each sequence; tokens are in the grid's
+    order.
+    """
     assert sequences.places is not None
     frame = torch.cat(
         [p // grid.frame.tokens + i * grid.frames for i, p in enumerate(sequences.places)]

@@ -1,8 +1,8 @@
-"""Losses, attention, gathers and teacher as published code computes them: what we compare with.
+"""Losses, attention, gathers and teacher as published code computes them, for comparison.
 
 facebookresearch/vicreg forms the D x D covariance of each view and copies its off-diagonal
-elements out with a strided view, squares and sums them. Eager PyTorch, differentiated by autograd,
-float64-capable.
+elements out with a strided view, squares and sums them. This is eager PyTorch, differentiated by
+autograd, and also runs in float64.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ def variance_covariance(
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x [B, T, D] at index [B, K], through an index of [B, K, D]."""
+    """Gather rows of x [B, T, D] at index [B, K], with an expanded index [B, K, D]."""
     return torch.gather(x, 1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def rotate(x: Tensor, places: Tensor, grid: Grid) -> Tensor:
-    """x [B, H, T, d] turned by its places [B or 1, T], in V-JEPA 2's order of frequencies."""
+    """Rotate x [B, H, T, d] by its places [B or 1, T], in V-JEPA 2's order of frequencies."""
     part = 2 * (x.shape[-1] // 3 // 2)
     plane = grid.height * grid.width
     axes = (places // plane, places // grid.width % grid.height, places % grid.width)
@@ -83,7 +83,9 @@ def rotate(x: Tensor, places: Tensor, grid: Grid) -> Tensor:
 def attention(
     module: nn.Module, x: Tensor, *, index: Tensor | None, keep: Tensor | None, grid: Grid | None
 ) -> Tensor:
-    """Self-attention of padded tokens [B, T, D]; keep: bool [B, 1 or T, T], what each sees."""
+    """Self-attention of padded tokens [B, T, D]; keep: bool [B, 1 or T, T], the keys that each
+    query sees.
+    """
     three = module.qkv(x).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
     q, k, v = three.unbind(0)
     if grid is not None:
@@ -96,7 +98,7 @@ def attention(
 
 
 class EMA(nn.Module):
-    """The published teacher: parameter by parameter, momentum rising linearly to 1."""
+    """The published teacher update: parameter by parameter, with momentum rising linearly to 1."""
 
     def __init__(self, module: nn.Module, momentum: float, steps: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a method asks for, in plain PyTorch, as the published repositories compute it."""
+"""The ops of a method in plain PyTorch, as the published repositories compute them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class Reference:
-    """Plain PyTorch, as the published repositories compute it."""
+    """Plain PyTorch on padded tokens."""
 
     name = "reference"
 
