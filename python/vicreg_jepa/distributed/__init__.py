@@ -1,3 +1,3 @@
-"""Many processes: ranks.py says which this one is, launch.py joins them, sharding.py and
-batchnorm.py put a model on them.
+"""Several processes: ranks.py has the rank of this one, launch.py connects them, sharding.py and
+batchnorm.py distribute a model over them.
 """

@@ -1,6 +1,6 @@
-"""Batch norm over the rows of all ranks: many processes then train what one process trains.
+"""Batch norm over the rows of all ranks, so that many processes train the same as one.
 
-torch.nn.SyncBatchNorm is for GPUs alone; this one does the same on the CPU.
+torch.nn.SyncBatchNorm runs only on GPUs; this one does the same on the CPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class _SumOfRanks(torch.autograd.Function):
-    """The sum over ranks; its gradient is the sum of theirs."""
+    """The sum over ranks; its gradient is the sum of the gradients of all ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -28,23 +28,23 @@ class _SumOfRanks(torch.autograd.Function):
 
 
 class CPUSyncBatchNorm(_BatchNorm):
-    """BatchNorm1d and 2d whose statistics in training are those of all ranks' rows together.
+    """BatchNorm1d and 2d whose training statistics are those of the rows of all ranks.
 
-    The names of its parameters and buffers are theirs, so that checkpoints are interchangeable.
+    Its parameters and buffers have the same names, so checkpoints are interchangeable.
     """
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() < 2:
             raise ValueError(f"x: got {x.dim()} dimensions, takes at least 2")
 
-    # A collective inside: torch.compile breaks its graph here.
+    # torch.compile breaks its graph here, because of the collective inside.
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
         self._check_input_dim(x)
         along = [d for d in range(x.dim()) if d != 1]
-        wide = x.double()  # as torch's own does: the sum of squares then loses nothing
+        wide = x.double()  # as in torch's own: the sum of squares then loses no digits
         rows = wide.new_tensor([x.numel() / x.shape[1]])
         total = _SumOfRanks.apply(torch.cat((wide.sum(along), wide.square().sum(along), rows)))
         count = total[-1].detach()
@@ -67,8 +67,8 @@ class CPUSyncBatchNorm(_BatchNorm):
 
 
 def synchronised(module: nn.Module, device: torch.device) -> nn.Module:
-    """module, each BatchNorm1d, 2d and 3d in it replaced by one over all ranks, with the same
-    parameters and buffers.
+    """Replace each BatchNorm1d, 2d and 3d in module by one over all ranks, with the same parameters
+    and buffers.
     """
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)

@@ -1,4 +1,4 @@
-"""Joins the processes of torchrun, or of the caller; alone without either."""
+"""Connects the processes of torchrun, or uses those of the caller."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vicreg_jepa.distributed.ranks import Ranks
 
 @contextmanager
 def ranks(settings: Config) -> Iterator[Ranks]:
-    """torchrun's processes, or those of the caller's process group; alone without either."""
+    """The ranks of torchrun or of the caller's process group; without either, one process."""
     if dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size())
         return
@@ -36,16 +36,16 @@ def ranks(settings: Config) -> Iterator[Ranks]:
         traceback.clear_frames(error.__traceback__)
         raise
     finally:
-        # A model that outlives its process group can hang when it goes.
+        # A model that outlives its process group can hang when it is deleted.
         gc.collect()
         dist.destroy_process_group()
 
 
 def in_turn(process: Ranks, make: Callable[[], Any]) -> Any:
-    """make() on rank 0, then on all others at once: what writes files finds them written."""
+    """Call make() on rank 0, then on all others at once, which find the files that rank 0 wrote."""
     if process.ranks == 1:
         return make()
-    # A group of its own, for simulating videos may take longer than other collectives wait.
+    # This needs its own group: simulating videos may take longer than the timeout of the default.
     group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     result = make() if process.rank == 0 else None
     dist.barrier(group)

@@ -1,4 +1,4 @@
-"""Which of a run's processes this one is, and which rows of a batch are its own."""
+"""The rank of this process in a run, and its rows of a batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Share:
-    """A rank's rows of a batch: an equal part, in the order of ranks."""
+    """A rank's rows of a batch: equal parts, in the order of ranks."""
 
     rank: int = 0
     ranks: int = 1
@@ -20,7 +20,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of torchrun; alone without it."""
+    """The rank of this process and the number of ranks; rank 0 of 1 without torchrun."""
 
     rank: int = 0
     ranks: int = 1

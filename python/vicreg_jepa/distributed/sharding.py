@@ -1,5 +1,5 @@
-"""One method on many ranks: a copy on each (DistributedDataParallel) or shards (FSDP2), and its
-tensors whole again for a checkpoint, which any number of ranks and either way can go on from.
+"""Distributes a method over ranks, as copies (DistributedDataParallel) or shards (FSDP2), and
+gathers whole tensors for checkpoints, from which any number of ranks can resume in either way.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vicreg_jepa.config import Training
 from vicreg_jepa.models.vit import Block
 
 DDP = nn.parallel.DistributedDataParallel
-# Batch norm is the same on every rank already. torch 2.13 has renamed the argument.
+# Batch norm's buffers are equal on all ranks already. torch 2.13 renamed the argument.
 _BUFFERS = (
     "forward_sync_buffers"
     if "forward_sync_buffers" in inspect.signature(DDP.__init__).parameters
@@ -25,8 +25,8 @@ _BUFFERS = (
 
 
 def distribute(method: nn.Module, settings: Training, ranks: int) -> nn.Module:
-    """What to call in the place of `method`, which is changed: batch norm over all ranks, and with
-    parallel="fsdp" its parameters shards. Optimizers are made after it.
+    """Return the module to call instead of `method`. `method` itself is changed: its batch norm is
+    over all ranks, and with parallel="fsdp" its parameters are shards. Make optimizers afterwards.
     """
     if ranks == 1:
         if settings.parallel == "fsdp":
@@ -38,7 +38,8 @@ def distribute(method: nn.Module, settings: Training, ranks: int) -> nn.Module:
     device = torch.device(settings.device)
     if device.index is not None:
         raise ValueError(f"training.device: got {settings.device!r} on {ranks} ranks, takes 'cuda'")
-    # It marks what torch.compile leaves out, for which torch imports its compiler.
+    # Imported here, because it marks a function that torch.compile must skip, and for that torch
+    # imports its compiler.
     from vicreg_jepa.distributed.batchnorm import synchronised
 
     synchronised(method, device)
@@ -48,7 +49,7 @@ def distribute(method: nn.Module, settings: Training, ranks: int) -> nn.Module:
 
 
 def _sharded(method: nn.Module, device: torch.device, ranks: int) -> nn.Module:
-    """Every transformer block by itself, student's and teacher's alike; what is left together."""
+    """Shard each transformer block of student and teacher by itself, and the rest together."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = dist.init_device_mesh(device.type, (ranks,))
@@ -56,7 +57,7 @@ def _sharded(method: nn.Module, device: torch.device, ranks: int) -> nn.Module:
         if isinstance(part, Block):
             fully_shard(part, mesh=mesh)
     fully_shard(method, mesh=mesh)
-    # The monitor calls it without forward.
+    # The monitor of the spread calls `features` without `forward`.
     register_fsdp_forward_method(method, "features")
     return method
 
@@ -72,7 +73,7 @@ def is_shard(z: Any) -> bool:
 def whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """Gather shards and copy each tensor to the CPU, one at a time; return {} if `keep` is False.
 
-    Where there are shards every rank calls it, with the same names in the same order.
+    With shards every rank must call it, with the same names in the same order.
     """
     copies = {}
     for name, z in tensors.items():
@@ -85,12 +86,14 @@ def whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def shard_like(value: Any, like: Any) -> Any:
-    """This rank's shard of `value`, as `like` is sharded; value itself where it is not."""
+    """This rank's shard of `value`, sharded like `like`; `value` itself if `like` is not
+    sharded.
+    """
     if not is_shard(like) or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    # Every rank has read the whole: nothing is sent.
+    # Every rank has read the whole tensor, so nothing is sent.
     return distribute_tensor(
         value.to(like.device), like.device_mesh, like.placements, src_data_rank=None
     )

@@ -166,7 +166,7 @@ def changing(patches: Tensor, grid: Grid) -> Tensor:
 
 
 def chosen(drawn: Masks, keep: Tensor) -> Masks:
-    """Keep only the targets where `keep` [B, T] is True. A sample with none keeps all its targets."""
+    """Keep only the targets where `keep` [B, T] is True; a sample with none keeps all of them."""
     targets = []
     for one in drawn.targets:
         some = [places[row[places]] for places, row in zip(one, keep, strict=True)]

@@ -1,1 +1,3 @@
-"""A run: the loop (trainer.py), its start and return (run.py), its checkpoints, log and end."""
+"""A run: the loop (trainer.py), starting, resuming and reading it (run.py), checkpoints, log,
+stop.
+"""

@@ -1,8 +1,9 @@
 """Checkpoints: tensors as safetensors, everything else as JSON; nothing is unpickled.
 
-A checkpoint is a folder `step_<n>` with tensors.safetensors and state.json, which names the step,
-the other's size and SHA-256, and its own. It is written beside its place, flushed to the disk and
-renamed: a process killed at any moment leaves the ones before it whole.
+A checkpoint is a folder `step_<n>` with tensors.safetensors and state.json, which holds the step,
+the size and SHA-256 of the tensors' file, and its own SHA-256. It is written under another name,
+flushed to disk and renamed, so a process that is killed at any moment leaves the earlier
+checkpoints intact.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ from torch import Tensor
 from vicreg_jepa.files import output
 
 FORMAT = "vicreg-jepa-checkpoint/1"
-# Of versions that were not released: other names of settings; the first had no checksum.
+# Formats of unreleased versions, with other names of settings; the first had no checksum.
 OLDER = ("jepa-checkpoint/1", "jepa-checkpoint/2")
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
 class CheckpointError(ValueError):
-    """Says which file is not a checkpoint that this run can go on from, and why."""
+    """The message says which file is not a checkpoint that this run can resume from, and why."""
 
 
 class Damaged(CheckpointError):
-    """It is not what was written: the one before it may be."""
+    """A checkpoint's contents are not those that were written; an earlier one may be intact."""
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> Path:
-    """Writes folder/step_<n>; state: what JSON holds. Raises OutputError, with nothing written."""
+    """Write folder/step_<n>; state: JSON values. Raises OutputError; then nothing is written."""
     target = folder / f"step_{step:08d}"
     partial = folder / f".{target.name}.{os.getpid()}.partial"
     whole = {name: z.detach().cpu().contiguous() for name, z in tensors.items()}
@@ -71,16 +72,17 @@ def _write(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str,
 
 
 def sealed(written: dict[str, Any]) -> dict[str, Any]:
-    """With the checksum of all its values, however JSON is laid out."""
+    """Add a checksum of all values, which does not depend on the layout of the JSON text."""
     held = json.loads(json.dumps({k: v for k, v in written.items() if k != "checksum"}))
     text = json.dumps(held, sort_keys=True, separators=(",", ":"))
     return {**held, "checksum": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], int, dict[str, Any]]:
-    """(tensors, step, state) of a checkpoint folder.
+    """Load (tensors, step, state) from a checkpoint folder.
 
-    Raises Damaged for what is missing, truncated or altered, CheckpointError for another format.
+    Raises Damaged if a part is missing, truncated or altered, and CheckpointError for another
+    format.
     """
     written = _state(path)
     tensors = path / TENSORS
@@ -121,8 +123,8 @@ def _state(path: Path) -> dict[str, Any]:
 
 
 def newest_whole(folder: Path) -> tuple[Path, tuple[dict[str, Tensor], int, dict[str, Any]]] | None:
-    """The newest checkpoint that is not damaged, and what `load` gives of it; says on stderr which
-    ones are. None without any. Raises Damaged where none is whole.
+    """Return the newest checkpoint that is not damaged, with the result of `load`; name damaged
+    ones on stderr. None if there is no checkpoint. Raises Damaged if all are damaged.
     """
     problems: list[Damaged] = []
     for path in reversed(existing(folder)):
@@ -140,7 +142,7 @@ def newest_whole(folder: Path) -> tuple[Path, tuple[dict[str, Tensor], int, dict
 
 
 def set_aside(folder: Path, step: int) -> None:
-    """Renames what is later than `step`, which is damaged: it must not count as the newest."""
+    """Rename the checkpoints after `step`: they are damaged and must not count as the newest."""
     for path in existing(folder):
         if path.name > f"step_{step:08d}":
             aside = path.with_name(f"{path.name}.damaged")
@@ -151,7 +153,7 @@ def set_aside(folder: Path, step: int) -> None:
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint of most steps; what was being written when a run was killed does not count."""
+    """The checkpoint of the latest step, without one that was incomplete when a run was killed."""
     steps = existing(folder)
     return steps[-1] if steps else None
 
@@ -163,7 +165,7 @@ def existing(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Leaves the newest `keep`, and nothing half written."""
+    """Keep the newest `keep` checkpoints; delete the others and incomplete ones."""
     for path in existing(folder)[:-keep]:
         with output.writing(path):
             shutil.rmtree(path)
@@ -172,7 +174,7 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def flatten(prefix: str, state: Any, tensors: dict[str, Tensor]) -> Any:
-    """A state_dict as JSON, its tensors moved to `tensors` under names that say where they were."""
+    """Turn a state_dict into JSON values; its tensors go to `tensors`, named by their place."""
     if isinstance(state, Tensor):
         tensors[prefix] = state
         return {"tensor": prefix}
@@ -187,7 +189,7 @@ def flatten(prefix: str, state: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def unflatten(flat: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `flatten` took apart."""
+    """The inverse of `flatten`."""
     if "tensor" in flat:
         return tensors[flat["tensor"]]
     if "items" in flat:
@@ -206,7 +208,7 @@ def _digest(path: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    """To the disk; a folder's entries too."""
+    """Flush a file, or the entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

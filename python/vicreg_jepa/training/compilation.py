@@ -1,10 +1,9 @@
-"""torch.compile, where shapes let it: once a kind of call, not once a batch.
+"""torch.compile, arranged so that it compiles once per kind of call instead of once per batch.
 
-A transformer is compiled block by block with dynamic shapes: blocks share one graph, the number of
-packed tokens and the longest sample are symbols in it, and what differs from sample to sample
+A transformer is compiled block by block with dynamic shapes. Blocks share one graph, in which the
+number of packed tokens and the longest sample are symbols. The code that depends on the samples
 (lists of places, their checks on the host) stays outside. A method of batch statistics has batches
-of one shape, so all that comes before its loss is one graph; views are drawn and losses taken
-outside.
+of one shape, so everything before its loss is one graph; views and loss are computed outside.
 """
 
 from __future__ import annotations
@@ -16,18 +15,20 @@ from torch import nn
 
 from vicreg_jepa.models.vit import Block
 
-# "reduce-overhead" by its parts, and an error where a graph would be left out in silence.
+# The options of "reduce-overhead", and an error if a CUDA graph would be silently skipped.
 CUDA_GRAPHS = {"triton.cudagraphs": True, "triton.cudagraph_or_error": True}
 BACKEND = "inductor"
 
 
 def compile_method(method: nn.Module, *, whole: bool, cuda_graphs: bool = False) -> None:
-    """In place, before DistributedDataParallel wraps it; the parameters keep their names.
+    """Compile a method in place, before DistributedDataParallel wraps it; parameters keep their
+    names.
 
-    whole: all of its forward as one graph, which takes batches of one shape.
+    whole: compile its whole forward as one graph, for batches of one shape.
     """
-    # A block is a piece already: its gradients are reduced while earlier blocks are differentiated.
-    # Torch would cut each graph again, at the ends of DDP's buckets.
+    # Each block has its own graph, so its gradients are reduced while earlier blocks are
+    # differentiated. Without this line torch would also split each graph at the ends of DDP's
+    # buckets.
     torch._dynamo.config.optimize_ddp = False
     if whole:
         options: dict[str, Any] = {"options": CUDA_GRAPHS} if cuda_graphs else {}

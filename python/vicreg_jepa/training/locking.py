@@ -1,7 +1,7 @@
 """One run at a time in a folder: a lock that names its holder.
 
-The kernel holds the lock and lets it go when the process ends, however it ends. Where a file system
-has no locks, and against other hosts, the process and host in the file decide.
+The operating system holds the lock and releases it when the process ends for any reason. On a file
+system without locks, and between hosts, the process and host named in the file decide.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from vicreg_jepa.files import output
 
 NAME = "lock"
-_own: set[tuple[int, int]] = set()  # files that this process holds: the kernel lets it hold twice
+_own: set[tuple[int, int]] = set()  # files that this process holds: the system lets it lock twice
 
 
 class Held(ValueError):
@@ -27,7 +27,7 @@ class Held(ValueError):
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Inside, no other process trains in the folder. Raises Held, and OutputError."""
+    """A context in which no other process trains in the folder. Raises Held, and OutputError."""
     path = folder / NAME
     with output.writing(path):
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -44,7 +44,7 @@ def held(folder: Path) -> Iterator[None]:
             _own.discard(this)
             os.ftruncate(file, 0)
     finally:
-        os.close(file)  # and with it goes the lock
+        os.close(file)  # which releases the lock
 
 
 def _take(path: Path, file: int) -> None:
@@ -66,7 +66,7 @@ def _take(path: Path, file: int) -> None:
 
 
 def _holder(file: int) -> tuple[int | None, str]:
-    """The process and host that the file names; None where it names none."""
+    """The process and host that the file names; None if it names none."""
     try:
         holder = json.loads(os.pread(file, 4096, 0))
         return int(holder["pid"]), str(holder["host"])

@@ -1,4 +1,4 @@
-"""What a run says as it goes: a progress line, metrics.jsonl and TensorBoard."""
+"""The output of a running training: a progress line, metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from vicreg_jepa.training import metrics_file
 
 
 class SpreadMonitor:
-    """How a fixed batch's features are spread, at the steps that are logged."""
+    """Computes the spread (rank, deviations) of a fixed batch's features at the steps that are
+    logged.
+    """
 
     def __init__(self, settings: Config, method: nn.Module, source: Any) -> None:
         self.settings, self.method = settings.training, method
@@ -107,7 +109,9 @@ class Log:
 
 
 def _tensorboard(folder: Path, step: int) -> Any:
-    """Told to forget what a killed run wrote after the step that this one goes on from."""
+    """A TensorBoard writer that drops the rows a killed run wrote after the step of its
+    checkpoint.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -1,4 +1,4 @@
-"""A run's log, metrics.jsonl: a row of JSON a step, each step once."""
+"""A run's log, metrics.jsonl: one row of JSON per logged step, each step once."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ NAME = "metrics.jsonl"
 
 
 def take_up(path: Path, step: int) -> None:
-    """Leaves the rows up to `step`, the checkpoint that a run goes on from: what a killed run wrote
-    after it is written again, and half a line would fuse with the next. Raises OutputError.
+    """Keep only the rows up to `step`, the checkpoint from which a run resumes: the resumed run
+    writes later rows again, and its first row would be appended to an incomplete line. Raises
+    OutputError.
     """
     with output.writing(path):
         if not path.exists():

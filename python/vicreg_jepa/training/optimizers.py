@@ -1,4 +1,4 @@
-"""AdamW from torch, and LARS; biases, norms and single vectors are not decayed."""
+"""AdamW from torch, and LARS; biases, norms and single vectors have no weight decay."""
 
 from __future__ import annotations
 

@@ -30,23 +30,26 @@ import torch.distributed as dist
 from vicreg_jepa.training import checkpoint
 from vicreg_jepa.training.stopping import SIGNALS, Stop, Stopped
 
-# In seconds. After a failed collective, the end of another process is waited for.
+# All in seconds. How long a rank whose collective failed waits for another process to end.
 PEER_EXIT_TIMEOUT = 3.0
-# After a signal that none has answered yet, the other ranks may say that they are alive.
+# After a signal, how long the other ranks have to answer that they are alive.
 ALIVE_TIMEOUT = 6.0
-# After a signal the ranks finish their step and save: torchrun kills them 30 seconds after its own.
+# After a signal, how long the ranks have to finish their step and save: torchrun kills them 30
+# seconds after it has sent the signal.
 SAVE_TIMEOUT = 25.0
-# After a signal and the end of another rank, which the main thread cannot go on without, it leaves.
+# After a signal and the end of another rank, without which the main thread cannot continue, how
+# long the main thread has to leave by itself.
 LEAVE_TIMEOUT = 3.0
-# After a failure torchrun's signal is waited for, so that it counts the rank that ended as failed.
+# After a failure, how long a rank waits for torchrun's signal, so that torchrun counts the rank
+# that ended first as the one that failed.
 SIGNAL_TIMEOUT = 10.0
 FAILED = 1
 
 
 class RankMonitor:
-    """Watches on every rank, from its making to `close`.
+    """Runs on every rank, from its creation to `close`.
 
-    folder: of the run's checkpoints. stop: is told of a signal.
+    folder: the run's checkpoints. stop: gets the signals.
     """
 
     def __init__(self, folder: Path, stop: Stop) -> None:
@@ -56,7 +59,7 @@ class RankMonitor:
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"vicreg_jepa/ranks/{attempt}", store)
-        self.exit_reason: dict[int, str] = {}  # of the ranks seen to end
+        self.exit_reason: dict[int, str] = {}  # of the ranks that have ended
         self.changed, self.lock, self.reported = threading.Condition(), threading.Lock(), False
         self.signal_received = threading.Event()
         self.pids = self._exchange()
@@ -98,7 +101,7 @@ class RankMonitor:
         events.register(self.read, select.POLLIN)
         ranks = {}
         for rank, pid in self.pids.items():
-            # Not before Linux 5.3, nor elsewhere: then SIGTERM alone says that one has ended.
+            # Needs Linux 5.3 or later; without it only SIGTERM shows that another rank has ended.
             with contextlib.suppress(AttributeError, OSError):
                 handle = os.pidfd_open(pid)
                 ranks[handle] = rank
@@ -133,14 +136,15 @@ class RankMonitor:
     # ------------------------------------------------------------------------------ what is said
 
     def on_exception(self, error: Exception) -> None:
-        """In the main thread, with what ended it: returns if that is this rank's own failure, which
-        the others are told of; ends the process if it follows from another rank's end.
+        """Called in the main thread with the exception that ended it. If the failure is this rank's
+        own, tells the other ranks and returns; if it follows from another rank's end, ends the
+        process.
         """
         if not (isinstance(error, RuntimeError) and self._others_ended()):
             with contextlib.suppress(RuntimeError):
                 line = (str(error).splitlines() or [""])[0]
                 self.store.set(f"failed/{self.rank}", f"{type(error).__name__}: {line}")
-            self.reported = True  # its own traceback says it
+            self.reported = True  # the traceback reports it
             return
         self.report_once()
         sys.stdout.flush()
@@ -148,9 +152,9 @@ class RankMonitor:
         os._exit(FAILED)
 
     def on_stop(self, stopped: Stopped) -> None:
-        """In the main thread of every rank, after all have saved: rank 0 says so in one line.
+        """Called in the main thread of every rank after all have saved: rank 0 prints one line.
 
-        No rank leaves before that line, since torchrun ends the others when it sees one leave.
+        No rank ends before that line, because torchrun ends all ranks when it sees one end.
         """
         self.reported = True
         if self.rank == 0:
@@ -165,7 +169,7 @@ class RankMonitor:
             return bool(self.changed.wait_for(lambda: self.exit_reason, timeout=PEER_EXIT_TIMEOUT))
 
     def report_once(self) -> None:
-        """One of the ranks that are left prints the message."""
+        """Let one of the remaining ranks print the message."""
         with self.lock:
             if self.reported:
                 return
@@ -188,7 +192,9 @@ class RankMonitor:
         return reasons
 
     def _ended(self) -> dict[int, str]:
-        """Those seen to end; after SIGTERM, which all get, also those that do not answer."""
+        """The ranks that have ended; after SIGTERM, which all ranks get, also those that do not
+        answer.
+        """
         with self.changed:
             reasons = dict(self.exit_reason)
         if reasons or not self.signal_received.is_set():
@@ -223,7 +229,9 @@ class RankMonitor:
 
 
 def _exit_reason(pid: int) -> str:
-    """Read from /proc how a process has ended, which is there until torchrun asks for it."""
+    """Read from /proc how a process has ended; the entry exists until torchrun collects the
+    process.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         status = int(fields[-1]) if fields[0] == "Z" else None
@@ -239,7 +247,7 @@ def _exit_reason(pid: int) -> str:
 
 
 def command() -> str:
-    """What started this run, as torchrun takes it."""
+    """The torchrun command that started this run."""
     words = [word for word in sys.orig_argv[1:] if word != "-u"]
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     nodes = int(os.environ.get("WORLD_SIZE", "1")) // max(1, local)
@@ -248,7 +256,7 @@ def command() -> str:
 
 
 def how_to_go_on(folder: Path) -> str:
-    """What follows "stopped by ..."; folder: of the run's checkpoints."""
+    """The text after "stopped by ..."; folder: the run's checkpoints."""
     path = checkpoint.newest(folder)
     if path is None:
         return "; it has no checkpoint yet, the same command starts it again"
@@ -258,7 +266,7 @@ def how_to_go_on(folder: Path) -> str:
 
 @contextlib.contextmanager
 def watched(folder: Path, stop: Stop) -> Iterator[None]:
-    """Around the training of one rank among many; folder: of the run's checkpoints."""
+    """The context of the training on one of many ranks; folder: the run's checkpoints."""
     monitor = RankMonitor(folder, stop)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Starts a run, or goes on with one, and reads a run back."""
+"""Starts or resumes a run, and loads a trained method from a run."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from vicreg_jepa.training.trainer import Trainer, bfloat16_is_slow
 
 
 def train(settings: Config, folder: Path) -> int:
-    """Trains, or goes on from the folder's newest checkpoint, to the last step, which it returns.
+    """Train to the last step, from the folder's newest checkpoint if there is one; return the step.
 
-    Under torchrun on every rank: the folder is the same one for all.
+    Under torchrun every rank calls it, with the same folder.
     """
     with output.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def train(settings: Config, folder: Path) -> int:
 
 @contextmanager
 def _alone(process: Ranks, folder: Path) -> Iterator[stopping.Stop]:
-    """The folder is locked, and the signals are ours where the run has one process."""
+    """Lock the folder; in a run of one process also handle the signals."""
     stop = stopping.Stop()
     with locking.held(folder) if process.rank == 0 else nullcontext():
         try:
@@ -49,7 +49,9 @@ def _alone(process: Ranks, folder: Path) -> Iterator[stopping.Stop]:
 
 
 def _train(settings: Config, folder: Path, process: Ranks, stop: stopping.Stop) -> int:
-    """All that refers to the process group, so that nothing outlives it."""
+    """The part that uses the process group, in one function, so that no object outlives the
+    group.
+    """
     source = in_turn(process, lambda: sources.source(settings))
     method = build.method(settings, source.channels).train()
     trainer = Trainer(settings, method, process, folder)
@@ -72,14 +74,16 @@ def _train(settings: Config, folder: Path, process: Ranks, stop: stopping.Stop) 
             with Log(settings, folder, spread, step) as log:
                 trainer.fit(source, log, stop)
         else:
-            # Shards give features only where every rank takes part.
+            # With shards every rank must take part in computing features.
             sharded = settings.training.parallel == "fsdp"
             trainer.fit(source, lambda step, *_: spread(step) if sharded else None, stop)
     return trainer.step
 
 
 def restore(folder: Path) -> tuple[Config, nn.Module, int]:
-    """(configuration, trained method in evaluation mode, step) of the newest whole checkpoint."""
+    """Load (configuration, trained method in evaluation mode, step) from the newest intact
+    checkpoint.
+    """
     newest = checkpoint.newest_whole(folder / "checkpoints")
     if newest is None:
         raise checkpoint.CheckpointError(f"{folder}: holds no checkpoint of a run")
@@ -87,7 +91,7 @@ def restore(folder: Path) -> tuple[Config, nn.Module, int]:
 
 
 def load(path: Path) -> tuple[Config, nn.Module, int]:
-    """What `restore` gives, of one checkpoint."""
+    """The same as `restore`, from one given checkpoint."""
     return _restored(*checkpoint.load(path))
 
 

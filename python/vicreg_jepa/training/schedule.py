@@ -1,4 +1,4 @@
-"""Learning rate and weight decay of a step."""
+"""The learning rate and the weight decay of each step."""
 
 from __future__ import annotations
 

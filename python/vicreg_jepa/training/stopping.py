@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM: the step that is under way is finished and saved.
+"""Ctrl-C and SIGTERM: the current step is finished and saved.
 
-In a run of one process a second signal ends it at once; the ranks of a larger one first agree to
-stop (rank_failure.py, trainer.py).
+In a run of one process a second signal ends it at once. Several ranks first agree to stop
+(rank_failure.py, trainer.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """By a signal; `code` is the conventional exit code, 130 or 143."""
+    """The run was stopped by a signal; `code` is the conventional exit code, 130 or 143."""
 
     def __init__(self, number: int, text: str = "") -> None:
         name = signal.Signals(number).name
@@ -27,11 +27,12 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stop:
-    """Whether the run is told to stop, and by which signal.
+    """Records whether a signal has told the run to stop, and which (`told`).
 
-    As a context it raises Stopped when a signal comes; inside `deferred`, at its end. Elsewhere
-    than in the main thread, where Python takes no signals, it does nothing. Of several ranks none
-    may stop alone: there, nothing enters the context, and `told` is only set.
+    As a context it raises Stopped when a signal comes, or at the end of `deferred` if it comes
+    inside. Outside of the main thread it does nothing, because Python handles signals only there.
+    One of several ranks must not stop alone, so with several ranks the context is not entered and
+    only `told` is set.
     """
 
     def __init__(self) -> None:
@@ -49,7 +50,7 @@ class Stop:
             signal.signal(number, handler)
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.pid:  # a worker that was forked: the main process ends it
+        if os.getpid() != self.pid:  # a forked worker: the main process ends it
             if number != signal.SIGINT:
                 _default(number)
         elif self.told is not None:

@@ -1,4 +1,4 @@
-"""The training loop: any method, one process or many; a killed run goes on where it was."""
+"""The training loop for any method, in one process or many; a killed run can be resumed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vicreg_jepa.training.compilation import compile_method
 from vicreg_jepa.training.optimizers import build as build_optimizer
 from vicreg_jepa.training.stopping import Stop, Stopped
 
-# Settings of how data are read, not of what is trained on: a run may go on with others.
+# Settings that change how data are read but not the data: a resumed run may change them.
 READING = ("workers", "download", "max_pixels", "max_bytes")
 
 
@@ -36,7 +36,7 @@ class Diverged(FloatingPointError):
 
 
 def device_of(config: Config) -> torch.device:
-    """Raises ValueError for what is no CPU or GPU, and for a GPU that is not there."""
+    """Raises ValueError for a name that is not a CPU or GPU, and for a GPU that does not exist."""
     name, gpus = config.training.device, torch.cuda.device_count()
     kind, _, index = name.partition(":")
     if name != "cpu" and (kind != "cuda" or not (index.isdigit() or name == "cuda")):
@@ -47,14 +47,15 @@ def device_of(config: Config) -> torch.device:
 
 
 def bfloat16_is_slow(device: str) -> bool:
-    """Whether torch multiplies bfloat16 many times more slowly than float32 there: on a CPU without
-    AVX-512 or the like, where it has no kernels of its own for products and convolutions.
+    """Whether torch is many times slower in bfloat16 than in float32 on this device: on a CPU
+    without bfloat16 instructions such as AVX-512's it has no own kernels for products and
+    convolutions.
     """
     return device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Trainer:
-    """config's method, its optimizer, and how many steps they have taken."""
+    """A method, its optimizer, and the number of steps that they have taken."""
 
     def __init__(self, config: Config, method: nn.Module, ranks: Ranks, folder: Path) -> None:
         self.config, self.method, self.ranks, self.folder = config, method, ranks, folder
@@ -89,7 +90,8 @@ class Trainer:
                 group["weight_decay"] = schedule.weight_decay(settings, self.step, steps)
         self.optimizer.zero_grad(set_to_none=True)
         if self.config.training.compile == "reduce-overhead":
-            # The gradients above were the last that is read of the step before: its memory is free.
+            # Nothing reads the memory of the previous step's graph any more: its gradients are
+            # freed above.
             torch.compiler.cudagraph_mark_step_begin()
         seed = self.config.seed
         torch.manual_seed(seed_for(Stream.MODEL, seed, self.step, self.ranks.rank))
@@ -108,13 +110,14 @@ class Trainer:
         return loss
 
     def _differentiate(self, batch: Tensor, generator: torch.Generator) -> Tensor:
-        """Puts the gradient of the whole batch's loss into the parameters; returns that loss."""
+        """Compute the gradient of the whole batch's loss in the parameters; return that loss."""
         if self.of_views:
             loss = self._of_statistics(batch, generator)
         else:
             loss = self._of_tokens(batch, generator)
         if self.ranks.ranks > 1:
-            # The ranks must stop after the same step, so the loss takes the request along.
+            # All ranks must stop after the same step, so a request to stop is reduced with the
+            # loss.
             told = loss.new_tensor(0.0 if self.stop.told is None else 1.0)
             total = torch.stack((loss, told))
             dist.all_reduce(total)
@@ -125,7 +128,8 @@ class Trainer:
         pieces, share = self.config.training.accumulate, self.ranks.share
         views = self.method.views(batch.to(self.device), generator)
         loss = partial(self.method.loss, process_group=self.ranks.group)
-        # A rank's share of each piece: batch norm then sees the pieces that one process sees.
+        # Each micro-batch is split among the ranks, so batch norm sees the same ones as one
+        # process.
         micro = zip(*([share.of(v) for v in view.chunk(pieces)] for view in views), strict=True)
         if pieces > 1:
             return vk.accumulate(loss, self.model, list(micro))
@@ -134,7 +138,9 @@ class Trainer:
         return value.detach()
 
     def _of_tokens(self, batch: Tensor, generator: torch.Generator) -> Tensor:
-        """The mean over all ranks' predicted tokens: a piece counts by how many it has."""
+        """The mean over the predicted tokens of all ranks; each micro-batch is weighted by its
+        tokens.
+        """
         whole, pieces = self.config.training.batch, self.config.training.accumulate
         share = whole // self.ranks.ranks
         if len(batch) == whole:
@@ -156,7 +162,7 @@ class Trainer:
         return total
 
     def _masks(self, batch: Tensor, generator: torch.Generator) -> tuple[Masks, int]:
-        """The masks of this rank's samples, and how many tokens all ranks predict."""
+        """The masks of this rank's samples, and the number of tokens that all ranks predict."""
         first = len(batch) * self.ranks.rank
         masks = self.method.draw(batch, first, self.config.training.batch, generator)
         tokens = masks.tokens()
@@ -174,7 +180,7 @@ class Trainer:
     def _precision(self) -> Any:
         if self.config.training.precision == "float32":
             return contextlib.nullcontext()
-        # Its cache would hold a copy of every shard that is put together.
+        # The cache of autocast would hold a copy of every gathered shard.
         cached = self.config.training.parallel != "fsdp"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=cached)
 
@@ -199,7 +205,7 @@ class Trainer:
         return self.folder / "checkpoints"
 
     def save(self) -> Path | None:
-        """Called on every rank; rank 0 writes, and returns where."""
+        """Save a checkpoint; called on every rank. Rank 0 writes it and returns its path."""
         tensors = self._weights()
         optimizer = checkpoint.flatten("optimizer", self.optimizer.state_dict(), tensors)
         tensors = sharding.whole(tensors, keep=self.ranks.rank == 0)
@@ -216,7 +222,7 @@ class Trainer:
         return path
 
     def resume(self) -> int:
-        """Goes on from the newest whole checkpoint, if there is one; returns the step."""
+        """Load the newest intact checkpoint, if there is one; return the step."""
         newest = checkpoint.newest_whole(self.checkpoints)
         if newest is not None:
             self._take_up(*newest)
@@ -237,7 +243,7 @@ class Trainer:
     def _take_up(self, path: Path, held: tuple[dict[str, Tensor], int, dict[str, Any]]) -> None:
         tensors, step, state = held
         mine = describe(self.config)
-        theirs = describe(parse(state["config"]))  # settings that came later have their defaults
+        theirs = describe(parse(state["config"]))  # newer settings have their defaults
         for name in READING:
             theirs["data"][name] = mine["data"][name]
         for section in ("method", "data", "model", "loss", "optimizer", "seed"):
@@ -256,10 +262,9 @@ class Trainer:
     # --------------------------------------------------------------------------------- the loop
 
     def fit(self, source: Any, log: Any, stop: Stop | None = None) -> None:
-        """From where it stands to the last step. log(step, loss, seconds) after each.
+        """Train from the current step to the last one; call log(step, loss, seconds) after each.
 
-        When `stop` is told to on any rank, the step under way is finished and saved on all, and
-        Stopped raised.
+        If any rank is told to stop, all ranks finish and save the current step and raise Stopped.
         """
         settings, self.stop = self.config.training, stop or Stop()
         batches = source.batches(self.step, self.ranks.share)
