@@ -1,4 +1,4 @@
-"""The fused kernels against the reference: steps a second, and peak memory.
+"""Compares the fused ops with the reference: steps per second and peak memory.
 
-compare.py has the command, timing.py and memory.py the measuring.
+compare.py has the command; timing.py and memory.py measure.
 """

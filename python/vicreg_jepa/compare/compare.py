@@ -1,5 +1,6 @@
-"""`vicreg-jepa compare`: steps a second and peak memory of the fused kernels and the reference, on
-the same batches and masks, in turns in one process; memory in a process of its own for each.
+"""`vicreg-jepa compare`: steps per second and peak memory of the fused ops and the reference, on
+the same batches and masks. The steps alternate in one process; memory is measured in a separate
+process for each.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ NAMES = ("fused", "reference")
 
 @dataclass(frozen=True)
 class Compared:
-    """seconds: medians of a step; ratio: median of the rounds' own ratios, reference over fused;
-    extra_bytes: at a step's peak above what stands before it; apart: largest relative difference of
-    the losses of the same steps.
+    """seconds: median time of a step; ratio: median of the rounds' ratios, reference over fused;
+    extra_bytes: the peak of a step above the memory held before it; apart: the largest relative
+    difference between the losses of the same steps.
     """
 
     method: str
@@ -36,7 +37,7 @@ class Compared:
 
 
 def with_kernels(settings: Config, name: str) -> Config:
-    """The same run with the kernels called `name`; a backend is the fused ones'."""
+    """The same settings with kernels=`name`; `backend` applies only to the fused ops."""
     values = describe(settings) | {"kernels": name}
     if name == "reference":
         values["backend"] = None
@@ -49,7 +50,7 @@ def _trainer(settings: Config, name: str, folder: Path, channels: int) -> Traine
 
 
 def batch_of(settings: Config) -> torch.Tensor:
-    """What a step takes: its speed does not depend on what is in the pictures."""
+    """A random batch for a step, whose speed does not depend on the contents of the images."""
     data, generator = settings.data, torch.Generator().manual_seed(settings.seed)
     shape: tuple[int, ...] = (settings.training.batch, 3, data.size, data.size)
     if settings.is_video:
@@ -64,7 +65,7 @@ def _memory(values: dict[str, Any], name: str) -> int:
     batch = batch_of(settings)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(settings, name, Path(folder), batch.shape[1])
-        trainer.take(batch)  # the optimizer's state, and what torch loads once
+        trainer.take(batch)  # for the optimizer's state, and what torch loads once
         peak = memory.PeakMemory(trainer.device)
         trainer.take(batch)
         return peak.extra()

@@ -1,8 +1,9 @@
-"""Peak memory: what an action needs above what is there already.
+"""Peak memory: the memory that an action needs in addition to that already held.
 
-On a GPU the allocator's own count. On the CPU the process's resident memory as the kernel counts
-it, so an honest figure needs a process of its own: freed memory stays resident and would hide the
-next peak. `in_own_process` gives one, `in_own_exact_process` one that gives freed memory back.
+On a GPU it is the allocator's count. On the CPU it is the resident memory of the process, as the
+operating system counts it. Freed memory stays resident and would hide the next peak, so each figure
+needs its own process: `in_own_process` starts one, `in_own_exact_process` one that returns freed
+memory.
 """
 
 from __future__ import annotations
@@ -19,18 +20,19 @@ import torch
 
 Result = TypeVar("Result")
 
-# Read by OpenMP as it loads. Its threads spin while they wait for each other, which on cores that
-# other programs want too takes ten times as long: a step of 490 ms took 4900.
+# OpenMP reads this when it is loaded. By default its threads spin while they wait for each other,
+# which on cores shared with other programs takes ten times as long: a step of 490 ms took 4900.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
 
-# From this size on glibc maps an allocation by itself; set, it no longer rises with what is freed.
+# glibc maps each allocation from this size on separately; if set, the size no longer grows with
+# freed memory.
 _THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 
 _CHUNK = 1 << 20
 
 
 def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """function(*arguments) in a fresh interpreter; its exceptions are raised here.
+    """Run function(*arguments) in a new interpreter; its exceptions are raised here.
 
     An ENVIRONMENT variable that is set already keeps its value.
     """
@@ -42,10 +44,10 @@ def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
 
 
 def in_own_exact_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """`in_own_process` where, if glibc is its malloc, freed tensors leave the process at once.
+    """Like `in_own_process`, but with glibc's malloc freed tensors leave the process at once.
 
-    Else glibc keeps what was freed, by its history more or less: the same peak of live tensors was
-    100 to 150 MiB resident. Slower, so for counting alone.
+    Otherwise glibc keeps freed memory, more or less depending on its history: the same peak of live
+    tensors was 100 to 150 MiB resident. This is slower, so use it only for counting.
     """
     before = os.environ.get(_THRESHOLD)
     os.environ[_THRESHOLD] = str(128 * 1024)
@@ -59,9 +61,9 @@ def in_own_exact_process(function: Callable[..., Result], *arguments: Any) -> Re
 
 
 def resident_peak() -> int:
-    """The most memory this process ever had resident, in bytes.
+    """The peak resident memory of this process, in bytes.
 
-    VmHWM where there is one: a child's ru_maxrss begins at its parent's.
+    It reads VmHWM if the system has it, because a child's ru_maxrss begins at its parent's.
     """
     try:
         with open("/proc/self/status", encoding="ascii") as status:
@@ -75,7 +77,9 @@ def resident_peak() -> int:
 
 
 class PeakMemory:
-    """From its making on: `extra()` bytes at the peak, above what was held then."""
+    """Measures from its creation on: `extra()` is the peak in bytes above the memory held at
+    creation.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -95,7 +99,7 @@ class PeakMemory:
 
 
 def _fill_to_peak() -> list[torch.Tensor]:
-    """Hold memory until the process is as large as it ever was: what follows then shows whole."""
+    """Hold memory until the process is as large as it ever was, so that all later growth shows."""
     ballast: list[torch.Tensor] = []
     peak = resident_peak()
     while resident_peak() < peak + _CHUNK:

@@ -1,4 +1,4 @@
-"""Interleaved timing: on a shared machine only figures taken side by side compare."""
+"""Interleaved timing: on a shared machine only times measured side by side can be compared."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def interleaved(
 
 
 def median_ratio(slower: Sequence[float], faster: Sequence[float]) -> float:
-    """The median of the rounds' own ratios, which a slow spell of the machine moves little."""
+    """The median of the rounds' ratios, on which a slow phase of the machine has little effect."""
     return statistics.median(s / f for s, f in zip(slower, faster, strict=True))
 
 

@@ -1,1 +1,3 @@
-"""What an encoder has learned: features, probes of images and of videos, and signs of collapse."""
+"""Measures what an encoder has learned: features, probes of images and videos, signs of
+collapse.
+"""

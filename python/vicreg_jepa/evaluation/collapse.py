@@ -1,4 +1,4 @@
-"""Whether a representation collapses, and by how much it is spread."""
+"""Detects a collapse of a representation and measures its spread."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Below these a warning names what has collapsed.
+# Beyond these limits a warning names the kind of collapse.
 LEAST_RANK_SHARE = 0.02
 LEAST_STD = 1e-3
 MOST_CORRELATION = 0.95
@@ -41,7 +41,7 @@ class Spread:
 
 @torch.no_grad()
 def spread(features: Tensor) -> Spread:
-    """features [N, D], N >= 2."""
+    """The spread of features [N, D], N >= 2."""
     z = features.detach().double()
     z = z - z.mean(dim=0)
     std = z.square().sum(dim=0).div(len(z) - 1).sqrt()

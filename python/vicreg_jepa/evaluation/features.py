@@ -10,7 +10,7 @@ from vicreg_jepa.distributed import sharding
 
 @torch.no_grad()
 def features(method: nn.Module, samples: Tensor, batch: int = 256) -> Tensor:
-    """[N, D] on the CPU, in evaluation mode; the mode is put back."""
+    """[N, D] on the CPU, computed in evaluation mode; the former mode is restored."""
     was, device = method.training, next(method.parameters()).device
     method.eval()
     try:
@@ -20,4 +20,4 @@ def features(method: nn.Module, samples: Tensor, batch: int = 256) -> Tensor:
     finally:
         method.train(was)
         if sharding.is_sharded(method):
-            method.reshard()  # which a backward pass would do
+            method.reshard()  # a backward pass would do this

@@ -1,4 +1,4 @@
-"""What an encoder learned: a linear classifier on its frozen features."""
+"""The linear probe: a linear classifier on the frozen features of an encoder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from vicreg_jepa.data.image_sets import Images
 
 @dataclass(frozen=True)
 class ProbeAccuracy:
-    """On the test images, in [0, 1]: fitted to all training labels; to a few, mean over draws."""
+    """Accuracies on the test images, in [0, 1]: fitted to all training labels, and to a few of them
+    (the mean over draws).
+    """
 
     all_labels: float
     few_labels: float
@@ -21,9 +23,7 @@ class ProbeAccuracy:
 
 @torch.no_grad()
 def calibrated(method: nn.Module, images: Tensor) -> nn.Module:
-    """A copy whose encoder's batch-norm statistics are those of `images`: what an untrained one
-    lacks.
-    """
+    """A copy of an untrained encoder with batch-norm statistics computed from `images`."""
     method = copy.deepcopy(method).train()
     norms = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
@@ -34,8 +34,8 @@ def calibrated(method: nn.Module, images: Tensor) -> nn.Module:
 
 
 def accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
-    """Fit logistic regression on standardised features [N, F]; return its share of right answers
-    on the test set, in [0, 1].
+    """Fit logistic regression to standardised features [N, F]; return its accuracy on the test set,
+    in [0, 1].
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

@@ -1,7 +1,7 @@
-"""What a video encoder learned: an attentive and a linear classifier on its frozen tokens.
+"""The video probes: an attentive and a linear classifier on the frozen tokens of an encoder.
 
-Both stand beside the same for an untrained encoder and for shuffled labels: what those reach is not
-learned. The attentive probe is that of V-JEPA (Bardes et al., 2024, arXiv:2404.08471, section 5).
+The report also gives both for an untrained encoder and for shuffled labels, as baselines. The
+attentive probe is that of V-JEPA (Bardes et al., 2024, arXiv:2404.08471, section 5).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ EPOCHS, BATCH, RATE, DECAY = 30, 32, 3e-3, 0.01
 
 
 class AttentiveProbe(nn.Module):
-    """Tokens [B, T, dim] -> logits [B, classes]: a learned query attends to all of them; what it
-    finds is added to it, and a layer of GELU, a norm and a linear layer follow.
+    """Tokens [B, T, dim] -> logits [B, classes]: a learned query attends to all tokens; the result
+    is added to the query, and an MLP with GELU, a norm and a linear layer follow.
 
-    backend: of masked_attention. Raises ValueError where dim is no multiple of heads.
+    backend: of masked_attention. Raises ValueError if dim is not a multiple of heads.
     """
 
     def __init__(self, dim: int, heads: int, classes: int, backend: str | None = None) -> None:
@@ -58,7 +58,7 @@ def attentive(
     seed: int,
     backend: str | None = None,
 ) -> float:
-    """The share of the test set that an AttentiveProbe, fitted to the training set, gets right.
+    """The accuracy on the test set of an AttentiveProbe that is fitted to the training set.
 
     Tokens float [N, T, D], labels int64 [N]; AdamW, a cosine over 30 epochs, batches of 32.
     """
@@ -82,7 +82,7 @@ def attentive(
 
 @dataclass(frozen=True)
 class Labelled:
-    """Videos by number, as data.split takes them apart."""
+    """Videos by number, in the form that data.split takes."""
 
     rows: Tensor
     labels: Tensor
@@ -127,7 +127,9 @@ def scores(
 
 
 def shuffled(videos: Labelled, seed: int) -> Labelled:
-    """With the labels of other videos: what a probe reaches with them it has not seen in them."""
+    """The same videos with shuffled labels, a baseline that shows what a probe reaches by
+    chance.
+    """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(videos.labels), generator=generator)
     return replace(videos, labels=videos.labels[order])

@@ -1,4 +1,4 @@
-"""`vicreg-jepa probe` of a run on videos: what it is given, its controls, its table."""
+"""`vicreg-jepa probe` of a run on videos: its inputs, its baselines and its table."""
 
 from __future__ import annotations
 
@@ -39,9 +39,11 @@ def _tokens(settings: Config, middles: _Middle, methods: list[nn.Module]) -> lis
 
 
 def probed(settings: Config, method: nn.Module, step: int, label: str | None, most: int) -> str:
-    """Both probes of the trained encoder, of an untrained one, and with shuffled labels.
+    """The table of both probes for the trained encoder, for an untrained one, and with shuffled
+    labels.
 
-    Of at most so many videos, evenly over the set. Raises ValueError where they have no labels.
+    It uses at most `most` videos, spread evenly over the set. Raises ValueError if they have no
+    labels.
     """
     names = videos.labels(settings, label)
     count = min(most, len(names))

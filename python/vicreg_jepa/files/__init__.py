@@ -1,1 +1,1 @@
-"""Files, read and written with care: what a folder holds, pictures, tars, and what a run writes."""
+"""Careful reading and writing of files: folders, images, tars, and the output of a run."""

@@ -1,5 +1,6 @@
-"""Which files of a folder a run reads: what is hidden is left out with a word, links are followed,
-and what is no regular file (a pipe, a socket, a device) is refused before it is opened.
+"""Lists the files of a folder that a run reads. Hidden files are left out, with a message; links
+are followed; a path that is not a regular file (a pipe, a socket, a device) is refused before it is
+opened.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-# What a Mac's zip and a Synology leave beside pictures: copies that no one meant to keep.
+# Folders with unwanted copies, which a Mac's zip and a Synology create beside images.
 COPIES = ("@eaDir", "__MACOSX")
 
 
@@ -20,8 +21,8 @@ def hidden(name: str) -> bool:
 
 
 def regular(path: str | Path, what: str) -> Path:
-    """path, where it is a regular file or a link to one; else a ValueError that begins with
-    `what`.
+    """Return path if it is a regular file or a link to one; else raise a ValueError that begins
+    with `what`.
     """
     try:
         mode = os.stat(path).st_mode
@@ -37,9 +38,9 @@ def regular(path: str | Path, what: str) -> Path:
 
 
 def below(root: Path, takes: Callable[[str], bool], what: str) -> tuple[list[str], list[str]]:
-    """(files, skipped): the files at any depth whose names `takes` accepts, and what is hidden,
-    relative to root and in the order of their names. Folders behind links are entered, but not
-    those that hold the link. Raises ValueError where an accepted name is no regular file.
+    """(files, skipped): the files at any depth whose names `takes` accepts, and the hidden ones,
+    relative to root and sorted by name. Links to folders are followed, except to a folder that
+    contains the link. Raises ValueError if an accepted name is not a regular file.
     """
     names: list[str] = []
     skipped: list[str] = []
@@ -72,13 +73,13 @@ def _parts(name: str) -> list[str]:
 
 
 def tell(what: str, names: Sequence[str]) -> None:
-    """One line for all of them, from one process of a run."""
+    """Print one line for all names, from one process of a run."""
     if names and os.environ.get("RANK", "0") == "0":
         more = ", ..." if len(names) > 3 else ""
         print(f"{what} ({', '.join(map(repr, names[:3]))}{more})", file=sys.stderr)
 
 
 def skip(what: str, where: object, names: Sequence[str]) -> None:
-    """Say which hidden files are left out."""
+    """Print which hidden files are left out."""
     are = "file is" if len(names) == 1 else "files are"
     tell(f"{what}: {str(where)!r}: {len(names)} hidden {are} skipped", names)

@@ -1,4 +1,6 @@
-"""What a run writes: errors name the file and say what to do; files are replaced as a whole."""
+"""Writing the files of a run: errors name the file and say what to do; files are replaced
+atomically.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,12 @@ ADVICE = {
 
 
 class OutputError(ValueError):
-    """Names what cannot be written, and says what to do."""
+    """The message names the file that cannot be written, and says what to do."""
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what goes wrong inside, also in safetensors' own writing, into an OutputError."""
+    """Turns an error of writing inside, also by safetensors, into an OutputError."""
     try:
         yield
     except OSError as error:
@@ -50,7 +52,7 @@ def _named(path: Path, number: int, why: str) -> OutputError:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """The file holds either what it held, or all of `content`."""
+    """Replace the file atomically: it holds either its old contents or all of `content`."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with writing(path):

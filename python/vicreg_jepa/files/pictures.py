@@ -1,5 +1,5 @@
-"""A picture of any format and depth as 8-bit RGB, upright, cut to its central square; what is too
-large is refused before it is decoded.
+"""Decodes an image of any format and depth to 8-bit RGB, upright and cropped to its central square.
+An image that is too large is refused before it is decoded.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ WHITE_IS_ZERO = 0
 
 
 class Refused(ValueError):
-    """Continues a sentence that begins with the picture's name."""
+    """The message continues a sentence that begins with the name of the image."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How files are read. white: the value that is white in pictures of more than 8 bits; None: all
-    bits set in 16-bit ones, 1 in those of floats. max_pixels: of a picture, or a video's frame.
+    """Limits of reading. white: the value of white in images of more than 8 bits; None: all bits
+    set in 16-bit images, 1 in floating-point images. max_pixels: of an image or a video frame.
     max_bytes: of a file in a shard, and of an array that is unpacked.
     """
 
@@ -45,7 +45,7 @@ DEFAULT = Limits()
 
 
 def pillow() -> Any:
-    """Its module Image. Raises ImportError that says what to install."""
+    """Pillow's module Image. Raises ImportError that says what to install."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -55,7 +55,9 @@ def pillow() -> Any:
 
 @contextmanager
 def own_bound() -> Iterator[None]:
-    """Inside, Pillow leaves it to `Limits` how large a picture may be."""
+    """A context in which Pillow's own limit is off, because `Limits` limits the size of an
+    image.
+    """
     image = pillow()
     before, image.MAX_IMAGE_PIXELS = image.MAX_IMAGE_PIXELS, None
     try:
@@ -65,20 +67,23 @@ def own_bound() -> Iterator[None]:
 
 
 def decoded(image: Any, size: int, limits: Limits = DEFAULT) -> NDArray[np.uint8]:
-    """[size, size, 3] of a Pillow image that has been opened, but not decoded yet.
+    """Decode a Pillow image that has been opened but not decoded yet to [size, size, 3].
 
-    Raises Refused for what `limits` exclude, and what Pillow raises for what it cannot decode.
+    Raises Refused for an image that `limits` exclude, and Pillow's own errors if it cannot be
+    decoded.
     """
     limits.check(*image.size)
     if image.format == "PNG":
         _check_png(image.fp)
-    image.draft("RGB", (size, size))  # a JPEG decodes no more than it must
-    image.load()  # a TIFF is upright then, and has lost the tag
+    image.draft("RGB", (size, size))  # a JPEG is decoded only as finely as needed
+    image.load()  # decoding turns a TIFF upright and drops its tag
     return square(_of_8_bits(image, limits.white), size, image.getexif().get(ORIENTATION, 1))
 
 
 def _check_png(file: IO[bytes]) -> None:
-    """Its checksums: Pillow leaves out those of the pixels. The file is left where it was."""
+    """Check all checksums; Pillow skips those of the pixels. The position in the file is
+    restored.
+    """
     place = file.tell()
     file.seek(8)
     kind = b""
@@ -111,12 +116,12 @@ def square(image: Any, size: int, orientation: int = 1) -> NDArray[np.uint8]:
     return np.asarray(ImageOps.fit(upright, (size, size)))
 
 
-# Of Pillow's Transpose, by EXIF's orientation: flips, ROTATE_180, TRANSPOSE, ROTATE_270 and so on.
+# EXIF orientation -> the value of Pillow's Transpose: flips, ROTATE_180, TRANSPOSE, ROTATE_270 ...
 _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 
 
 def _of_8_bits(image: Any, white: float | None) -> Any:
-    """Shades of more than 8 bits, which Pillow would clip, scaled so that white is 255."""
+    """Scale values of more than 8 bits, which Pillow would clip, so that white becomes 255."""
     if image.mode != "F" and not image.mode.startswith("I"):
         return image
     full = _full(image) if white is None else white
@@ -129,7 +134,7 @@ def _of_8_bits(image: Any, white: float | None) -> Any:
         )
     inverse = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO
     levels = np.empty(values.shape, np.uint8)
-    rows = max(1, 2**20 // values.shape[1])  # at once: a float64 of all of them is eight times it
+    rows = max(1, 2**20 // values.shape[1])  # float64 of all rows is eight times as large
     for row in range(0, len(values), rows):
         part = values[row : row + rows].astype(np.float64)
         part = full - part if inverse else part
@@ -138,12 +143,12 @@ def _of_8_bits(image: Any, white: float | None) -> Any:
 
 
 def _full(image: Any) -> float:
-    """The value that is white by the picture's own format."""
+    """The value of white by the format of the image."""
     if image.mode == "F":
         return 1.0
     if image.mode.startswith("I;16"):
         bits = getattr(image, "tag_v2", {}).get(BITS, (16,))[0]
         return float(2**bits - 1)
-    if image.format == "PNG":  # older versions of Pillow open 16 bits so
+    if image.format == "PNG":  # older versions of Pillow open 16 bits like this
         return 65535.0
     raise Refused("is of 32 bits or has a sign, and does not say which value is white: data.white")

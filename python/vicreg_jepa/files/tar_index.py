@@ -1,6 +1,7 @@
-"""WebDataset shards read at random: a pass over the headers says where each sample's files lie.
+"""Random access to WebDataset shards: one pass over the headers finds the files of each sample.
 
-A sample is the files of a tar that share a name up to its first dot: 000017.jpg and 000017.cls.
+A sample is the set of files in a tar with the same name up to the first dot: 000017.jpg and
+000017.cls.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from vicreg_jepa.files import listing
 
 WHERE = "data.path or data.test"
 BLOCK = tarfile.BLOCKSIZE
-# The keys of an extended header that are not some program's own, which have a point.
+# The standard keys of an extended header; keys of single programs contain a dot.
 KEYS = (
     "atime", "charset", "comment", "ctime", "gid", "gname", "hdrcharset", "linkpath", "mtime",
     "path", "size", "uid", "uname",
@@ -37,10 +38,10 @@ class Sample:
 
 
 def paths(pattern: str | Path) -> list[Path]:
-    """A folder's *.tar in order, or the tars that a path with {000..127}, {a,b}, * and ? names.
+    """The sorted *.tar of a folder, or the tars that match a path with {000..127}, {a,b}, * and ?.
 
-    A file of that very name comes first, and brackets are no pattern. Raises ValueError for what
-    is no regular file.
+    A file whose name equals the pattern is taken itself; brackets are not a pattern. Raises
+    ValueError for a path that is not a regular file.
     """
     text = str(pattern)
     if os.path.isdir(text):
@@ -64,7 +65,7 @@ def _matching(name: str, text: str) -> list[str]:
 
 
 def _expanded(pattern: str) -> list[str]:
-    """As a shell expands braces."""
+    """Expand braces as a shell does."""
     braces = re.search(r"\{([^{}]*)\}", pattern)
     if braces is None or os.path.lexists(pattern):
         return [pattern]
@@ -89,7 +90,7 @@ def damaged(path: Path, why: object) -> ValueError:
 
 
 def indices(shards: Sequence[Path]) -> list[list[Sample]]:
-    """`index` of each, and a word on what is hidden in them."""
+    """`index` of each shard; prints a message on hidden members."""
     skipped: list[str] = []
     samples = [index(shard, skipped) for shard in shards]
     listing.skip(WHERE, f"{shards[0]}, ..." if len(shards) > 1 else shards[0], skipped)
@@ -97,10 +98,11 @@ def indices(shards: Sequence[Path]) -> list[list[Sample]]:
 
 
 def index(path: str | Path, skipped: list[str] | None = None) -> list[Sample]:
-    """A shard's samples; the names of hidden members are put into `skipped`.
+    """The samples of a shard; the names of hidden members are appended to `skipped`.
 
-    Raises ValueError where it is truncated, damaged, or no uncompressed tar: every member must be
-    whole, and every byte after the last one zero, for tarfile takes a damaged header for the end.
+    Raises ValueError if the shard is truncated, damaged or not an uncompressed tar. Every member
+    must be complete and every byte after the last one zero, because tarfile takes a damaged header
+    for the end.
     """
     path = Path(path)
     with path.open("rb") as file:
@@ -108,7 +110,7 @@ def index(path: str | Path, skipped: list[str] | None = None) -> list[Sample]:
         file.seek(0)
         if file.read(6).startswith(COMPRESSED):
             raise ValueError(f"shard {str(path)!r} is compressed, takes a plain tar")
-        # tarfile itself takes an archive that ends between two members for whole.
+        # tarfile itself accepts an archive that ends between two members.
         file.seek(max(0, size - 2 * BLOCK))
         if size < 2 * BLOCK or any(file.read()):
             raise damaged(path, f"it lacks the end of an archive at byte {size}")
@@ -124,12 +126,12 @@ def index(path: str | Path, skipped: list[str] | None = None) -> list[Sample]:
 
 
 def _members(path: Path) -> tuple[list[tarfile.TarInfo], int]:
-    """All that tarfile finds, and the byte after the last."""
+    """All members that tarfile finds, and the byte after the last."""
     members, end = [], 0
     try:
         with tarfile.open(path, "r:") as shard:
             for member in shard:
-                if member.size < 0 or member.offset < end:  # would be read again and again
+                if member.size < 0 or member.offset < end:  # tarfile would read it again and again
                     raise damaged(path, f"a member of negative size at byte {member.offset}")
                 members.append(member)
                 end = member.offset_data
@@ -143,7 +145,7 @@ def _members(path: Path) -> tuple[list[tarfile.TarInfo], int]:
 
 
 def _extended(path: Path, file: BinaryIO, member: tarfile.TarInfo) -> None:
-    """Refuses a damaged extended header, of which tarfile takes what it can read."""
+    """Refuse a damaged extended header, of which tarfile would use the readable part."""
     place, main = member.offset, member.offset_data - BLOCK
     while place < main:
         file.seek(place)
@@ -187,7 +189,7 @@ def _samples(path: Path, members: list[tarfile.TarInfo], skipped: list[str]) -> 
 def _place(
     path: Path, member: tarfile.TarInfo, places: dict[str, tuple[int, int]]
 ) -> tuple[int, int]:
-    """Where its content lies; a link's is that of the member it names, which comes before it."""
+    """The place of a member's content; for a link, that of the earlier member that it names."""
     what = f"shard {str(path)!r}: {member.name!r} is"
     if member.issparse():
         raise ValueError(f"{what} a sparse file, takes whole ones: write it without --sparse")
@@ -218,9 +220,9 @@ def read(path: Path, place: tuple[int, int]) -> bytes:
 class Files:
     """One file of each sample of many shards: the first of `suffixes` that a sample has.
 
-    In arrays, because a DataLoader's workers would copy millions of small objects, each of them.
-    Raises ValueError where a sample has none, unless it is `optional`, and for a file of more than
-    max_bytes: it is read whole.
+    The places are in arrays, because each worker of a DataLoader would copy millions of small
+    objects. Raises ValueError if a sample has no such file, unless it is `optional`, and for a file
+    of more than max_bytes, because it is read as a whole.
     """
 
     def __init__(
@@ -261,7 +263,7 @@ class Files:
         return f"shard {str(shard)!r}, sample {key!r}"
 
     def read(self, number: int) -> tuple[str, bytes]:
-        """(suffix, content); ("", b"") where the sample has none."""
+        """(suffix, content); ("", b"") if the sample has no such file."""
         shard, suffix, offset, size = self.rows[number].tolist()
         if suffix < 0:
             return "", b""

@@ -1,9 +1,9 @@
-"""Surprise: how far a video departs from what a V-JEPA predicts of it.
+"""Surprise: the error of a V-JEPA's prediction of a video.
 
-As published (Garrido et al., 2025, arXiv:2502.11831): a window slides over the video; its first
-frames are the context, the rest is predicted from them; the surprise of a window is the L1 distance
-between the predictions and the layer-normed teacher tokens of the whole window. A video's score is
-the mean or the maximum over windows and context lengths.
+It is computed as published (Garrido et al., 2025, arXiv:2502.11831): a window slides over the
+video; its first frames are the context, the rest is predicted from them; the surprise of a window
+is the L1 distance between the predictions and the layer-normed teacher tokens of the whole window.
+A video's score is the mean or the maximum over windows and context lengths.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Curve:
 
 @torch.no_grad()
 def window_errors(method: Any, clips: Tensor, seen: Sequence[int]) -> list[Tensor]:
-    """clips [B, C, F, H, W] -> for each number of token frames seen, [B, token frames foreseen]:
-    the mean L1 of each.
+    """clips [B, C, F, H, W] -> for each number of token frames seen, the mean L1 error of each
+    predicted token frame, [B, predicted token frames].
     """
     plane = method.encoder.grid.frame.tokens
     targets = method.targets(clips)
@@ -70,10 +70,10 @@ def curves(
     step: int = 1,
     batch: int = 16,
 ) -> list[Curve]:
-    """videos: uint8 [N, F, H, W, C], F at least the model's clip.
+    """The curves of videos, uint8 [N, F, H, W, C], with F at least the length of the model's clip.
 
-    contexts: in the model's frames; None: the method's. stride: frames of the video between the
-    model's, as it was trained; step: frames of the video between windows.
+    contexts: numbers of the model's frames; by default the method's. stride: the distance of the
+    model's frames in the video, as in training; step: the distance of windows in the video.
     """
     grid, tubelet = method.encoder.grid, method.encoder.patch_embed.size[0]
     frames = grid.frames * tubelet
@@ -101,7 +101,8 @@ def curves(
         errors = window_errors(method, clips, [context // tubelet for context in contexts])
         for i, (context, rows) in enumerate(zip(contexts, errors, strict=True)):
             for (v, s), row in zip(part, rows.cpu(), strict=True):
-                # A token frame stands for all frames of the video from its first to the next's.
+                # The value of a token frame holds for all frames of the video up to the next token
+                # frame.
                 wide = row.repeat_interleave(tubelet * stride)[: length - s - context * stride]
                 first = s + context * stride
                 total[i, v, first : first + len(wide)] += wide
@@ -111,13 +112,15 @@ def curves(
 
 
 def relative_accuracy(possible: Sequence[float], impossible: Sequence[float]) -> float:
-    """The share of pairs whose impossible side surprises more; ties count half."""
+    """The share of pairs in which the impossible side surprises more; ties count half."""
     pairs = list(zip(possible, impossible, strict=True))
     return sum((b > a) + 0.5 * (a == b) for a, b in pairs) / len(pairs)
 
 
 def auroc(possible: Sequence[float], impossible: Sequence[float]) -> float:
-    """The area under the ROC of telling impossible videos from possible ones by a threshold."""
+    """The area under the ROC curve of a threshold that separates impossible videos from possible
+    ones.
+    """
     from sklearn.metrics import roc_auc_score
 
     labels = [0] * len(possible) + [1] * len(impossible)

@@ -1,4 +1,6 @@
-"""A video's frames with the curve of surprise under them: PNG, and a GIF in which a line walks."""
+"""A video's frames above its curve of surprise: a PNG, and a GIF in which a line moves with
+time.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def _axes(rows: int, frames: int, curves: dict[str, Curve]) -> Any:
 def picture(
     videos: dict[str, Tensor], curves: dict[str, Curve], path: Path, title: str, moment: int | None
 ) -> None:
-    """videos: name -> uint8 [F, H, W, 3], a strip of frames each; moment: where they part."""
+    """videos: name -> uint8 [F, H, W, 3], each drawn as a strip of frames; moment: the first frame
+    at which they differ.
+    """
     from matplotlib import pyplot
 
     frames = next(iter(videos.values())).shape[0]
@@ -54,7 +58,7 @@ def picture(
         strip = np.full((edge, len(shown) * (edge + 2), 3), 255, dtype=np.uint8)
         for i, frame in enumerate(shown):
             strip[:, i * (edge + 2) : i * (edge + 2) + edge] = video[frame].numpy()
-        # Frame f stands above f on the curve's axis.
+        # Frame f is drawn above f on the axis of the curve.
         axis.imshow(strip, extent=(-1, frames - 1, 0, 1), aspect="auto")
         axis.set_xlim(-0.5, frames - 0.5)
         axis.set_xticks([])

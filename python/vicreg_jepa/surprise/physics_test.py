@@ -1,4 +1,4 @@
-"""The physics test: how a model's surprise tells impossible videos from possible ones."""
+"""The physics test: does a model's surprise separate impossible videos from possible ones?"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from vicreg_jepa.physics import quadruplet
 from vicreg_jepa.surprise import curves
 
-# uint8 [N, F, H, W, 3] -> how a video's curve becomes one number ("mean", "maximum") -> N numbers
+# uint8 [N, F, H, W, 3] -> {the reduction of a curve ("mean", "maximum"): N numbers}
 SurpriseOf = Callable[[Tensor], dict[str, list[float]]]
 
 
@@ -22,9 +22,9 @@ class Score:
     """The results for one property: the share of quadruplets told apart, and the AUROC over
     single videos.
 
-    A quadruplet is told apart where its two impossible videos surprise more than its two possible
-    ones together: IntPhys' relative score. Its videos are made of the same frames, so what a model
-    makes of their content falls out.
+    A quadruplet is told apart if its two impossible videos together surprise more than its two
+    possible ones, which is IntPhys' relative score. Its videos are made of the same frames, so an
+    effect of single frames cancels.
     """
 
     property: str
@@ -34,13 +34,15 @@ class Score:
 
 
 def quadruplets(property: str, count: int, first_seed: int = 0) -> Tensor:
-    """uint8 [count, 4, F, H, W, 3]: two possible, two impossible; seeds no training sees."""
+    """uint8 [count, 4, F, H, W, 3]: two possible and two impossible videos, of seeds that no
+    training uses.
+    """
     videos = [quadruplet(property, first_seed + i).videos for i in range(count)]
     return torch.from_numpy(np.stack(videos))
 
 
 def scores(surprise_of: SurpriseOf, videos: Tensor, property: str) -> dict[str, Score]:
-    """Score quadruplets [count, 4, F, H, W, 3]: {how a curve becomes one number: score}."""
+    """Score quadruplets [count, 4, F, H, W, 3]: {reduction of a curve: score}."""
     count, result = len(videos), {}
     for kind, values in surprise_of(videos.flatten(0, 1)).items():
         grid = torch.tensor(values, dtype=torch.float64).view(count, 2, 2)
@@ -55,7 +57,9 @@ def scores(surprise_of: SurpriseOf, videos: Tensor, property: str) -> dict[str, 
 
 
 def of_method(method: Any, stride: int) -> SurpriseOf:
-    """A trained model's surprise; stride: frames of the video between those that it takes."""
+    """The surprise of a trained model; stride: the distance in the video of the frames that it
+    takes.
+    """
 
     def surprise_of(videos: Tensor) -> dict[str, list[float]]:
         each = curves.curves(method, videos, stride=stride)

@@ -1,4 +1,4 @@
-"""What `vicreg-jepa surprise` leaves: the table of the physics test, and pictures of surprise."""
+"""The output of `vicreg-jepa surprise`: the table of the physics test, and pictures of surprise."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from vicreg_jepa.data import videos
 from vicreg_jepa.physics import PROPERTIES, quadruplet
 from vicreg_jepa.surprise import curves, figure, physics_test
 
-# model -> property -> how a video's curve becomes a number -> score
+# model -> property -> reduction of a curve -> score
 Scores = dict[str, dict[str, dict[str, physics_test.Score]]]
 
 
 def test(models: Mapping[str, physics_test.SurpriseOf], count: int, output: Path) -> Scores:
-    """Every property's scores for each model, and surprise.json in `output`."""
+    """Score every property for each model; writes surprise.json into `output`."""
     scores: Scores = {name: {} for name in models}
     with tqdm(total=len(PROPERTIES) * len(models), desc="physics test", ncols=100) as bar:
         for property in PROPERTIES:
@@ -37,8 +37,8 @@ def test(models: Mapping[str, physics_test.SurpriseOf], count: int, output: Path
 
 
 def table(scores: Scores, count: int) -> str:
-    """Per cent: of the first model both scores and AUROC, of the others the mean's; the control,
-    fair at 50, is not averaged.
+    """A table in per cent: both scores and the AUROC of the first model, and the score of the mean
+    of the others. The average leaves out the control, whose unbiased score is 50.
     """
     first, *others = scores
     own_scores = scores[first]

@@ -48,7 +48,7 @@ def device_of(config: Config) -> torch.device:
 
 def bfloat16_is_slow(device: str) -> bool:
     """Whether torch is many times slower in bfloat16 than in float32 on this device: on a CPU
-    without bfloat16 instructions such as AVX-512's it has no own kernels for products and
+    without AVX-512 or similar instructions torch has no bfloat16 kernels for products and
     convolutions.
     """
     return device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
