@@ -28,7 +28,7 @@ $(VENV)/libraries: $(VENV)/packages $(SOURCES)
 	touch $@
 
 setup: $(VENV)/libraries ## build the CPU library and install what the rest needs into .venv
-# Anew: a physics run that is there would be gone on with.
+# Start fresh: an existing physics run would be resumed.
 demo: setup ## train VICReg on digits, fused against plain, and a V-JEPA on physics: 10 minutes
 	rm -rf runs/demo
 	$(BIN)/python -m vicreg_jepa.demo --output runs/demo

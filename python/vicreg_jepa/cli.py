@@ -15,28 +15,28 @@ def parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(prog="vicreg-jepa", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("train", help="train a recipe, or go on with a run")
+    one = commands.add_parser("train", help="train a recipe, or resume a run")
     one.add_argument("config", help=f"a YAML file or a recipe: {', '.join(config.recipes())}")
     one.add_argument("overrides", nargs="*", metavar="key=value", help="training.steps=500 ...")
     one.add_argument("--output", type=Path, required=True, help="the run's folder")
     two = commands.add_parser("probe", help="classifiers on a run's frozen features")
     two.add_argument("run", type=Path)
-    two.add_argument("--label", help="of videos: the key of their records; physics: family")
-    two.add_argument("--videos", type=integer(10), default=1000, help="at most so many videos")
-    three = commands.add_parser("surprise", help="tell impossible physics from possible")
+    two.add_argument("--label", help="videos only: the key of their records that is the label")
+    two.add_argument("--videos", type=integer(10), default=1000, help="most videos to use")
+    three = commands.add_parser("surprise", help="test surprise at impossible physics")
     three.add_argument("run", type=Path)
-    three.add_argument("--output", type=Path, help="folder of the pictures; the run's by default")
-    three.add_argument("--video", type=Path, help="draw this clip's surprise instead of the test")
+    three.add_argument("--output", type=Path, help="folder of the pictures; default RUN/surprise")
+    three.add_argument("--video", type=Path, help="draw the surprise at this video instead")
     three.add_argument(
         "--beside", type=Path, nargs="+", default=[], metavar="RUN", help="runs to compare with"
     )
-    three.add_argument("--quadruplets", type=integer(1), default=50, help="of each property")
+    three.add_argument("--quadruplets", type=integer(1), default=50, help="per property")
     four = commands.add_parser(
         "compare", help="fused kernels against the reference: steps/s, memory"
     )
-    four.add_argument("configs", nargs="+", help="recipes, YAML files, and key=value for all")
+    four.add_argument("configs", nargs="+", help="recipes, YAML files, and key=value pairs")
     four.add_argument("--rounds", type=integer(1), default=9, help="timed steps of each")
-    five = commands.add_parser("export", help="a run's encoder as one safetensors file")
+    five = commands.add_parser("export", help="write a run's encoder as safetensors")
     five.add_argument("run", type=Path)
     five.add_argument("file", type=Path)
     return parser
@@ -51,7 +51,7 @@ def _run(argv: list[str] | None) -> int:
     return COMMANDS[options.command](options)
 
 
-# Imported in the functions: without the packages of the extra `trainer` there is then an error that
+# The functions import their packages, so that without the extra `trainer` there is an error that
 # says what to install.
 def _train(options: argparse.Namespace) -> int:
     from vicreg_jepa import config
@@ -132,7 +132,7 @@ def _surprise(options: argparse.Namespace) -> int:
 
 
 def _video_run(run: Path) -> tuple[str, Any, Any]:
-    """Its name in a table, its configuration, its method."""
+    """The name of a run in the table, its configuration, its method."""
     from vicreg_jepa import config
     from vicreg_jepa.methods import METHODS
     from vicreg_jepa.training.run import restore

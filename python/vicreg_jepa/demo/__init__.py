@@ -1,1 +1,3 @@
-"""What the kernels gain in a real training, and what a video model makes of impossible physics."""
+"""The gain of the kernels in a real training, and the surprise of a video model at impossible
+physics.
+"""

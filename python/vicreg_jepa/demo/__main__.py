@@ -2,7 +2,7 @@
 
     python -m vicreg_jepa.demo --output runs/demo
 
-Prints a table of what the fused kernels gain and how near they stay; then trains a V-JEPA on
+Prints a table of the speed, memory and parity of the fused kernels; then trains a V-JEPA on
 simulated videos and draws its surprise at an impossible one.
 """
 

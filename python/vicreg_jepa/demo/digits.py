@@ -1,4 +1,4 @@
-"""VICReg on digits, trained with the fused kernels and with the reference, and what is measured."""
+"""Trains VICReg on digits with the fused kernels and with the reference, and compares both."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from vicreg_jepa.training.run import load, restore, train
 from vicreg_jepa.training.trainer import device_of
 from vicreg_kernels.core import dispatch
 
-# Parity is looked at before the training and at the checkpoints.
+# Parity is measured before the training and at the checkpoints.
 SETTINGS = ("training.steps=200", "training.save_every=40", "training.keep=5")
 FINAL_STEPS = 20
 PER_CLASS = 10
@@ -61,7 +61,7 @@ def run(settings: Config, output: Path) -> None:
 
 
 def measure(settings: Config, output: Path) -> dict[str, Any]:
-    """All of it, as JSON takes it; the trained encoders are left in `output`."""
+    """Measure everything and return JSON values; the trained encoders are written to `output`."""
     about = _about(settings)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -135,7 +135,7 @@ def _about(settings: Config) -> dict[str, Any]:
 
 
 def sets_of(settings: Config) -> tuple[Images, Images]:
-    """(training, held out), whole in memory."""
+    """(training set, held-out set), both in memory."""
     train, test = (
         part
         if isinstance(part, Images)
@@ -146,7 +146,7 @@ def sets_of(settings: Config) -> tuple[Images, Images]:
 
 
 def _train(settings: Config, folder: Path) -> int:
-    """Trains; the bytes at the peak of this process."""
+    """Train; return the peak memory of this process in bytes."""
     train(settings, folder)
     device = torch.device(settings.training.device)
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_peak()
@@ -169,7 +169,9 @@ def _training(curves: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def _side_by_side(settings: Config, runs: dict[str, Path], views: Path) -> dict[str, Any]:
-    """What takes both losses in one process; leaves the last embeddings in the file `views`."""
+    """The measurements that need both losses in one process; writes the last embeddings to the file
+    `views`.
+    """
     sets = sets_of(settings)
     untrained = build.method(settings, sets[0].images.shape[1])
     checkpoints = [load(path) for path in checkpoint.existing(runs["fused"] / "checkpoints")]
@@ -189,7 +191,9 @@ def _side_by_side(settings: Config, runs: dict[str, Path], views: Path) -> dict[
 def _probe(
     settings: Config, trained: dict[str, Any], untrained: Any, sets: tuple[Images, Images]
 ) -> dict[str, Any]:
-    """Accuracy on the trained encoders' features, on the untrained one's and on the pixels."""
+    """Probe accuracy on the features of the trained and the untrained encoders, and on the
+    pixels.
+    """
     views: dict[str, Callable[[Tensor], Tensor]] = {
         name: partial(features, method)
         for name, method in {**trained, "untrained": untrained}.items()

@@ -8,7 +8,7 @@ from typing import Any
 from vicreg_jepa.compare.compare import NAMES
 
 COLOURS = {"fused": "#d1495b", "reference": "#30638e"}
-# The reference is drawn broad beneath, so that a fused curve that covers it is seen to.
+# The reference is a broad line beneath, so it stays visible where the fused curve covers it.
 STYLES = {"reference": {"linewidth": 5.0, "alpha": 0.45}, "fused": {"linewidth": 1.3}}
 
 

@@ -1,4 +1,4 @@
-"""The two losses on the embeddings of a real training: how far apart, how fast, how much memory."""
+"""Compares both losses on the embeddings of a real training: difference, speed and memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Views = tuple[Tensor, Tensor]
 
 
 def of(settings: Config) -> dict[str, parity.Loss]:
-    """The method's own loss with each kernels."""
+    """The method's loss with the fused kernels and with the reference."""
     return {n: build.method(with_kernels(settings, n), channels=1).loss for n in NAMES}
 
 
@@ -50,7 +50,7 @@ def apart(losses: Mapping[str, parity.Loss], moments: list[Views]) -> dict[str, 
 
 
 def throughput(losses: Mapping[str, parity.Loss], views: Views) -> dict[str, Any]:
-    """Time the loss and its gradient with respect to both embeddings, in turns."""
+    """Time the loss and its gradient with respect to both embeddings, alternating both kinds."""
     x, y = (z.detach().requires_grad_() for z in views)
     actions = {
         name: lambda loss=loss: torch.autograd.grad(loss(x, y), (x, y))
@@ -69,9 +69,9 @@ def save(views: Views, path: Path) -> None:
 
 
 def memory(settings: Config, name: str, path: Path) -> int:
-    """Bytes at the peak of one loss, forward and backward, above its two inputs."""
+    """The peak memory in bytes of one loss, forward and backward, above its two inputs."""
     loss, device = of(settings)[name], torch.device(settings.training.device)
-    # What a process loads and keeps at its first product and backward is not the loss's.
+    # Memory that a process keeps from its first product and backward does not belong to the loss.
     for rows, dim in ((8, 16), (16, 8)):
         small = [torch.randn(rows, dim, device=device, requires_grad=True) for _ in range(2)]
         loss(*small).backward()

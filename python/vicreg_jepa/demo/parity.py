@@ -1,4 +1,4 @@
-"""How far two losses are apart, in value and gradient, on the same embeddings; and from float64."""
+"""The differences of two losses, in value and gradient, from each other and from float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Parity:
-    """Relative: of the loss |a - b| / |b|, of the gradients max|a - b| / max|b| over both views.
+    """Relative differences: |a - b| / |b| of the loss, and max|a - b| / max|b| of the gradients
+    over both views.
 
     between: the fused loss against the reference, both in the embeddings' dtype; truth: each
     against the reference in float64.
@@ -54,7 +55,7 @@ def compare(losses: Mapping[str, Loss], x: Tensor, y: Tensor) -> Parity:
 
 
 def worst(moments: Sequence[Parity]) -> Parity:
-    """The largest of each figure; NaN where one of them is."""
+    """The largest of each figure; NaN if one of them is NaN."""
     names = moments[0].loss_truth
     return Parity(
         _largest(m.loss_between for m in moments),

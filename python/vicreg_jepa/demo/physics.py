@@ -1,4 +1,4 @@
-"""A V-JEPA trained on physics videos for two minutes, and its surprise at an impossible one."""
+"""Trains a V-JEPA on physics videos for two minutes and draws its surprise at an impossible one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vicreg_jepa.training import trainer
 from vicreg_jepa.training.run import restore, train
 
 STEPS, VIDEOS = 700, 2000
-# The training's limit. A slow machine takes fewer steps, so that the demo ends in ten minutes.
+# Limit of the training. A slow machine does fewer steps, so that the demo ends in ten minutes.
 SECONDS = 210
 TIMED_STEPS = 3
 PROPERTY = "permanence"
@@ -44,7 +44,7 @@ def settings(output: Path, overrides: Sequence[str]) -> Config:
 
 
 def seconds_of_a_step(described: dict[str, Any]) -> float:
-    """The median of some steps after two that warm up, without reading the videos."""
+    """The median time of some steps, after two warm-up steps and without reading videos."""
     settings = config.parse(described)
     batch = compare.batch_of(settings)
     with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +56,7 @@ def seconds_of_a_step(described: dict[str, Any]) -> float:
 
 
 def fitted(settings: Config, seconds: float) -> Config:
-    """The settings with at most as many steps, of `seconds` each, as SECONDS hold."""
+    """The settings with at most as many steps, of `seconds` each, as fit into SECONDS."""
     steps = max(1, min(settings.training.steps, int(SECONDS / seconds)))
     if steps < settings.training.steps:
         print(

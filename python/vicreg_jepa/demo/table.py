@@ -94,7 +94,9 @@ def less(values: Mapping[str, float]) -> str:
 
 
 def _times(ratio: float, better: str, worse: str) -> str:
-    """How many times better the fused loss is: of a gain its inverse reads as a loss."""
+    """How many times better the fused loss is; if it is worse, the inverse and the word for
+    worse.
+    """
     times = f"{max(ratio, 1 / ratio):.1f}x"
     return times if times == "1.0x" else f"{times} {better if ratio > 1 else worse}"
 

@@ -1,8 +1,8 @@
-"""Simulated physics videos: possible ones to train on, and matched impossible ones to test with.
+"""Simulated physics videos: possible videos for training, and matched impossible ones for tests.
 
-`possible(seed)` is a video of the mixture; `quadruplet(property, seed)` holds two possible and two
-impossible videos made of the same frames. `shards` writes and reads them, `datasets` has
-the public classes that feed them to torch, `python -m vicreg_jepa.physics` is the command line.
+`possible(seed)` returns a training video; `quadruplet(property, seed)` returns two possible and two
+impossible videos made of the same frames. `shards` writes and reads them, `datasets` has the public
+Dataset classes for torch, and `python -m vicreg_jepa.physics` is the command line.
 """
 
 from vicreg_jepa.physics.properties import PROPERTIES

@@ -30,9 +30,9 @@ def parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, help="folder of the shards")
     add("--videos", type=integer(1), default=10000, help="how many, those there included")
     add("--workers", type=integer(0, 1024), default=2, help="processes; 0: this one alone")
-    add("--seed", type=integer(0), default=0, help="decides every video, with its number")
+    add("--seed", type=integer(0), default=0, help="with its number decides each video")
     add("--videos-per-shard", type=integer(1), default=256, help="of all shards but the last")
-    add("--property", choices=tuple(PROPERTIES), help="write quadruplets of it instead")
+    add("--property", choices=tuple(PROPERTIES), help="write quadruplets of this instead")
     return options
 
 

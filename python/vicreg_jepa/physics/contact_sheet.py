@@ -24,7 +24,7 @@ POSSIBLE, IMPOSSIBLE = (40, 130, 70), (190, 45, 45)
 
 
 def chosen(needed: set[int], columns: int) -> list[int]:
-    """Frames to show: the needed ones, and others where the gaps between them are widest."""
+    """The frames to show: the required ones, and others in the widest gaps between them."""
     shown = sorted({0, FRAMES - 1} | needed)
     while len(shown) < columns:
         gaps = np.diff(shown).tolist()
@@ -44,7 +44,9 @@ def strip(video: NDArray[np.uint8], shown: list[int], rim: tuple[int, int, int])
 
 
 def quadruplet_block(four: Quadruplet, columns: int, rows: tuple[int, ...]) -> Image.Image:
-    """The rows of one quadruplet: labels on the left, a line before what differs."""
+    """The rows of one quadruplet: labels on the left, and a line before the first frame that
+    differs.
+    """
     seen = four.first_difference
     shown = chosen({four.record["cut"] - 1, seen - 1, seen}, columns)
     width = LABEL + columns * (SIZE + GAP)
@@ -94,13 +96,15 @@ def stacked(blocks: list[Image.Image], across: int) -> Image.Image:
 def quadruplet_sheet(
     seed: int, hidden: bool | None, columns: int, rows: tuple[int, ...] = (0, 1, 2, 3)
 ) -> Image.Image:
-    """Every property's quadruplet of the seed."""
+    """The quadruplet of the seed for every property."""
     quadruplets = [quadruplet(name, seed, hidden) for name in PROPERTIES]
     return stacked([quadruplet_block(one, columns, rows) for one in quadruplets], 2)
 
 
 def overview(seed: int) -> Image.Image:
-    """A small sheet: a possible and both exchanged videos of each property, half behind panels."""
+    """A small sheet: a possible and both exchanged videos of each property; half of them behind
+    panels.
+    """
     hidden = ("permanence", "gravity", "colour", "control")
     quadruplets = [quadruplet(name, seed, name in hidden) for name in PROPERTIES]
     return stacked([quadruplet_block(one, 9, (0, 2, 3)) for one in quadruplets], 2)

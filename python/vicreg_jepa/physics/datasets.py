@@ -14,10 +14,10 @@ from vicreg_jepa.physics.videos import possible
 
 
 class PhysicsShards(Dataset[Tensor]):
-    """The videos of a folder's shards, in order: uint8 [T, 64, 64, 3] each ([4, T, ...] of
-    quadruplets). Shuffle with the DataLoader; `record(i)` says what happens in a video.
+    """The videos of a folder's shards, in order: uint8 [T, 64, 64, 3] each ([4, T, ...] for
+    quadruplets). Shuffle with the DataLoader; `record(i)` describes a video.
 
-    Raises ValueError where the folder has no shards or one of them is truncated.
+    Raises ValueError if the folder has no shards or one of them is truncated.
     """
 
     def __init__(self, folder: str | Path):
@@ -37,10 +37,10 @@ class PhysicsShards(Dataset[Tensor]):
 
 
 class Simulated(IterableDataset[Tensor]):
-    """The videos that `write` would write with this seed, simulated as they are asked for.
+    """The videos that `write` would write with this seed, simulated on demand.
 
-    videos: how many; None: without end. first: the sample to begin with, to resume. Workers, and
-    `ranks` processes of a training, take turns, so that together they give each sample once.
+    videos: their number; None: without end. first: the first sample, to resume. The workers and the
+    `ranks` processes of a training take turns, so together they yield each sample once.
     """
 
     def __init__(

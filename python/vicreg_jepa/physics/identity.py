@@ -1,4 +1,4 @@
-"""Pairs that differ by a thing itself: whether it is, where it is, its shape and its colour."""
+"""Pairs that differ in a thing itself: its existence, its place, its shape or its colour."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ from vicreg_jepa.physics.stage import (
 def _behaviour(
     rng: Generator, scene: Scene, hidden: bool, body: Thing
 ) -> tuple[Scene, Callable[[Thing], Thing]]:
-    """A scene for one thing of about body's size, and what that thing does there.
+    """A scene for one thing of about the size of `body`, and a function that gives the thing its
+    motion.
 
-    It stands, moves along or drops; when hidden, a panel rises before it, and falls again at the
-    end, so that what is not seen any more is seen to be gone.
+    The thing stands, moves along or drops. When hidden, a panel rises in front of it and falls
+    again at the end, to show whether the thing is still there.
     """
     kind = choose(rng, ("stand", "move", "drop"))
     width = 2 * half_width(body)
@@ -62,26 +63,26 @@ def _behaviour(
 
 
 def permanence(rng: Generator, hidden: bool) -> Pair:
-    """A thing is there, or is not: it vanishes, or appears."""
+    """A thing is there in one scene and not in the other: it vanishes, or appears."""
     body = thing(rng, radius=SMALL if hidden else (4.2, 5.8), restitution=(0.15, 0.5))
     scene, place = _behaviour(rng, stage(rng), hidden, body)
     return Pair(with_things(scene, place(body)), scene, hidden, (8, 22))
 
 
 def shape(rng: Generator, hidden: bool) -> Pair:
-    """Two things alike but for their shape, which do the same: a ball turns into a box."""
+    """Two things that differ only in shape and move the same way: a ball turns into a box."""
     body = thing(rng, radius=(4.5, 5.0) if hidden else (5.0, 5.8), restitution=(0.15, 0.5))
     body = replace(body, angle=0.0)
     changed = replace(body, shape=other_shape(rng, body.shape))
     scene, place = _behaviour(rng, stage(rng), hidden, max(body, changed, key=half_width))
-    # Behind a panel they need not be at quite the same place.
+    # Behind a panel they need not be at exactly the same place.
     apart = (0.0, float("inf")) if hidden else (0.0, 3.0)
     first, second = (with_things(scene, place(one)) for one in (body, changed))
     return Pair(first, second, hidden, (8, 22), apart)
 
 
 def colour(rng: Generator, hidden: bool) -> Pair:
-    """Two things alike but for their colour, which do the same."""
+    """Two things that differ only in colour and move the same way."""
     body = thing(rng, radius=SMALL if hidden else (4.2, 5.8), restitution=(0.15, 0.5))
     scene, place = _behaviour(rng, stage(rng), hidden, body)
     taken = {body.colour, *(one.colour for one in scene.things)}
@@ -91,9 +92,9 @@ def colour(rng: Generator, hidden: bool) -> Pair:
 
 
 def continuity(rng: Generator, hidden: bool) -> Pair:
-    """The same thing at two places: it is suddenly at the other one.
+    """The same thing at two places: it jumps from one to the other.
 
-    Hidden: behind two panels, and never seen in the gap between them.
+    Hidden: it jumps from behind one panel to behind another, and is never seen in the gap.
     """
     scene = stage(rng)
     body = thing(rng, radius=(3.8, 4.4) if hidden else (4.2, 5.8), restitution=(0.15, 0.5))

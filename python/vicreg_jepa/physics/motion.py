@@ -1,4 +1,4 @@
-"""Pairs that differ by how a thing moves: what it runs into, what holds it, where it is going."""
+"""Pairs that differ in the motion of a thing: its obstacle, its support, or its direction."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from vicreg_jepa.physics.stage import (
 
 
 def solidity(rng: Generator, hidden: bool) -> Pair:
-    """One bounces off this side of a wall or shelf, one off the other side, at the same time.
+    """The two things bounce off opposite sides of a wall or shelf at the same time.
 
-    Hidden: a panel before the wall's lower part hides both when they touch it.
+    Hidden: a panel in front of the lower part of the wall hides both when they touch it.
     """
     scene = stage(rng)
     # No triangles: they would tip over at the wall.
@@ -53,13 +53,15 @@ def solidity(rng: Generator, hidden: bool) -> Pair:
 
 
 def _shelf(rng: Generator, scene: Scene, body: Thing) -> Pair:
-    """Solidity, upright: one falls on a shelf, one bounces off the floor against it from below."""
+    """Solidity in the vertical: one thing falls on a shelf, the other bounces off the floor against
+    it from below.
+    """
     middle, above = uniform(rng, 22, 42), uniform(rng, 22, 25)
     reach, below = uniform(rng, 13, 18), above + uniform(rng, 3, 4)
     shelf = upright("shelf", middle - reach, middle + reach, above, below)
     scene = replace(scene, blocks=(shelf,))
     top = below + depth(body) + uniform(rng, 1, 3)
-    # v^2 that is lost on the way up to the shelf, and what is left of it there
+    # v^2 lost on the way up to the shelf, and v^2 left there
     climb = 2 * scene.gravity * (scene.floor - below - 2 * depth(body))
     excess = uniform(rng, 1.2, 1.8) ** 2
     start = 2 * scene.gravity * (scene.floor - depth(body) - top)
@@ -76,7 +78,7 @@ def _shelf(rng: Generator, scene: Scene, body: Thing) -> Pair:
 def _falling(
     rng: Generator, scene: Scene, body: Thing, x: float, y: float, time: float, lowest: float
 ) -> Thing:
-    """Thrown so that it falls through (x, y) at that time, and was not below `lowest` before."""
+    """Throw it so that it falls through (x, y) at `time`, and is not below `lowest` before."""
     least = scene.gravity * time / 2 - (lowest - y) / time
     room = max(0.0, y - 1.4 * body.radius - 1)  # below the top of the picture
     most = (2 * scene.gravity * room) ** 0.5
@@ -87,11 +89,11 @@ def _falling(
 
 
 def gravity(rng: Generator, hidden: bool) -> Pair:
-    """Seen: one falls, one flies up from its bounce through the same place at the same time: each
-    turns round in the air.
+    """In view: one thing falls and one flies up from its bounce through the same place at the same
+    time; after the exchange each turns round in the air.
 
-    Hidden: a thing falls on a pillar or, where there is none, to the floor; a panel hides whether
-    there is one. It hangs in the air, or falls through what held it.
+    Hidden: a thing falls on a pillar or, without a pillar, to the floor; a panel hides the
+    difference. After the exchange it hangs in the air, or falls through the pillar.
     """
     scene = stage(rng)
     if hidden:
@@ -122,8 +124,10 @@ def gravity(rng: Generator, hidden: bool) -> Pair:
 
 
 def inertia(rng: Generator, hidden: bool) -> Pair:
-    """Balls that roll through one place at one time, the one to the right, the other to the left
-    (each turns round by itself) or at rest there (it stops dead, or starts off by itself)."""
+    """Two balls are at one place at one time. One rolls to the right; the other rolls to the left
+    (after the exchange each turns round by itself) or is at rest there (after the exchange one
+    stops dead, and one starts off by itself).
+    """
     scene = stage(rng)
     body = thing(rng, ("ball",), radius=(4.0, 4.8) if hidden else (4.2, 5.2))
     turn = chance(rng, 0.5)

@@ -1,4 +1,4 @@
-"""Two possible scenes and where their continuations may be exchanged."""
+"""Two possible scenes and the frames at which their continuations may be exchanged."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ NEVER = (1, 0)  # a cut of a pair that cannot be exchanged after all
 class Pair:
     """cut: first and last frame at which the continuations may be exchanged.
 
-    unseen: the cut lies where both pictures are the same, so that it does not show itself.
-    apart: least and greatest distance, at the cut, of the last thing of both scenes.
+    unseen: both pictures are the same at the cut, so the exchange is invisible. apart: least and
+    greatest distance, at the cut, of the last thing of both scenes.
     """
 
     first: Scene

@@ -1,8 +1,9 @@
 """Pairs of possible scenes whose continuations, when exchanged, break one property of the world.
 
-Every property is broken by exchange alone: no frame is drawn that possible physics did not give.
-What differs between the two scenes, and where they may be cut, is chosen in `identity`, `motion`
-and here; `quadruplets` cuts. A pair is left to right; `quadruplets` mirrors half of them.
+Every property is broken only by an exchange: every frame comes from a simulation of possible
+physics. `identity`, `motion` and this file choose the difference between the two scenes and the
+frames at which they may be cut; `quadruplets` cuts. Pairs go from left to right; `quadruplets`
+mirrors half of them.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from vicreg_jepa.physics.stage import Generator, moving, stage, thing, uniform
 
 
 def control(rng: Generator, hidden: bool) -> Pair:
-    """One thing leaves the picture, later another one comes in: any may follow any.
+    """One thing leaves the picture and later another one comes in: all combinations are possible.
 
-    Hidden: the other one comes out from behind a panel that stood there from the start.
+    Hidden: the second thing comes out from behind a panel that stood there from the start.
     """
     scene = stage(rng)
     colours = list(COLOURS)

@@ -5,11 +5,11 @@
     videos[2]  first past,  second future   impossible
     videos[3]  second past, first future    impossible
 
-At every frame the impossible two show the very pictures that the possible two show, so that no
-score that adds up over single frames can tell them apart (Riochet et al., arXiv:1803.07616). Where
-the exchange is unseen this holds for every run of frames that does not span the hidden stretch.
-The fairest comparison is of the videos with one future, 2 with 1 and 3 with 0, from the first
-difference on: from there they show the same, and any aggregate of surprise may be taken.
+At every frame the impossible two show the same pictures as the possible two, so no score that is a
+sum over single frames can tell them apart (Riochet et al., arXiv:1803.07616). If the exchange is
+hidden, this holds for every sequence of frames that does not span the hidden frames. The fairest
+comparison is between videos with the same future, 2 with 1 and 3 with 0, from the first difference
+on: from there they show the same frames, so any aggregate of surprise may be taken.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ LEVELS = 40
 class Quadruplet:
     """videos: uint8 [4, T, 64, 64, 3]; possible: bool [4] (all true for the control).
 
-    first_difference: the first frame at which an exchanged video differs from the one that its
-    past is from: 2 from 0 and 3 from 1. behind_occluder: the exchange is hidden by a panel.
-    record: property, seed, the frame of the cut, `same`: how many frames on end about the cut show
-    the same picture in both possible videos, and what happens in these.
+    first_difference: the first frame at which an exchanged video differs from the one whose past it
+    has: 2 from 0 and 3 from 1. behind_occluder: the exchange is hidden by a panel. record:
+    property, seed, the frame of the cut, the records of the possible videos, and `same`: the number
+    of consecutive frames around the cut at which both possible videos show the same picture.
     """
 
     videos: NDArray[np.uint8]
@@ -49,10 +49,10 @@ class Quadruplet:
 
 
 def quadruplet(property: str, seed: int, behind_occluder: bool | None = None) -> Quadruplet:
-    """The seed's quadruplet. behind_occluder: None draws it, one half each.
+    """The quadruplet of the seed. behind_occluder: None draws it with probability one half.
 
-    The draws share no stream with those of `possible`: any seed is held out from the training.
-    Raises ValueError where the property is unknown or the seed negative.
+    It shares no random stream with `possible`, so every seed is held out from training. Raises
+    ValueError if the property is unknown or the seed is negative.
     """
     if property not in PROPERTIES:
         raise ValueError(f"property: got {property!r}, takes one of {', '.join(PROPERTIES)}")
@@ -83,8 +83,9 @@ def mirrored(pair: Pair) -> Pair:
 def _exchange(
     pair: Pair, rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], int, range, tuple[Clip, Clip]] | None:
-    """The videos, the cut, the frames about it at which both pasts and futures show the same, and
-    both clips; None where a person could not see that something is exchanged."""
+    """The videos, the cut, the frames around it at which both possible videos show the same
+    picture, and both clips; None if a person could not see the exchange.
+    """
     clips = simulate(pair.first), simulate(pair.second)
     window = range(pair.cut[0], pair.cut[1] + 1)
     cuts = [cut for cut in window if _apart(pair, clips, cut) and _in_view(clips, cut)]
@@ -121,7 +122,7 @@ def _apart(pair: Pair, clips: tuple[Clip, Clip], cut: int) -> bool:
 
 
 def _in_view(clips: tuple[Clip, Clip], cut: int) -> bool:
-    """Nothing is cut off by the picture's edge around the cut."""
+    """Whether the edge of the picture cuts no thing around the cut."""
     around = slice(max(cut - 2, 0), cut + 3)
     for clip in clips:
         left, right, top, bottom = np.moveaxis(clip.bounds[around], 2, 0)

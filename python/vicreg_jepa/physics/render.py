@@ -1,6 +1,6 @@
-"""A clip as pictures: antialiased by each pixel's signed distance to the outline.
+"""Renders a clip as pictures, antialiased by the signed distance of each pixel to the outline.
 
-A thing is drawn on the small patch around it in all frames at once, so that a video takes a few
+Each thing is drawn on the small patch around it in all frames at once, so a video takes a few
 milliseconds in numpy.
 """
 
@@ -29,7 +29,7 @@ def frames(clip: Clip) -> NDArray[np.uint8]:
 
 
 def _still(scene: Scene) -> Floats:
-    """[64, 64, 3]: what does not move and is not in front."""
+    """[64, 64, 3]: everything that does not move and is not in front."""
     picture = _backdrop(scene.backdrop)
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32) + np.float32(0.5)
     ground = _cover(scene.floor - y)[..., None]
@@ -79,14 +79,16 @@ def _thing(video: Floats, thing: Thing, position: NDArray, angle: NDArray) -> No
 
 def _panel(video: Floats, panel: Panel, floor: float) -> None:
     heights = panel.heights().astype(np.float32)[:, None]
-    # It stands a little nearer than the things, whose lower edges would show at its own.
+    # The panel is a little nearer than the things; otherwise their lower edges would show below it.
     foot = np.where(heights > 0, np.ceil(floor) + 1, floor).astype(np.float32)
     columns = slice(max(int(panel.left), 0), int(np.ceil(panel.right)))
     edges = np.arange(SIZE, dtype=np.float32)
     patch = video[:, :, columns]
 
     def cover(inset: float) -> Floats:
-        """[T, 64, columns, 1]: how much of a pixel lies in the panel without a rim of `inset`."""
+        """[T, 64, columns, 1]: the share of each pixel that lies in the panel without a rim of
+        `inset`.
+        """
         across = _overlap(edges[columns], panel.left + inset, panel.right - inset)
         down = _overlap(edges, floor - heights + inset, foot - inset)
         return (down[:, :, None] * across)[..., None]
@@ -116,5 +118,5 @@ def _polygon(x: NDArray, y: NDArray, corners: NDArray) -> NDArray:
 
 
 def _cover(distance: NDArray) -> Floats:
-    """How much of a pixel is inside, by its centre's signed distance."""
+    """The share of a pixel that is inside, by the signed distance of its centre."""
     return np.clip(0.5 - distance, 0, 1).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What is in a video, and its simulation: rigid bodies in a plane, stepped by pymunk.
+"""The contents of a video and their simulation: rigid bodies in a plane, stepped by pymunk.
 
 Lengths are pixels of the picture (64 x 64, x to the right, y down), times are frames, angles are
 radians, positive clockwise as seen. A body's density is 1, so its mass is its area in pixels.
@@ -37,10 +37,10 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class Thing:
-    """A body that moves. radius: of the ball; a box or triangle has about as large an area.
+    """A body that moves. radius: of the ball; a box or triangle has about the same area.
 
-    position, velocity, angle, spin: at frame 0. Its restitution and friction against what is fixed;
-    against another thing the product of both counts.
+    position, velocity, angle, spin: at frame 0. restitution, friction: in contact with fixed
+    blocks; in contact with another thing the product of both values counts.
     """
 
     shape: str
@@ -64,7 +64,7 @@ class Thing:
         return reach * np.stack([np.cos(around), np.sin(around)], axis=1)
 
     def reach(self, angle: NDArray[np.float64]) -> NDArray[np.float64]:
-        """angle: [T] -> [T, 4]: how far it extends left, right, up and down of its centre."""
+        """angle: [T] -> [T, 4]: its extent to the left, right, top and bottom of its centre."""
         outline = self.outline()
         if outline is None:
             return np.full((len(angle), 4), self.radius)
@@ -76,7 +76,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Block:
-    """What is fixed and solid: a convex polygon. kind: wall, shelf, pillar or ramp."""
+    """A fixed solid convex polygon. kind: wall, shelf, pillar or ramp."""
 
     kind: str
     corners: tuple[tuple[float, float], ...]
@@ -89,9 +89,10 @@ def upright(kind: str, left: float, right: float, top: float, bottom: float) -> 
 
 @dataclass(frozen=True)
 class Panel:
-    """A grey sheet in front of everything, on the floor. It hides, and touches nothing.
+    """A grey sheet in front of everything, on the floor. It hides things and touches nothing.
 
-    rise, fall: frames at which it starts to; None: stands from the start, never falls.
+    rise, fall: the frames at which it starts to rise and to fall; rise=None: it stands from the
+    start; fall=None: it never falls.
     """
 
     left: float
@@ -154,11 +155,11 @@ class Scene:
 
 @dataclass(frozen=True)
 class Clip:
-    """A scene and what became of it.
+    """A scene and its simulated motion.
 
     position, velocity: [T, N, 2]; angle, spin: [T, N];
-    contacts: (frame, thing, what it met: "floor", a block's kind or another thing), at the start
-    of each contact.
+    contacts: (frame, thing, the object it touched: "floor", a block's kind or another thing) at the
+    start of each contact.
     """
 
     scene: Scene
@@ -186,7 +187,7 @@ class Clip:
         return hidden
 
     def covered(self) -> NDArray[np.bool_]:
-        """[T, N]: at least touched by a panel."""
+        """[T, N]: at least partly behind a panel."""
         left, right, _, bottom = np.moveaxis(self.bounds, 2, 0)
         touched = np.zeros(left.shape, dtype=bool)
         for panel in self.scene.panels:
@@ -200,7 +201,7 @@ class Clip:
         return np.all((self.bounds >= 0) & (self.bounds <= SIZE), axis=2)
 
     def record(self) -> dict[str, Any]:
-        """What happens, for JSON; the states to a thousandth of a pixel."""
+        """A description for JSON; states are rounded to a thousandth of a pixel."""
         scene = asdict(self.scene)
         del scene["backdrop"]
         names = ("position", "velocity", "angle", "spin")

@@ -1,7 +1,8 @@
-"""Videos in WebDataset-style tar shards: 000000123.npz (array `video`) and 000000123.json a sample.
+"""Videos in WebDataset-style tar shards: a sample is 000000123.npz (array `video`) and
+000000123.json.
 
-Sample i of a folder is made from (seed, i) alone, so a folder may be stopped and resumed, or made
-longer, at any time. A shard is written under another name and renamed when it is whole.
+Sample i of a folder depends only on (seed, i), so writing may be stopped and resumed, and a folder
+extended, at any time. A shard is written under another name and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from vicreg_jepa.physics.quadruplets import quadruplet
 from vicreg_jepa.physics.videos import possible
 
 SETTINGS = "dataset.json"
-VERSION = 1  # of what a seed means; a folder of another version is not added to
+VERSION = 1  # of the videos of a seed; folders of other versions are not extended
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the samples. property: of quadruplets; None: possible videos."""
+    """The settings that determine the samples. property: of quadruplets; None: possible videos."""
 
     seed: int
     per_shard: int = 256
@@ -57,12 +58,12 @@ def write(
 ) -> list[Path]:
     """Write the first `videos` samples; shards that are there already are kept.
 
-    workers: processes that simulate, 0 for this one; done: told of samples as they are finished.
-    Raises ValueError where the folder holds other settings' samples or a damaged shard.
+    workers: processes that simulate, 0 for this one; done: called with the number of new
+    samples. Raises ValueError if the folder holds samples of other settings or a damaged shard.
     """
     root = Path(folder)
     _claim(root, settings)
-    # Ctrl-C is for this process, which ends the others.
+    # Only this process handles Ctrl-C; it ends the others.
     ignore = (signal.SIGINT, signal.SIG_IGN)
     spawn = multiprocessing.get_context("spawn")
     pool = spawn.Pool(workers, signal.signal, ignore) if workers else None
@@ -71,7 +72,7 @@ def write(
         for number, start in enumerate(range(0, videos, settings.per_shard)):
             indices = range(start, min(start + settings.per_shard, videos))
             path = root / shard_name(number)
-            # A longer shard is kept too: it begins with the same samples.
+            # A longer shard is kept too, because it begins with the same samples.
             if not path.exists() or len(index_of(path)) < len(indices):
                 make = partial(_sample, settings)
                 samples = pool.imap(make, indices, chunksize=4) if pool else map(make, indices)
@@ -88,7 +89,7 @@ def write(
 
 
 def _claim(root: Path, settings: Settings) -> None:
-    """Make the folder one of these settings, or see that it is."""
+    """Create the folder with these settings, or check that it has them."""
     if root.exists() and not root.is_dir():
         raise ValueError(f"output: got {str(root)!r}, a file; takes a folder")
     with output.writing(root):
@@ -157,7 +158,7 @@ def _write_shard(
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a sample's two files lie in its shard: offset and size in bytes."""
+    """The places of a sample's two files in its shard: offset and size in bytes."""
 
     path: Path
     key: str
@@ -166,7 +167,9 @@ class Entry:
 
 
 def index_of(path: str | Path) -> list[Entry]:
-    """A shard's samples. Raises ValueError where it is truncated or no shard of ours."""
+    """The samples of a shard. Raises ValueError if it is truncated or was not written by
+    `write`.
+    """
     path = Path(path)
     if path.stat().st_size % tarfile.RECORDSIZE:
         raise tar_index.damaged(path, "no whole number of records")

@@ -45,7 +45,9 @@ def thing(
     friction: tuple[float, float] = (0.3, 0.8),
     restitution: tuple[float, float] = (0.3, 0.75),
 ) -> Thing:
-    """Without a place yet. A ball's spot starts anywhere; the others stand level."""
+    """A thing without a place yet. A ball's spot starts at any angle; the other shapes stand
+    level.
+    """
     shape = choose(rng, shapes)
     return Thing(
         shape,
@@ -66,7 +68,7 @@ def other_shape(rng: Generator, taken: str) -> str:
 
 
 def depth(body: Thing) -> float:
-    """How far it extends below its centre at its first angle."""
+    """Its extent below its centre at its first angle."""
     return float(body.reach(np.array([body.angle]))[0, 3])
 
 
@@ -75,12 +77,14 @@ def half_width(body: Thing) -> float:
 
 
 def standing(body: Thing, scene: Scene, x: float) -> Thing:
-    """At rest on the floor."""
+    """Put it at rest on the floor."""
     return replace(body, position=(x, scene.floor - depth(body)), velocity=(0.0, 0.0), spin=0.0)
 
 
 def moving(body: Thing, scene: Scene, x: float, speed: float, glide: bool) -> Thing:
-    """Along the floor at a speed that stays: a ball that rolls, or anything without friction."""
+    """Let it move along the floor at a constant speed: a rolling ball, or anything without
+    friction.
+    """
     sliding = replace(standing(body, scene, x), velocity=(speed, 0.0))
     if glide:
         return replace(sliding, friction=0.0)
@@ -99,7 +103,7 @@ def wall(rng: Generator, scene: Scene, x: float, height: float) -> Block:
 
 
 def side_walls() -> tuple[Block, Block]:
-    """Up both edges of the picture."""
+    """Walls at both edges of the picture."""
     return tuple(  # type: ignore[return-value]
         upright("wall", left, left + 3, -SIZE, 2 * SIZE) for left in (0.0, SIZE - 3.0)
     )

@@ -1,7 +1,7 @@
 """Possible videos: a mixture of scenes in which things fall, bounce, roll, collide and hide.
 
-Half of them are staged as the matched pairs are, so that a model has seen every property of the
-tests kept in the very scenes in which the tests break it; the rest is freer.
+Half of them are staged like the matched pairs, so a model has seen every property obeyed in the
+kinds of scenes in which the tests break it; the rest is more varied.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from vicreg_jepa.physics.stage import (
     wall,
 )
 
-TRAINING = 0  # this stream of draws; the quadruplets have others
+TRAINING = 0  # the random stream; quadruplets have others
 
 
 class Sample(NamedTuple):
-    """video: uint8 [T, 64, 64, 3]; record: what happens in it, ready for JSON."""
+    """video: uint8 [T, 64, 64, 3]; record: a description for JSON."""
 
     video: NDArray[np.uint8]
     record: dict[str, Any]
 
 
 def possible(seed: int) -> Sample:
-    """The seed's video. Raises ValueError where the seed is negative."""
+    """The video of the seed. Raises ValueError if the seed is negative."""
     if seed < 0:
         raise ValueError(f"seed: got {seed}, takes an integer from 0")
     rng = np.random.default_rng([TRAINING, seed])
@@ -61,7 +61,7 @@ def staged(rng: Generator) -> Scene:
 
 
 def drop(rng: Generator) -> Scene:
-    """One to four things fall, turning, each in a column of its own; some meet a shelf."""
+    """One to four things fall and turn, each in its own column; some hit a shelf."""
     scene = _walled(rng, stage(rng))
     count = int(rng.integers(1, 5))
     columns = _columns(rng, count)
@@ -160,7 +160,7 @@ FAMILIES: dict[str, Callable[[Generator], Scene]] = {
 
 
 def _mover(rng: Generator, scene: Scene, x: float, speed: float) -> Thing:
-    """Rolls, or glides, or is pushed and slowed by friction."""
+    """A thing that rolls, glides, or is pushed and slowed by friction."""
     body = thing(rng)
     if chance(rng, 0.3):
         return moving(body, scene, x, speed, glide=True)
@@ -181,7 +181,9 @@ def _walled(rng: Generator, scene: Scene) -> Scene:
 
 
 def _panels(rng: Generator, scene: Scene, share: float, first: float = 8.0) -> Scene:
-    """With this share, one or two panels right of `first`, which stand or rise and fall."""
+    """With probability `share`, one or two panels right of `first`, which stand or rise and
+    fall.
+    """
     if not chance(rng, share):
         return scene
     count = 2 if first < 16 and chance(rng, 0.35) else 1
@@ -196,7 +198,7 @@ def _panels(rng: Generator, scene: Scene, share: float, first: float = 8.0) -> S
 
 
 def _coloured(rng: Generator, scene: Scene) -> Scene:
-    """Things of one scene differ in colour."""
+    """Give the things of one scene different colours."""
     colours = rng.permutation(list(COLOURS)).tolist()
     things = (replace(one, colour=c) for one, c in zip(scene.things, colours, strict=False))
     return replace(scene, things=tuple(things))
