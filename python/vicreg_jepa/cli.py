@@ -81,7 +81,7 @@ def _probe(options: argparse.Namespace) -> int:
         return 0
     if options.label is not None:
         raise config.ConfigError(
-            f"--label: got {options.label!r}, but {settings.method} is of images"
+            f"--label: got {options.label!r}, but {settings.method} is a method on images"
         )
     workers = settings.data.workers
     train, test = sources.images(settings)

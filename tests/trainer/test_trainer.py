@@ -218,7 +218,7 @@ def test_a_loss_that_is_not_finite_leaves_its_batch(tmp_path):
         (["data.kind=images"], "path: missing"),
         (["method=vjepa"], "vjepa takes videos"),
         (["optimizer=3"], "optimizer: got 3"),
-        (["kernels=reference", "backend=cpu"], "backend: names the fused"),
+        (["kernels=reference", "backend=cpu"], "backend: got 'cpu', takes none"),
         (["steps"], "override: got 'steps'"),
         (["seed=1", "training.steps=2", "seed=2"], "seed: given 2 times"),
         (["model.depth=2"], "model.depth: got 2, but it is used by model.encoder 'vit'"),

@@ -42,13 +42,16 @@ def check(config: Config) -> None:
     if kind.check is not None:
         kind.check(config)
     if config.loss.vc_weight and config.training.accumulate > 1:
-        raise ValueError("training.accumulate: takes 1 with loss.vc_weight, which is of the batch")
+        raise ValueError(
+            f"training.accumulate: got {config.training.accumulate}, takes 1 with "
+            "loss.vc_weight, whose terms need the whole batch"
+        )
     if config.training.compile == "reduce-overhead":
         _can_be_captured(config)
     if config.training.parallel == "fsdp":
         _can_be_sharded(config)
     if config.kernels == "reference" and config.backend is not None:
-        raise ValueError("backend: names the fused kernels', takes none with 'reference'")
+        raise ValueError(f"backend: got {config.backend!r}, takes none with kernels='reference'")
 
 
 def _all_are_taken(config: Config) -> None:
@@ -76,7 +79,7 @@ def _can_be_sharded(config: Config) -> None:
     if config.model.encoder != "vit":
         raise ValueError(f"{got}, which shards transformers; model.encoder 'conv' takes 'ddp'")
     if config.optimizer.name == "lars":
-        raise ValueError(f"{got}; optimizer.name 'lars', of whole tensors' norms, takes 'ddp'")
+        raise ValueError(f"{got}; optimizer.name 'lars' needs whole tensors and takes 'ddp'")
     if config.training.compile:
         raise ValueError(f"{got}; training.compile takes 'ddp'")
 

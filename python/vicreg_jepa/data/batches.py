@@ -138,7 +138,7 @@ def _loader(samples: Any, steps: Iterable[Any], workers: int) -> Iterator[Tensor
             if "DataLoader worker" not in line:
                 raise
             raise WorkerError(
-                f"data.workers: {line} (its memory may not suffice: take fewer of them)"
+                f"data.workers: {line} (perhaps out of memory: use fewer workers)"
             ) from error
         if isinstance(batch, Exception):
             raise batch

@@ -108,14 +108,14 @@ class ImageFolder:
         self.root = Path(root)
         if not self.root.is_dir():
             raise ValueError(
-                f"images: got {str(root)!r}, takes a folder with one sub-folder a class"
+                f"images: got {str(root)!r}, takes a folder with one sub-folder per class"
             )
         files_of = self._listed()
         self.classes = tuple(name for name, files in files_of.items() if files)
         if len(self.classes) < 2:
             raise ValueError(
                 f"images: got {str(root)!r} with {len(self.classes)} sub-folders that hold images, "
-                f"takes at least 2 (one a class; files ending in {', '.join(SUFFIXES)})"
+                f"takes at least 2 (one per class; files ending in {', '.join(SUFFIXES)})"
             )
         counts = torch.tensor([len(files_of[name]) for name in self.classes])
         self.labels = torch.arange(len(counts)).repeat_interleave(counts)
@@ -226,7 +226,7 @@ class TorchVision:
         try:
             return torch.tensor([int(self.dataset[number][1]) for number in range(len(self))])
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"data.name: the targets of {self.name} are no classes") from error
+            raise ValueError(f"data.name: the targets of {self.name} are not classes") from error
 
 
 def torchvision(name: str, root: Path, size: int, download: bool) -> tuple[Stored, Stored]:

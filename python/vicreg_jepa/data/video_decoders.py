@@ -90,7 +90,7 @@ class PyAV(Recording):
         """The video stream that FFmpeg ranks best, as in torchcodec; never a cover image."""
         stream = container.streams.best("video")
         if stream is None or stream.disposition & type(stream.disposition).attached_pic:
-            raise ValueError("it has no video stream, or a cover alone")
+            raise ValueError("it has no video stream, or only a cover image")
         self.limits.check(stream.codec_context.width, stream.codec_context.height)
         return stream
 

@@ -95,10 +95,12 @@ class VideoFolder:
         video in no class folder, and for a key, because files have no records.
         """
         if key is not None:
-            raise ValueError(f"label: got {key!r}, but videos in folders have their folder's name")
+            raise ValueError(
+                f"label: got {key!r}, but videos in folders are labelled by their folder"
+            )
         alone = [name for name in self.names if os.sep not in name]
         if alone:
-            raise ValueError(f"label: video {alone[0]!r} is in no class folder of its own")
+            raise ValueError(f"label: video {alone[0]!r} is in no class folder")
         return [name.split(os.sep)[0] for name in self.names]
 
 

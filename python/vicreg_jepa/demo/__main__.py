@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser()
     chosen = options.parse_args(argv)
     if chosen.overrides and chosen.only is None:
-        options.error(f"{chosen.overrides[0]}: takes --only, which says whose setting it is")
+        options.error(f"{chosen.overrides[0]}: takes --only, which says to which part it belongs")
     if chosen.output.exists() and not chosen.output.is_dir():
         options.error(f"--output: got {str(chosen.output)!r}, a file; takes a folder")
     return reported("vicreg_jepa.demo", lambda: _run(chosen))

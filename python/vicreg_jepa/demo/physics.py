@@ -60,7 +60,7 @@ def fitted(settings: Config, seconds: float) -> Config:
     steps = max(1, min(settings.training.steps, int(SECONDS / seconds)))
     if steps < settings.training.steps:
         print(
-            f"a step takes {seconds:.2f} s on this machine: training {steps} steps in place of "
+            f"a step takes {seconds:.2f} s on this machine: training {steps} steps instead of "
             f"{settings.training.steps}, about {SECONDS} s",
             file=sys.stderr,
         )

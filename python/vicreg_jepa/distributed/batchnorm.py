@@ -49,7 +49,9 @@ class CPUSyncBatchNorm(_BatchNorm):
         total = _SumOfRanks.apply(torch.cat((wide.sum(along), wide.square().sum(along), rows)))
         count = total[-1].detach()
         if count < 2:
-            raise ValueError(f"x: got {int(count)} values a channel on all ranks, takes at least 2")
+            raise ValueError(
+                f"x: got {int(count)} values per channel on all ranks, takes at least 2"
+            )
         mean, square = (total[:-1] / count).chunk(2)
         variance = (square - mean.square()).clamp(min=0.0)
         self._follow(mean.detach(), variance.detach() * count / (count - 1))

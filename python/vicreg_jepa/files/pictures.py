@@ -151,4 +151,4 @@ def _full(image: Any) -> float:
         return float(2**bits - 1)
     if image.format == "PNG":  # older versions of Pillow open 16 bits like this
         return 65535.0
-    raise Refused("is of 32 bits or has a sign, and does not say which value is white: data.white")
+    raise Refused("has 32-bit or signed values and does not say which is white: set data.white")

@@ -238,7 +238,7 @@ def _exit_reason(pid: int) -> str:
     except (OSError, ValueError, IndexError):
         status = None
     if status is None:
-        return "ended: torchrun's report says how"
+        return "ended: see torchrun's report"
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:
         return f"ended with exit code {code}"

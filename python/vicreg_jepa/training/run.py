@@ -64,7 +64,7 @@ def _train(settings: Config, folder: Path, process: Ranks, stop: stopping.Stop) 
         if settings.training.precision == "bfloat16" and bfloat16_is_slow(settings.training.device):
             print(
                 "training.precision: this CPU has no instructions for bfloat16, which takes many "
-                "times as long as float32 here; training.precision=float32 is the fast one",
+                "times as long as float32 here; training.precision=float32 is faster",
                 file=sys.stderr,
             )
     spread = SpreadMonitor(settings, method, source)
