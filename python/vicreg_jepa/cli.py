@@ -94,7 +94,7 @@ def _probe(options: argparse.Namespace) -> int:
     print(
         f"{settings.method}, step {step}: linear probe {100 * score.all_labels:.2f} %, all labels"
     )
-    print(f"{100 * score.few_labels:.2f} % with ten labels a class (mean of ten draws)")
+    print(f"{100 * score.few_labels:.2f} % with ten labels per class (mean of ten draws)")
     print(f"effective rank {spread.effective_rank:.1f} of {spread.dim}, std {spread.std:.3f}")
     for warning in spread.warnings():
         print(f"warning: {warning}")

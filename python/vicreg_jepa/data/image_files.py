@@ -25,7 +25,7 @@ from vicreg_jepa.files.pictures import DEFAULT, Limits
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 PICTURES = tuple(suffix[1:] for suffix in SUFFIXES)
-# The names that torchvision's sets give their splits, the likeliest first.
+# Names of splits in torchvision's datasets, the most likely first.
 TRAINING, TEST = ("train", "trainval"), ("test", "val", "valid")
 
 

@@ -105,7 +105,7 @@ class PyAV(Recording):
                 count += packet.size > 0 and not packet.is_discard
         return count
 
-    shown: int | None = None  # frames, where they turned out to be fewer than the packets
+    shown: int | None = None  # the number of frames, if fewer than the packets
 
     def _length(self) -> int:
         check_whole(self._whence)

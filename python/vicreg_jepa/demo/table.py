@@ -74,10 +74,10 @@ def _throughput(measured: dict[str, Any]) -> list[str]:
 def _memory(results: dict[str, Any]) -> list[str]:
     cpu = results["settings"]["training"]["device"] == "cpu"
     counted = "resident" if cpu else "tensors on the GPU"
-    lines = [f"PEAK MEMORY ({counted}, each in a process of its own)"]
+    lines = [f"PEAK MEMORY ({counted}, each in a separate process)"]
     for key, label in (
         ("loss", "loss alone, above its two inputs"),
-        ("step", "training step, above what stood before it"),
+        ("step", "training step, above the memory before it"),
         ("training", "training, all of it"),
     ):
         values = results["memory"][key]

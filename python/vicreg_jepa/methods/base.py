@@ -33,7 +33,7 @@ class Method(Protocol):
         """[B, D] of images or clips, for probes and for the signs of collapse."""
 
     def exported(self) -> tuple[str, nn.Module]:
-        """The network that `vicreg-jepa export` writes, and a word for it."""
+        """(a word for it, the network that `vicreg-jepa export` writes)."""
 
 
 class ViewMethod(Method, Protocol):

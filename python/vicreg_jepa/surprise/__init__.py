@@ -1,1 +1,3 @@
-"""How surprised a video model is: curves of a clip, the test of physics, tables and pictures."""
+"""Measures the surprise of a video model: curves of a video, the physics test, tables and
+pictures.
+"""

@@ -22,7 +22,7 @@ class Curve:
     """The surprise at each frame of a video.
 
     values: [contexts, frames]; row c is for windows that see contexts[c] frames. A frame's value is
-    the mean, over the windows that predict it, of the error of its token frame; NaN where no window
+    the mean, over the windows that predict it, of the error of its token frame; NaN if no window
     predicts it.
     """
 

@@ -63,7 +63,7 @@ def table(scores: Scores, count: int) -> str:
 
     return "\n".join(
         (
-            f"{first}: relative accuracy in %, {count} quadruplets a property",
+            f"{first}: relative accuracy in %, {count} quadruplets per property",
             f"{'':<12}{'mean':>12}{'maximum':>10}{'AUROC':>8}"
             + "".join(f"{name:>{width}}" for name in others),
             *(row(property, of(property)) for property in broken),
