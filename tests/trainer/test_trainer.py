@@ -238,7 +238,7 @@ def test_wrong_settings_are_named(words, message):
     [
         (["data.frames=1"], "data.frames: got 1, vjepa_causal takes at least two token frames"),
         (["model.sees=clip"], "model.sees: got 'clip', vjepa_causal takes 'frame'"),
-        (["training.accumulate=2"], "training.accumulate: takes 1 with loss.vc_weight"),
+        (["training.accumulate=2"], "training.accumulate: got 2, takes 1 with loss.vc_weight"),
         (["method=vjepa", "loss.future=0.5", "loss.frames_seen=[1,8]"], "clip's 8 token frames"),
         (["method=vjepa", "loss.future=0.5", "loss.frames_seen=[3,2]"], "takes least and most"),
     ],
