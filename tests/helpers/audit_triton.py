@@ -68,7 +68,8 @@ def specialise(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> 
     signature, constants, attributes = {}, {}, {}
     for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
         value = values[name]
-        aligned = special = not parameter.do_not_specialize
+        special = not parameter.do_not_specialize
+        aligned = special and not parameter.do_not_specialize_on_alignment
         if name in keywords or value is None or (special and isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
@@ -85,7 +86,7 @@ def specialise(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> 
         else:
             fits = "i32" if -(2**31) <= value < 2**31 else "i64"
             signature[name] = parameter.annotation_type or fits
-            aligned = special and value % 16 == 0
+            aligned = aligned and value % 16 == 0
         if aligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes), options

@@ -129,14 +129,13 @@ def update_kernel(
     step: tl.int64,
     rows: tl.int64,
     blocks: tl.int64,
-    dims: tl.int32,
+    dims: tl.int32,  # 0: each tensor is one run of memory, as always where ALIGNED
     TARGET: tl.constexpr,
     ONLINE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     DEVICE_MOMENTUM: tl.constexpr,
     DEVICE_STEP: tl.constexpr,
     ALIGNED: tl.constexpr,
-    STRIDED: tl.constexpr,  # False: each tensor is one run of memory, and dims is 0
     BLOCK: tl.constexpr,
 ):
     place = tl.load(table + blocks + tl.program_id(0))
@@ -151,8 +150,9 @@ def update_kernel(
     element = first + tl.arange(0, BLOCK)
     mask = element < elements
     at_target, at_online, at_shadow = element, element, element
-    if STRIDED:
-        at_target, at_online, at_shadow = element * 0, element * 0, element * 0
+    if not ALIGNED:
+        at = tl.where(dims == 0, element, 0)
+        at_target, at_online, at_shadow = at, at, at
         rest = element
         for d in range(dims):  # the innermost first
             size = tl.load(row + 7 + 4 * d)

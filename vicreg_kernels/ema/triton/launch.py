@@ -22,7 +22,7 @@ from vicreg_kernels.ema.reference import memory_order
 from vicreg_kernels.ema.triton.kernel import update_kernel
 
 BLOCK = 4096  # elements a program: 16 a thread, 64 bytes and more in flight
-STRIDED_BLOCK = 1024
+OTHER_BLOCK = 1024
 WARPS = 8
 _KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SHADOWS = {dtype: code for code, dtype in enumerate(_KINDS, start=1)}  # 0: there is none
@@ -74,7 +74,7 @@ class _Tables:
         self.captured: dict[Any, Made] = {}
 
     def find(self, work: tuple[Work, ...], blocks: tuple[int, int], device: torch.device) -> Made:
-        """blocks: elements a program, flat and strided."""
+        """blocks: elements a program, aligned and not."""
         key = (device, blocks, work)
         on_gpu = device.type == "cuda"
         capturing = on_gpu and torch.cuda.is_current_stream_capturing()
@@ -112,7 +112,7 @@ def _make_table(work: tuple[Work, ...], blocks: tuple[int, int], device: torch.d
         rows = [row for _, row in group]
         length = max(map(len, rows))
         table = torch.tensor([[*r, *(1, 0, 0, 0) * ((length - len(r)) // 4)] for r in rows])
-        block = blocks[strided]
+        block = blocks[not aligned]
         counts = (table[:, 3] + block - 1) // block
         row = torch.arange(len(rows)).repeat_interleave(counts)
         place = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
@@ -167,7 +167,7 @@ def update_(
     device = targets[0].device
     near = 1.0 - momentum < 0.5
     with on_device(targets[0]):
-        table, launches = _tables.find(tuple(work), (BLOCK, STRIDED_BLOCK), device)
+        table, launches = _tables.find(tuple(work), (BLOCK, OTHER_BLOCK), device)
         for launch in launches:
             update_kernel[(launch.programs,)](
                 table,
@@ -184,10 +184,9 @@ def update_(
                 ONLINE=launch.kinds[1],
                 STOCHASTIC=stochastic and launch.kinds[0] != "fp32",
                 DEVICE_MOMENTUM=momentum_tensor is not None,
-                DEVICE_STEP=step_tensor is not None,
+                DEVICE_STEP=step_tensor is not None and stochastic and launch.kinds[0] != "fp32",
                 ALIGNED=launch.aligned,
-                STRIDED=launch.strided,
-                BLOCK=STRIDED_BLOCK if launch.strided else BLOCK,
+                BLOCK=BLOCK if launch.aligned else OTHER_BLOCK,
                 num_warps=WARPS,
                 enable_fp_fusion=False,
             )

@@ -76,7 +76,8 @@ def _nearest(candidates: list[measured.Row], rows: int, dim: int) -> Config:
     def distance(row: measured.Row) -> tuple[bool, float]:
         n, d = row.key["shape"]
         apart = abs(math.log2(n / rows)) + abs(math.log2(d / dim))
-        return not _same_side(row, rows, dim), apart
+        # Rounded: between equals the table's first, not what the last digit says of each shape.
+        return not _same_side(row, rows, dim), round(apart, 6)
 
     return min(candidates, key=distance).config
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vicreg_kernels.core.triton.columns import load_mean, triangle
+from vicreg_kernels.core.triton.columns import divided, load_mean, strides_of, triangle
 from vicreg_kernels.core.triton.operands import narrow, operand
 from vicreg_kernels.core.triton.sums import total
+from vicreg_kernels.vicreg.triton.statistics import SIZES, SUMS
 
 
 @triton.jit
@@ -46,29 +47,35 @@ def largest_columns(candidates, candidate_index, blocks, TAKEN: tl.constexpr, WI
     return chosen, tl.sum(own * own + rest, axis=0)
 
 
-@triton.jit(do_not_specialize=["groups", "blocks", "splits"])
+@triton.jit(do_not_specialize=[*SIZES, "blocks", "splits"], do_not_specialize_on_alignment=SUMS)
 def product_kernel(
     x, y, moments, out, sums, candidates, candidate_index, index, taken, diagonal,
-    groups, rows, dim, blocks, splits, chunk,
+    groups, rows, dim, side, blocks, splits, chunk,
     sx_g, sx_n, sx_d, sy_g, sy_n, sy_d,
     degrees,
     GRAM: tl.constexpr, WHOLE: tl.constexpr, FORMAT: tl.constexpr, PRECISION: tl.constexpr,
-    TAKEN: tl.constexpr, WIDTH: tl.constexpr,
+    TAKEN: tl.constexpr, WIDTH: tl.constexpr, LAYOUT: tl.constexpr, UNIT: tl.constexpr,
     TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One tile (i <= j) of one plane over one chunk of the reduction, and its mirror image.
 
     GRAM: Zr Zr^T [N, N] over columns, where Zr leaves out the columns of largest scatter: they go
     to `taken` [planes, 4, N] and `index`, the sum of the others' squared variances to `diagonal`.
-    Else Zc^T Zc [D, D] over rows with a zero diagonal. out: [planes, splits, m, m].
+    Else Zc^T Zc [D, D] over rows with a zero diagonal. out: [planes, splits, m, m]; side: m.
     WHOLE (D x D, one split): the sum of squared covariances too; else `strips_kernel` finds it.
 
     N D m operations a view, half of the full product's; a tile reads 2 TILE chunk elements and
     writes at most 8 TILE^2 bytes. Splits fill the GPU where tiles are few, and keep the tensor
     core's truncating accumulation short.
     """
-    side = rows if GRAM else dim
+    if GRAM:
+        rows = side
+        dim = divided(dim, UNIT)
+    else:
+        dim = side
     length = dim if GRAM else rows
+    sx_g, sx_n, sx_d = strides_of(sx_g, sx_n, sx_d, LAYOUT, UNIT)
+    sy_g, sy_n, sy_d = strides_of(sy_g, sy_n, sy_d, LAYOUT, UNIT)
     across = tl.cdiv(side, TILE)
     tiles = across * (across + 1) // 2
     t = tl.program_id(0) % tiles
@@ -153,7 +160,7 @@ def product_kernel(
         tl.store(mirror, tl.trans(acc), mask=tl.trans(valid))
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=SUMS)
 def strips_kernel(
     parts, squares, sums, taken, deflated, diagonal,
     side, splits,
@@ -222,7 +229,10 @@ def strips_kernel(
     tl.store(sums + p * strips + strip, answer)
 
 
-@triton.jit(do_not_specialize=["difference_count", "hinge_count", "sum_count"])
+@triton.jit(
+    do_not_specialize=["difference_count", "hinge_count", "sum_count"],
+    do_not_specialize_on_alignment=SUMS,
+)
 def terms_kernel(
     terms, differences, hinges, sums,
     difference_count, hinge_count, sum_count,

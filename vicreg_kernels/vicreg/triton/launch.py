@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vicreg_kernels.core.triton.device import device_of, on_device, operand_format
+from vicreg_kernels.core.units import layout
 from vicreg_kernels.vicreg import contract
 from vicreg_kernels.vicreg.triton import configs, tma
 from vicreg_kernels.vicreg.triton.backward import gradient_kernel
@@ -38,7 +39,8 @@ class LaunchPlan:
         self.planes = self.views * self.groups
         self.gram = self.rows < self.dim
         self.side, self.length = min(self.rows, self.dim), max(self.rows, self.dim)
-        self.taken = min(contract.DEFLATED_COLUMNS, self.dim)
+        # The D x D side takes none, and is not compiled for how many there are.
+        self.taken = min(contract.DEFLATED_COLUMNS, self.dim) if self.gram else 0
         self.degrees = float(self.rows - (1 if unbiased else 0))
         name, self.processors, _ = device_of(x)
         self.format, self.forward_precision, self.backward_precision = operand_format(x, tf32x3)
@@ -46,9 +48,8 @@ class LaunchPlan:
         self.tma = tma.takes(x)
         if self.tma:
             self.config = configs.with_tma(self.config, self.rows, self.dim)
-        # One group has no stride between groups: 0, so that no kernel is compiled for its value.
-        between = [z.stride(0) if self.groups > 1 else 0 for z in (x, self.y)]
-        self.strides = (between[0], *x.stride()[1:], between[1], *self.y.stride()[1:])
+        kind, unit, self.strides = layout(x, self.y)
+        self.layout = {"LAYOUT": kind, "UNIT": unit}
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.x.device)
@@ -121,9 +122,10 @@ class _Product:
         product_kernel[(p.planes * self.splits * self.tiles,)](
             p.x, p.y, moments, out, sums, columns.candidates, columns.candidate_index, index,
             columns.taken, columns.diagonal,
-            p.groups, p.rows, p.dim, columns.blocks, self.splits, self.chunk, *p.strides, p.degrees,
+            p.groups, p.rows, p.dim, p.side, columns.blocks, self.splits, self.chunk, *p.strides,
+            p.degrees,
             GRAM=p.gram, WHOLE=self.whole, FORMAT=p.format, PRECISION=p.forward_precision,
-            TAKEN=p.taken, WIDTH=columns.width,
+            TAKEN=p.taken, WIDTH=columns.width, **p.layout,
             TILE=tile, DEPTH=depth, num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
@@ -137,7 +139,7 @@ class _Product:
             p.x, p.y, moments, centred, columns.candidates, columns.candidate_index, index,
             columns.taken, columns.diagonal,
             p.groups, p.rows, p.dim, columns.blocks, row_blocks, *p.strides,
-            GRAM=p.gram, FORMAT=p.format, TAKEN=p.taken, WIDTH=columns.width,
+            GRAM=p.gram, FORMAT=p.format, TAKEN=p.taken, WIDTH=columns.width, **p.layout,
             ROWS=height, COLUMNS=width, STEPS=steps, num_warps=warps,
         )  # fmt: skip
         height, width, depth, warps, stages, band = p.config.tma_product
@@ -198,15 +200,15 @@ def forward(
             p.x, p.y, moments, partials, hinges, differences,
             columns.candidates, columns.candidate_index,
             p.groups, p.rows, p.dim, row_blocks, block_rows, *p.strides, p.degrees, margin, eps,
-            VIEWS=p.views, GRAM=p.gram, FINAL=row_blocks == 1, FORMAT=p.format,
+            VIEWS=p.views, GRAM=p.gram, FINAL=row_blocks == 1, FORMAT=p.format, **p.layout,
             ROWS=height, COLUMNS=width, num_warps=warps,
         )  # fmt: skip
         if row_blocks > 1:
             merge_kernel[(p.planes * blocks,)](
                 p.x, p.y, moments, partials, hinges, columns.candidates, columns.candidate_index,
-                p.groups, p.rows, p.dim, row_blocks, block_rows,
-                *(p.strides[i] for i in (0, 2, 3, 5)), p.degrees, margin, eps,
-                GRAM=p.gram, ROWS=height, COLUMNS=width, num_warps=warps,
+                p.groups, p.rows, p.dim, row_blocks, block_rows, *p.strides,
+                p.degrees, margin, eps,
+                GRAM=p.gram, **p.layout, ROWS=height, COLUMNS=width, num_warps=warps,
             )  # fmt: skip
         if p.tma:
             stored = centred.numel() > 0
@@ -255,7 +257,8 @@ def backward(
     if planes == 0:
         return grad_x, grad_y
     shared = (
-        p.groups, p.rows, p.dim, 0 if need_x else p.groups, int(grads.numel() == 4), *p.strides,
+        p.groups, p.rows, p.dim, p.side, 0 if need_x else p.groups, int(grads.numel() == 4),
+        *p.strides,
         2.0 * scales[0] / x.numel(), scales[1] / (p.groups * p.dim),
         4.0 * scales[2] / (p.groups * p.degrees * p.degrees), *weights, p.degrees, margin, eps,
     )  # fmt: skip
@@ -267,7 +270,7 @@ def backward(
             tiled_gradient_kernel[(planes * tiles,)](
                 _described(a, (height, depth)), _described(b, (depth, width)),
                 grads, p.x, p.y, moments, deflated, index, grad_x, grad_y, *shared,
-                VIEWS=p.views, GRAM=p.gram, TAKEN=p.taken, FORMAT=p.format,
+                VIEWS=p.views, GRAM=p.gram, TAKEN=p.taken, FORMAT=p.format, **p.layout,
                 ROWS=height, COLUMNS=width, DEPTH=depth, BAND=band,
                 num_warps=warps, num_stages=stages,
             )  # fmt: skip
@@ -277,7 +280,7 @@ def backward(
             gradient_kernel[(planes * tiles,)](
                 grads, p.x, p.y, moments, squares, deflated, index, grad_x, grad_y, *shared,
                 VIEWS=p.views, GRAM=p.gram, TAKEN=p.taken,
-                FORMAT=p.format, PRECISION=p.backward_precision,
+                FORMAT=p.format, PRECISION=p.backward_precision, **p.layout,
                 ROWS=height, COLUMNS=width, DEPTH=depth, num_warps=warps, num_stages=stages,
             )  # fmt: skip
     return grad_x, grad_y
