@@ -93,14 +93,12 @@ def test_a_whole_batch_gives_what_its_samples_give_alone(backend, name):
                 assert torch.equal(all_[own], one)
 
 
-@pytest.mark.parametrize("dim", [80, 104])
-def test_backends_agree(dim):
+@pytest.mark.parametrize(("dim", "rules"), [(80, ["window"]), (104, ["window", "blocks"])])
+def test_backends_agree(dim, rules):
     for name in ("cuda", "triton"):
         if dispatch.missing(name, DEVICE, torch.bfloat16) is not None:
             pytest.skip(f"needs {name}")
-    call = draw(
-        ["window", "blocks"], tokens=200, dim=dim, axes=3, dtype=torch.bfloat16, device=DEVICE
-    )
+    call = draw(rules, tokens=200, dim=dim, axes=3, dtype=torch.bfloat16, device=DEVICE)
     for a, b in zip(results("cuda", call), results("triton", call), strict=True):
         error = (a.double() - b.double()).norm() / b.double().norm()
         assert error < 2e-2
@@ -243,7 +241,7 @@ def test_offsets_past_two_to_the_31(backend, which):
 def test_peak_memory(backend):
     """Output, three gradients and at most one float32 tensor like the queries, no T x T."""
     torch.utils.deterministic.fill_uninitialized_memory = False
-    call = draw(["frames"], batch=16, heads_=16, tokens=256, dim=16, axes=3, tokens_per_frame=16,
+    call = draw(["frames"], batch=4, heads_=4, tokens=1280, dim=80, axes=3, tokens_per_frame=80,
                 dtype=torch.bfloat16, device=DEVICE)  # fmt: skip
     cotangent = torch.ones_like(call.q)
     results(backend, call, cotangent)

@@ -68,7 +68,7 @@ def summed(function):
     return loss
 
 
-DENSE, PACKED = (2, 3, 10, 16), (12, 3, 16)
+DENSE, PACKED = (2, 3, 10, 32), (12, 3, 32)
 INDEX = torch.tensor([[0, 3, 5, 6, 9, 11, 13, 20, 21, 23], [1, 2, 4, 7, 8, 10, 12, 14, 15, 22]])
 # name: (shape, mask, rope)
 CASES = {
@@ -78,7 +78,11 @@ CASES = {
     "frames": (DENSE, FrameCausal(3, window=2), Rope3d((2, 2, 3))),
     "blocks": (DENSE, Blocks(4, [3, 2]) & KeyPadding([9, 8]), None),
     "ragged": (PACKED, Ragged([0, 5, 5, 12]), None),
-    "ragged frames": (PACKED, Ragged([0, 5, 12]) & FrameCausal(2), Rope3d((8,), layout="axial")),
+    "ragged frames": (
+        PACKED,
+        Ragged([0, 5, 12]) & FrameCausal(2),
+        Rope3d((2, 2, 2), layout="axial"),
+    ),
     "places": (DENSE, None, Rope3d((2, 3, 4), INDEX)),
 }
 
@@ -135,7 +139,7 @@ def test_fullgraph_equals_eager(fused, case):
 def test_rules_made_inside_the_graph(fused):
     def function(q, k, v, lengths):
         mask = KeyPadding(lengths) & FrameCausal(2)
-        rope = Rope3d((2, 5), layout="axial")
+        rope = Rope3d((2, 5, 1), layout="axial")
         return masked_attention(q, k, v, mask=mask, rope=rope, backend=fused.name)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -167,11 +171,11 @@ def test_the_fullgraph_rotation(fused):
 @pytest.mark.thorough
 def test_inductor(fused):
     """The default compiler, with the projections around the op that it generates code for."""
-    module = MaskedAttention(48, 3, backend=fused.name).to(fused.device)
-    x = randn(2, 9, 48, device=fused.device).requires_grad_()
+    module = MaskedAttention(96, 3, backend=fused.name).to(fused.device)
+    x = randn(2, 9, 96, device=fused.device).requires_grad_()
     if fused.name == "cuda":
         module, x = module.bfloat16(), x.detach().bfloat16().requires_grad_()
-    rope = Rope3d((3, 3))
+    rope = Rope3d((3, 3, 1))
     function = summed(lambda x: module(x, mask=FrameCausal(3), rope=rope))
     # its cache on disk knows the graph, not the shapes this version's fake op gives
     with torch._inductor.config.patch(force_disable_caches=True):
@@ -189,7 +193,7 @@ def test_dynamic_shapes_compile_once(fused):
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
     compilations = []
     for batch, tokens in ((2, 9), (3, 17), (5, 8), (4, 30)):
-        inputs = heads(fused, batch, 3, tokens, 16)
+        inputs = heads(fused, batch, 3, tokens, 32)
         lengths = torch.arange(1, batch + 1, device=fused.device)
         assert_same_outcome(
             differentiate(summed(lambda q, k, v, n=lengths: compiled(q, k, v, n)), *inputs),
@@ -202,7 +206,7 @@ def test_dynamic_shapes_compile_once(fused):
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_autocast_casts_as_torch_does(fused, half):
     """float32 inputs under autocast run in the lower type, as scaled_dot_product_attention's do."""
-    q, k, v = (randn(2, 3, 9, 16, device=fused.device) for _ in range(3))
+    q, k, v = (randn(2, 3, 9, 32, device=fused.device) for _ in range(3))
     with torch.autocast(fused.device, dtype=half):
         out = masked_attention(q, k.to(half), v, backend=fused.name)
     expected = masked_attention(q.to(half), k.to(half), v.to(half), backend=fused.name)
@@ -220,7 +224,7 @@ def test_autocast_of_the_reference_computes_in_float32():
 @pytest.mark.parametrize("transposed", [False, True])
 def test_jagged_nested_tensors(fused, transposed):
     """As packed tokens, in the layout they came in, differentiably."""
-    parts = [randn(n, 3, 16, device=fused.device) for n in (4, 0, 6)]
+    parts = [randn(n, 3, 32, device=fused.device) for n in (4, 0, 6)]
     if fused.name == "cuda":
         parts = [part.bfloat16() for part in parts]
     parts = [part.requires_grad_() for part in parts]
@@ -379,8 +383,8 @@ def test_checkpoint(fused):
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_module_copies_and_pickles(fused, duplicate):
-    module = MaskedAttention(48, 3, qkv_bias=False, backend=fused.name).to(fused.device)
-    x = randn(2, 7, 48, device=fused.device)
+    module = MaskedAttention(96, 3, qkv_bias=False, backend=fused.name).to(fused.device)
+    x = randn(2, 7, 96, device=fused.device)
     if fused.name == "cuda":
         module, x = module.bfloat16(), x.bfloat16()
     assert torch.equal(duplicate(module)(x), module(x))

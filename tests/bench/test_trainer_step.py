@@ -13,7 +13,7 @@ from bench.jepa_step import Masks, Size, Step
 from tests.helpers.recorded_ops import RecordedOps
 
 SMALL = Size(
-    frames=8, side=32, patch=8, dim=48, heads=3, depth=2, predictor_dim=48, predictor_heads=2,
+    frames=8, side=32, patch=8, dim=96, heads=3, depth=2, predictor_dim=96, predictor_heads=3,
     predictor_depth=2,
 )  # fmt: skip
 

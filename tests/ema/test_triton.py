@@ -17,7 +17,7 @@ class TestInterpreter:
         from vicreg_kernels.ema.triton import launch as launcher
 
         monkeypatch.setattr(launcher, "BLOCK", 256)
-        monkeypatch.setattr(launcher, "STRIDED_BLOCK", 128)
+        monkeypatch.setattr(launcher, "OTHER_BLOCK", 128)
         monkeypatch.setattr(launcher, "_tables", launcher._Tables())
 
     @pytest.mark.parametrize("rounding", ROUNDINGS)

@@ -206,7 +206,7 @@ def test_nan_and_inf_spread_as_in_the_reference(fused, bad):
     for dtype in (torch.float32, *HALVES):
         z = shapes.randn(6, 11, dtype=dtype, device=fused.device)
         z[1, 2] = bad
-        a = unit_directions(11, 20, fused, dtype)
+        a = unit_directions(11, 24, fused, dtype)
         for given_settings in ({}, {"convention": "eb_jepa"}, KNOTS["unequal"]):
             actual, expected = (
                 differentiate(

@@ -52,7 +52,7 @@ def test_groups(fused, shape, unbiased):
     assert_matches_reference(function, fused.name, z, cotangents=(1.5, -0.5))
 
 
-@pytest.mark.parametrize("shape", [(6, 4, 5), (5, 3, 8), (6, 2, 3, 4), (9, 7, 7, 12)])
+@pytest.mark.parametrize("shape", [(6, 4, 5), (5, 3, 7), (6, 2, 3, 5), (9, 7, 7, 13)])
 @pytest.mark.parametrize("convention", ["lightly", "vicregl"])
 def test_positions(fused, shape, convention):
     def function(x, y, backend):
@@ -98,10 +98,10 @@ def test_strided_groups(fused, shape):
 
 
 @pytest.mark.triton_takes(
-    lambda shape, dtype, **_: dtype == torch.float16 and shape in ((64, 1031), (521, 127))
+    lambda shape, dtype, **_: dtype == torch.float16 and shape in ((63, 1031), (521, 127))
 )
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("shape", [(2, 3), (33, 31), (31, 67), (64, 1031), (521, 127)])
+@pytest.mark.parametrize("shape", [(2, 3), (33, 31), (31, 67), (63, 1031), (521, 127)])
 def test_half(fused, shape, dtype):
     """Statistics, squares and sums in float32: the loss is as exact as the inputs allow."""
     x, y = views(shapes.contiguous, shape, fused, dtype)
@@ -237,7 +237,7 @@ def test_some_columns_collapsed(fused, shape):
 
 
 @pytest.mark.parametrize(("scale", "offset"), [(1e4, 0.0), (1e-4, 0.0), (1.0, 1e4), (1e4, 1e4)])
-@pytest.mark.parametrize("shape", [(40, 100), (100, 40)])
+@pytest.mark.parametrize("shape", [(41, 101), (101, 41)])
 def test_scales_and_offsets(fused, shape, scale, offset):
     x, y = views(shapes.contiguous, shape, fused)
     with torch.no_grad():
@@ -299,9 +299,9 @@ def test_collapsed_column_without_eps(fused, shape):
     assert torch.equal(run(fused.name).isnan(), expected)
 
 
-@pytest.mark.triton_takes(lambda shape, dtype, **_: dtype == torch.float32 and shape[0] == 127)
+@pytest.mark.triton_takes(lambda shape, dtype, **_: dtype == torch.float32 and shape[0] == 63)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(127, 521), (521, 127), (2, 3)])
+@pytest.mark.parametrize("shape", [(63, 1031), (521, 127), (2, 3)])
 def test_deterministic_and_inputs_untouched(fused, shape, dtype):
     x, y = views(shapes.transposed, shape, fused, dtype)
     before = [z.detach().clone() for z in (x, y)]

@@ -143,7 +143,7 @@ def forward(
             combine_kernel[(pieces,)](
                 parts, products, sums, p.side, splits, p.rows,
                 GRAM=p.gram, WHOLE=splits == 1, TILE=small,
-                EACH=min(each, triton.next_power_of_2(splits)), num_warps=combine_warps,
+                EACH=each, num_warps=combine_warps,
             )  # fmt: skip
         loss_kernel[(1,)](
             loss, invariances, taken, sums, blocks, count, factor,
