@@ -37,6 +37,7 @@ CONTENDERS = {
     "eager": "the formula in plain PyTorch",
     "sdpa": "SDPA",
     "foreach_lerp": "_foreach_lerp_",
+    "bare": "a bare autograd.Function",
     "compiled": "ours, torch.compile",
     "compiled_sum": "a sum, torch.compile",
 }
@@ -48,6 +49,21 @@ ROWS, DIM = 8, 16
 MOMENTUM = 0.996
 
 
+class Bare(torch.autograd.Function):
+    """Computes nothing: what torch itself takes for a Function in Python of these inputs, below
+    which no op of this library comes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, like: Tensor, *leaves: Tensor) -> Tensor:
+        ctx.save_for_backward(*leaves)
+        return torch.empty_like(like)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return None, *ctx.saved_tensors
+
+
 def plan(
     name: str,
     backend: str | None,
@@ -57,7 +73,8 @@ def plan(
 ) -> Plan:
     """function: ours, from leaves to a result whose gradients are taken, as are the others'."""
     grad = torch.ones_like(function(*leaves))
-    functions = {"ours": function, **others, "compiled": compiled(function)}
+    bare = partial(Bare.apply, grad)
+    functions = {"ours": function, **others, "bare": bare, "compiled": compiled(function)}
 
     def step(run: Callable[..., Tensor]) -> Step:
         return lambda: torch.autograd.grad(run(*leaves), leaves, grad)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vicreg_kernels.barlow.triton.statistics import SIZES, inverse_std, load_scale
-from vicreg_kernels.core.triton.columns import divided, strides_of
+from vicreg_kernels.barlow.triton.statistics import inverse_std, load_scale
 from vicreg_kernels.core.triton.operands import narrow, square_operand, view_operand
 
 
@@ -71,14 +70,13 @@ def cross_squares_kernel(
     tl.store(sums + dim + strip, tl.sum(by_column, axis=0), mask=strip < dim)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "first_view"], do_not_specialize_on_alignment=["grad"])
+@triton.jit(do_not_specialize=["rows", "first_view"], do_not_specialize_on_alignment=["grad"])
 def gradient_kernel(
     grad, x, y, moments, diagonal, products, sums, out_x, out_y,
     rows, dim, side, first_view,
     sx_n, sx_d, sy_n, sy_d,
     lambd, degrees, eps, std_eps,
     GRAM: tl.constexpr, FORMAT: tl.constexpr, PRECISION: tl.constexpr,
-    LAYOUT: tl.constexpr, UNIT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One tile of one view's product. GRAM: K of the other view times Z, float32 into out [N, D],
@@ -97,11 +95,6 @@ def gradient_kernel(
     std_eps = tl.cast(std_eps, tl.float32)
     if GRAM:
         rows = side
-        dim = divided(dim, UNIT)
-    else:
-        dim = side
-    _, sx_n, sx_d = strides_of(0, sx_n, sx_d, LAYOUT, UNIT)
-    _, sy_n, sy_d = strides_of(0, sy_n, sy_d, LAYOUT, UNIT)
     down = tl.cdiv(rows, ROWS)
     across = tl.cdiv(dim, COLUMNS)
     tile = tl.program_id(0) % (down * across)
@@ -203,7 +196,7 @@ def view_coefficients(
 
 
 @triton.jit(
-    do_not_specialize=[*SIZES, "parts", "block_rows"], do_not_specialize_on_alignment=["grad"]
+    do_not_specialize=["rows", "parts", "block_rows"], do_not_specialize_on_alignment=["grad"]
 )
 def finish_kernel(
     grad, x, y, moments, diagonal, sums, product_x, product_y, grad_x, grad_y,
@@ -211,7 +204,7 @@ def finish_kernel(
     sx_n, sx_d, sy_n, sy_d,
     lambd, degrees, eps, std_eps,
     NEED_X: tl.constexpr, NEED_Y: tl.constexpr, FORMAT: tl.constexpr,
-    LAYOUT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """N < D: the gradients from the products, for block_rows rows of COLUMNS columns. The products
     may be the gradients' own memory. Reads 4 bytes and one element, twice, and writes 2 elements,
@@ -221,9 +214,6 @@ def finish_kernel(
     degrees = tl.cast(degrees, tl.float32)
     eps = tl.cast(eps, tl.float32)
     std_eps = tl.cast(std_eps, tl.float32)
-    dim = divided(dim, UNIT)
-    _, sx_n, sx_d = strides_of(0, sx_n, sx_d, LAYOUT, UNIT)
-    _, sy_n, sy_d = strides_of(0, sy_n, sy_d, LAYOUT, UNIT)
     across = tl.cdiv(dim, COLUMNS)
     column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
     live = column < dim

@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vicreg_kernels.barlow.triton.statistics import SIZES, SUMS, load_scale
-from vicreg_kernels.core.triton.columns import divided, strides_of, triangle
+from vicreg_kernels.barlow.triton.statistics import SUMS, load_scale
+from vicreg_kernels.core.triton.columns import triangle
 from vicreg_kernels.core.triton.operands import operand
 from vicreg_kernels.core.triton.sums import total
 
@@ -26,14 +26,14 @@ def store_symmetric(base, tile, a_row, b_row, rows, mirrored):
         tl.store(mirror, tl.trans(tile), mask=tl.trans(valid))
 
 
-@triton.jit(do_not_specialize=[*SIZES, "splits"], do_not_specialize_on_alignment=SUMS)
+@triton.jit(do_not_specialize=["splits"])
 def gram_kernel(
     x, y, moments, out,
-    rows, dim, side, splits, chunk,
+    rows, dim, splits, chunk,
     sx_n, sx_d, sy_n, sy_d,
     degrees, eps, std_eps,
     WHOLE: tl.constexpr, FORMAT: tl.constexpr, PRECISION: tl.constexpr,
-    LAYOUT: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """N < D: one tile (i <= j) of one view's Gram matrix over one chunk of the columns, into out
     [2, splits, N, N]; WHOLE (one chunk): its mirror image too.
@@ -46,10 +46,6 @@ def gram_kernel(
     degrees = tl.cast(degrees, tl.float32)
     eps = tl.cast(eps, tl.float32)
     std_eps = tl.cast(std_eps, tl.float32)
-    rows = side
-    dim = divided(dim, UNIT)
-    _, sx_n, sx_d = strides_of(0, sx_n, sx_d, LAYOUT, UNIT)
-    _, sy_n, sy_d = strides_of(0, sy_n, sy_d, LAYOUT, UNIT)
     across = tl.cdiv(rows, TILE)
     tiles = across * (across + 1) // 2
     t = tl.program_id(0) % tiles
@@ -90,14 +86,14 @@ def gram_kernel(
     store_symmetric(base, acc, a_row, b_row, rows, (i != j) & WHOLE)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "splits"], do_not_specialize_on_alignment=SUMS)
+@triton.jit(do_not_specialize=["rows", "splits"], do_not_specialize_on_alignment=SUMS)
 def cross_kernel(
     x, y, moments, out, sums,
-    rows, dim, side, splits, chunk,
+    rows, dim, splits, chunk,
     sx_n, sx_d, sy_n, sy_d,
     degrees, eps, std_eps,
     WHOLE: tl.constexpr, FORMAT: tl.constexpr, PRECISION: tl.constexpr,
-    LAYOUT: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """N >= D: one tile of C over one chunk of the rows; WHOLE (one chunk): with its zero diagonal
     into out [1, D, D], and the sum of its squares. Else into out [splits, D, D].
@@ -107,9 +103,6 @@ def cross_kernel(
     degrees = tl.cast(degrees, tl.float32)
     eps = tl.cast(eps, tl.float32)
     std_eps = tl.cast(std_eps, tl.float32)
-    dim = side
-    _, sx_n, sx_d = strides_of(0, sx_n, sx_d, LAYOUT, UNIT)
-    _, sy_n, sy_d = strides_of(0, sy_n, sy_d, LAYOUT, UNIT)
     across = tl.cdiv(dim, TILE)
     tiles = across * across
     t = tl.program_id(0) % tiles

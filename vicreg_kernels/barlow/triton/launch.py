@@ -31,7 +31,6 @@ from vicreg_kernels.barlow.triton.forward import (
 )
 from vicreg_kernels.barlow.triton.statistics import merge_kernel, statistics_kernel
 from vicreg_kernels.core.triton.device import device_of, on_device, operand_format
-from vicreg_kernels.core.units import layout
 
 
 class LaunchPlan:
@@ -48,8 +47,7 @@ class LaunchPlan:
         name, self.processors, _ = device_of(x)
         self.format, self.forward_precision, self.backward_precision = operand_format(x, tf32x3)
         self.config = configs.choose(name, self.format, self.rows, self.dim)
-        kind, unit, self.strides = layout(x, y)
-        self.layout = {"LAYOUT": kind, "UNIT": unit}
+        self.strides = (*x.stride(), *y.stride())
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.x.device)
@@ -116,26 +114,24 @@ def forward(
         statistics_kernel[(row_blocks * blocks,)](
             x, y, moments, diagonal, partials, invariances, taken,
             p.rows, p.dim, row_blocks, block_rows, *p.strides, *p.scale,
-            GRAM=p.gram, FINAL=row_blocks == 1, FORMAT=p.format, **p.layout,
+            GRAM=p.gram, FINAL=row_blocks == 1, FORMAT=p.format,
             ROWS=height, COLUMNS=width, num_warps=warps,
         )  # fmt: skip
         if row_blocks > 1:
             merge_kernel[(blocks,)](
                 x, y, moments, diagonal, partials, invariances, taken,
-                p.rows, p.dim, row_blocks, block_rows, *p.strides, *p.scale,
-                GRAM=p.gram, **p.layout, ROWS=height, COLUMNS=width, num_warps=warps,
+                p.rows, p.dim, row_blocks, block_rows, x.stride(1), y.stride(1), *p.scale,
+                GRAM=p.gram, ROWS=height, COLUMNS=width, num_warps=warps,
             )  # fmt: skip
         if p.gram:
             gram_kernel[(2 * splits * tiles,)](
-                x, y, moments, parts,
-                p.rows, p.dim, p.side, splits, chunk, *p.strides, *p.scale, **p.layout,
+                x, y, moments, parts, p.rows, p.dim, splits, chunk, *p.strides, *p.scale,
                 WHOLE=splits == 1, FORMAT=p.format, PRECISION=p.forward_precision,
                 TILE=tile, DEPTH=depth, num_warps=product_warps, num_stages=stages,
             )  # fmt: skip
         else:
             cross_kernel[(splits * tiles,)](
-                x, y, moments, parts, sums,
-                p.rows, p.dim, p.side, splits, chunk, *p.strides, *p.scale, **p.layout,
+                x, y, moments, parts, sums, p.rows, p.dim, splits, chunk, *p.strides, *p.scale,
                 WHOLE=splits == 1, FORMAT=p.format, PRECISION=p.forward_precision,
                 TILE=tile, DEPTH=depth, num_warps=product_warps, num_stages=stages,
             )  # fmt: skip
@@ -192,7 +188,7 @@ def backward(
         gradient_kernel[(views * down * triton.cdiv(p.dim, width),)](
             grad, x, y, moments, diagonal, products, sums, *out,
             p.rows, p.dim, p.side, 0 if need_x else 1, *p.strides, lambd, *p.scale,
-            GRAM=p.gram, FORMAT=p.format, PRECISION=p.backward_precision, **p.layout,
+            GRAM=p.gram, FORMAT=p.format, PRECISION=p.backward_precision,
             ROWS=height, COLUMNS=width, DEPTH=depth, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if p.gram:
@@ -203,7 +199,7 @@ def backward(
             finish_kernel[(across * triton.cdiv(p.rows, block_rows),)](
                 grad, x, y, moments, diagonal, sums, *out, *grads,
                 p.rows, p.dim, down, block_rows, *p.strides, lambd, *p.scale,
-                NEED_X=need_x, NEED_Y=need_y, FORMAT=p.format, **p.layout,
+                NEED_X=need_x, NEED_Y=need_y, FORMAT=p.format,
                 ROWS=step, COLUMNS=wide, num_warps=finish_warps,
             )  # fmt: skip
     return grads[0], grads[1]

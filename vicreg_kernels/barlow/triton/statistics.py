@@ -9,12 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vicreg_kernels.core.triton.columns import divided, load_mean, merge, strides_of, welford
+from vicreg_kernels.core.triton.columns import load_mean, merge, welford
 from vicreg_kernels.core.triton.operands import value
 
-# What no kernel is specialised on: sizes and strides (core/units.py).
-SIZES = ["rows", "dim", "sx_n", "sx_d", "sy_n", "sy_d"]
-# Partial sums, one a program: slices of one tensor, of any alignment.
+# Of no alignment: slices of the partial sums, one number a program. Specialised on theirs, every
+# kernel that takes one was compiled twice.
 SUMS = ["invariances", "taken", "sums"]
 
 
@@ -101,7 +100,7 @@ def rounded_product(
 
 
 @triton.jit(
-    do_not_specialize=[*SIZES, "row_blocks", "block_rows"], do_not_specialize_on_alignment=SUMS
+    do_not_specialize=["rows", "row_blocks", "block_rows"], do_not_specialize_on_alignment=SUMS
 )
 def statistics_kernel(
     x, y, moments, diagonal, partials, invariances, taken,
@@ -109,7 +108,7 @@ def statistics_kernel(
     sx_n, sx_d, sy_n, sy_d,
     degrees, eps, std_eps,
     GRAM: tl.constexpr, FINAL: tl.constexpr, FORMAT: tl.constexpr,
-    LAYOUT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Stage 1: means, scatters and comoment of COLUMNS columns over block_rows rows of both views.
     FINAL (one row block): stage 2 as well.
@@ -122,9 +121,6 @@ def statistics_kernel(
     degrees = tl.cast(degrees, tl.float32)
     eps = tl.cast(eps, tl.float32)
     std_eps = tl.cast(std_eps, tl.float32)
-    dim = divided(dim, UNIT)
-    _, sx_n, sx_d = strides_of(0, sx_n, sx_d, LAYOUT, UNIT)
-    _, sy_n, sy_d = strides_of(0, sy_n, sy_d, LAYOUT, UNIT)
     blocks = tl.cdiv(dim, COLUMNS)
     block = tl.program_id(0) % blocks
     r = tl.program_id(0) // blocks
@@ -186,22 +182,18 @@ def statistics_kernel(
 
 
 @triton.jit(
-    do_not_specialize=[*SIZES, "row_blocks", "block_rows"], do_not_specialize_on_alignment=SUMS
+    do_not_specialize=["rows", "row_blocks", "block_rows"], do_not_specialize_on_alignment=SUMS
 )
 def merge_kernel(
     x, y, moments, diagonal, partials, invariances, taken,
-    rows, dim, row_blocks, block_rows, sx_n, sx_d, sy_n, sy_d,
+    rows, dim, row_blocks, block_rows, sx_d, sy_d,
     degrees, eps, std_eps,
-    GRAM: tl.constexpr, LAYOUT: tl.constexpr, UNIT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    GRAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Stage 2: the row blocks' partials as one, 40 D row_blocks bytes read."""
     degrees = tl.cast(degrees, tl.float32)
     eps = tl.cast(eps, tl.float32)
     std_eps = tl.cast(std_eps, tl.float32)
-    dim = divided(dim, UNIT)
-    _, sx_n, sx_d = strides_of(0, sx_n, sx_d, LAYOUT, UNIT)
-    _, sy_n, sy_d = strides_of(0, sy_n, sy_d, LAYOUT, UNIT)
     block = tl.program_id(0)
     columns = block * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < dim

@@ -8,23 +8,6 @@ import triton.language as tl
 
 
 @triton.jit
-def divided(size, UNIT: tl.constexpr):
-    """A size or stride that UNIT divides (core/units.py), in a form that shows it."""
-    return size // UNIT * UNIT if UNIT > 1 else size
-
-
-@triton.jit
-def strides_of(s_g, s_n, s_d, LAYOUT: tl.constexpr, UNIT: tl.constexpr):
-    """The strides of [G, N, D], in a form that shows what `layout` says of them."""
-    if LAYOUT == "rows":
-        return divided(s_g, UNIT), divided(s_n, UNIT), 1
-    elif LAYOUT == "columns":
-        return divided(s_g, UNIT), 1, divided(s_d, UNIT)
-    else:
-        return s_g, s_n, s_d
-
-
-@triton.jit
 def welford(z, pivot, keep, count, mean, scatter):
     """One more row in each slot; mean is that of z - pivot. count: [ROWS, 1], this row included."""
     deviation = z - pivot

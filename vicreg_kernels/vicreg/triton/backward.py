@@ -9,9 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vicreg_kernels.core.triton.columns import divided, load_mean, strides_of
+from vicreg_kernels.core.triton.columns import load_mean
 from vicreg_kernels.core.triton.operands import narrow, square_operand, value, view_operand
-from vicreg_kernels.vicreg.triton.statistics import SIZES, SUMS
+from vicreg_kernels.vicreg.triton.statistics import SUMS
 
 
 @triton.jit
@@ -79,7 +79,10 @@ def store_gradient(
     tl.store(target, narrow(grad, grad_x, FORMAT), mask=keep)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "first_plane", "each"], do_not_specialize_on_alignment=SUMS)
+@triton.jit(
+    do_not_specialize=["groups", "rows", "first_plane", "each"],
+    do_not_specialize_on_alignment=SUMS,
+)
 def gradient_kernel(
     grads, x, y, moments, squares, deflated, index, grad_x, grad_y,
     groups, rows, dim, side, first_plane, each,
@@ -87,7 +90,7 @@ def gradient_kernel(
     invariance_factor, variance_factor, covariance_factor, w0, w1, w2,
     degrees, margin, eps,
     VIEWS: tl.constexpr, GRAM: tl.constexpr, TAKEN: tl.constexpr,
-    FORMAT: tl.constexpr, PRECISION: tl.constexpr, LAYOUT: tl.constexpr, UNIT: tl.constexpr,
+    FORMAT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One tile of the gradient of one plane: the product K Zc (GRAM) or Zc S, then the epilogue.
@@ -97,11 +100,6 @@ def gradient_kernel(
     """
     if GRAM:
         rows = side
-        dim = divided(dim, UNIT)
-    else:
-        dim = side
-    sx_g, sx_n, sx_d = strides_of(sx_g, sx_n, sx_d, LAYOUT, UNIT)
-    sy_g, sy_n, sy_d = strides_of(sy_g, sy_n, sy_d, LAYOUT, UNIT)
     down = tl.cdiv(rows, ROWS)
     across = tl.cdiv(dim, COLUMNS)
     tile = tl.program_id(0) % (down * across)

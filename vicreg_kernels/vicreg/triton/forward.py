@@ -12,10 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vicreg_kernels.core.triton.columns import divided, load_mean, strides_of, triangle
+from vicreg_kernels.core.triton.columns import load_mean, triangle
 from vicreg_kernels.core.triton.operands import narrow, operand
 from vicreg_kernels.core.triton.sums import total
-from vicreg_kernels.vicreg.triton.statistics import SIZES, SUMS
+from vicreg_kernels.vicreg.triton.statistics import SUMS
 
 
 @triton.jit
@@ -47,14 +47,16 @@ def largest_columns(candidates, candidate_index, blocks, TAKEN: tl.constexpr, WI
     return chosen, tl.sum(own * own + rest, axis=0)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "blocks", "splits"], do_not_specialize_on_alignment=SUMS)
+@triton.jit(
+    do_not_specialize=["groups", "rows", "blocks", "splits"], do_not_specialize_on_alignment=SUMS
+)
 def product_kernel(
     x, y, moments, out, sums, candidates, candidate_index, index, taken, diagonal,
     groups, rows, dim, side, blocks, splits, chunk,
     sx_g, sx_n, sx_d, sy_g, sy_n, sy_d,
     degrees,
     GRAM: tl.constexpr, WHOLE: tl.constexpr, FORMAT: tl.constexpr, PRECISION: tl.constexpr,
-    TAKEN: tl.constexpr, WIDTH: tl.constexpr, LAYOUT: tl.constexpr, UNIT: tl.constexpr,
+    TAKEN: tl.constexpr, WIDTH: tl.constexpr,
     TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One tile (i <= j) of one plane over one chunk of the reduction, and its mirror image.
@@ -70,12 +72,7 @@ def product_kernel(
     """
     if GRAM:
         rows = side
-        dim = divided(dim, UNIT)
-    else:
-        dim = side
     length = dim if GRAM else rows
-    sx_g, sx_n, sx_d = strides_of(sx_g, sx_n, sx_d, LAYOUT, UNIT)
-    sy_g, sy_n, sy_d = strides_of(sy_g, sy_n, sy_d, LAYOUT, UNIT)
     across = tl.cdiv(side, TILE)
     tiles = across * (across + 1) // 2
     t = tl.program_id(0) % tiles

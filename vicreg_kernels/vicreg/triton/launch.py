@@ -16,7 +16,6 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vicreg_kernels.core.triton.device import device_of, on_device, operand_format
-from vicreg_kernels.core.units import layout
 from vicreg_kernels.vicreg import contract
 from vicreg_kernels.vicreg.triton import configs, tma
 from vicreg_kernels.vicreg.triton.backward import gradient_kernel
@@ -48,11 +47,19 @@ class LaunchPlan:
         self.tma = tma.takes(x)
         if self.tma:
             self.config = configs.with_tma(self.config, self.rows, self.dim)
-        kind, unit, self.strides = layout(x, self.y)
-        self.layout = {"LAYOUT": kind, "UNIT": unit}
+        between = [z.stride(0) if self.groups > 1 else _of_one_group(z) for z in (x, self.y)]
+        self.strides = (between[0], *x.stride()[1:], between[1], *self.y.stride()[1:])
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.x.device)
+
+
+def _of_one_group(z: Tensor) -> int:
+    """What stands for the stride between groups where there is one: that of its rows or columns, so
+    that no kernel is compiled for whether 16 divides it.
+    """
+    longest = max(z.stride()[1:])
+    return longest if longest > 1 else 0
 
 
 def _row_blocks(p: LaunchPlan, blocks: int) -> tuple[int, int]:
@@ -125,7 +132,7 @@ class _Product:
             p.groups, p.rows, p.dim, p.side, columns.blocks, self.splits, self.chunk, *p.strides,
             p.degrees,
             GRAM=p.gram, WHOLE=self.whole, FORMAT=p.format, PRECISION=p.forward_precision,
-            TAKEN=p.taken, WIDTH=columns.width, **p.layout,
+            TAKEN=p.taken, WIDTH=columns.width,
             TILE=tile, DEPTH=depth, num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
@@ -139,7 +146,7 @@ class _Product:
             p.x, p.y, moments, centred, columns.candidates, columns.candidate_index, index,
             columns.taken, columns.diagonal,
             p.groups, p.rows, p.dim, columns.blocks, row_blocks, *p.strides,
-            GRAM=p.gram, FORMAT=p.format, TAKEN=p.taken, WIDTH=columns.width, **p.layout,
+            GRAM=p.gram, FORMAT=p.format, TAKEN=p.taken, WIDTH=columns.width,
             ROWS=height, COLUMNS=width, STEPS=steps, num_warps=warps,
         )  # fmt: skip
         height, width, depth, warps, stages, band = p.config.tma_product
@@ -200,15 +207,15 @@ def forward(
             p.x, p.y, moments, partials, hinges, differences,
             columns.candidates, columns.candidate_index,
             p.groups, p.rows, p.dim, row_blocks, block_rows, *p.strides, p.degrees, margin, eps,
-            VIEWS=p.views, GRAM=p.gram, FINAL=row_blocks == 1, FORMAT=p.format, **p.layout,
+            VIEWS=p.views, GRAM=p.gram, FINAL=row_blocks == 1, FORMAT=p.format,
             ROWS=height, COLUMNS=width, num_warps=warps,
         )  # fmt: skip
         if row_blocks > 1:
             merge_kernel[(p.planes * blocks,)](
                 p.x, p.y, moments, partials, hinges, columns.candidates, columns.candidate_index,
-                p.groups, p.rows, p.dim, row_blocks, block_rows, *p.strides,
-                p.degrees, margin, eps,
-                GRAM=p.gram, **p.layout, ROWS=height, COLUMNS=width, num_warps=warps,
+                p.groups, p.rows, p.dim, row_blocks, block_rows,
+                *(p.strides[i] for i in (0, 2, 3, 5)), p.degrees, margin, eps,
+                GRAM=p.gram, ROWS=height, COLUMNS=width, num_warps=warps,
             )  # fmt: skip
         if p.tma:
             stored = centred.numel() > 0
@@ -270,7 +277,7 @@ def backward(
             tiled_gradient_kernel[(planes * tiles,)](
                 _described(a, (height, depth)), _described(b, (depth, width)),
                 grads, p.x, p.y, moments, deflated, index, grad_x, grad_y, *shared,
-                VIEWS=p.views, GRAM=p.gram, TAKEN=p.taken, FORMAT=p.format, **p.layout,
+                VIEWS=p.views, GRAM=p.gram, TAKEN=p.taken, FORMAT=p.format,
                 ROWS=height, COLUMNS=width, DEPTH=depth, BAND=band,
                 num_warps=warps, num_stages=stages,
             )  # fmt: skip
@@ -280,7 +287,7 @@ def backward(
             gradient_kernel[(planes * tiles,)](
                 grads, p.x, p.y, moments, squares, deflated, index, grad_x, grad_y, *shared,
                 VIEWS=p.views, GRAM=p.gram, TAKEN=p.taken,
-                FORMAT=p.format, PRECISION=p.backward_precision, **p.layout,
+                FORMAT=p.format, PRECISION=p.backward_precision,
                 ROWS=height, COLUMNS=width, DEPTH=depth, num_warps=warps, num_stages=stages,
             )  # fmt: skip
     return grad_x, grad_y

@@ -10,14 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vicreg_kernels.core.triton.columns import divided, merge, strides_of, welford
+from vicreg_kernels.core.triton.columns import merge, welford
 from vicreg_kernels.core.triton.operands import value
 
-# What no kernel is specialised on: sizes and strides (core/units.py).
-SIZES = [
-    "groups", "rows", "dim", "sx_g", "sx_n", "sx_d", "sy_g", "sy_n", "sy_d",
-]  # fmt: skip
-# Partial sums, one a program: slices of one tensor, of any alignment.
+# Of no alignment: slices of the partial sums, one number a program; the incoming gradients, four.
+# Specialised on theirs, every kernel that takes one was compiled twice.
 SUMS = ["differences", "hinges", "sums", "diagonal", "grads"]
 
 
@@ -78,7 +75,8 @@ def used_scatter(
 
 
 @triton.jit(
-    do_not_specialize=[*SIZES, "row_blocks", "block_rows"], do_not_specialize_on_alignment=SUMS
+    do_not_specialize=["groups", "rows", "row_blocks", "block_rows"],
+    do_not_specialize_on_alignment=SUMS,
 )
 def statistics_kernel(
     x, y, moments, partials, hinges, differences, candidates, candidate_index,
@@ -86,7 +84,7 @@ def statistics_kernel(
     sx_g, sx_n, sx_d, sy_g, sy_n, sy_d,
     degrees, margin, eps,
     VIEWS: tl.constexpr, GRAM: tl.constexpr, FINAL: tl.constexpr, FORMAT: tl.constexpr,
-    LAYOUT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Stage 1: mean and scatter of COLUMNS columns over block_rows rows of both views, and their
     sum of (x - y)^2. FINAL (one row block): stage 2 as well.
@@ -99,9 +97,6 @@ def statistics_kernel(
     degrees = tl.cast(degrees, tl.float32)
     margin = tl.cast(margin, tl.float32)
     eps = tl.cast(eps, tl.float32)
-    dim = divided(dim, UNIT)
-    sx_g, sx_n, sx_d = strides_of(sx_g, sx_n, sx_d, LAYOUT, UNIT)
-    sy_g, sy_n, sy_d = strides_of(sy_g, sy_n, sy_d, LAYOUT, UNIT)
     blocks = tl.cdiv(dim, COLUMNS)
     block = tl.program_id(0) % blocks
     r = (tl.program_id(0) // blocks) % row_blocks
@@ -173,23 +168,20 @@ def statistics_kernel(
 
 
 @triton.jit(
-    do_not_specialize=[*SIZES, "row_blocks", "block_rows"], do_not_specialize_on_alignment=SUMS
+    do_not_specialize=["groups", "rows", "row_blocks", "block_rows"],
+    do_not_specialize_on_alignment=SUMS,
 )
 def merge_kernel(
     x, y, moments, partials, hinges, candidates, candidate_index,
     groups, rows, dim, row_blocks, block_rows,
-    sx_g, sx_n, sx_d, sy_g, sy_n, sy_d,
+    sx_g, sx_d, sy_g, sy_d,
     degrees, margin, eps,
-    GRAM: tl.constexpr, LAYOUT: tl.constexpr, UNIT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    GRAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Stage 2: the row blocks' partials of one plane as one, 16 D row_blocks bytes read a view."""
     degrees = tl.cast(degrees, tl.float32)
     margin = tl.cast(margin, tl.float32)
     eps = tl.cast(eps, tl.float32)
-    dim = divided(dim, UNIT)
-    sx_g, sx_n, sx_d = strides_of(sx_g, sx_n, sx_d, LAYOUT, UNIT)
-    sy_g, sy_n, sy_d = strides_of(sy_g, sy_n, sy_d, LAYOUT, UNIT)
     blocks = tl.cdiv(dim, COLUMNS)
     block = tl.program_id(0) % blocks
     plane = tl.program_id(0) // blocks

@@ -19,20 +19,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vicreg_kernels.core.triton.columns import divided, load_mean, strides_of, triangle
+from vicreg_kernels.core.triton.columns import load_mean, triangle
 from vicreg_kernels.core.triton.operands import operand
 from vicreg_kernels.vicreg.triton.backward import store_gradient
 from vicreg_kernels.vicreg.triton.forward import largest_columns
-from vicreg_kernels.vicreg.triton.statistics import SIZES, SUMS
+from vicreg_kernels.vicreg.triton.statistics import SUMS
 
 
-@triton.jit(do_not_specialize=[*SIZES, "blocks", "row_blocks"], do_not_specialize_on_alignment=SUMS)
+@triton.jit(
+    do_not_specialize=["groups", "rows", "blocks", "row_blocks"],
+    do_not_specialize_on_alignment=SUMS,
+)
 def centre_kernel(
     x, y, moments, centred, candidates, candidate_index, index, taken, diagonal,
     groups, rows, dim, blocks, row_blocks,
     sx_g, sx_n, sx_d, sy_g, sy_n, sy_d,
     GRAM: tl.constexpr, FORMAT: tl.constexpr, TAKEN: tl.constexpr, WIDTH: tl.constexpr,
-    LAYOUT: tl.constexpr, UNIT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """The operands of one plane's products, centred [planes, N, D], ROWS STEPS rows of COLUMNS.
@@ -41,9 +43,6 @@ def centre_kernel(
     `index`; the sum of the others' squared variances goes to `diagonal`. Reads N D elements a view
     and writes as many.
     """
-    dim = divided(dim, UNIT)
-    sx_g, sx_n, sx_d = strides_of(sx_g, sx_n, sx_d, LAYOUT, UNIT)
-    sy_g, sy_n, sy_d = strides_of(sy_g, sy_n, sy_d, LAYOUT, UNIT)
     across = tl.cdiv(dim, COLUMNS)
     j = tl.program_id(0) % across
     i = (tl.program_id(0) // across) % row_blocks
@@ -176,7 +175,7 @@ def halves(tile):
 
 
 @triton.jit(
-    do_not_specialize=[*SIZES, "side", "first_plane", "each"],
+    do_not_specialize=["groups", "rows", "side", "first_plane", "each"],
     do_not_specialize_on_alignment=SUMS,
 )
 def tiled_gradient_kernel(
@@ -186,7 +185,6 @@ def tiled_gradient_kernel(
     invariance_factor, variance_factor, covariance_factor, w0, w1, w2,
     degrees, margin, eps,
     VIEWS: tl.constexpr, GRAM: tl.constexpr, TAKEN: tl.constexpr, FORMAT: tl.constexpr,
-    LAYOUT: tl.constexpr, UNIT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """One tile of the gradient of one plane: the product K Zc (GRAM) or Zc S, then the epilogue of
@@ -195,9 +193,6 @@ def tiled_gradient_kernel(
     2 N D m operations a view; reads 3 N D elements and writes N D. Tiles go by bands of BAND rows.
     Operands are descriptors of [planes, N, m] and [planes, m, D].
     """
-    dim = divided(dim, UNIT)
-    sx_g, sx_n, sx_d = strides_of(sx_g, sx_n, sx_d, LAYOUT, UNIT)
-    sy_g, sy_n, sy_d = strides_of(sy_g, sy_n, sy_d, LAYOUT, UNIT)
     down = tl.cdiv(rows, ROWS)
     across = tl.cdiv(dim, COLUMNS)
     tile = tl.program_id(0) % (down * across)
