@@ -110,8 +110,11 @@ def assert_matches_reference(
     before = [z.clone() for z in onlines]
     others = list(onlines) if device == "cpu" else again(onlines, device)
     expected, expected_copies = again(targets), again(shadows)
-    on_device = momentum.to(device) if isinstance(momentum, Tensor) else momentum
-    ema_update_(mine, others, on_device, shadows=copies or None, backend=backend, **settings)
+    there = {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in {"momentum": momentum, **settings}.items()
+    }
+    ema_update_(mine, others, shadows=copies or None, backend=backend, **there)
     ema_update_(
         expected, list(onlines), momentum, shadows=expected_copies or None,
         backend="reference", **settings,

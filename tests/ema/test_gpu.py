@@ -45,6 +45,9 @@ def test_every_mix_of_dtypes(backend, momentum, rounding):
     else:
         lists = few = ema_tensors.every_dtype(shapes)
     assert_matches_reference(backend, *lists, momentum, device="cuda", **settings)
+    settings["step"] = torch.tensor(
+        settings["step"]
+    )  # with the momentum on the device, as in a graph
     assert_matches_reference(backend, *few, value, device="cuda", **settings)
 
 

@@ -80,8 +80,8 @@ def store_gradient(
 
 
 @triton.jit(
-    do_not_specialize=["groups", "rows", "first_plane", "each"],
-    do_not_specialize_on_alignment=SUMS,
+    do_not_specialize=["rows", "first_plane", "each"],
+    do_not_specialize_on_alignment=[*SUMS, "groups"],
 )
 def gradient_kernel(
     grads, x, y, moments, squares, deflated, index, grad_x, grad_y,
