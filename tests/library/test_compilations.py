@@ -1,9 +1,10 @@
 """What the tests marked `gpu` compile with Triton: few kernels, each test some, counted rightly.
 
 A compilation takes 0.1 to 2.6 CPU-seconds. The recording (compilations.py) needs no GPU. All tests
-together compile 631 kernels; 500 is the aim, which is not reached. What is left is nearly all one
-dtype, one layout or one rule of one kernel: in attention a head dim, or one of the rules that stay
-constants because their loops differ; in vicreg and barlow the side, the views and the layout. The
+together compile 497 kernels; they may compile 500. Nearly each of them is one dtype, one layout or one
+rule of one kernel: in attention a head dim, or one of the rules that stay constants because their
+loops differ; in vicreg and barlow the side, the views and the layout. A new test takes the heads, the
+dims and the layouts of the others, or leaves Triton to them (`triton_takes` in conftest.py). The
 recording also refuses what a GPU would: tensors of two devices in one operation or comparison.
 """
 
@@ -27,15 +28,16 @@ ROOT = Path(__file__).resolve().parents[2]
 # Compilations that an op's kernels may need, whichever test launches them: as many as were counted.
 # To be lowered as kernels specialise on less and tests draw less.
 MOST = {
-    "attention": 163,
-    "barlow": 97,
-    "ema": 57,
-    "sigreg": 56,
-    "tokens": 71,
-    "vicreg": 154,
-    "vicregl": 33,
+    "attention": 126,
+    "barlow": 76,
+    "core": 1,  # the sum of partial losses, which ops share
+    "ema": 38,
+    "sigreg": 55,
+    "tokens": 66,
+    "vicreg": 103,
+    "vicregl": 32,
 }
-MOST_IN_ALL = sum(MOST.values())
+MOST_IN_ALL = 500
 # Tests that take the Triton backend and need not launch a kernel: what they give is refused before,
 # empty, or the reference's; those of ema_torch leave the backend to the library: it takes CUDA's.
 REFUSED = (
@@ -85,7 +87,7 @@ def recorded(tmp_path_factory) -> dict[str, Any]:
 def test_the_gpu_suite_compiles_few_kernels(recorded):
     used = set().union(*map(set, recorded["launches"].values()))
     ops = Counter(recorded["made"][key]["module"].split(".")[1] for key in used)
-    assert set(ops) == set(OPS)
+    assert set(ops) == set(MOST) >= set(OPS)
     assert {op: n for op, n in ops.items() if n > MOST[op]} == {}
     assert sum(ops.values()) <= MOST_IN_ALL, ops
 
