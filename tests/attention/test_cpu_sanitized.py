@@ -12,8 +12,8 @@ pytestmark = pytest.mark.thorough
 
 # The op of the sanitized library in place of the cpu backend's.
 PROGRAM = """
-import sys, native, torch
-sys.path.insert(0, ".")
+import sys, torch
+from tests.helpers import native
 from tests.attention import cases
 from vicreg_kernels.core import dispatch, library, loader
 from vicreg_kernels.attention import apply_rope, contract

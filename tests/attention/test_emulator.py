@@ -340,7 +340,8 @@ def test_cuda_takes_what_fits():
 
 
 SANITIZED = """
-import sys, native, torch
+import sys, torch
+from tests.helpers import native
 sys.path.insert(0, ".")
 from tests.attention import cases
 from vicreg_kernels.core import dispatch, loader

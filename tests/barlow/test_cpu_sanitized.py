@@ -9,7 +9,8 @@ from tests.helpers import native
 pytestmark = pytest.mark.thorough
 
 PROGRAM = """
-import sys, native, torch
+import sys, torch
+from tests.helpers import native
 from vicreg_kernels.barlow import reference
 library, off_by_one = sys.argv[1], sys.argv[2] == "off_by_one"
 torch.ops.load_library(library)

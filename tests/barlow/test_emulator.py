@@ -267,7 +267,8 @@ def test_any_number_of_multiprocessors(shape, count, monkeypatch):
 
 
 SANITIZED = """
-import sys, native, torch
+import sys, torch
+from tests.helpers import native
 from vicreg_kernels.barlow import reference
 library, mode = sys.argv[1:]
 torch.ops.load_library(library)

@@ -9,8 +9,8 @@ from tests.helpers import native
 pytestmark = pytest.mark.thorough
 
 PROGRAM = """
-import sys, native, torch
-sys.path.insert(0, ".")
+import sys, torch
+from tests.helpers import native
 from tests.ema import tensors as ema_tensors
 from vicreg_kernels.ema import reference
 library, mode = sys.argv[1:]

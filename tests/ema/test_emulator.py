@@ -114,7 +114,8 @@ def test_nan_and_inf(bad):
 
 
 SANITIZED = """
-import sys, native, torch
+import sys, torch
+from tests.helpers import native
 sys.path.insert(0, ".")
 from tests.ema import tensors as ema_tensors
 from vicreg_kernels.ema import reference

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
 from tests.helpers import imports
@@ -48,3 +53,46 @@ def test_rooms_floors_and_shortcuts(graph):
 
 def test_a_circle_is_found():
     assert imports.cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [{"b", "c"}]
+
+
+TESTS = Path(__file__).resolve().parents[1]
+ON_PURPOSE = {"no_such_module", "not_installed"}  # of tests of what is not there
+
+
+def programs(file: Path) -> Iterator[ast.Module]:
+    """The strings of a test file that are programs: those for processes of their own."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and "import " in node.value
+        ):
+            try:
+                yield ast.parse(node.value)
+            except SyntaxError:
+                continue  # prose, or part of a program
+
+
+def missing(program: ast.Module) -> Iterator[str]:
+    for node in ast.walk(program):
+        names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+        for name in names:
+            own = name.partition(".")[0] in ("tests", "bench", "vicreg_kernels")
+            if importlib.util.find_spec(name if own else name.partition(".")[0]) is None:
+                yield name
+
+
+def test_programs_in_strings_import_what_is_there():
+    """A module that moves is not seen in them by any tool, and some run in `make audit` alone."""
+    found = {
+        file.relative_to(TESTS).as_posix(): sorted(names)
+        for file in TESTS.rglob("*.py")
+        if file != Path(__file__)
+        for names in [
+            {name for program in programs(file) for name in missing(program)} - ON_PURPOSE
+        ]
+        if names
+    }
+    assert found == {}

@@ -9,7 +9,8 @@ from tests.helpers import native
 pytestmark = pytest.mark.thorough
 
 PROGRAM = """
-import sys, native, torch
+import sys, torch
+from tests.helpers import native
 from vicreg_kernels.sigreg import reference
 torch.ops.load_library(sys.argv[1])
 op = torch.ops.vicreg_kernels_sanitized

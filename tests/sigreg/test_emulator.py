@@ -147,7 +147,8 @@ def test_any_order_of_blocks_gives_the_same_bits(monkeypatch):
 
 
 SANITIZED = """
-import sys, native, torch
+import sys, torch
+from tests.helpers import native
 sys.path.insert(0, ".")
 from tests.sigreg import cases as sigreg_cases
 from tests.sigreg.cases import KNOTS

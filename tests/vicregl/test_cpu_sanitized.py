@@ -11,7 +11,8 @@ from tests.helpers import native
 pytestmark = pytest.mark.thorough
 
 PROGRAM = """
-import sys, native, torch
+import sys, torch
+from tests.helpers import native
 from vicreg_kernels.vicregl import reference
 library, short = sys.argv[1], sys.argv[2] == "short"
 torch.ops.load_library(library)
