@@ -60,7 +60,7 @@ class Bare(torch.autograd.Function):
         return torch.empty_like(like)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return None, *ctx.saved_tensors
 
 
@@ -73,8 +73,8 @@ def plan(
 ) -> Plan:
     """function: ours, from leaves to a result whose gradients are taken, as are the others'."""
     grad = torch.ones_like(function(*leaves))
-    bare = partial(Bare.apply, grad)
-    functions = {"ours": function, **others, "bare": bare, "compiled": compiled(function)}
+    functions: dict[str, Callable[..., Any]] = {"ours": function, **others}
+    functions |= {"bare": partial(Bare.apply, grad), "compiled": compiled(function)}
 
     def step(run: Callable[..., Tensor]) -> Step:
         return lambda: torch.autograd.grad(run(*leaves), leaves, grad)
