@@ -152,6 +152,7 @@ from tests.helpers import native
 sys.path.insert(0, ".")
 from tests.sigreg import cases as sigreg_cases
 from tests.sigreg.cases import KNOTS
+from vicreg_kernels.core import loader
 from vicreg_kernels.sigreg import contract
 library, mode = sys.argv[1:]
 torch.ops.load_library(library)
