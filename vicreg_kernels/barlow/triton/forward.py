@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vicreg_kernels.barlow.triton.statistics import SUMS, load_scale
+from vicreg_kernels.barlow.triton.statistics import load_scale
 from vicreg_kernels.core.triton.columns import triangle
 from vicreg_kernels.core.triton.operands import operand
 from vicreg_kernels.core.triton.sums import total
@@ -86,7 +86,7 @@ def gram_kernel(
     store_symmetric(base, acc, a_row, b_row, rows, (i != j) & WHOLE)
 
 
-@triton.jit(do_not_specialize=["rows", "splits"], do_not_specialize_on_alignment=SUMS)
+@triton.jit(do_not_specialize=["rows", "splits"])
 def cross_kernel(
     x, y, moments, out, sums,
     rows, dim, splits, chunk,
@@ -156,7 +156,7 @@ def add_splits(parts, area, splits, at, valid, TILE: tl.constexpr, EACH: tl.cons
     return acc
 
 
-@triton.jit(do_not_specialize=["splits", "rows"], do_not_specialize_on_alignment=SUMS)
+@triton.jit(do_not_specialize=["splits", "rows"])
 def combine_kernel(
     parts, products, sums,
     side, splits, rows,
@@ -196,7 +196,7 @@ def combine_kernel(
         tl.store(products + at, c, mask=valid)
 
 
-@triton.jit(do_not_specialize=["column_count", "sum_count"], do_not_specialize_on_alignment=SUMS)
+@triton.jit(do_not_specialize=["column_count", "sum_count"])
 def loss_kernel(
     loss, invariances, taken, sums, column_count, sum_count, factor,
     GRAM: tl.constexpr, BLOCK: tl.constexpr,

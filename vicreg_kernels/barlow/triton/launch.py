@@ -104,9 +104,10 @@ def forward(
     count = pieces or tiles
 
     partials = p.empty(0 if row_blocks == 1 else row_blocks, 5, p.dim)
-    invariances, taken, sums = p.empty(2 * blocks + count, dtype=torch.float64).split(
-        (blocks, blocks, count)
-    )
+    # Each slice begins at 16 bytes, so that no kernel is compiled for where the one before it ends.
+    lengths = [n + n % 2 for n in (blocks, blocks, count)]
+    partial_sums = p.empty(sum(lengths), dtype=torch.float64)
+    invariances, taken, sums = partial_sums.split(lengths)
     parts = products if splits == 1 else p.empty(splits, products.shape[0], p.side, p.side)
     factor = lambd / p.rows**2 if p.gram else lambd
 

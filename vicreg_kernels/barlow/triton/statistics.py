@@ -12,10 +12,6 @@ import triton.language as tl
 from vicreg_kernels.core.triton.columns import load_mean, merge, welford
 from vicreg_kernels.core.triton.operands import value
 
-# Of no alignment: slices of the partial sums, one number a program. Specialised on theirs, every
-# kernel that takes one was compiled twice.
-SUMS = ["invariances", "taken", "sums"]
-
 
 @triton.jit
 def representable(scatter, degrees, eps, std_eps):
@@ -99,9 +95,7 @@ def rounded_product(
     return tl.sum(acc, axis=0)
 
 
-@triton.jit(
-    do_not_specialize=["rows", "row_blocks", "block_rows"], do_not_specialize_on_alignment=SUMS
-)
+@triton.jit(do_not_specialize=["rows", "row_blocks", "block_rows"])
 def statistics_kernel(
     x, y, moments, diagonal, partials, invariances, taken,
     rows, dim, row_blocks, block_rows,
@@ -181,9 +175,7 @@ def statistics_kernel(
         tl.store(at + 4 * dim, both, mask=inside)
 
 
-@triton.jit(
-    do_not_specialize=["rows", "row_blocks", "block_rows"], do_not_specialize_on_alignment=SUMS
-)
+@triton.jit(do_not_specialize=["rows", "row_blocks", "block_rows"])
 def merge_kernel(
     x, y, moments, diagonal, partials, invariances, taken,
     rows, dim, row_blocks, block_rows, sx_d, sy_d,

@@ -11,7 +11,6 @@ import triton.language as tl
 
 from vicreg_kernels.core.triton.columns import load_mean
 from vicreg_kernels.core.triton.operands import narrow, square_operand, value, view_operand
-from vicreg_kernels.vicreg.triton.statistics import SUMS
 
 
 @triton.jit
@@ -81,7 +80,7 @@ def store_gradient(
 
 @triton.jit(
     do_not_specialize=["rows", "first_plane", "each"],
-    do_not_specialize_on_alignment=[*SUMS, "groups"],
+    do_not_specialize_on_alignment=["grads", "groups"],
 )
 def gradient_kernel(
     grads, x, y, moments, squares, deflated, index, grad_x, grad_y,

@@ -15,7 +15,6 @@ import triton.language as tl
 from vicreg_kernels.core.triton.columns import load_mean, triangle
 from vicreg_kernels.core.triton.operands import narrow, operand
 from vicreg_kernels.core.triton.sums import total
-from vicreg_kernels.vicreg.triton.statistics import SUMS
 
 
 @triton.jit
@@ -47,9 +46,7 @@ def largest_columns(candidates, candidate_index, blocks, TAKEN: tl.constexpr, WI
     return chosen, tl.sum(own * own + rest, axis=0)
 
 
-@triton.jit(
-    do_not_specialize=["groups", "rows", "blocks", "splits"], do_not_specialize_on_alignment=SUMS
-)
+@triton.jit(do_not_specialize=["groups", "rows", "blocks", "splits"])
 def product_kernel(
     x, y, moments, out, sums, candidates, candidate_index, index, taken, diagonal,
     groups, rows, dim, side, blocks, splits, chunk,
@@ -157,7 +154,7 @@ def product_kernel(
         tl.store(mirror, tl.trans(acc), mask=tl.trans(valid))
 
 
-@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=SUMS)
+@triton.jit(do_not_specialize=["splits"])
 def strips_kernel(
     parts, squares, sums, taken, deflated, diagonal,
     side, splits,
@@ -226,10 +223,7 @@ def strips_kernel(
     tl.store(sums + p * strips + strip, answer)
 
 
-@triton.jit(
-    do_not_specialize=["difference_count", "hinge_count", "sum_count"],
-    do_not_specialize_on_alignment=SUMS,
-)
+@triton.jit(do_not_specialize=["difference_count", "hinge_count", "sum_count"])
 def terms_kernel(
     terms, differences, hinges, sums,
     difference_count, hinge_count, sum_count,

@@ -194,9 +194,10 @@ def forward(
         p.planes * blocks,
         p.planes * (product.tiles if product.whole else strips),
     )
-    differences, hinges, sums, diagonal = p.empty(
-        sum(counts) + p.planes, dtype=torch.float64
-    ).split((*counts, p.planes))
+    # Each slice begins at 16 bytes, so that no kernel is compiled for where the one before it ends.
+    lengths = [count + count % 2 for count in (*counts, p.planes)]
+    partial_sums = p.empty(sum(lengths), dtype=torch.float64)
+    differences, hinges, sums, diagonal = partial_sums.split(lengths)
     columns = _Columns(p, blocks, diagonal)
     # The product writes `squares` where nothing is to be added to it in float32.
     direct = product.splits == 1 and (product.whole or squares.dtype == torch.float32)

@@ -13,10 +13,6 @@ import triton.language as tl
 from vicreg_kernels.core.triton.columns import merge, welford
 from vicreg_kernels.core.triton.operands import value
 
-# Of no alignment: slices of the partial sums, one number a program; the incoming gradients, four.
-# Specialised on theirs, every kernel that takes one was compiled twice.
-SUMS = ["differences", "hinges", "sums", "diagonal", "grads"]
-
 
 @triton.jit
 def finish_columns(
@@ -74,10 +70,7 @@ def used_scatter(
     return tl.sum(acc, axis=0)
 
 
-@triton.jit(
-    do_not_specialize=["groups", "rows", "row_blocks", "block_rows"],
-    do_not_specialize_on_alignment=SUMS,
-)
+@triton.jit(do_not_specialize=["groups", "rows", "row_blocks", "block_rows"])
 def statistics_kernel(
     x, y, moments, partials, hinges, differences, candidates, candidate_index,
     groups, rows, dim, row_blocks, block_rows,
@@ -167,10 +160,7 @@ def statistics_kernel(
             tl.store(at + dim, b_scatter, mask=inside)
 
 
-@triton.jit(
-    do_not_specialize=["groups", "rows", "row_blocks", "block_rows"],
-    do_not_specialize_on_alignment=SUMS,
-)
+@triton.jit(do_not_specialize=["groups", "rows", "row_blocks", "block_rows"])
 def merge_kernel(
     x, y, moments, partials, hinges, candidates, candidate_index,
     groups, rows, dim, row_blocks, block_rows,

@@ -23,13 +23,9 @@ from vicreg_kernels.core.triton.columns import load_mean, triangle
 from vicreg_kernels.core.triton.operands import operand
 from vicreg_kernels.vicreg.triton.backward import store_gradient
 from vicreg_kernels.vicreg.triton.forward import largest_columns
-from vicreg_kernels.vicreg.triton.statistics import SUMS
 
 
-@triton.jit(
-    do_not_specialize=["groups", "rows", "blocks", "row_blocks"],
-    do_not_specialize_on_alignment=SUMS,
-)
+@triton.jit(do_not_specialize=["groups", "rows", "blocks", "row_blocks"])
 def centre_kernel(
     x, y, moments, centred, candidates, candidate_index, index, taken, diagonal,
     groups, rows, dim, blocks, row_blocks,
@@ -111,7 +107,7 @@ def banded_triangle(t, across, BAND: tl.constexpr):
     return i, band + tl.where(t < above, t % width, j)
 
 
-@triton.jit(do_not_specialize=["length", "side"], do_not_specialize_on_alignment=SUMS)
+@triton.jit(do_not_specialize=["length", "side"])
 def symmetric_kernel(
     a_operand, b_operand, out, mirror, sums,
     side, length, degrees,
@@ -174,10 +170,7 @@ def halves(tile):
     return tile.reshape(rows, 2, columns // 2).permute(0, 2, 1).split()
 
 
-@triton.jit(
-    do_not_specialize=["groups", "rows", "side", "first_plane", "each"],
-    do_not_specialize_on_alignment=SUMS,
-)
+@triton.jit(do_not_specialize=["groups", "rows", "side", "first_plane", "each"])
 def tiled_gradient_kernel(
     a_operand, b_operand, grads, x, y, moments, deflated, index, grad_x, grad_y,
     groups, rows, dim, side, first_plane, each,
