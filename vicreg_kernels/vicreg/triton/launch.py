@@ -264,9 +264,9 @@ def backward(
     planes = p.groups * (need_x + need_y)
     if planes == 0:
         return grad_x, grad_y
+    sizes = p.groups, p.rows, p.dim
     shared = (
-        p.groups, p.rows, p.dim, p.side, 0 if need_x else p.groups, int(grads.numel() == 4),
-        *p.strides,
+        0 if need_x else p.groups, int(grads.numel() == 4), *p.strides,
         2.0 * scales[0] / x.numel(), scales[1] / (p.groups * p.dim),
         4.0 * scales[2] / (p.groups * p.degrees * p.degrees), *weights, p.degrees, margin, eps,
     )  # fmt: skip
@@ -277,7 +277,7 @@ def backward(
             a, b = (squares, centred) if p.gram else (centred, squares)
             tiled_gradient_kernel[(planes * tiles,)](
                 _described(a, (height, depth)), _described(b, (depth, width)),
-                grads, p.x, p.y, moments, deflated, index, grad_x, grad_y, *shared,
+                grads, p.x, p.y, moments, deflated, index, grad_x, grad_y, *sizes, *shared,
                 VIEWS=p.views, GRAM=p.gram, TAKEN=p.taken, FORMAT=p.format,
                 ROWS=height, COLUMNS=width, DEPTH=depth, BAND=band,
                 num_warps=warps, num_stages=stages,
@@ -286,7 +286,8 @@ def backward(
             height, width, depth, warps, stages = p.config.gradient
             tiles = triton.cdiv(p.rows, height) * triton.cdiv(p.dim, width)
             gradient_kernel[(planes * tiles,)](
-                grads, p.x, p.y, moments, squares, deflated, index, grad_x, grad_y, *shared,
+                grads, p.x, p.y, moments, squares, deflated, index, grad_x, grad_y,
+                *sizes, p.side, *shared,
                 VIEWS=p.views, GRAM=p.gram, TAKEN=p.taken,
                 FORMAT=p.format, PRECISION=p.backward_precision,
                 ROWS=height, COLUMNS=width, DEPTH=depth, num_warps=warps, num_stages=stages,

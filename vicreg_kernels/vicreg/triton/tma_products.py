@@ -170,10 +170,10 @@ def halves(tile):
     return tile.reshape(rows, 2, columns // 2).permute(0, 2, 1).split()
 
 
-@triton.jit(do_not_specialize=["groups", "rows", "side", "first_plane", "each"])
+@triton.jit(do_not_specialize=["groups", "rows", "first_plane", "each"])
 def tiled_gradient_kernel(
     a_operand, b_operand, grads, x, y, moments, deflated, index, grad_x, grad_y,
-    groups, rows, dim, side, first_plane, each,
+    groups, rows, dim, first_plane, each,
     sx_g, sx_n, sx_d, sy_g, sy_n, sy_d,
     invariance_factor, variance_factor, covariance_factor, w0, w1, w2,
     degrees, margin, eps,
