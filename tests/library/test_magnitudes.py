@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import vicreg_kernels as vk
+from tests.attention import cases
 from vicreg_kernels.core import library
 
 BACKENDS = [
@@ -64,6 +65,12 @@ def test_attention_of_one_key_under_any_score(sign):
         (found,) = torch.autograd.grad(out, v, grad)
         torch.testing.assert_close(out, v.expand_as(out))
         torch.testing.assert_close(found, grad.sum(dim=2, keepdim=True), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_past_float32_leaves_no_key_out(backend, dtype):
+    cases.hold_past_float32(backend, dtype, exact=True)
 
 
 def views(amplitude: float, column: bool):

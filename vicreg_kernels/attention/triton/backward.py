@@ -50,7 +50,6 @@ from vicreg_kernels.attention.triton.tiles import (
     load_rows,
     product,
     rounded,
-    shrunk,
     store_part,
     strides,
 )
@@ -95,13 +94,13 @@ def from_queries(
     HEAD: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, QUERIES: tl.constexpr,
     FORMAT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What QUERIES queries from `start` on add to the gradients of a tile of keys; scale: [K]."""
+    """What QUERIES queries from `start` on add to the gradients of a tile of keys."""
     local = tl.arange(0, QUERIES)
     row = start + local
     live = row < limit
     q1, q2 = load_rows(q, start, sq_t, sq_d, live, MASKED, HEAD, D1, D2, QUERIES, FORMAT)
     g1, g2 = load_rows(grad, start, sg_t, sg_d, live, MASKED, HEAD, D1, D2, QUERIES, FORMAT)
-    s = product(k1, k2, q1, q2, D2 > 0, PRECISION) * scale[:, None]  # [keys, queries]
+    s = product(k1, k2, q1, q2, D2 > 0, PRECISION) * scale  # [keys, queries]
     if MASKED:
         top = tl.load(peak + row, mask=live, other=float("inf"))
         if FRAMES or BLOCKS:
@@ -186,7 +185,6 @@ def key_gradient_kernel(
     live = live_keys(keep + b * all_keys, key, keys, KEEP)
     k1, k2 = load_rows(k, first, sk_t, sk_d, live, True, HEAD, D1, D2, KEYS, FORMAT)
     v1, v2 = load_rows(v, first, sv_t, sv_d, live, True, HEAD, D1, D2, KEYS, FORMAT)
-    k1, k2, factor = shrunk(k1, k2, scale, D2 > 0, FORMAT)
     low, high, whole, whole_end = query_range(
         first, tl.minimum(first + KEYS, keys) - 1, queries, bounds, blocks, frame, window,
         FRAMES, BLOCKS,
@@ -204,7 +202,7 @@ def key_gradient_kernel(
         start = tile_start(t, low, lead, count, True, QUERIES)
         dk1, dk2, dv1, dv2 = from_queries(
             k1, k2, v1, v2, dk1, dk2, dv1, dv2, q, grad, peak, delta,
-            key, start, high, keys, bounds, blocks, frame, window, factor,
+            key, start, high, keys, bounds, blocks, frame, window, scale,
             sq_t, sq_d, sg_t, sg_d,
             True, FRAMES, BLOCKS, NEED_K, NEED_V,
             HEAD, D1, D2, QUERIES, FORMAT, PRECISION,
@@ -213,7 +211,7 @@ def key_gradient_kernel(
         start = tile_start(t, low, lead, count, False, QUERIES)
         dk1, dk2, dv1, dv2 = from_queries(
             k1, k2, v1, v2, dk1, dk2, dv1, dv2, q, grad, peak, delta,
-            key, start, high, keys, bounds, blocks, frame, window, factor,
+            key, start, high, keys, bounds, blocks, frame, window, scale,
             sq_t, sq_d, sg_t, sg_d,
             False, FRAMES, BLOCKS, NEED_K, NEED_V,
             HEAD, D1, D2, QUERIES, FORMAT, PRECISION,
@@ -246,14 +244,14 @@ def from_keys(
     HEAD: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, KEYS: tl.constexpr,
     FORMAT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What KEYS keys from `start` on add to the gradient of a tile of queries; scale: [Q]."""
+    """What KEYS keys from `start` on add to the gradient of a tile of queries."""
     key = start + tl.arange(0, KEYS)
     live = key < limit
     if MASKED:
         live = live_keys(keep, key, limit, KEEP)
     k1, k2 = load_rows(k, start, sk_t, sk_d, live, MASKED, HEAD, D1, D2, KEYS, FORMAT)
     v1, v2 = load_rows(v, start, sv_t, sv_d, live, MASKED, HEAD, D1, D2, KEYS, FORMAT)
-    s = product(q1, q2, k1, k2, D2 > 0, PRECISION) * scale[:, None]
+    s = product(q1, q2, k1, k2, D2 > 0, PRECISION) * scale
     if MASKED:
         mask = seen(key, live, begin, end, RULED)
         s = tl.where(mask, s, float("-inf"))
@@ -332,7 +330,6 @@ def query_gradient_kernel(
     top = peak_of(tl.load(lse + at, mask=live, other=float("-inf")))
     tl.store(delta + at, drop, mask=live)
     tl.store(peak + at, top, mask=live)
-    q1, q2, factor = shrunk(q1, q2, scale, D2 > 0, FORMAT)
     begin, end, second, second_end = key_intervals(
         tl.minimum(row, queries - 1), keys, bounds, blocks, frame, window, FRAMES, BLOCKS
     )
@@ -356,7 +353,7 @@ def query_gradient_kernel(
             row_end = tl.where(own, second_end, end)
         dq1, dq2 = from_keys(
             q1, q2, g1, g2, dq1, dq2, top, drop, k, v, keep,
-            start, limit, row_begin, row_end, factor,
+            start, limit, row_begin, row_end, scale,
             sk_t, sk_d, sv_t, sv_d,
             True, RULED, KEEP, HEAD, D1, D2, KEYS, FORMAT, PRECISION,
         )  # fmt: skip
@@ -368,7 +365,7 @@ def query_gradient_kernel(
             )
         dq1, dq2 = from_keys(
             q1, q2, g1, g2, dq1, dq2, top, drop, k, v, keep,
-            start, start + KEYS, begin, end, factor,
+            start, start + KEYS, begin, end, scale,
             sk_t, sk_d, sv_t, sv_d,
             False, RULED, KEEP, HEAD, D1, D2, KEYS, FORMAT, PRECISION,
         )  # fmt: skip

@@ -32,7 +32,6 @@ from vicreg_kernels.attention.triton.tiles import (
     load_rows,
     product,
     rounded,
-    shrunk,
     store_part,
     strides,
 )
@@ -56,19 +55,6 @@ def live_keys(keep, key, end, KEEP: tl.constexpr):
 
 
 @triton.jit
-def sees_any(
-    mask, start, limit, begin, end, RULED: tl.constexpr, KEEP: tl.constexpr, KEYS: tl.constexpr
-):
-    """bool [Q or 1]: whether a row sees any key of a tile of at least one."""
-    if KEEP:
-        return tl.max(mask.to(tl.int32), axis=1) > 0
-    elif RULED:
-        return tl.maximum(begin, start) < tl.minimum(end, tl.minimum(start + KEYS, limit))
-    else:
-        return tl.full((1,), 1, tl.int1)
-
-
-@triton.jit
 def attend(
     q1, q2, acc1, acc2, top, total, k, v, keep, table, k_index, k_indexed, k_at,
     start, limit, begin, end, scale,
@@ -77,8 +63,10 @@ def attend(
     HEAD: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, KEYS: tl.constexpr,
     FORMAT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys from `start` on; scale: [Q]; top and total: the rows' maximum and sum, in
-    log2. A row all of whose scores are -inf, which float32 does not hold, becomes NaN.
+    """One tile of keys from `start` on; top and total: the rows' maximum and sum, in log2.
+
+    A weight whose score is infinite becomes NaN, by 0 times infinity: a sum that is -inf on its way
+    would leave its key out.
     """
     key = start + tl.arange(0, KEYS)
     live = key < limit
@@ -91,15 +79,16 @@ def attend(
     s = product(q1, q2, k1, k2, D2 > 0, PRECISION)
     if MASKED:
         mask = seen(key, live, begin, end, RULED)
-        s = tl.where(mask, s * scale[:, None], float("-inf"))
+        s *= scale
+        nothing = tl.where(mask, s, 0.0) * 0.0
+        s = tl.where(mask, s, float("-inf"))
         new = tl.maximum(top, tl.max(s, axis=1))
-        some = sees_any(mask, start, limit, begin, end, RULED, KEEP, KEYS)
-        base = tl.where((new == float("-inf")) & ~some, 0.0, new)
-        p = tl.exp2(s - base[:, None])
+        base = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen nothing yet
+        p = tl.exp2(s - base[:, None]) + nothing
         fade = tl.exp2(top - base)
     else:
         new = tl.maximum(top, tl.max(s, axis=1) * scale)
-        p = tl.exp2(s * scale[:, None] - new[:, None])
+        p = tl.exp2(s * scale - new[:, None]) + s * 0.0
         fade = tl.exp2(top - new)
     total = total * fade + tl.sum(p, axis=1)
     p = rounded(p, FORMAT)
@@ -166,7 +155,6 @@ def forward_kernel(
         q1 = -q1
         if D2:
             q2 = -q2
-    q1, q2, scale = shrunk(q1, q2, scale, D2 > 0, FORMAT)
     # Rows past the end stand for the last one, so that they add no tile.
     begin, end, second, second_end = key_intervals(
         tl.minimum(row, queries - 1), keys, bounds, blocks, frame, window, FRAMES, BLOCKS

@@ -136,31 +136,6 @@ def rounded(x, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def shrunk(x1, x2, scale, TWO: tl.constexpr, FORMAT: tl.constexpr):
-    """Rows of queries or keys, and what a score of theirs is to be multiplied by, [R]: `scale`.
-
-    Rows come times a power of two each, its inverse in what is returned, which rounds nothing, so
-    that no sum of their products passes float32: one that became -inf on its way would leave its
-    key out of the softmax. (float16 holds nothing so large.) Exponents stop where the inverse times
-    a usual scale would pass float32.
-    """
-    R: tl.constexpr = x1.shape[0]
-    factor = tl.full((R,), 1.0, tl.float32)
-    if FORMAT != "fp16":
-        size = tl.max(tl.abs(x1).to(tl.float32), axis=1)
-        if TWO:
-            size = tl.maximum(size, tl.max(tl.abs(x2).to(tl.float32), axis=1))
-        exponent = size.to(tl.int32, bitcast=True) >> 23
-        exponent = tl.minimum(tl.maximum(exponent, 30), 230)
-        down = ((247 - exponent) << 23).to(tl.float32, bitcast=True)
-        factor = ((exponent + 7) << 23).to(tl.float32, bitcast=True)
-        x1 = x1 * down.to(x1.dtype)[:, None]
-        if TWO:
-            x2 = x2 * down.to(x2.dtype)[:, None]
-    return x1, x2, factor * scale
-
-
-@triton.jit
 def product(a1, a2, b1, b2, TWO: tl.constexpr, PRECISION: tl.constexpr):
     """a b^T over the head dim, in its one or two parts."""
     s = tl.dot(a1, tl.trans(b1), input_precision=PRECISION)
