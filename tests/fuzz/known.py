@@ -16,13 +16,7 @@ class Known(NamedTuple):
     reason: str
 
 
-KNOWN = (
-    Known(
-        r"^variance_covariance\(z=T\(\(31, 2\)",
-        r"values 0: 2-norm error 2",
-        "margin - deviation is two roundings off where the reference is none; not looked into",
-    ),
-)
+KNOWN: tuple[Known, ...] = ()
 
 # Lines that end the process, and are therefore not run: (regular expression, reason).
 CRASHES: tuple[tuple[str, str], ...] = ()
