@@ -40,7 +40,7 @@ def may_be_nan(op: str, arguments: Mapping[str, Any]) -> bool:
         if not all(size.numel() for size in sizes):
             return False
         scale = arguments.get("scale")
-        scale = arguments["q"].shape[-1] ** -0.5 if scale is None else abs(scale)
+        scale = arguments["q"].shape[-1] ** -0.5 if scale is None else abs(float(scale))
         return bool(sizes[0].max() * sizes[1].max() * scale / math.log(2.0) > MOST)
     return False
 

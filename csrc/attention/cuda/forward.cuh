@@ -12,6 +12,8 @@
 // score; that which multiplied by `scale` is saved, which the exponential's subtraction does too.
 #pragma once
 
+#include <type_traits>
+
 #include "attention/cuda/tiles.cuh"
 
 namespace attention::kernels {
@@ -38,9 +40,11 @@ __device__ __forceinline__ float row_sum(float value) {
   return value + __shfl_xor_sync(common::kAllLanes, value, 2);
 }
 
-// Makes `sum` NaN where a score is infinite (or NaN), else leaves it.
+// Makes `sum` NaN where a score is infinite (or NaN), else leaves it. float16 holds no numbers whose
+// products are so large.
+template <typename T>
 __device__ __forceinline__ void note_infinite(float score, float& sum) {
-  sum = fmaf(score, 0.f, sum);
+  if constexpr (!std::is_same_v<T, __half>) sum = fmaf(score, 0.f, sum);
 }
 
 template <typename T>
@@ -141,8 +145,8 @@ __device__ __forceinline__ void attend(uint32_t (&q)[D / 16][4], const T* own, c
     if (full >> group & 1u) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        note_infinite(left[e], state.sum[e / 2]);
-        note_infinite(right[e], state.sum[e / 2]);
+        note_infinite<T>(left[e], state.sum[e / 2]);
+        note_infinite<T>(right[e], state.sum[e / 2]);
       }
     } else {
       const unsigned bits = seen[group];
@@ -152,8 +156,8 @@ __device__ __forceinline__ void attend(uint32_t (&q)[D / 16][4], const T* own, c
         const Intervals& row = rows[g + e / 2 * 8];
         const bool sees_left = (bits >> at & 1u) && row.has(first + at);
         const bool sees_right = (bits >> (at + 8) & 1u) && row.has(first + at + 8);
-        note_infinite(sees_left ? left[e] : 0.f, state.sum[e / 2]);
-        note_infinite(sees_right ? right[e] : 0.f, state.sum[e / 2]);
+        note_infinite<T>(sees_left ? left[e] : 0.f, state.sum[e / 2]);
+        note_infinite<T>(sees_right ? right[e] : 0.f, state.sum[e / 2]);
         if (!sees_left) left[e] = negative_infinity();
         if (!sees_right) right[e] = negative_infinity();
       }

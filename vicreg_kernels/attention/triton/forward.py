@@ -65,8 +65,8 @@ def attend(
 ):  # fmt: skip
     """One tile of keys from `start` on; top and total: the rows' maximum and sum, in log2.
 
-    A weight whose score is infinite becomes NaN, by 0 times infinity: a sum that is -inf on its way
-    would leave its key out.
+    An infinite score becomes NaN, by 0 times infinity: a sum that is -inf on its way would leave its
+    key out. (float16 holds no numbers whose products are so large.)
     """
     key = start + tl.arange(0, KEYS)
     live = key < limit
@@ -80,15 +80,18 @@ def attend(
     if MASKED:
         mask = seen(key, live, begin, end, RULED)
         s *= scale
-        nothing = tl.where(mask, s, 0.0) * 0.0
+        if FORMAT != "fp16":
+            s += s * 0.0
         s = tl.where(mask, s, float("-inf"))
         new = tl.maximum(top, tl.max(s, axis=1))
         base = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen nothing yet
-        p = tl.exp2(s - base[:, None]) + nothing
+        p = tl.exp2(s - base[:, None])
         fade = tl.exp2(top - base)
     else:
+        if FORMAT != "fp16":
+            s += s * 0.0
         new = tl.maximum(top, tl.max(s, axis=1) * scale)
-        p = tl.exp2(s * scale - new[:, None]) + s * 0.0
+        p = tl.exp2(s * scale - new[:, None])
         fade = tl.exp2(top - new)
     total = total * fade + tl.sum(p, axis=1)
     p = rounded(p, FORMAT)
