@@ -119,6 +119,37 @@ def test_a_loss_that_is_nan_has_no_finite_gradient():
     assert all(grad[:, 3].isnan().all() for grad in grads)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["l1", "smooth_l1", "mse", "cosine"])
+@pytest.mark.parametrize("large", ["pred", "teacher"])
+def test_a_row_whose_squares_float32_does_not_hold_is_right_or_nan(backend, kind, large):
+    """A layer norm or a cosine of infinite squares would be 0, which looks like any other."""
+    torch.manual_seed(0)
+    pred, teacher, index = torch.randn(1, 4, 24), torch.randn(1, 4, 24), torch.arange(4)[None]
+    for exponent in range(15, 37, 3):
+        size = 10.0**exponent
+        p, t = (size * pred, teacher) if large == "pred" else (pred, size * teacher)
+        settings = {"kind": kind, "normalize_target": large == "teacher"}
+        p.requires_grad_()
+        found = vk.prediction_loss(p, t, index, backend=backend, **settings)
+        (grad,) = torch.autograd.grad(found, p)
+        assert not (found.isnan() and grad.isfinite().any()) or backend == "reference"
+        p, found = p.detach(), found.detach()
+        truth = vk.prediction_loss(p.double(), t.double(), index, backend="reference", **settings)
+        assert not found.isfinite() or abs(found - truth) <= 1e-5 * truth, exponent
+
+
+def test_a_margin_that_float32_cannot_compare_is_refused():
+    """relu(margin - deviation) of a deviation whose squares pass float32 would be 0."""
+    z = 1e20 * torch.randn(8, 4)
+    for call in (
+        lambda: vk.variance_covariance(z, margin=1e21),
+        lambda: vk.vicreg_loss(z, z, margin=1e21),
+    ):
+        with pytest.raises(ValueError, match=r"^margin: got 1e\+21, takes .* <= 1e\+15"):
+            call()
+
+
 @pytest.mark.skipif(library.CPU_MISSING is not None, reason="not compiled")
 @pytest.mark.parametrize("size", [1e18, 6.2e25, 1.5e27])
 def test_a_cosine_whose_squares_float32_does_not_hold_is_not_zero(size):

@@ -75,6 +75,8 @@ def scores_of(q: Tensor, k: Tensor, scale: float) -> Tensor:
     on its way would leave its key out of the softmax.
     """
     scaled = scale * q
+    if 0 in (q.numel(), k.numel()):
+        return scaled @ k.transpose(-1, -2)
     size = scaled.detach().abs().amax(dim=-1, keepdim=True)
     most = torch.finfo(q.dtype).max
     largest = k.detach().abs().nan_to_num(most, most).amax(dim=(-2, -1), keepdim=True)
