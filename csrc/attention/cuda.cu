@@ -39,6 +39,7 @@
 // multiplies), wgmma (sm_90 alone, and its 64-row tiles waste half of 69 tokens).
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "attention/attention.h"
 #include "attention/cuda/backward.cuh"
@@ -188,11 +189,14 @@ void forward_kernel(const Rule& rule, const Rotary& rotary, const Tensor& q, con
     chunk -= kTile;
   }
   const size_t shared = ForwardShared(D, chunk, warps).total;
+  // Not 0, which times the -inf of a hidden score would be NaN; scores times this one are 0 too.
+  const float least = std::numeric_limits<float>::denorm_min();
+  const float factor = std::max(static_cast<float>(std::abs(scale) * M_LOG2E), least);
   check_fits(shared, queue);
   const ForwardArguments<T> arguments = {view<T>(q), view<T>(k), view<T>(v), data<T>(out),
                                          data<float>(lse), masks_of(rule, q, k), rope_of(rotary),
                                          q.size(1), q.size(2), static_cast<int>(q.size(3)), chunk,
-                                         static_cast<float>(scale * M_LOG2E)};
+                                         factor, scale < 0.0};
   queue.launch(&attention_forward<T, D>, blocks, warps * kLanes, shared, arguments);
 }
 

@@ -145,7 +145,9 @@ std::tuple<Tensor, Tensor> loss_forward(Tensor pred, Tensor teacher, Tensor inde
       set_beta(row, beta);
       if (normalize) {
         row.mean = static_cast<float>(sum_of(row.t, dim) / dim);
-        row.rstd = static_cast<float>(1.0 / std::sqrt(scatter_of(row.t, dim, row.mean) / dim + eps));
+        const double variance = scatter_of(row.t, dim, row.mean) / dim;
+        // Infinity less itself is NaN: where squares pass float32 the layer norm is unknown, not 0.
+        row.rstd = static_cast<float>(1.0 / std::sqrt(variance + eps) + (variance - variance));
       }
       float* own = stats + r * width;
       own[0] = row.mean;
@@ -200,7 +202,7 @@ Tensor loss_backward(Tensor grad, Tensor pred, Tensor teacher, Tensor index,
       if (kind == kCosine) {
         row_combine(row, own[2] * scale, own[3] * scale, wide);
       } else {
-        row_slope(kind, row, scale, wide);
+        row_slope(kind, row, scale + unknown(row.mean, row.rstd), wide);
       }
       write(wide, dim, dtype, to);
     }

@@ -51,6 +51,12 @@ KERNELS_ALWAYS_INLINE F element_slope(const F& d, float beta, float inverse_beta
   return d < -beta ? F(-one) : up;
 }
 
+// NaN where a row's numbers are finite and their layer norm is not known, as squares pass float32;
+// else 0. (L1's slope is a sign, 0 for NaN, and would hide it.)
+KERNELS_ALWAYS_INLINE float unknown(float mean, float rstd) {
+  return mean - mean == 0.f ? rstd - rstd : 0.f;
+}
+
 // What the cosine kind saves: d(1 - cos)/dp = toward z + along p.
 struct Cosine {
   float loss, toward, along;

@@ -257,3 +257,33 @@ def cancellation(call: Call, cotangent: Tensor) -> float:
     seen = reference.visible(rules, q.shape[2], k.shape[2], q.device).sum(dim=-1).double()
     weights = torch.where(seen > 0, 1.0 / seen, 0.0).square().sum(dim=-1).max().sqrt().item()
     return torch.finfo(q.dtype).eps * scale * products.item() * other * max(1.0, weights)
+
+
+def hold_past_float32(backend: str, dtype: torch.dtype, exact: bool) -> None:
+    """Scores that float32 holds, of products that it does not: right, or NaN unless `exact`.
+
+    A sum that is -inf on its way left its key out of the softmax, here the one with all the weight.
+    """
+    q, k = torch.zeros(2, 1, 5, 16), torch.zeros(2, 1, 9, 16)
+    q[..., :2] = 2.0**84
+    k[..., :8, 0] = -(2.0**46)
+    k[..., :8, 1] = 2.0**46 * (1.0 + torch.arange(1, 9) / 64)  # scores of 2^122 times 1 to 8
+    k[..., 8, 1] = 2.0**39
+    v, cotangent = torch.randn(2, 1, 9, 16), torch.randn(2, 1, 5, 16)
+    q, k, v, cotangent = (x.to(dtype) for x in (q, k, v, cotangent))
+    keep = torch.arange(9) != 7
+    for mask, best in ((None, 7), (KeyPadding([4, 4]), 3), (KeyPadding(keep.expand(2, 9)), 6)):
+        out, grads = run(backend, Call(q, k, v, mask).wanting(True, True, True), cotangent)
+        right = torch.equal(out, v[:, :, [best]].expand_as(out))
+        assert right or (not exact and out.isnan().all()), mask
+        assert right or all(grad[:, :, :best].isnan().all() for grad in grads), mask
+        if right:
+            given = cotangent.float().sum(dim=2).to(dtype)
+            torch.testing.assert_close(grads[2][:, :, best], given, rtol=1e-2, atol=1e-2)
+    # No score of a query is a float32: nothing is known of its weights, unless it sees no key.
+    k[..., 0], k[..., 1] = -(2.0**84), -(2.0**80) * torch.arange(9)
+    for mask in (KeyPadding([9, 0]), KeyPadding(torch.tensor([[True] * 9, [False] * 9]))):
+        out, grads = run(backend, Call(q, k, v, mask).wanting(True, True, True), cotangent)
+        for found in (out, *grads):
+            assert found[0].isnan().all(), mask
+            assert not found[1].any(), mask

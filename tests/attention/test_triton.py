@@ -190,6 +190,10 @@ class TestInterpreter:
     def test_scores_far_from_zero(self, small_tiles):
         hold("triton", draw(("keep",), batch=1, tokens=37, dim=16, size=9.0).wanting(*ALL))
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_product_past_float32_leaves_no_key_out(self, small_tiles, dtype):
+        cases.hold_past_float32("triton", dtype, exact=False)
+
     def test_log_sum_exp(self, small_tiles):
         call = draw(("lengths", "frames"), batch=3, tokens=37, dim=16)
         rules = masks.resolve(call.mask, call.q, call.k)

@@ -4,6 +4,7 @@ computed from the line's own inputs in float64, and says which numbers float32 c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,15 +29,24 @@ def may_be_nan(op: str, arguments: Mapping[str, Any]) -> bool:
     """Whether a result may be NaN where the reference's is a number.
 
     Barlow Twins: where float32 does not hold a column's sum of squares, or its variance is not a
-    normal number and eps = 0 (docs/barlow.md). Attention: where a product q . k is past float32
-    before `scale` makes it small again (docs/attention.md).
+    normal number and eps = 0 (docs/barlow.md). Attention: where a score in base 2 may be past
+    float32 (docs/attention.md). A prediction loss: where float32 does not hold a row's sum of squares
+    (docs/tokens.md).
     """
     if op == "barlow_twins_loss":
         return any(map(_unheld, _views(arguments)))
+    if op == "prediction_loss":
+        given = [arguments["teacher"], arguments["pred"]]
+        rows = [*given[:1], *(given[1] if isinstance(given[1], list | tuple) else given[1:])]
+        return any(bool((_wide(z).square().sum(-1) > MOST / 4).any()) for z in rows)
     if op == "masked_attention":
         sizes = [_wide(arguments[name]).norm(dim=-1) for name in ("q", "k")]
         sizes = [size[size.isfinite()] for size in sizes]
-        return all(s.numel() for s in sizes) and bool(sizes[0].max() * sizes[1].max() > MOST)
+        if not all(size.numel() for size in sizes):
+            return False
+        scale = arguments.get("scale")
+        scale = arguments["q"].shape[-1] ** -0.5 if scale is None else abs(float(scale))
+        return bool(sizes[0].max() * sizes[1].max() * scale / math.log(2.0) > MOST)
     return False
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import vicreg_kernels as vk
+from tests.attention import cases
 from vicreg_kernels.core import library
 
 BACKENDS = [
@@ -66,6 +67,12 @@ def test_attention_of_one_key_under_any_score(sign):
         torch.testing.assert_close(found, grad.sum(dim=2, keepdim=True), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_past_float32_leaves_no_key_out(backend, dtype):
+    cases.hold_past_float32(backend, dtype, exact=True)
+
+
 def views(amplitude: float, column: bool):
     generator = torch.Generator().manual_seed(0)
     pair = [torch.randn(64, 16, generator=generator) for _ in range(2)]
@@ -110,6 +117,37 @@ def test_a_loss_that_is_nan_has_no_finite_gradient():
     x, y = (z.requires_grad_() for z in views(1e20, True))
     grads = torch.autograd.grad(vk.barlow_twins_loss(x, y, backend="cpu"), (x, y))
     assert all(grad[:, 3].isnan().all() for grad in grads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["l1", "smooth_l1", "mse", "cosine"])
+@pytest.mark.parametrize("large", ["pred", "teacher"])
+def test_a_row_whose_squares_float32_does_not_hold_is_right_or_nan(backend, kind, large):
+    """A layer norm or a cosine of infinite squares would be 0, which looks like any other."""
+    torch.manual_seed(0)
+    pred, teacher, index = torch.randn(1, 4, 24), torch.randn(1, 4, 24), torch.arange(4)[None]
+    for exponent in range(15, 37, 3):
+        size = 10.0**exponent
+        p, t = (size * pred, teacher) if large == "pred" else (pred, size * teacher)
+        settings = {"kind": kind, "normalize_target": large == "teacher"}
+        p.requires_grad_()
+        found = vk.prediction_loss(p, t, index, backend=backend, **settings)
+        (grad,) = torch.autograd.grad(found, p)
+        assert not (found.isnan() and grad.isfinite().any()) or backend == "reference"
+        p, found = p.detach(), found.detach()
+        truth = vk.prediction_loss(p.double(), t.double(), index, backend="reference", **settings)
+        assert not found.isfinite() or abs(found - truth) <= 1e-5 * truth, exponent
+
+
+def test_a_margin_that_float32_cannot_compare_is_refused():
+    """relu(margin - deviation) of a deviation whose squares pass float32 would be 0."""
+    z = 1e20 * torch.randn(8, 4)
+    for call in (
+        lambda: vk.variance_covariance(z, margin=1e21),
+        lambda: vk.vicreg_loss(z, z, margin=1e21),
+    ):
+        with pytest.raises(ValueError, match=r"^margin: got 1e\+21, takes .* <= 1e\+15"):
+            call()
 
 
 @pytest.mark.skipif(library.CPU_MISSING is not None, reason="not compiled")

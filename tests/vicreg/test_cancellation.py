@@ -100,3 +100,21 @@ def test_near_white(fused, rows, dim):
     for k in ("values", "gradients"):
         mine, theirs, true = (getattr(o, k)[0] for o in (actual, plain, truth))
         assert relative_error(mine, true) <= PLAIN_FACTOR * relative_error(theirs, true)
+
+
+@pytest.mark.parametrize("rows", [9, 32, 33, 200])
+def test_a_deviation_near_the_margin(fused, rows):
+    """margin - deviation keeps the roundings of the deviation, of which there are two at most,
+    also where the first row lies far from the mean.
+    """
+    eps = torch.finfo(torch.float32).eps
+    for seed in range(20):
+        z = torch.randn(rows, 1, generator=torch.Generator().manual_seed(seed)).expand(rows, 2)
+        z = z.clone()
+        z[0] = 4.0
+        deviation = z[:, 0].double().std().item()
+        margin = 1.01 * deviation
+        value, _ = variance_covariance(
+            z.to(fused.device), margin=margin, eps=0.0, backend=fused.name
+        )
+        assert abs(value.item() - (margin - deviation)) <= 2.0 * eps * deviation, seed

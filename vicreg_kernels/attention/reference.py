@@ -69,6 +69,27 @@ def rotate(x: Tensor, rope: Rope3d, index: Tensor | None, offsets: Tensor | None
     return torch.cat((turned * angle.cos() + partner * angle.sin(), rest), dim=-1)
 
 
+def scores_of(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """scale q k^T. Where products may pass the dtype's largest number, each query is taken times a
+    power of two first and its scores times the inverse, which round nothing: a sum that became -inf
+    on its way would leave its key out of the softmax.
+    """
+    scaled = scale * q
+    if 0 in (q.numel(), k.numel()):
+        return scaled @ k.transpose(-1, -2)
+    size = scaled.detach().abs().amax(dim=-1, keepdim=True)
+    most = torch.finfo(q.dtype).max
+    largest = k.detach().abs().nan_to_num(most, most).amax(dim=(-2, -1), keepdim=True)
+    exponent = torch.frexp(size).exponent + 7
+    wide = (size > most / k.shape[-1] / largest.clamp(min=1.0)) & size.isfinite()
+    exponent = torch.where(wide, exponent, 0)
+    first = exponent // 2
+    one = torch.ones_like(size)
+    shrunk = scaled * torch.ldexp(one, -first) * torch.ldexp(one, first - exponent)
+    scores = shrunk @ k.transpose(-1, -2)
+    return scores * torch.ldexp(one, first) * torch.ldexp(one, exponent - first)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -93,7 +114,7 @@ def attention(
         # What no query sees may hold anything: 0 times NaN would be NaN.
         hidden = ~seen.any(dim=-2).unsqueeze(-1)
         k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
-        scores = (scale * q) @ k.transpose(-1, -2)
+        scores = scores_of(q, k, scale)
         # softmax over what is seen; a row that sees nothing is finite throughout, and zero.
         scores = scores.masked_fill(~seen, float("-inf"))
         empty = ~seen.any(dim=-1, keepdim=True)

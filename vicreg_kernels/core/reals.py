@@ -37,13 +37,22 @@ def real(name: str, value: Any, takes: str) -> Any:
     raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), takes {takes}")
 
 
-def finite(name: str, value: Any, least: float | None = None, also: str = "") -> Any:
-    """value as `real` reads it, finite and at least `least`; `also` is what the setting takes
+def finite(
+    name: str, value: Any, least: float | None = None, also: str = "", most: float = math.inf
+) -> Any:
+    """value as `real` reads it, finite, at least `least` and at most `most`; `also` is what the setting takes
     besides ("or None"), for the message. Raises a TypeError or ValueError that names the setting.
     """
     takes = "a finite number" if least is None else f"a finite number >= {least:g}"
+    if most < math.inf:
+        takes += f" and <= {most:g}"
     takes += also
     read = real(name, value, takes)
-    if not (-math.inf if least is None else least) <= read < math.inf or read == -math.inf:
+    if not (-math.inf if least is None else least) <= read < math.inf or read > most or read == -math.inf:
         raise ValueError(f"{name}: got {read}, takes {takes}")
     return read
+
+
+def margin(value: Any) -> Any:
+    """A margin of deviations: of those past 1e15 float32 may not hold the sum of squares."""
+    return finite("margin", value, 0, most=1e15)

@@ -68,8 +68,10 @@ def loss(
             return F.l1_loss(pred, target)
         if kind == "mse":
             return F.mse_loss(pred, target)
-        norms = [torch.linalg.vector_norm(z, dim=-1).clamp_min(LEAST_NORM) for z in (pred, target)]
-        return (1 - (pred * target).sum(-1) / norms[0] / norms[1]).mean()
+        norms = [torch.linalg.vector_norm(z, dim=-1) for z in (pred, target)]
+        # Infinity less itself is NaN: of squares past float32 the cosine is unknown, and not 0.
+        safe = [norm.clamp_min(LEAST_NORM) + (norm - norm) for norm in norms]
+        return (1 - (pred * target).sum(-1) / safe[0] / safe[1]).mean()
 
 
 def assemble(

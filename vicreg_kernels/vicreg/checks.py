@@ -36,7 +36,7 @@ def check_settings(
         raise ValueError(
             f"covariance_normalizer: got {covariance_normalizer!r}, takes one of {NORMALIZERS}"
         )
-    eps, margin = reals.finite("eps", eps, 0), reals.finite("margin", margin, 0)
+    eps, margin = reals.finite("eps", eps, 0), reals.margin(margin)
     dispatch.check_backend(backend)
     return float(margin), float(eps)
 

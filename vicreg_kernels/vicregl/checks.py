@@ -30,7 +30,7 @@ def settings(
     backend: str | None,
 ) -> Setting:
     """The settings as one object; raises a ValueError or TypeError that names the wrong one."""
-    eps, margin = reals.finite("eps", eps, 0), reals.finite("margin", margin, 0)
+    eps, margin = reals.finite("eps", eps, 0), reals.margin(margin)
     dispatch.check_backend(backend)
     alpha = reals.real("alpha", alpha, "a number from 0 to 1")
     if not 0.0 <= alpha <= 1.0:

@@ -71,15 +71,15 @@ class Backward {
     }
     if (to_.k != nullptr) std::fill_n(sums->keys.get(), count * p_.padded, 0.f);
     if (to_.v != nullptr) std::fill_n(sums->values.get(), count * p_.padded, 0.f);
-    bool finite = pack(in_.k, sample, task.head, keys.begin, keys.end, p_.dim, p_.padded, p_.kernel,
-                       p_.key_rotary(),
-                       {key_panels_.get(), to_.q != nullptr ? key_rows_.get() : nullptr});
+    const int32_t key = pack(in_.k, sample, task.head, keys.begin, keys.end, p_.dim, p_.padded,
+                             p_.kernel, p_.key_rotary(),
+                             {key_panels_.get(), to_.q != nullptr ? key_rows_.get() : nullptr});
+    int32_t value = 0;
     if (scores_needed_) {
-      finite = pack(in_.v, sample, task.head, keys.begin, keys.end, p_.dim, p_.padded, p_.kernel,
-                    Rotary(), {value_panels_.get(), nullptr}) &&
-               finite;
+      value = pack(in_.v, sample, task.head, keys.begin, keys.end, p_.dim, p_.padded, p_.kernel,
+                   Rotary(), {value_panels_.get(), nullptr});
     }
-    load(task, sample, finite);
+    load(task, sample, key, is_finite(key) && is_finite(value));
     for (const Tile& tile : tiles_) refine(sample, keys.begin, tile);
     // Chunk by chunk, so that what belongs to its keys stays in cache while the queries pass by.
     const int chunk = chunk_of(count);
@@ -150,20 +150,23 @@ class Backward {
 
   // The task's queries, gradients, and for each query its shift and delta; tiles_, cut finer where
   // numbers are not finite: a weight of 0 does not hide them.
-  void load(const Task& task, const Sample& sample, bool finite_keys) {
+  void load(const Task& task, const Sample& sample, int32_t key, bool finite_keys) {
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
     alignas(64) float scratch[128];
     tiles_.clear();
+    wide_ = false;
     first_query_ = p_.queries(task).begin;
     for (int t = task.first_tile; t < task.last_tile; ++t) {
       const Tile& tile = p_.tiles[task.sample][t];
       const int64_t at = tile.begin - first_query_;
       float* grads = grads_.get() + at * p_.padded;
-      bool finite = load_tile(p_, in_.q, sample, task.head, tile, &p_.q_rotary,
-                              in_.scale * static_cast<float>(kLog2E),
-                              queries_.get() + at * p_.padded, p_.padded);
-      finite = load_tile(p_, in_.grad, sample, task.head, tile, nullptr, 1.f, grads, p_.padded) &&
-               finite && finite_keys;
+      const int32_t query = load_tile(p_, in_.q, sample, task.head, tile, &p_.q_rotary,
+                                      in_.scale * static_cast<float>(kLog2E),
+                                      queries_.get() + at * p_.padded, p_.padded);
+      const int32_t grad =
+          load_tile(p_, in_.grad, sample, task.head, tile, nullptr, 1.f, grads, p_.padded);
+      bool finite = finite_keys && is_finite(query) && is_finite(grad);
+      wide_ = wide_ || may_pass(query, key, p_.dim);
       for (int i = tile.begin; i < tile.end; ++i, grads += p_.padded) {
         const int64_t token = sample.query_token + i;
         const float* out = in_.out.read(sample.batch, task.head, token, scratch);
@@ -196,7 +199,7 @@ class Backward {
     float* const shift = shift_.data() + (tile.begin - first_query_);
     const auto far = [](float x) { return std::isfinite(x) && std::fabs(x) > kFar; };
     if (std::none_of(shift, shift + rows, far)) return;
-    const float* queries = spaced(queries_, tile.begin - first_query_, rows, tile_queries_);
+    const int64_t query = tile.begin - first_query_;
     float most[kTileRows], total[kTileRows];
     std::fill_n(most, rows, -kInfinity);
     std::fill_n(total, rows, 0.f);
@@ -204,8 +207,7 @@ class Backward {
       const int start = begin / kernel.panel * kernel.panel;
       const int panels = (end - start + kernel.panel - 1) / kernel.panel;
       const int columns = panels * kernel.panel;
-      const float* keys = key_panels_.get() + static_cast<int64_t>(start) * p_.dim;
-      kernel.scores(queries, rows, keys, panels, p_.dim, weights_.get());
+      make_scores(query, rows, start, panels);
       for (int i = 0; i < rows; ++i) {
         float* row = weights_.get() + i * kScoreRow;
         const Intervals own =
@@ -221,12 +223,29 @@ class Backward {
     });
     for (int i = 0; i < rows; ++i) {
       if (!far(shift[i]) || !(total[i] > 0.f)) continue;
-      const int64_t query = tile.begin - first_query_ + i;
-      float* grad = grads_.get() + query * p_.padded;
+      float* grad = grads_.get() + (query + i) * p_.padded;
       shift[i] = most[i];
       scale_row(grad, p_.padded, 1.f / total[i], grad);
-      delta_[query] /= total[i];
+      delta_[query + i] /= total[i];
     }
+  }
+
+  // The scores of `rows` queries and `panels` of keys from `start` on, to weights_; the queries, to
+  // tile_queries_.
+  void make_scores(int64_t query, int rows, int start, int panels) {
+    const float* keys = key_panels_.get() + static_cast<int64_t>(start) * p_.dim;
+    spaced(queries_, query, rows, tile_queries_);
+    if (!wide_) {
+      p_.kernel.scores(tile_queries_.get(), rows, keys, panels, p_.dim, weights_.get());
+      return;
+    }
+    Power powers[kTileRows];
+    shrink_rows(tile_queries_.get(), rows, p_.dim, kTileRow, powers);
+    p_.kernel.scores(tile_queries_.get(), rows, keys, panels, p_.dim, weights_.get());
+    for (int i = 0; i < rows; ++i) {
+      grow_scores(weights_.get() + i * kScoreRow, panels * p_.kernel.panel, powers[i]);
+    }
+    spaced(queries_, query, rows, tile_queries_);
   }
 
   // A tile's queries against packed keys [begin, end); the first one packed is kept key `origin`.
@@ -239,9 +258,8 @@ class Backward {
     const int panels = (end - start + kernel.panel - 1) / kernel.panel;
     const int columns = panels * kernel.panel;
     const int64_t at = static_cast<int64_t>(start) * p_.dim;
-    const float* queries = spaced(queries_, query, rows, tile_queries_);
     const float* grads = spaced(grads_, query, rows, tile_grads_);
-    kernel.scores(queries, rows, key_panels_.get() + at, panels, p_.dim, weights_.get());
+    make_scores(query, rows, start, panels);
     if (scores_needed_) {
       kernel.scores(grads, rows, value_panels_.get() + at, panels, p_.dim, slopes_.get());
     }
@@ -265,7 +283,8 @@ class Backward {
       kernel.collect(weights, rows, count, grads, p_.vectors(), sums.values.get() + key, padded);
     }
     if (to_.k != nullptr) {
-      kernel.collect(slopes, rows, count, queries, p_.vectors(), sums.keys.get() + key, padded);
+      kernel.collect(slopes, rows, count, tile_queries_.get(), p_.vectors(),
+                     sums.keys.get() + key, padded);
     }
     if (to_.q != nullptr) {
       kernel.weigh(slopes, rows, key_rows_.get() + key, padded, count, p_.vectors(), true,
@@ -307,6 +326,7 @@ class Backward {
   std::vector<float> shift_, delta_;  // [queries]
   std::vector<Tile> tiles_;
   int first_query_ = 0;
+  bool wide_ = false;  // whether a score's products may pass float32 (range.h)
 };
 
 // The gradients of keys and values where several tasks share a sample and head.

@@ -31,12 +31,13 @@ class Forward {
     const Task& task = p_.tasks[number];
     const Sample& sample = p_.samples[task.sample];
     const Interval keys = task.keys;
-    const bool finite_keys = pack(k_, sample, task.head, keys.begin, keys.end, p_.dim, p_.padded,
-                                  p_.kernel, p_.key_rotary(), {keys_.get(), nullptr});
-    const bool finite = pack(v_, sample, task.head, keys.begin, keys.end, p_.dim, p_.padded,
-                             p_.kernel, Rotary(), {nullptr, values_.get()});
+    largest_key_ = pack(k_, sample, task.head, keys.begin, keys.end, p_.dim, p_.padded, p_.kernel,
+                        p_.key_rotary(), {keys_.get(), nullptr});
+    const int32_t value = pack(v_, sample, task.head, keys.begin, keys.end, p_.dim, p_.padded,
+                               p_.kernel, Rotary(), {nullptr, values_.get()});
+    const bool finite = is_finite(largest_key_) && is_finite(value);
     for (int t = task.first_tile; t < task.last_tile; ++t) {
-      split_unless_finite(sample, p_.tiles[task.sample][t], finite && finite_keys,
+      split_unless_finite(sample, p_.tiles[task.sample][t], finite,
                           [&](const Tile& tile) { run(task, sample, tile); });
     }
   }
@@ -46,8 +47,12 @@ class Forward {
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
     const Kernels& kernel = p_.kernel;
     const int rows = tile.end - tile.begin, origin = task.keys.begin;
-    load_tile(p_, q_, sample, task.head, tile, &p_.q_rotary, scale_ * static_cast<float>(kLog2E),
-              queries_.get(), kTileRow);
+    const int32_t largest =
+        load_tile(p_, q_, sample, task.head, tile, &p_.q_rotary,
+                  scale_ * static_cast<float>(kLog2E), queries_.get(), kTileRow);
+    const bool wide = may_pass(largest, largest_key_, p_.dim);
+    Power powers[kTileRows];
+    if (wide) shrink_rows(queries_.get(), rows, p_.dim, kTileRow, powers);
     float most[kTileRows], total[kTileRows];
     std::fill_n(most, rows, -kInfinity);
     std::fill_n(total, rows, 0.f);
@@ -60,6 +65,7 @@ class Forward {
       const int columns = panels * kernel.panel;
       for (int i = 0; i < rows; ++i) {
         float* row = scores_.get() + i * kScoreRow;
+        if (wide) grow_scores(row, columns, powers[i]);
         const Intervals seen = tile.uniform ? tile.keys : sample.seen(tile.begin + i);
         fill_unseen(clipped(shifted(seen, origin), begin, end), start, columns, -kInfinity, row);
         const float before = most[i];
@@ -107,6 +113,7 @@ class Forward {
   // Packed keys [panels, dim, panel] and values [keys, padded]; a tile's queries, scores and
   // weighted sums of values.
   Floats keys_, values_, queries_, scores_, sums_;
+  int32_t largest_key_ = 0;
 };
 
 }  // namespace cpu

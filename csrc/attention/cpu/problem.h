@@ -249,20 +249,20 @@ KERNELS_VECTOR inline void scale_row(const float* in, int64_t count, float facto
 }
 
 // The rows of a tile of queries or of their gradients, [rows, dim] of a given stride, zero up to
-// `padded`; `rotary` null: not turned. Returns whether all are finite.
-inline bool load_tile(const Problem& p, const Tokens& x, const Sample& sample, int64_t head,
-                      const Tile& tile, const Rotary* rotary, float factor, float* to,
-                      int64_t stride) {
-  bool finite = true;
+// `padded`; `rotary` null: not turned. Returns the bits of the largest (largest_bits).
+inline int32_t load_tile(const Problem& p, const Tokens& x, const Sample& sample, int64_t head,
+                         const Tile& tile, const Rotary* rotary, float factor, float* to,
+                         int64_t stride) {
+  int32_t largest = 0;
   for (int row = tile.begin; row < tile.end; ++row, to += stride) {
     const int64_t token = sample.query_token + row;
     x.copy(sample.batch, head, token, to);
     if (rotary != nullptr && rotary->any()) rotary->apply(to, sample.batch, token, row, false);
     if (factor != 1.f) scale_row(to, p.dim, factor, to);
-    finite = all_finite(to, p.dim) && finite;
+    largest = std::max(largest, largest_bits(to, p.dim));
     std::memset(to + p.dim, 0, (p.padded - p.dim) * sizeof(float));
   }
-  return finite;
+  return largest;
 }
 
 // Calls use(tile) once, or where numbers are not finite once for every run of queries that see the

@@ -5,6 +5,7 @@
 #include <memory>
 #include <new>
 
+#include "attention/cpu/range.h"
 #include "attention/cpu/rotary.h"
 #include "attention/cpu/tiles.h"
 #include "common/cpu/rows.h"
@@ -30,17 +31,6 @@ class Floats {
   };
   std::unique_ptr<float, Free> data_;
 };
-
-// Whether all of them are finite.
-KERNELS_VECTOR inline bool all_finite(const float* values, int64_t count) {
-  int found = 0;
-  for (int64_t j = 0; j < count; ++j) {
-    int bits;
-    __builtin_memcpy(&bits, values + j, sizeof bits);
-    found |= (bits & 0x7f800000) == 0x7f800000;
-  }
-  return found == 0;
-}
 
 // The tokens of q, k, v, out or grad, read row by row.
 class Tokens {
@@ -152,13 +142,13 @@ inline void transpose_four(const float* const (&rows)[4], int dim, int panel, fl
 }
 
 // Packs keys [0, to a multiple of panel) of a head, from `begin` kept keys on; rows past `end` are
-// zero. Returns whether all are finite.
-inline bool pack(const Tokens& x, const Sample& sample, int64_t head, int begin, int end, int dim,
+// zero. Returns the bits of the largest (largest_bits).
+inline int32_t pack(const Tokens& x, const Sample& sample, int64_t head, int begin, int end, int dim,
                  int padded, const Kernels& kernel, const Rotary& rotary, const Packed& to) {
   alignas(64) float scratch[4][128];
   const int panel = kernel.panel;
   const int count = (end - begin + panel - 1) / panel * panel;
-  bool finite = true;
+  int32_t largest = 0;
   for (int i = 0; i < count; i += 4) {
     const float* rows[4];
     for (int r = 0; r < 4; ++r) {
@@ -176,7 +166,7 @@ inline bool pack(const Tokens& x, const Sample& sample, int64_t head, int begin,
         rotary.apply(scratch[r], sample.batch, token, place, false);
         rows[r] = scratch[r];
       }
-      finite = all_finite(rows[r], dim) && finite;
+      largest = std::max(largest, largest_bits(rows[r], dim));
       if (to.rows != nullptr) {
         float* row = to.rows + static_cast<int64_t>(i + r) * padded;
         std::memcpy(row, rows[r], dim * sizeof(float));
@@ -188,7 +178,7 @@ inline bool pack(const Tokens& x, const Sample& sample, int64_t head, int begin,
                      to.panels + static_cast<int64_t>(i / panel) * panel * dim + i % panel);
     }
   }
-  return finite;
+  return largest;
 }
 
 }  // namespace cpu

@@ -5,7 +5,14 @@
 // 32 or 64 keys at a time in groups of 16, each left out where no query of the warp sees it.
 // Softmax is float32, base 2, with a running maximum; its weights are rounded to the input's type
 // as the A operand of the second product, their sum is not.
+//
+// A score that is infinite before `scale` makes the result of a query that sees it NaN, and the
+// logarithm of its sum, which spreads in the backward: as -inf it would leave its key out although
+// only a sum on its way passed float32. Noticing it, by 0 times infinity, takes one instruction a
+// score; that which multiplied by `scale` is saved, which the exponential's subtraction does too.
 #pragma once
+
+#include <type_traits>
 
 #include "attention/cuda/tiles.cuh"
 
@@ -33,6 +40,13 @@ __device__ __forceinline__ float row_sum(float value) {
   return value + __shfl_xor_sync(common::kAllLanes, value, 2);
 }
 
+// Makes `sum` NaN where a score is infinite (or NaN), else leaves it. float16 holds no numbers whose
+// products are so large.
+template <typename T>
+__device__ __forceinline__ void note_infinite(float score, float& sum) {
+  if constexpr (!std::is_same_v<T, __half>) sum = fmaf(score, 0.f, sum);
+}
+
 template <typename T>
 struct ForwardArguments {
   Heads<T> q, k, v;
@@ -42,7 +56,8 @@ struct ForwardArguments {
   Rope rope;
   int64_t heads, tokens;
   int dim, chunk;  // chunk: a multiple of 16
-  float scale;     // times log2 e
+  float scale;     // positive, times log2 e
+  bool negate;     // the queries: the scale was negative
 };
 
 // The parts of shared memory, in bytes from its start, where the sample lies.
@@ -127,28 +142,38 @@ __device__ __forceinline__ void attend(uint32_t (&q)[D / 16][4], const T* own, c
       common::mma<T>(left, x, b[0], b[1]);
       common::mma<T>(right, x, b[2], b[3]);
     }
+    if (full >> group & 1u) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) left[e] *= scale, right[e] *= scale;
-    if (!(full >> group & 1u)) {
+      for (int e = 0; e < 4; ++e) {
+        note_infinite<T>(left[e], state.sum[e / 2]);
+        note_infinite<T>(right[e], state.sum[e / 2]);
+      }
+    } else {
       const unsigned bits = seen[group];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int at = 2 * t + e % 2, first = key + group * kTile;
         const Intervals& row = rows[g + e / 2 * 8];
-        if (!(bits >> at & 1u) || !row.has(first + at)) left[e] = negative_infinity();
-        if (!(bits >> (at + 8) & 1u) || !row.has(first + at + 8)) right[e] = negative_infinity();
+        const bool sees_left = (bits >> at & 1u) && row.has(first + at);
+        const bool sees_right = (bits >> (at + 8) & 1u) && row.has(first + at + 8);
+        note_infinite<T>(sees_left ? left[e] : 0.f, state.sum[e / 2]);
+        note_infinite<T>(sees_right ? right[e] : 0.f, state.sum[e / 2]);
+        if (!sees_left) left[e] = negative_infinity();
+        if (!sees_right) right[e] = negative_infinity();
       }
     }
   }
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    float most = state.most[row];
+    float most = negative_infinity();
 #pragma unroll
     for (int n = 0; n < 2 * kGroups<D>; ++n) {
       most = fmaxf(most, fmaxf(scores[n][2 * row], scores[n][2 * row + 1]));
     }
     most = row_max(most);
-    const float base = most == negative_infinity() ? 0.f : most;  // nothing seen so far
+    const bool none = most == negative_infinity() && state.most[row] == negative_infinity();
+    most = fmaxf(state.most[row], most * scale);
+    const float base = none ? 0.f : most;
     const float rescale = exp2f(state.most[row] - base);
     state.most[row] = most;
     float sum = 0.f;
@@ -156,7 +181,7 @@ __device__ __forceinline__ void attend(uint32_t (&q)[D / 16][4], const T* own, c
     for (int n = 0; n < 2 * kGroups<D>; ++n) {
 #pragma unroll
       for (int e = 2 * row; e < 2 * row + 2; ++e) {
-        scores[n][e] = exp2f(scores[n][e] - base);
+        scores[n][e] = exp2f(fmaf(scores[n][e], scale, -base));
         sum += scores[n][e];
       }
     }
@@ -214,6 +239,7 @@ __global__ void __launch_bounds__(D <= 96 ? kMostWarps * kLanes : kThreads168, D
     fetch_tile<T, D>(a.q, sample.batch, head, sample.q_begin + query, bits, a.dim, own);
     common::wait_for_copies();
     rotate_tile<T, D>(own, a.rope, own_rows);
+    if (a.negate) negate_tile<T, D>(own);
     __syncwarp();
     uint32_t q[D / 16][4];
     if constexpr (kKeepQueries<D>) {

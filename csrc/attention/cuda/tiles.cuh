@@ -104,6 +104,20 @@ __device__ __forceinline__ void rotate_tile(T* tile, const Rope& rope, const Row
   }
 }
 
+// Changes the sign of the vectors that the lane itself brought into a tile.
+template <typename T, int D>
+__device__ __forceinline__ void negate_tile(T* tile) {
+  using Shape = Tile<D>;
+  if (Shape::vector() >= Shape::kVectors) return;
+#pragma unroll 1
+  for (int step = 0; step < Shape::kSteps; ++step) {
+    uint4* const at = reinterpret_cast<uint4*>(tile + Shape::row(step) * Shape::kStride +
+                                               Shape::vector() * 8);
+    constexpr unsigned kSigns = 0x80008000u;
+    *at = {at->x ^ kSigns, at->y ^ kSigns, at->z ^ kSigns, at->w ^ kSigns};
+  }
+}
+
 // Rows [0, count) of a tile to `to`, whose tokens lie `stride` elements apart and are contiguous.
 template <typename T, int D>
 __device__ __forceinline__ void copy_out(const T* tile, T* to, int64_t stride, int count, int dim) {

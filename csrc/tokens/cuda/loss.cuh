@@ -144,7 +144,9 @@ __global__ void __launch_bounds__(kThreads, 2)
         deviation(t);
       });
       scatter = warp_sum(part);
-      rstd = 1.f / sqrtf(static_cast<float>(scatter * q.inverse_dim) + q.eps);
+      const float variance = static_cast<float>(scatter * q.inverse_dim);
+      // Infinity less itself is NaN: where squares pass float32 the layer norm is unknown, not 0.
+      rstd = 1.f / sqrtf(variance + q.eps) + (variance - variance);
     }
     const auto reduce = [&](const auto& term) {
       return row_sum(pred, p_at, teacher, t_at, kept, q.dim, mean, rstd, term);
@@ -228,7 +230,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     const bool valid = token >= 0 && token < q.length;
     const int64_t p_at = pred.place(r), t_at = teacher.place(q.rows.of(r), valid ? token : 0);
     const float* own = saved + r * saved_floats(kind);
-    const float mean = own[0], rstd = own[1], weight = valid ? factor : not_a_number();
+    const float mean = own[0], rstd = own[1];
+    const float weight = (valid ? factor : not_a_number()) + unknown(mean, rstd);
     if constexpr (kind == kCosine) {
       const float toward = own[2] * weight, along = own[3] * weight;
       gradient_row(pred, p_at, teacher, t_at, q.dim, mean, rstd, out, r * q.dim,

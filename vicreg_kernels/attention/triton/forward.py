@@ -63,7 +63,11 @@ def attend(
     HEAD: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, KEYS: tl.constexpr,
     FORMAT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys from `start` on; top and total: the rows' maximum and sum, in log2."""
+    """One tile of keys from `start` on; top and total: the rows' maximum and sum, in log2.
+
+    An infinite score becomes NaN, by 0 times infinity: a sum that is -inf on its way would leave its
+    key out. (float16 holds no numbers whose products are so large.)
+    """
     key = start + tl.arange(0, KEYS)
     live = key < limit
     if MASKED:
@@ -74,12 +78,18 @@ def attend(
     )  # fmt: skip
     s = product(q1, q2, k1, k2, D2 > 0, PRECISION)
     if MASKED:
-        s = tl.where(seen(key, live, begin, end, RULED), s * scale, float("-inf"))
+        mask = seen(key, live, begin, end, RULED)
+        s *= scale
+        if FORMAT != "fp16":
+            s += s * 0.0
+        s = tl.where(mask, s, float("-inf"))
         new = tl.maximum(top, tl.max(s, axis=1))
         base = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen nothing yet
         p = tl.exp2(s - base[:, None])
         fade = tl.exp2(top - base)
     else:
+        if FORMAT != "fp16":
+            s += s * 0.0
         new = tl.maximum(top, tl.max(s, axis=1) * scale)
         p = tl.exp2(s * scale - new[:, None])
         fade = tl.exp2(top - new)

@@ -89,7 +89,9 @@ def loss_kernel(
         if NORMALIZE:
             mean = tl.sum(t, axis=0) / dim
             deviation = tl.where(inside, t - mean, 0.0)
-            rstd = 1.0 / tl.sqrt(tl.sum(deviation * deviation, axis=0) / dim + eps)
+            variance = tl.sum(deviation * deviation, axis=0) / dim
+            # Infinity less itself is NaN: of squares past float32 the layer norm is unknown, not 0.
+            rstd = 1.0 / tl.sqrt(variance + eps) + (variance - variance)
         z = tl.where(inside, (t - mean) * rstd, 0.0)
         unknown = float("nan")
         if KIND == COSINE:
@@ -133,7 +135,11 @@ def gradient_kernel(
         sp_g, sp_r, sp_d, st_b, st_t, st_d, UNIT,
     )  # fmt: skip
     own = saved + row * (4 if KIND == COSINE else 2)
-    z = (t - tl.load(own)) * tl.load(own + 1)
+    mean = tl.load(own)
+    rstd = tl.load(own + 1)
+    z = (t - mean) * rstd
+    # L1's slope is a sign, 0 for NaN: of a target that finite numbers leave unknown it is NaN.
+    factor += tl.where(mean - mean == 0.0, rstd - rstd, 0.0)
     if KIND == COSINE:
         slope = tl.load(own + 2) * z + tl.load(own + 3) * p
     else:
