@@ -71,6 +71,7 @@ def test_fullgraph_equals_eager(fused, backend, shape):
     assert_same_outcome(differentiate(compiled, *pair), differentiate(module, *pair))
 
 
+@pytest.mark.thorough
 def test_inductor(fused):
     """The default compiler calls the ops as they are."""
 
