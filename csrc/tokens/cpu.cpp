@@ -145,9 +145,8 @@ std::tuple<Tensor, Tensor> loss_forward(Tensor pred, Tensor teacher, Tensor inde
       set_beta(row, beta);
       if (normalize) {
         row.mean = static_cast<float>(sum_of(row.t, dim) / dim);
-        const double variance = scatter_of(row.t, dim, row.mean) / dim;
-        // Infinity less itself is NaN: where squares pass float32 the layer norm is unknown, not 0.
-        row.rstd = static_cast<float>(1.0 / std::sqrt(variance + eps) + (variance - variance));
+        const double square = scatter_of(row.t, dim, row.mean) / dim + eps;
+        row.rstd = static_cast<float>(inverse_deviation(square));
       }
       float* own = stats + r * width;
       own[0] = row.mean;

@@ -51,7 +51,15 @@ KERNELS_ALWAYS_INLINE F element_slope(const F& d, float beta, float inverse_beta
   return d < -beta ? F(-one) : up;
 }
 
-// NaN where a row's numbers are finite and their layer norm is not known, as squares pass float32;
+// 1 over the root of a row's variance + eps. Where squares pass float32, or are below its normal
+// numbers, they do not give the layer norm, which would be 0 or a wrong number: then NaN.
+template <typename F>
+KERNELS_ALWAYS_INLINE F inverse_deviation(F square) {
+  constexpr F kLeast = static_cast<F>(1.17549435e-38);
+  return square < kLeast ? static_cast<F>(NAN) : F(1) / std::sqrt(square) + (square - square);
+}
+
+// NaN where a row's numbers are finite and their layer norm is not known (inverse_deviation);
 // else 0. (L1's slope is a sign, 0 for NaN, and would hide it.)
 KERNELS_ALWAYS_INLINE float unknown(float mean, float rstd) {
   return mean - mean == 0.f ? rstd - rstd : 0.f;

@@ -30,15 +30,18 @@ def may_be_nan(op: str, arguments: Mapping[str, Any]) -> bool:
 
     Barlow Twins: where float32 does not hold a column's sum of squares, or its variance is not a
     normal number and eps = 0 (docs/barlow.md). Attention: where a score in base 2 may be past
-    float32 (docs/attention.md). A prediction loss: where float32 does not hold a row's sum of squares
-    (docs/tokens.md).
+    float32 (docs/attention.md). A prediction loss: where float32 does not hold a row's sum of
+    squares, or a teacher's variance + eps is not a normal number (docs/tokens.md).
     """
     if op == "barlow_twins_loss":
         return any(map(_unheld, _views(arguments)))
     if op == "prediction_loss":
         given = [arguments["teacher"], arguments["pred"]]
         rows = [*given[:1], *(given[1] if isinstance(given[1], list | tuple) else given[1:])]
-        return any(bool((_wide(z).square().sum(-1) > MOST / 4).any()) for z in rows)
+        if any(bool((_wide(z).square().sum(-1) > MOST / 4).any()) for z in rows):
+            return True
+        variance = _wide(given[0]).var(-1, correction=0) + float(arguments.get("eps", 1e-5))
+        return bool((variance < 2 * LEAST).any())
     if op == "masked_attention":
         sizes = [_wide(arguments[name]).norm(dim=-1) for name in ("q", "k")]
         sizes = [size[size.isfinite()] for size in sizes]

@@ -139,6 +139,18 @@ def test_a_row_whose_squares_float32_does_not_hold_is_right_or_nan(backend, kind
         assert not found.isfinite() or abs(found - truth) <= 1e-5 * truth, exponent
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_layer_norm_of_a_variance_that_is_no_normal_number_is_right_or_nan(backend):
+    torch.manual_seed(0)
+    pred, teacher, index = torch.randn(1, 4, 24), torch.randn(1, 4, 24), torch.arange(4)[None]
+    for exponent in range(-40, -14):
+        t = 10.0**exponent * teacher
+        found = vk.prediction_loss(pred, t, index, eps=0.0, backend=backend)
+        truth = vk.prediction_loss(pred.double(), t.double(), index, eps=0.0, backend="reference")
+        assert found.isnan() or abs(found - truth) <= 1e-5 * truth, exponent
+        assert found.isfinite() or exponent < -18
+
+
 def test_a_margin_that_float32_cannot_compare_is_refused():
     """relu(margin - deviation) of a deviation whose squares pass float32 would be 0."""
     z = 1e20 * torch.randn(8, 4)

@@ -40,15 +40,17 @@ def real(name: str, value: Any, takes: str) -> Any:
 def finite(
     name: str, value: Any, least: float | None = None, also: str = "", most: float = math.inf
 ) -> Any:
-    """value as `real` reads it, finite, at least `least` and at most `most`; `also` is what the setting takes
-    besides ("or None"), for the message. Raises a TypeError or ValueError that names the setting.
+    """value as `real` reads it, finite, at least `least` and at most `most`; `also` is what the
+    setting takes besides ("or None"), for the message. Raises a TypeError or ValueError that names
+    the setting.
     """
     takes = "a finite number" if least is None else f"a finite number >= {least:g}"
     if most < math.inf:
         takes += f" and <= {most:g}"
     takes += also
     read = real(name, value, takes)
-    if not (-math.inf if least is None else least) <= read < math.inf or read > most or read == -math.inf:
+    lowest = -math.inf if least is None else least
+    if not (lowest <= read <= most and -math.inf < read < math.inf):
         raise ValueError(f"{name}: got {read}, takes {takes}")
     return read
 

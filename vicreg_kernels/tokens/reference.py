@@ -60,7 +60,10 @@ def loss(
         dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
         pred, teacher = pred.to(dtype), teacher.detach().to(dtype)
         if normalize:
+            square = teacher.var(dim=-1, correction=0, keepdim=True) + eps
+            known = (square >= torch.finfo(dtype).tiny) & square.isfinite()
             teacher = F.layer_norm(teacher, (teacher.shape[-1],), eps=eps)
+            teacher = torch.where(known, teacher, float("nan"))
         target = gather(teacher, index, offsets)
         if kind == "smooth_l1":
             return F.smooth_l1_loss(pred, target, beta=beta)

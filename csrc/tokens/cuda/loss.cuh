@@ -144,9 +144,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         deviation(t);
       });
       scatter = warp_sum(part);
-      const float variance = static_cast<float>(scatter * q.inverse_dim);
-      // Infinity less itself is NaN: where squares pass float32 the layer norm is unknown, not 0.
-      rstd = 1.f / sqrtf(variance + q.eps) + (variance - variance);
+      rstd = inverse_deviation(static_cast<float>(scatter * q.inverse_dim) + q.eps);
     }
     const auto reduce = [&](const auto& term) {
       return row_sum(pred, p_at, teacher, t_at, kept, q.dim, mean, rstd, term);

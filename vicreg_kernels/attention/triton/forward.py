@@ -65,8 +65,8 @@ def attend(
 ):  # fmt: skip
     """One tile of keys from `start` on; top and total: the rows' maximum and sum, in log2.
 
-    An infinite score becomes NaN, by 0 times infinity: a sum that is -inf on its way would leave its
-    key out. (float16 holds no numbers whose products are so large.)
+    An infinite score becomes NaN, by 0 times infinity: a sum that is -inf on its way would leave
+    its key out. (float16 holds no numbers whose products are so large.)
     """
     key = start + tl.arange(0, KEYS)
     live = key < limit

@@ -89,9 +89,10 @@ def loss_kernel(
         if NORMALIZE:
             mean = tl.sum(t, axis=0) / dim
             deviation = tl.where(inside, t - mean, 0.0)
-            variance = tl.sum(deviation * deviation, axis=0) / dim
-            # Infinity less itself is NaN: of squares past float32 the layer norm is unknown, not 0.
-            rstd = 1.0 / tl.sqrt(variance + eps) + (variance - variance)
+            square = tl.sum(deviation * deviation, axis=0) / dim + eps
+            # As inverse_deviation in csrc/tokens/formula.h; infinity less itself is NaN.
+            rstd = 1.0 / tl.sqrt(square) + (square - square)
+            rstd = tl.where(square < 1.17549435e-38, float("nan"), rstd)
         z = tl.where(inside, (t - mean) * rstd, 0.0)
         unknown = float("nan")
         if KIND == COSINE:
