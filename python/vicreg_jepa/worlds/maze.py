@@ -1,0 +1,239 @@
+"""A maze: square cells, of which each two are joined by one way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from vicreg_jepa.worlds import draws, paths
+from vicreg_jepa.worlds.draws import Stream
+from vicreg_jepa.worlds.world import RADIUS, THICK, State, World, towards
+
+PITCH = 12  # from cell to cell
+FIRST = float(THICK + RADIUS)  # the dot's centre in the first cell: FIRST to FIRST + ROOM
+ROOM = float(PITCH - THICK - 2 * RADIUS)
+LEAST_CELLS, MOST_CELLS = 2, 16
+FAR = 1 << 20  # more cells than any way has
+MOVES = ((0, 1), (0, -1), (1, 0), (-1, 0))  # of row and column
+
+
+@dataclass(frozen=True)
+class Maze(World):
+    """cells x cells cells of 9 pixels with walls of 3 between them: 12 * cells + 3 pixels.
+
+    The maze is drawn anew for each episode: the spanning tree that is least in uniform weights.
+    Start and goal are in different cells. layout: int64 [N, cells, cells, 2], by row and column,
+    1 where a cell is open to the next one to the right and below.
+    """
+
+    cells: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.cells, bool) or not isinstance(self.cells, int):
+            raise ValueError(f"cells: got {self.cells!r}, takes an integer")
+        if not LEAST_CELLS <= self.cells <= MOST_CELLS:
+            raise ValueError(f"cells: got {self.cells}, takes {LEAST_CELLS} to {MOST_CELLS}")
+
+    @property
+    def size(self) -> int:
+        return self.cells * PITCH + THICK
+
+    def reset(self, seeds: Tensor) -> State:
+        count = self.cells**2
+        u = draws.uniform(seeds, Stream.PLACES, 0, 6)
+        start = draws.integers(u[:, 0], 0, count - 1)
+        goal = (start + draws.integers(u[:, 1], 1, count - 1)) % count
+        position, target = (
+            FIRST + PITCH * torch.stack([cell % self.cells, cell // self.cells], dim=1) + ROOM * its
+            for cell, its in ((start, u[:, 2:4]), (goal, u[:, 4:6]))
+        )
+        return State(position, target, self._trees(seeds), seeds, torch.zeros_like(seeds))
+
+    def _trees(self, seeds: Tensor) -> Tensor:
+        """Layouts, by Prim's algorithm on all of them at once."""
+        cells, device = self.cells, seeds.device
+        number = torch.arange(cells**2, device=device).view(cells, cells)
+        first = torch.cat([number[:, :-1].flatten(), number[:-1].flatten()])  # an edge's ends
+        second = torch.cat([number[:, 1:].flatten(), number[1:].flatten()])
+        edges, rows = len(first), torch.arange(len(seeds), device=device)
+        u = draws.uniform(seeds, Stream.LAYOUT, 0, edges)
+        # Integers, so that no two are equal and every order of the same numbers has one tree.
+        weight = (u * 2.0**24).long() * edges + torch.arange(edges, device=device)
+        joined = torch.zeros(len(seeds), cells**2, dtype=torch.bool, device=device)
+        joined[:, 0] = True
+        layout = torch.zeros(len(seeds), cells**2, 2, dtype=torch.int64, device=device)
+        below = (second - first) == cells  # cells is at least 2, so an edge to the right is 1
+        for _ in range(cells**2 - 1):
+            leads_out = joined[:, first] ^ joined[:, second]
+            edge = weight.where(leads_out, torch.iinfo(torch.int64).max).argmin(dim=1)
+            joined[rows, first[edge]] = True
+            joined[rows, second[edge]] = True
+            layout[rows, first[edge], below[edge].long()] = 1
+        return layout.view(len(seeds), cells, cells, 2)
+
+    def _cell(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """int64 [N, 2] (x, y): the cell that a position is in, or in the passage from which to the
+        right or below; bool [N, 2]: whether it is in the passage.
+        """
+        cell = ((position - FIRST) / PITCH).floor().long().clamp(0, self.cells - 1)
+        return cell, position > FIRST + PITCH * cell + ROOM
+
+    def free(self, position: Tensor, layout: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        cell, passing = self._cell(position)
+        column, row = cell.unbind(1)
+        rows = torch.arange(len(cell), device=cell.device)
+        along, across = cell[:, axis], passing[:, 1 - axis]
+        after = layout[rows, row, column, axis] > 0
+        before_row, before_column = (
+            ((row - 1).clamp(min=0), column) if axis else (row, (column - 1).clamp(min=0))
+        )
+        before = (layout[rows, before_row, before_column, axis] > 0) & (along > 0)
+        # In a passage of the other axis there is nothing but its two sides.
+        low = FIRST + PITCH * (along - (before & ~across).long())
+        high = FIRST + PITCH * (along + (after & ~across).long()) + ROOM
+        return low, high
+
+    def inside(self, position: Tensor, layout: Tensor) -> Tensor:
+        cell, passing = self._cell(position)
+        rows = torch.arange(len(cell), device=cell.device)
+        end = FIRST + PITCH * (self.cells - 1) + ROOM
+        in_picture = ((position >= FIRST) & (position <= end)).all(dim=1)
+        open_to = layout[rows, cell[:, 1], cell[:, 0]] > 0
+        return in_picture & ~passing.all(dim=1) & (~passing | open_to).all(dim=1)
+
+    def walls(self, layout: Tensor) -> Tensor:
+        which = _pixels(self.cells).to(layout.device)
+        open_to = layout.flatten(1) > 0
+        table = torch.cat([open_to, open_to.new_ones(len(layout), 1)], dim=1)
+        table = torch.cat([table, open_to.new_zeros(len(layout), 1)], dim=1)
+        return ~table[:, which]
+
+    def facts(self, state: State) -> dict[str, Tensor]:
+        """position: [N, 2]; cell: int64 [N, 2], column and row; openings: as layout."""
+        return {
+            "position": state.position,
+            "cell": self._cell(state.position)[0],
+            "openings": state.layout,
+        }
+
+    def _steps_to(self, cell: Tensor, layout: Tensor) -> Tensor:
+        """int64 [N, rows, columns]: of how many cells the way to a cell [N, 2] is."""
+        count, cells = len(cell), self.cells
+        rows = torch.arange(count, device=cell.device)
+        steps = torch.full((count, cells, cells), FAR, device=cell.device)
+        steps[rows, cell[:, 1], cell[:, 0]] = 0
+        right = torch.where(layout[:, :, :-1, 0] > 0, 1, FAR)
+        below = torch.where(layout[:, :-1, :, 1] > 0, 1, FAR)
+        while True:
+            before = steps
+            steps = steps.clone()
+            for near, far, cost in (
+                (steps[:, :, :-1], before[:, :, 1:], right),
+                (steps[:, :, 1:], before[:, :, :-1], right),
+                (steps[:, :-1], before[:, 1:], below),
+                (steps[:, 1:], before[:, :-1], below),
+            ):
+                torch.minimum(near, far + cost, out=near)
+            if torch.equal(steps, before):
+                return steps
+
+    def _next(self, cell: Tensor, goal: Tensor, layout: Tensor) -> Tensor:
+        """int64 [N, 2]: the cell after `cell` on the way to the cell `goal`."""
+        steps = self._steps_to(goal, layout)
+        rows = torch.arange(len(cell), device=cell.device)
+        column, row = cell.unbind(1)
+        here = steps[rows, row, column]
+        found = cell
+        for down, right in MOVES:
+            other_row = (row + down).clamp(0, self.cells - 1)
+            other_column = (column + right).clamp(0, self.cells - 1)
+            from_row, from_column = torch.minimum(row, other_row), torch.minimum(column, other_column)
+            open_to = layout[rows, from_row, from_column, abs(down)] > 0
+            nearer = open_to & (steps[rows, other_row, other_column] == here - 1)
+            other = torch.stack([other_column, other_row], dim=1)
+            found = torch.where(nearer[:, None], other, found)
+        return found
+
+    def expert(self, state: State) -> Tensor:
+        cell, passing = self._cell(state.position)
+        goal_cell, _ = self._cell(state.goal)
+        following = self._next(cell, goal_cell, state.layout)
+        onward = (following - cell == passing.long()).all(dim=1)
+        back = passing.any(dim=1) & ~onward
+        target = torch.where(back[:, None], cell, following)
+        middle = FIRST + PITCH * target + ROOM / 2
+        arriving = (cell == goal_cell).all(dim=1)
+        return towards(state.position, torch.where(arriving[:, None], state.goal, middle))
+
+    def portals(self, state: State) -> list[list[paths.Portal]]:
+        cell, passing = self._cell(state.position)
+        goal, goal_passing = self._cell(state.goal)
+        steps = self._steps_to(goal, state.layout).tolist()
+        starts, ends = (2 * cell + passing).tolist(), (2 * goal + goal_passing).tolist()
+        return [
+            _openings(_chain(start, end, its_steps, layout))
+            for start, end, its_steps, layout in zip(
+                starts, ends, steps, state.layout.tolist(), strict=True
+            )
+        ]
+
+
+@cache
+def _pixels(cells: int) -> Tensor:
+    """int64 [size, size]: the number in the flat layout that says whether a pixel is open; after
+    those one number for what is always open, and one for what never is.
+    """
+    size, always = cells * PITCH + THICK, 2 * cells**2
+    place = torch.arange(size) - THICK
+    cell = (place // PITCH).clamp(0, cells - 1)
+    between = (place % PITCH >= PITCH - THICK) & (place > 0) & (place < cells * PITCH - THICK)
+    outer = (place < 0) | (place >= cells * PITCH - THICK)
+    row, column = cell[:, None], cell[None, :]
+    flat = 2 * (row * cells + column)
+    found = torch.full((size, size), always)
+    found = torch.where(between[None, :], flat, found)
+    found = torch.where(between[:, None], flat + 1, found)
+    never = (between[:, None] & between[None, :]) | outer[:, None] | outer[None, :]
+    return torch.where(never, always + 1, found)
+
+
+def _chain(
+    start: list[int], end: list[int], steps: list[list[int]], layout: list[list[list[int]]]
+) -> list[tuple[int, int]]:
+    """The rooms from start to end: (2 column, 2 row) is a cell, an odd number a passage."""
+    column, row = start[0] // 2, start[1] // 2
+    chain = [(2 * column, 2 * row)]
+    while steps[row][column]:
+        for down, right in MOVES:
+            next_row, next_column = row + down, column + right
+            if not (0 <= next_row < len(steps) and 0 <= next_column < len(steps)):
+                continue
+            open_to = layout[min(row, next_row)][min(column, next_column)][abs(down)]
+            if open_to and steps[next_row][next_column] == steps[row][column] - 1:
+                chain += [(column + next_column, row + next_row), (2 * next_column, 2 * next_row)]
+                row, column = next_row, next_column
+                break
+    for place, at in ((tuple(start), 0), (tuple(end), -1)):
+        if place in chain[:2] if at == 0 else place in chain[-2:]:
+            chain = chain[chain.index(place) :] if at == 0 else chain[: chain.index(place) + 1]
+        elif at == 0:
+            chain.insert(0, (place[0], place[1]))
+        else:
+            chain.append((place[0], place[1]))
+    return chain
+
+
+def _openings(chain: list[tuple[int, int]]) -> list[paths.Portal]:
+    """What stands between each room of a chain and the next."""
+    found = []
+    for here, there in zip(chain, chain[1:], strict=False):
+        axis = 0 if here[0] != there[0] else 1
+        first = min(here[axis], there[axis])
+        place = FIRST + PITCH * (first // 2) + (PITCH if first % 2 else ROOM)
+        low = FIRST + PITCH * (here[1 - axis] // 2)
+        found.append(paths.portal(axis, place, low, low + ROOM, there[axis] > here[axis]))
+    return found

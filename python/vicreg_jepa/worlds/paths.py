@@ -1,0 +1,59 @@
+"""The shortest way through a chain of openings: a string pulled taut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import hypot
+
+Point = tuple[float, float]
+Portal = tuple[Point, Point]  # the ends of an opening; first the left one, as one goes through
+
+
+def portal(axis: int, place: float, low: float, high: float, forward: bool) -> Portal:
+    """The opening from low to high across the axis (0: x, 1: y) at a place on it, gone through
+    towards larger numbers where `forward`.
+    """
+    ends: list[Point] = [(place, low), (place, high)] if axis == 0 else [(low, place), (high, place)]
+    # y points down, and left is where y points for one who goes along x.
+    first, second = ends if forward == (axis == 1) else reversed(ends)
+    return first, second
+
+
+def taut(start: Point, portals: Sequence[Portal], goal: Point) -> list[Point]:
+    """The corners of the shortest way from start to goal that crosses the portals in their order,
+    where nothing stands between one and the next (the funnel algorithm of Lee and Preparata,
+    Networks 14, 1984). Both ends are in it.
+    """
+    gates = [(start, start), *portals, (goal, goal)]
+    way = [start]
+    apex = left = right = start
+    left_gate = right_gate = number = 0
+    while number + 1 < len(gates):
+        number += 1
+        new_left, new_right = gates[number]
+        corner = None
+        if _turn(apex, right, new_right) >= 0:  # the funnel's right side moves inwards
+            if apex == right or _turn(apex, left, new_right) < 0:
+                right, right_gate = new_right, number
+            else:  # across its left side, whose end is then a corner
+                corner, number = left, left_gate
+        if corner is None and _turn(apex, left, new_left) <= 0:
+            if apex == left or _turn(apex, right, new_left) > 0:
+                left, left_gate = new_left, number
+            else:
+                corner, number = right, right_gate
+        if corner is not None:
+            way.append(corner)
+            apex = left = right = corner
+            left_gate = right_gate = number
+    way.append(goal)
+    return way
+
+
+def length(way: Sequence[Point]) -> float:
+    return sum(hypot(b[0] - a[0], b[1] - a[1]) for a, b in zip(way, way[1:], strict=False))
+
+
+def _turn(a: Point, b: Point, c: Point) -> float:
+    """Positive where one who goes from a to b turns left to reach c."""
+    return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
