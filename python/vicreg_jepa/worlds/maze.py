@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -105,12 +105,16 @@ class Maze(World):
         open_to = layout[rows, cell[:, 1], cell[:, 0]] > 0
         return in_picture & ~passing.all(dim=1) & (~passing | open_to).all(dim=1)
 
-    def walls(self, layout: Tensor) -> Tensor:
-        which = _pixels(self.cells).to(layout.device)
-        open_to = layout.flatten(1) > 0
-        table = torch.cat([open_to, open_to.new_ones(len(layout), 1)], dim=1)
-        table = torch.cat([table, open_to.new_zeros(len(layout), 1)], dim=1)
-        return ~table[:, which]
+    def walls(self, layout: Tensor) -> tuple[Tensor, Tensor]:
+        count, cells = len(layout), self.cells
+        cell, between, outer = _pixels(cells, layout.device)
+        # Where neither is between cells there is no wall; where both are there always is one.
+        in_cells = (layout[..., 0] == 0)[:, :, cell] & between  # [N, cells, size]
+        between_cells = (layout[..., 1] == 0)[:, :, cell] | between
+        full = in_cells.new_ones(count, 1, self.size)
+        rows = torch.cat([in_cells | outer, between_cells | outer, full], dim=1)
+        which = torch.where(outer, 2 * cells, cell + cells * between)
+        return rows, which.expand(count, -1)
 
     def facts(self, state: State) -> dict[str, Tensor]:
         """position: [N, 2]; cell: int64 [N, 2], column and row; openings: as layout."""
@@ -151,7 +155,8 @@ class Maze(World):
         for down, right in MOVES:
             other_row = (row + down).clamp(0, self.cells - 1)
             other_column = (column + right).clamp(0, self.cells - 1)
-            from_row, from_column = torch.minimum(row, other_row), torch.minimum(column, other_column)
+            from_row = torch.minimum(row, other_row)
+            from_column = torch.minimum(column, other_column)
             open_to = layout[rows, from_row, from_column, abs(down)] > 0
             nearer = open_to & (steps[rows, other_row, other_column] == here - 1)
             other = torch.stack([other_column, other_row], dim=1)
@@ -182,23 +187,14 @@ class Maze(World):
         ]
 
 
-@cache
-def _pixels(cells: int) -> Tensor:
-    """int64 [size, size]: the number in the flat layout that says whether a pixel is open; after
-    those one number for what is always open, and one for what never is.
+def _pixels(cells: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """[size] each: the cell that a pixel of an axis belongs to, or the one before it; bool, whether
+    it is between two cells; bool, whether it is in the outer wall.
     """
-    size, always = cells * PITCH + THICK, 2 * cells**2
-    place = torch.arange(size) - THICK
-    cell = (place // PITCH).clamp(0, cells - 1)
-    between = (place % PITCH >= PITCH - THICK) & (place > 0) & (place < cells * PITCH - THICK)
+    place = torch.arange(cells * PITCH + THICK, device=device) - THICK
     outer = (place < 0) | (place >= cells * PITCH - THICK)
-    row, column = cell[:, None], cell[None, :]
-    flat = 2 * (row * cells + column)
-    found = torch.full((size, size), always)
-    found = torch.where(between[None, :], flat, found)
-    found = torch.where(between[:, None], flat + 1, found)
-    never = (between[:, None] & between[None, :]) | outer[:, None] | outer[None, :]
-    return torch.where(never, always + 1, found)
+    between = (place % PITCH >= PITCH - THICK) & ~outer
+    return place.div(PITCH, rounding_mode="floor").clamp(0, cells - 1), between, outer
 
 
 def _chain(
@@ -217,20 +213,17 @@ def _chain(
                 chain += [(column + next_column, row + next_row), (2 * next_column, 2 * next_row)]
                 row, column = next_row, next_column
                 break
-    for place, at in ((tuple(start), 0), (tuple(end), -1)):
-        if place in chain[:2] if at == 0 else place in chain[-2:]:
-            chain = chain[chain.index(place) :] if at == 0 else chain[: chain.index(place) + 1]
-        elif at == 0:
-            chain.insert(0, (place[0], place[1]))
-        else:
-            chain.append((place[0], place[1]))
-    return chain
+    first, last = (start[0], start[1]), (end[0], end[1])
+    if first == last:
+        return [first]
+    chain = chain[chain.index(first) :] if first in chain[:2] else [first, *chain]
+    return chain[: chain.index(last) + 1] if last in chain[-2:] else [*chain, last]
 
 
 def _openings(chain: list[tuple[int, int]]) -> list[paths.Portal]:
     """What stands between each room of a chain and the next."""
     found = []
-    for here, there in zip(chain, chain[1:], strict=False):
+    for here, there in pairwise(chain):
         axis = 0 if here[0] != there[0] else 1
         first = min(here[axis], there[axis])
         place = FIRST + PITCH * (first // 2) + (PITCH if first % 2 else ROOM)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import hypot
 
 Point = tuple[float, float]
@@ -13,10 +14,9 @@ def portal(axis: int, place: float, low: float, high: float, forward: bool) -> P
     """The opening from low to high across the axis (0: x, 1: y) at a place on it, gone through
     towards larger numbers where `forward`.
     """
-    ends: list[Point] = [(place, low), (place, high)] if axis == 0 else [(low, place), (high, place)]
-    # y points down, and left is where y points for one who goes along x.
-    first, second = ends if forward == (axis == 1) else reversed(ends)
-    return first, second
+    lower, upper = ((place, low), (place, high)) if axis == 0 else ((low, place), (high, place))
+    # Left is where y points for one who goes along x.
+    return (lower, upper) if forward == (axis == 1) else (upper, lower)
 
 
 def taut(start: Point, portals: Sequence[Portal], goal: Point) -> list[Point]:
@@ -51,7 +51,7 @@ def taut(start: Point, portals: Sequence[Portal], goal: Point) -> list[Point]:
 
 
 def length(way: Sequence[Point]) -> float:
-    return sum(hypot(b[0] - a[0], b[1] - a[1]) for a, b in zip(way, way[1:], strict=False))
+    return sum(hypot(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(way))
 
 
 def _turn(a: Point, b: Point, c: Point) -> float:

@@ -11,7 +11,7 @@ from vicreg_jepa.worlds import draws
 from vicreg_jepa.worlds.draws import Stream
 from vicreg_jepa.worlds.world import ACTIONS, State, World
 
-HOLD = 8  # steps for which a walk keeps its direction
+HOLD = 12  # steps for which a walk keeps its direction
 JITTER = 0.2
 
 Policy = Callable[[World, State], Tensor]

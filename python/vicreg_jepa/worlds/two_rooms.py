@@ -82,13 +82,15 @@ class TwoRooms(World):
         in_picture = ((position >= LOW) & (position <= HIGH)).all(dim=1)
         return in_picture & (~passing | ((y >= top) & (y <= bottom)))
 
-    def walls(self, layout: Tensor) -> Tensor:
+    def walls(self, layout: Tensor) -> tuple[Tensor, Tensor]:
         pixel = torch.arange(SIZE, device=layout.device)
         outer = (pixel < THICK) | (pixel >= SIZE - THICK)
         wall, door = layout[:, :1], layout[:, 1:]
-        across = (pixel >= wall) & (pixel < wall + THICK)  # [N, x]
-        solid = (pixel < door) | (pixel >= door + DOOR)  # [N, y]
-        return (across[:, None, :] & solid[:, :, None]) | outer | outer[:, None]
+        open_row = outer.expand(len(layout), SIZE)
+        closed_row = outer | ((pixel >= wall) & (pixel < wall + THICK))
+        rows = torch.stack([open_row, closed_row, torch.ones_like(open_row)], dim=1)
+        in_door = (pixel >= door) & (pixel < door + DOOR)
+        return rows, torch.where(outer, 2, torch.where(in_door, 0, 1))
 
     def facts(self, state: State) -> dict[str, Tensor]:
         """position: [N, 2]; wall, door: [N], their middles, in pixels; room: int64 [N], 0 left of

@@ -85,8 +85,10 @@ class World(ABC):
         """bool [N]: whether the dot's centre may be at position, [N, 2]."""
 
     @abstractmethod
-    def walls(self, layout: Tensor) -> Tensor:
-        """bool [N, size, size]: the pixels of walls."""
+    def walls(self, layout: Tensor) -> tuple[Tensor, Tensor]:
+        """The picture of the walls by its rows, of which many are equal: bool [N, K, size], true
+        on a wall, and int64 [N, size], which of the K each row of pixels is.
+        """
 
     @abstractmethod
     def facts(self, state: State) -> dict[str, Tensor]:
@@ -133,8 +135,12 @@ class World(ABC):
     def render(self, state: State) -> Tensor:
         """uint8 [N, size, size, 2]: the dot, whose edge is smooth, and the walls, 0 or 255."""
         count, size = len(state.position), self.size
-        frames = state.position.new_zeros((count, size, size, CHANNELS), dtype=torch.uint8)
-        torch.mul(self.walls(state.layout), 255, out=frames[..., 1])
+        rows, which = self.walls(state.layout)
+        kinds = rows.shape[1]
+        table = rows.new_zeros((count, kinds, size, CHANNELS), dtype=torch.uint8)
+        table[..., 1] = rows.view(torch.uint8) * 255
+        which = which + kinds * torch.arange(count, device=rows.device)[:, None]
+        frames = table.view(count * kinds, -1).index_select(0, which.flatten())
         reach = RADIUS + 1
         start = state.position.floor().long() - reach  # [N, 2]
         places = start[:, :, None] + torch.arange(2 * reach + 1, device=start.device)  # [N, 2, 7]
@@ -143,8 +149,8 @@ class World(ABC):
         cover = (RADIUS + 0.5 - distance).clamp(0, 1)
         where = (places[:, 1, :, None] * size + places[:, 0, None, :]) * CHANNELS
         values = (255 * cover).round().to(torch.uint8)
-        frames.view(count, -1).scatter_(1, where.flatten(1), values.flatten(1))
-        return frames
+        frames = frames.view(count, -1).scatter_(1, where.flatten(1), values.flatten(1))
+        return frames.view(count, size, size, CHANNELS)
 
     def at(self, state: State, position: Tensor) -> State:
         """The dot put elsewhere, as to draw the goal. Raises ValueError inside of a wall."""
