@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from vicreg_jepa.worlds.policies import Policy
 from vicreg_jepa.worlds.world import State, World
 
-AT_ONCE = 64  # environments: their frames of 100 steps are 55 MB
+STEPPED = 1024  # environments at once
+DRAWN = 16  # of them at once: their frames of 100 steps are 14 MB
 
 
 @dataclass(frozen=True)
@@ -39,25 +40,32 @@ def play(
     world: World, policy: Policy, seed: int, episodes: int, length: int, first: int = 0
 ) -> Iterator[Episode]:
     """Episodes first, first + 1, ... of a seed, `episodes` of them, each of `length` actions."""
-    for start in range(first, first + episodes, AT_ONCE):
-        numbers = range(start, min(start + AT_ONCE, first + episodes))
+    for start in range(first, first + episodes, STEPPED):
+        numbers = range(start, min(start + STEPPED, first + episodes))
         seeds = torch.tensor([episode_seed(seed, number) for number in numbers])
         states, actions = rollout(world, policy, world.reset(seeds), length)
-        facts = [world.facts(state) for state in states]
-        frames = torch.stack([world.render(state) for state in states], dim=1)
-        goals, reached = states[0].goal.tolist(), world.success(states[-1]).tolist()
-        for place in range(len(numbers)):
-            truths = {
-                name: torch.stack([fact[name][place] for fact in facts]).numpy()
-                for name in facts[0]
-            }
-            record = {
-                "seed": int(seeds[place]),
-                "goal": goals[place],
-                "success": reached[place],
-            }
-            acted = torch.stack([action[place] for action in actions]).numpy()
-            yield Episode(frames[place].numpy(), acted, truths, record)
+        every = State(*(torch.stack(field, dim=1) for field in zip(*states, strict=True)))
+        acted, success = torch.stack(actions, dim=1), world.success(states[-1])
+        for some in torch.arange(len(numbers)).split(DRAWN):
+            yield from _drawn(world, every.rows(some), acted[some], success[some])
+
+
+def _drawn(
+    world: World, every: State, acted: torch.Tensor, success: torch.Tensor
+) -> Iterator[Episode]:
+    """Episodes of states [N, T + 1, ...], all of whose frames are drawn as one batch."""
+    shape = every.seed.shape
+    flat = State(*(field.flatten(0, 1) for field in every))
+    frames = world.render(flat).unflatten(0, shape)
+    facts = {name: fact.unflatten(0, shape) for name, fact in world.facts(flat).items()}
+    for place in range(len(frames)):
+        record = {
+            "seed": int(every.seed[place, 0]),
+            "goal": every.goal[place, 0].tolist(),
+            "success": bool(success[place]),
+        }
+        truths = {name: fact[place].numpy() for name, fact in facts.items()}
+        yield Episode(frames[place].numpy(), acted[place].numpy(), truths, record)
 
 
 def rollout(

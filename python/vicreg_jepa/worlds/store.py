@@ -113,8 +113,8 @@ class Shards(Trajectories):
         path = root / SETTINGS
         if not path.exists():
             raise ValueError(
-                f"folder: got {str(root)!r}, takes one with {SETTINGS}, which `vicreg-jepa collect` "
-                "writes when all is there"
+                f"folder: got {str(root)!r}, takes one with {SETTINGS}, which `vicreg-jepa "
+                "collect` writes when all is there"
             )
         listing.regular(path, "folder")
         try:
@@ -162,8 +162,8 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
         self.episodes = np.repeat(np.arange(len(starts)), [len(its) for its in starts])
         if not len(self.starts):
             raise ValueError(
-                f"length: got {length}, takes at most {max(source.lengths, default=0)}, the longest "
-                "episode's actions"
+                f"length: got {length}, takes at most {max(source.lengths, default=0)}, the "
+                "longest episode's actions"
             )
 
     def __len__(self) -> int:
