@@ -66,14 +66,12 @@ class Adapter:
         if policy not in BLIND:
             raise ValueError(f"policy: got {policy!r}, takes {' or '.join(BLIND)}")
         for number in range(first, first + episodes):
-            drawn = torch.tensor([episode_seed(seed, number)])
-            chosen = [
-                BLIND[policy](drawn, drawn * 0 + time, self.actions) for time in range(length)
-            ]
+            drawn = torch.tensor([episode_seed(seed, number)]).expand(length)
+            actions = BLIND[policy](drawn, torch.arange(length), self.actions).numpy()
             its_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
             frame, state = self.reset(its_seed)
             frames, states, rewards = [frame], [state], []
-            for action in torch.cat(chosen).numpy():
+            for action in actions:
                 frame, state, reward, ended = self.step(action)
                 frames.append(frame)
                 states.append(state)
@@ -82,7 +80,7 @@ class Adapter:
                     break
             yield Episode(
                 np.stack(frames),
-                torch.cat(chosen).numpy()[: len(rewards)],
+                actions[: len(rewards)],
                 {name: np.stack([state[name] for state in states]) for name in states[0]},
                 {"seed": its_seed, "rewards": rewards},
             )

@@ -50,12 +50,8 @@ def collect(
 def _environment(name: str, settings: dict[str, Any]) -> Any:
     if "/" not in name and ":" not in name and "-v" not in name:
         raise ValueError(f"world: got {name!r}, takes {', '.join(WORLDS)} or gymnasium's name")
-    try:
-        import gymnasium
-    except ImportError as error:
-        raise ImportError(
-            "environments need gymnasium: pip install 'vicreg-kernels[worlds]'"
-        ) from error
+    from vicreg_jepa.worlds.environments import gymnasium
+
     try:
         return gymnasium.make(name, **settings)
     except (gymnasium.error.Error, TypeError, ImportError) as error:

@@ -1,5 +1,7 @@
 """The worlds as environments of gymnasium: one alone, or a vector that is one batched program.
 
+Importing this makes `vicreg_jepa/TwoRooms-v0` and `vicreg_jepa/Maze-v0` known to gymnasium.
+
 Observations are the frames, uint8 [size, size, 2]; actions are of [-1, 1]^2. The reward of a step
 is 1 where the goal is at most REACHED pixels away, else 0; an episode ends by truncation alone, so
 that who passes by the goal has not succeeded. `info` holds what is true (`World.facts`),
@@ -16,10 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vicreg_jepa.worlds.named import named
+from vicreg_jepa.worlds.named import WORLDS, named
 from vicreg_jepa.worlds.pictures import painted
-from vicreg_jepa.worlds.registration import STEPS, register
-from vicreg_jepa.worlds.world import ACTIONS, CHANNELS, State, World
+from vicreg_jepa.worlds.world import ACTIONS, CHANNELS, STEPS, State, World
 
 try:
     import gymnasium
@@ -30,8 +31,6 @@ except ImportError as error:
     raise ImportError(
         "environments need gymnasium: pip install 'vicreg-kernels[worlds]'"
     ) from error
-
-register()
 
 METADATA: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}
 Frames = NDArray[np.uint8]
@@ -179,3 +178,13 @@ def _actions(action: Any, shape: tuple[int, ...]) -> Tensor:
     if tuple(given.shape) != shape:
         raise ValueError(f"action: got shape {list(given.shape)}, takes {list(shape)}")
     return given
+
+
+for one in WORLDS:
+    gymnasium.register(
+        id=f"vicreg_jepa/{one}-v0",
+        entry_point=WorldEnv,
+        vector_entry_point=WorldVectorEnv,
+        max_episode_steps=STEPS,
+        kwargs={"world": one},
+    )

@@ -21,6 +21,7 @@ THICK = 3  # of every wall
 SPEED = 2.0  # pixels that an action of 1 moves along its axis
 REACHED = 4.0  # a dot so near to the goal has reached it; walls keep two sides 7 apart
 MOST_NOISE = 1.0
+STEPS = 200  # of an episode, at whose end success is judged
 ACTIONS = 2
 CHANNELS = 2  # the dot, the walls
 
