@@ -21,7 +21,7 @@ from vicreg_jepa.worlds.world import STEPS, State, World
 
 SCALE = 2
 GAP = 4
-LABEL = 130
+LABEL = 155
 FRAMES = 7
 INK, SHORTEST, WALKED = (0, 0, 0), (40, 110, 200), (206, 40, 40)
 ROWS: tuple[tuple[str, World, str], ...] = (

@@ -46,8 +46,7 @@ def taut(start: Point, portals: Sequence[Portal], goal: Point) -> list[Point]:
             way.append(corner)
             apex = left = right = corner
             left_gate = right_gate = number
-    way.append(goal)
-    return way
+    return way if way[-1] == goal else [*way, goal]
 
 
 def length(way: Sequence[Point]) -> float:
