@@ -5,7 +5,7 @@ the dot stops only where one more step would touch.
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from scipy.sparse import coo_matrix
+from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import dijkstra
 from vicreg_jepa.worlds import draws, paths, policies
 from vicreg_jepa.worlds.contact_sheet import sheet
@@ -83,10 +83,10 @@ def scattered(world: World, count: int, seed: int):
 @world_of
 def test_walls_are_never_touched_and_only_walls_stop(world):
     """The way of a step is its corner; a push that was cut short ends at a wall."""
-    state, walls = scattered(world, 6000, seed=3)
+    state, walls = scattered(world, 3000, seed=3)
     assert bool(world.inside(state.position, state.layout).all())
     generator = np.random.default_rng(4)
-    push = generator.uniform(-MOST, MOST, (6000, 2)).astype(np.float32)
+    push = generator.uniform(-MOST, MOST, (3000, 2)).astype(np.float32)
     push[::3] = generator.choice([-MOST, 0, MOST], push[::3].shape)
     end = world.moved(state.position, state.layout, torch.from_numpy(push)).numpy()
     start = state.position.numpy()
@@ -244,45 +244,48 @@ def test_a_maze_joins_its_cells_by_one_way(cells):
 # ------------------------------------------------------------------------------- ways and actors
 
 
+def ways(walls: np.ndarray) -> csr_matrix:
+    """Costs between whole pixels, number x + size * y, in 32 directions: a move is possible where
+    the dot may be in all cells of the grid that it goes through, each of which is free or not.
+    """
+    size = len(walls)
+    y, x = (axis.ravel() / 2 for axis in np.mgrid[0 : 2 * size, 0 : 2 * size])
+    free = ~touches(np.broadcast_to(walls, (len(x), size, size)), np.stack([x, y], axis=1))
+    free = free.reshape(2 * size, 2 * size)
+    y, x = (axis.ravel() for axis in np.mgrid[3 : size - 3, 3 : size - 3])
+    rows, columns, costs = [], [], []
+    for dx, dy in product(range(-3, 4), repeat=2):
+        if math.gcd(dx, dy) != 1:
+            continue
+        clear = np.ones(len(x), dtype=bool)
+        for share in np.arange(1, 24, 2) / 24:
+            place = [
+                2 * start if step == 0 else 2 * np.floor(start + share * step).astype(int) + 1
+                for start, step in ((y, dy), (x, dx))
+            ]
+            clear &= free[place[0], place[1]]
+        rows.append((x + size * y)[clear])
+        columns.append(rows[-1] + dx + size * dy)
+        costs.append(np.full(len(rows[-1]), math.hypot(dx, dy)))
+    places = (np.concatenate(rows), np.concatenate(columns))
+    return csr_matrix((np.concatenate(costs), places), shape=(size**2, size**2))
+
+
 @pytest.mark.parametrize("world", [TwoRooms(wall="random", goal="any"), Maze(cells=4)], ids=str)
 def test_the_shortest_way_is_that_of_a_search_on_the_pixels(world):
     """Dijkstra's search over whole pixels, whose 32 directions cost 1.4 % at most."""
-    state, walls = scattered(world, 10, seed=11)
+    state, walls = scattered(world, 16, seed=11)
     state = state._replace(position=state.position.round(), goal=state.goal.round())
-    found = world.distance(state)
-    size = world.size
-    steps = [(dx, dy) for dx in range(-3, 4) for dy in range(-3, 4) if math.gcd(dx, dy) == 1]
-    x, y = (axis.ravel() for axis in np.meshgrid(np.arange(size), np.arange(size)))
-    for place in range(10):
-        here = np.stack([x, y], axis=1).astype(float)
-        repeated = np.broadcast_to(walls[place], (len(x), size, size))
-        rows, columns, costs = [], [], []
-        for dx, dy in steps:
-            clear = np.ones(len(x), dtype=bool)
-            for share in np.linspace(0, 1, 13):
-                clear &= ~touches(repeated, here + share * np.array([dx, dy]))
-            rows.append(np.flatnonzero(clear))
-            columns.append(rows[-1] + dx + size * dy)
-            costs.append(np.full(len(rows[-1]), math.hypot(dx, dy)))
-        graph = coo_matrix(
-            (np.concatenate(costs), (np.concatenate(rows), np.concatenate(columns))),
-            shape=(size**2, size**2),
-        ).tocsr()
-        start, goal = (
-            int(point[0] + size * point[1])
-            for point in (state.position[place].tolist(), state.goal[place].tolist())
-        )
-        searched = dijkstra(graph, indices=start)[goal]
-        assert float(found[place]) <= searched + 1e-6
-        assert searched <= 1.014 * float(found[place]) + 1e-6
-        way = world.way(state)[place]
-        assert (way[0], way[-1]) == (
-            tuple(state.position[place].tolist()),
-            tuple(state.goal[place].tolist()),
-        )
-        for a, b in pairwise(way):
-            points = np.linspace(a, b, 60)
-            assert not touches(np.broadcast_to(walls[place], (60, size, size)), points).any()
+    starts, goals = ([tuple(p) for p in z.tolist()] for z in (state.position, state.goal))
+    for place, way in enumerate(world.way(state)):
+        found = float(world.distance(state)[place])
+        numbers = [int(x + world.size * y) for x, y in (starts[place], goals[place])]
+        searched = dijkstra(ways(walls[place]), indices=numbers[0])[numbers[1]]
+        assert found - 1e-6 <= searched <= 1.014 * found + 1e-6
+        assert (way[0], way[-1]) == (starts[place], goals[place])
+        for ends in pairwise(way):
+            points = np.linspace(*ends, 30)
+            assert not touches(np.broadcast_to(walls[place], (30, *walls[0].shape)), points).any()
 
 
 def test_a_string_around_corners():
@@ -295,19 +298,19 @@ def test_a_string_around_corners():
     assert paths.taut((17, 6), back, (7, 6)) == way[::-1]
 
 
-# World, and how many of 200 episodes who walks straight at the goal reaches at step 200.
+# World, and how many of 100 episodes who walks straight at the goal reaches at step 200.
 @pytest.mark.parametrize(
     ("world", "least", "most"),
     [
-        (TwoRooms(), 0.3, 0.48),
-        (TwoRooms(wall="random"), 0.3, 0.48),
+        (TwoRooms(), 0.25, 0.55),
+        (TwoRooms(wall="random"), 0.25, 0.55),
         (TwoRooms(wall="random", goal="any", noise=1.0), 0.6, 0.9),
         (Maze(noise=1.0), 0.2, 0.45),
     ],
     ids=str,
 )
 def test_the_expert_arrives_and_others_do_not(world, least, most):
-    begun = world.reset(seeds(200, 9 << 32))
+    begun = world.reset(seeds(100, 9 << 32))
     share = {}
     for name in ("expert", "straight", "walk"):
         state = begun
@@ -323,8 +326,8 @@ def test_the_expert_arrives_and_others_do_not(world, least, most):
 def test_the_expert_starts_anywhere():
     """From the door and from passages too, and it stays."""
     for world in (TwoRooms(wall="random", goal="any"), Maze()):
-        state, _ = scattered(world, 300, seed=12)
-        for _ in range(200):
+        state, _ = scattered(world, 200, seed=12)
+        for _ in range(120):
             state = world.step(state, world.expert(state))
         assert bool((world.from_goal(state) < 0.01).all())
 
