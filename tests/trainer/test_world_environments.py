@@ -30,6 +30,7 @@ def test_gymnasium_is_content(world):
         warnings.simplefilter("error")
         check_env(one.unwrapped)
     assert one.spec.max_episode_steps == 200
+    one.reset(seed=0)
     assert one.render().shape == (*one.observation_space.shape[:2], 3)
 
 

@@ -252,10 +252,11 @@ def simulate(scene: Scene) -> Clip:
             contacts.append((frame, first, second))
         return True  # pymunk 6: the contact counts
 
+    either: Any = space  # its types are those of one version
     if hasattr(space, "on_collision"):
-        space.on_collision(begin=met)
+        either.on_collision(begin=met)
     else:  # pymunk 6, which gym-pusht needs
-        space.add_default_collision_handler().begin = met
+        either.add_default_collision_handler().begin = met
     states = np.empty((FRAMES, len(bodies), 6))
     for frame in range(FRAMES):
         for _ in range(SUBSTEPS if frame else 0):

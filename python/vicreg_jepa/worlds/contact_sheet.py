@@ -48,8 +48,8 @@ def row(label: str, world: World, policy: str, seed: int, steps: int) -> Image.I
     strip = Image.new("RGB", (LABEL + (FRAMES + 1) * (edge + GAP), edge + GAP), "white")
     draw, font = ImageDraw.Draw(strip), ImageFont.load_default(13)
     success = bool(world.success(states[-1]))
-    lines = (label, policy, f"way {float(world.distance(states[0])):.0f} pixels")
-    lines += (f"step {steps}: {'reached' if success else 'not reached'}",)
+    lines = [label, policy, f"way {float(world.distance(states[0])):.0f} pixels"]
+    lines.append(f"step {steps}: {'reached' if success else 'not reached'}")
     for number, line in enumerate(lines):
         draw.text((4, 30 + 17 * number), line, INK, font)
     for column, step in enumerate(shown):

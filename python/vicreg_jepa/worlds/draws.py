@@ -34,7 +34,7 @@ def integers(u: Tensor, least: int, most: int) -> Tensor:
 
 def between(u: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     """float32 in [low, high], from uniform numbers u."""
-    return torch.clamp(low + u * (high - low), min=low, max=high)  # type: ignore[call-overload]
+    return torch.clamp(low + u * (high - low), min=low, max=high)
 
 
 def _mixed(z: Tensor) -> Tensor:

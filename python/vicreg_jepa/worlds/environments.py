@@ -59,7 +59,7 @@ class WorldEnv(gymnasium.Env[Frames, NDArray[np.float32]]):
     of the world's seed s; without a seed, episodes follow that are drawn from the last one given.
     """
 
-    metadata: ClassVar[dict[str, Any]] = METADATA  # type: ignore[misc]
+    metadata: ClassVar[dict[str, Any]] = METADATA
 
     def __init__(self, world: str, render_mode: str | None = None, **settings: Any) -> None:
         self.world = named(world, **settings)
@@ -94,7 +94,7 @@ class WorldVectorEnv(VectorEnv[NDArray[np.uint8], NDArray[np.float32], NDArray[A
     step, whose action it ignores (gymnasium's AutoresetMode.NEXT_STEP).
     """
 
-    metadata: ClassVar[dict[str, Any]] = {  # type: ignore[misc]
+    metadata: ClassVar[dict[str, Any]] = {
         **METADATA,
         "autoreset_mode": AutoresetMode.NEXT_STEP,
     }
