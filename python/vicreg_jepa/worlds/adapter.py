@@ -143,8 +143,9 @@ class Raster:
 
 
 def point_maze(env: Any, size: int = 64) -> Adapter:
-    """gymnasium-robotics' PointMaze, drawn from its position and its map: MuJoCo's own pictures
-    take 50 times as long. states: position and velocity.
+    """gymnasium-robotics' PointMaze, drawn from its position and its map without MuJoCo's renderer.
+
+    states: position and velocity.
     """
     maze = env.unwrapped.maze
     walls = np.array([[cell == 1 for cell in row] for row in maze.maze_map])
