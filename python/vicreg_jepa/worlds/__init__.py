@@ -1,7 +1,7 @@
-"""Worlds in which a dot acts: what it sees, what it does, and what is true of it.
+"""Worlds: simulated environments in which actions move a dot, with a known true state.
 
-world.py says what a world is and moves the dot; two_rooms.py and maze.py are worlds, paths.py is
-the shortest way in them, policies.py acts in them. episodes.py plays them, store.py writes and
-reads trajectories, minari_data.py reads those of Minari. environments.py makes gymnasium
-environments of the worlds, adapter.py plays the environments of others.
+world.py has the base class and the dynamics; two_rooms.py and maze.py have the two worlds, paths.py
+the shortest path, policies.py the policies. episodes.py simulates episodes, store.py writes and
+reads trajectories, minari_data.py reads those of Minari. environments.py has the worlds as
+gymnasium environments, adapter.py the adapter for gymnasium environments of other packages.
 """

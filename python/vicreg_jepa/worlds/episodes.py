@@ -1,4 +1,4 @@
-"""Episodes: frames, actions and what is true, played by a policy in many environments at once."""
+"""Simulates episodes of a world: frames, actions and the true state."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ DRAWN = 16  # of them at once: their frames of 100 steps are 14 MB
 
 @dataclass(frozen=True)
 class Episode:
-    """T actions, and T + 1 frames around them.
+    """An episode of T actions and T + 1 frames.
 
-    frames: uint8 [T + 1, H, W, C]; actions: float32 [T, A]; states: what is true at each frame, by
-    name, [T + 1, ...]; record: what is known of the episode, ready for JSON.
+    frames: uint8 [T + 1, H, W, C]; actions: float32 [T, A]; states: the true state at each frame by
+    name, [T + 1, ...]; record: facts about the episode as a whole, which JSON can hold.
     """
 
     frames: NDArray[np.uint8]
@@ -39,7 +39,7 @@ def episode_seed(seed: int, number: int) -> int:
 def play(
     world: World, policy: Policy, seed: int, episodes: int, length: int, first: int = 0
 ) -> Iterator[Episode]:
-    """Episodes first, first + 1, ... of a seed, `episodes` of them, each of `length` actions."""
+    """Simulate `episodes` episodes of a seed, from number `first` on, with `length` actions each."""
     for start in range(first, first + episodes, STEPPED):
         numbers = range(start, min(start + STEPPED, first + episodes))
         seeds = torch.tensor([episode_seed(seed, number) for number in numbers])
@@ -53,7 +53,7 @@ def play(
 def _drawn(
     world: World, every: State, acted: torch.Tensor, success: torch.Tensor
 ) -> Iterator[Episode]:
-    """Episodes of states [N, T + 1, ...], all of whose frames are drawn as one batch."""
+    """Episodes of states [N, T + 1, ...]; all frames are rendered as one batch."""
     shape = every.seed.shape
     flat = State(*(field.flatten(0, 1) for field in every))
     frames = world.render(flat).unflatten(0, shape)
@@ -71,7 +71,7 @@ def _drawn(
 def rollout(
     world: World, policy: Policy, state: State, steps: int
 ) -> tuple[list[State], list[torch.Tensor]]:
-    """(states, one more than steps, and the actions [N, 2] between them, as clamped)."""
+    """(steps + 1 states, and the clamped actions [N, 2] between them)."""
     states, actions = [state], []
     for _ in range(steps):
         action = policy(world, state).clamp(-1, 1)

@@ -1,4 +1,4 @@
-"""A maze: square cells, of which each two are joined by one way."""
+"""A maze of square cells, with exactly one path between any two cells."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ PITCH = 12  # from cell to cell
 FIRST = float(THICK + RADIUS)  # the dot's centre in the first cell: FIRST to FIRST + ROOM
 ROOM = float(PITCH - THICK - 2 * RADIUS)
 LEAST_CELLS, MOST_CELLS = 2, 16
-FAR = 1 << 20  # more cells than any way has
+FAR = 1 << 20  # longer than any path
 MOVES = ((0, 1), (0, -1), (1, 0), (-1, 0))  # of row and column
 
 
 @dataclass(frozen=True)
 class Maze(World):
-    """cells x cells cells of 9 pixels with walls of 3 between them: 12 * cells + 3 pixels.
+    """cells x cells cells of 9 pixels, with walls of 3 pixels: an image of 12 * cells + 3 pixels.
 
-    The maze is drawn anew for each episode: the spanning tree that is least in uniform weights.
-    Start and goal are in different cells. layout: int64 [N, cells, cells, 2], by row and column,
-    1 where a cell is open to the next one to the right and below.
+    Each episode has its own maze, the minimum spanning tree for uniform random weights. Start and
+    goal are in different cells. layout: int64 [N, cells, cells, 2], by row and column, 1 if there is
+    a passage to the next cell to the right, and below.
     """
 
     cells: int = 5
@@ -54,14 +54,14 @@ class Maze(World):
         return State(position, target, self._trees(seeds), seeds, torch.zeros_like(seeds))
 
     def _trees(self, seeds: Tensor) -> Tensor:
-        """Layouts, by Prim's algorithm on all of them at once."""
+        """The layouts, by Prim's algorithm on the whole batch."""
         cells, device = self.cells, seeds.device
         number = torch.arange(cells**2, device=device).view(cells, cells)
         first = torch.cat([number[:, :-1].flatten(), number[:-1].flatten()])  # an edge's ends
         second = torch.cat([number[:, 1:].flatten(), number[1:].flatten()])
         edges, rows = len(first), torch.arange(len(seeds), device=device)
         u = draws.uniform(seeds, Stream.LAYOUT, 0, edges)
-        # Integers, so that no two are equal and every order of the same numbers has one tree.
+        # Integers without ties: the tree is unique.
         weight = (u * 2.0**24).long() * edges + torch.arange(edges, device=device)
         joined = torch.zeros(len(seeds), cells**2, dtype=torch.bool, device=device)
         joined[:, 0] = True
@@ -76,8 +76,8 @@ class Maze(World):
         return layout.view(len(seeds), cells, cells, 2)
 
     def _cell(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 [N, 2] (x, y): the cell that a position is in, or in the passage from which to the
-        right or below; bool [N, 2]: whether it is in the passage.
+        """int64 [N, 2] (x, y): the cell of a position; in a passage, the cell to the left of it or
+        above it. bool [N, 2]: whether the position is in the passage to the right, or below.
         """
         cell = ((position - FIRST) / PITCH).floor().long().clamp(0, self.cells - 1)
         return cell, position > FIRST + PITCH * cell + ROOM
@@ -92,7 +92,7 @@ class Maze(World):
             ((row - 1).clamp(min=0), column) if axis else (row, (column - 1).clamp(min=0))
         )
         before = (layout[rows, before_row, before_column, axis] > 0) & (along > 0)
-        # In a passage of the other axis there is nothing but its two sides.
+        # In a passage along the other axis there are only its two sides.
         low = FIRST + PITCH * (along - (before & ~across).long())
         high = FIRST + PITCH * (along + (after & ~across).long()) + ROOM
         return low, high
@@ -125,7 +125,7 @@ class Maze(World):
         }
 
     def _steps_to(self, cell: Tensor, layout: Tensor) -> Tensor:
-        """int64 [N, rows, columns]: of how many cells the way to a cell [N, 2] is."""
+        """int64 [N, rows, columns]: the number of moves from each cell to a given cell [N, 2]."""
         count, cells = len(cell), self.cells
         rows = torch.arange(count, device=cell.device)
         steps = torch.full((count, cells, cells), FAR, device=cell.device)
@@ -146,7 +146,7 @@ class Maze(World):
                 return steps
 
     def _next(self, cell: Tensor, goal: Tensor, layout: Tensor) -> Tensor:
-        """int64 [N, 2]: the cell after `cell` on the way to the cell `goal`."""
+        """int64 [N, 2]: the next cell after `cell` on the path to the cell `goal`."""
         steps = self._steps_to(goal, layout)
         rows = torch.arange(len(cell), device=cell.device)
         column, row = cell.unbind(1)
@@ -200,7 +200,9 @@ def _pixels(cells: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 def _chain(
     start: list[int], end: list[int], steps: list[list[int]], layout: list[list[list[int]]]
 ) -> list[tuple[int, int]]:
-    """The rooms from start to end: (2 column, 2 row) is a cell, an odd number a passage."""
+    """The regions on the path from start to end: (2 column, 2 row) is a cell, an odd number means
+    a passage.
+    """
     column, row = start[0] // 2, start[1] // 2
     chain = [(2 * column, 2 * row)]
     while steps[row][column]:
@@ -221,7 +223,7 @@ def _chain(
 
 
 def _openings(chain: list[tuple[int, int]]) -> list[paths.Portal]:
-    """What stands between each room of a chain and the next."""
+    """The openings between consecutive regions of a path."""
     found = []
     for here, there in pairwise(chain):
         axis = 0 if here[0] != there[0] else 1

@@ -1,4 +1,4 @@
-"""The shortest way through a chain of openings: a string pulled taut."""
+"""The shortest path through a sequence of openings."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from itertools import pairwise
 from math import hypot
 
 Point = tuple[float, float]
-Portal = tuple[Point, Point]  # the ends of an opening; first the left one, as one goes through
+Portal = tuple[Point, Point]  # the left and the right end of an opening, in walking direction
 
 
 def portal(axis: int, place: float, low: float, high: float, forward: bool) -> Portal:
-    """The opening from low to high across the axis (0: x, 1: y) at a place on it, gone through
-    towards larger numbers where `forward`.
+    """The opening at a place on an axis (0: x, 1: y), from low to high on the other axis. It is
+    crossed towards larger coordinates if `forward`.
     """
     lower, upper = ((place, low), (place, high)) if axis == 0 else ((low, place), (high, place))
-    # Left is where y points for one who goes along x.
+    # In walking direction x, left is the direction y.
     return (lower, upper) if forward == (axis == 1) else (upper, lower)
 
 
 def taut(start: Point, portals: Sequence[Portal], goal: Point) -> list[Point]:
-    """The corners of the shortest way from start to goal that crosses the portals in their order,
-    where nothing stands between one and the next (the funnel algorithm of Lee and Preparata,
-    Networks 14, 1984). Both ends are in it.
+    """The vertices of the shortest path from start to goal through the portals in this order,
+    both ends included (the funnel algorithm of Lee and Preparata, Networks 14, 1984). The regions
+    between the portals are convex.
     """
     gates = [(start, start), *portals, (goal, goal)]
     way = [start]
@@ -32,10 +32,10 @@ def taut(start: Point, portals: Sequence[Portal], goal: Point) -> list[Point]:
         number += 1
         new_left, new_right = gates[number]
         corner = None
-        if _turn(apex, right, new_right) >= 0:  # the funnel's right side moves inwards
+        if _turn(apex, right, new_right) >= 0:  # the right side of the funnel moves inwards
             if apex == right or _turn(apex, left, new_right) < 0:
                 right, right_gate = new_right, number
-            else:  # across its left side, whose end is then a corner
+            else:  # it crosses the left side, whose end is then a vertex
                 corner, number = left, left_gate
         if corner is None and _turn(apex, left, new_left) <= 0:
             if apex == left or _turn(apex, right, new_left) > 0:
@@ -54,5 +54,5 @@ def length(way: Sequence[Point]) -> float:
 
 
 def _turn(a: Point, b: Point, c: Point) -> float:
-    """Positive where one who goes from a to b turns left to reach c."""
+    """Positive if c lies to the left of the line from a to b."""
     return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])

@@ -1,4 +1,6 @@
-"""Who acts: functions of the world and its true state, whose random ones draw by seed and time."""
+"""Policies: functions of the world and its true state. Random policies use the seed and the time
+of the state.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,16 @@ from vicreg_jepa.worlds import draws
 from vicreg_jepa.worlds.draws import Stream
 from vicreg_jepa.worlds.world import ACTIONS, State, World
 
-HOLD = 12  # steps for which a walk keeps its direction
+HOLD = 12  # a walk repeats an action for so many steps
 JITTER = 0.2
 
 Policy = Callable[[World, State], Tensor]
 
 
 def walk_actions(seed: Tensor, time: Tensor, count: int) -> Tensor:
-    """Actions [N, count] of a walk: a uniform one of [-1, 1]^count that is held for HOLD steps,
-    where an episode begins anywhere in its first one, and uniform jitter of [-JITTER, JITTER] a
-    step; clamped to [-1, 1].
+    """Actions [N, count] of a random walk with temporal correlation: an action uniform in
+    [-1, 1]^count is held for HOLD steps (the first one for 1 to HOLD), each step adds uniform jitter
+    in [-JITTER, JITTER], and the sum is clamped to [-1, 1].
     """
     phase = draws.integers(draws.uniform(seed, Stream.PHASE, 0, 1)[:, 0], 0, HOLD - 1)
     held = 2 * draws.uniform(seed, Stream.POLICY, (time + phase) // HOLD, count) - 1
@@ -29,7 +31,7 @@ def walk_actions(seed: Tensor, time: Tensor, count: int) -> Tensor:
 
 
 def uniform_actions(seed: Tensor, time: Tensor, count: int) -> Tensor:
-    """Actions [N, count], uniform in [-1, 1] and each step's of its own."""
+    """Actions [N, count], uniform in [-1, 1] and independent in each step."""
     return 2 * draws.uniform(seed, Stream.POLICY, time, count) - 1
 
 

@@ -1,4 +1,4 @@
-"""Trajectories on disk: shards of episodes, written once and read at any place."""
+"""Trajectories on disk: shards of episodes, with random access to windows of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vicreg_jepa.worlds.episodes import Episode
 
 SETTINGS = "trajectories.json"
 VERSION = 1
-STATE = "state_"  # before the names of what is true, among a sample's arrays
+STATE = "state_"  # the prefix of the true state, among the arrays of a sample
 
 
 def write(
@@ -31,10 +31,10 @@ def write(
     per_shard: int = 256,
     done: Callable[[int], None] = lambda count: None,
 ) -> list[Path]:
-    """Write episodes into shards of a new or empty folder, and `settings`, which say how they were
-    made, at the end: a folder without them was not finished, and is not read.
+    """Write episodes as shards into a new or empty folder. The file with `settings`, which describe
+    the origin of the episodes, is written last: a folder without it is incomplete and is not read.
 
-    Raises ValueError where the folder holds anything, or there is no episode.
+    Raises ValueError if the folder is not empty, or there is no episode.
     """
     root = Path(folder)
     if root.exists() and not root.is_dir():
@@ -70,7 +70,7 @@ def _chain(first: Episode, others: Iterable[Episode]) -> Iterator[Episode]:
 
 
 def _arrays(episode: Episode) -> bytes:
-    """As numpy's savez_compressed, five times as fast: frames of few colours need no more."""
+    """The format of numpy.savez_compressed, with less compression, which is faster."""
     arrays = {"frames": episode.frames, "actions": episode.actions}
     arrays |= {STATE + name: values for name, values in episode.states.items()}
     packed = io.BytesIO()
@@ -84,7 +84,7 @@ def _arrays(episode: Episode) -> bytes:
 
 
 class Trajectories:
-    """Episodes by their number. lengths: of each, its actions; settings: how they were made."""
+    """Episodes by number. lengths: the number of actions of each; settings: their origin."""
 
     lengths: Sequence[int]
     settings: dict[str, Any]
@@ -96,16 +96,16 @@ class Trajectories:
         raise NotImplementedError
 
     def windows(self, length: int, stride: int = 1) -> Windows:
-        """All runs of `length` actions and the length + 1 frames around them, from every stride-th
-        step of each episode on. Raises ValueError where no episode is so long.
+        """All windows of `length` actions and length + 1 frames, which begin at every stride-th step
+        of each episode. Raises ValueError if no episode is so long.
         """
         return Windows(self, length, stride)
 
 
 class Shards(Trajectories):
-    """The trajectories that `write` left in a folder.
+    """The trajectories that `write` wrote into a folder.
 
-    Raises ValueError where it was not finished, or a shard is missing, truncated or damaged.
+    Raises ValueError if the folder is incomplete, or a shard is missing, truncated or damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -114,7 +114,7 @@ class Shards(Trajectories):
         if not path.exists():
             raise ValueError(
                 f"folder: got {str(root)!r}, takes one with {SETTINGS}, which `vicreg-jepa "
-                "collect` writes when all is there"
+                "collect` writes last"
             )
         listing.regular(path, "folder")
         try:
@@ -150,7 +150,7 @@ class Shards(Trajectories):
 
 
 class Windows(Dataset[tuple[Tensor, Tensor]]):
-    """Windows of trajectories: frames uint8 [L + 1, H, W, C] and actions float32 [L, A] each."""
+    """Windows of trajectories: each has frames uint8 [L + 1, H, W, C], actions float32 [L, A]."""
 
     def __init__(self, source: Trajectories, length: int, stride: int = 1) -> None:
         for name, value in (("length", length), ("stride", stride)):
@@ -174,8 +174,8 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
         return frames[0], actions[0]
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """(frames uint8 [B, L + 1, H, W, C], actions float32 [B, L, A]) of windows in any order;
-        an episode that several are of is read once.
+        """(frames uint8 [B, L + 1, H, W, C], actions float32 [B, L, A]) of windows in any order. An
+        episode with several of the windows is read once.
         """
         chosen = np.asarray(indices)
         found: list[tuple[NDArray[np.uint8], NDArray[np.float32]] | None] = [None] * len(chosen)

@@ -18,16 +18,17 @@ FIXED = (31, 12)  # the wall's left edge, the door's upper edge
 LEAST_ROOM = 15  # from the picture's edge to the wall
 WALLS = (LEAST_ROOM, SIZE - THICK - LEAST_ROOM)
 DOORS = (THICK, SIZE - THICK - DOOR)
-STRAIGHT_THROUGH = 1.0  # how far from the door's edges the expert goes through it
+MARGIN = 1.0  # the expert keeps so far from the door's edges
 
 
 @dataclass(frozen=True)
 class TwoRooms(World):
-    """65 x 65 pixels: an outer wall, and an upright one of 3 pixels with a door of 11 pixels.
+    """65 x 65 pixels: an outer wall, and a vertical wall of 3 pixels with a door of 11 pixels.
 
-    wall: fixed, the wall and its door stand where they always do; random, their places are drawn
-    anew for each episode. goal: other, in the other room than the start; any, in either. layout:
-    int64 [N, 2], the wall's left edge and the door's upper edge.
+    wall: "fixed", the wall and the door have the same place in all episodes; "random", their places
+    are drawn for each episode. goal: "other", the goal is in the other room than the start; "any",
+    it is in either room. layout: int64 [N, 2], the left edge of the wall and the upper edge of the
+    door.
     """
 
     wall: str = "fixed"
@@ -116,7 +117,7 @@ class TwoRooms(World):
         needs_door = ~passed & torch.where(rightwards, goal_x > near, goal_x < near)
         in_door = (y >= top) & (y <= bottom)
         target_x = torch.where(before & ~in_door, near, far)
-        target_y = y.clamp(top + STRAIGHT_THROUGH, bottom - STRAIGHT_THROUGH)
+        target_y = y.clamp(top + MARGIN, bottom - MARGIN)
         through = torch.stack([target_x, target_y], dim=1)
         return towards(state.position, torch.where(needs_door[:, None], through, state.goal))
 
@@ -134,6 +135,6 @@ class TwoRooms(World):
 
 
 def _edges(layout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """float32 [N] each: left, right, top and bottom of where the dot's centre is in the door."""
+    """float32 [N] each: the left, right, top and bottom of the dot's centre inside the door."""
     wall, door = layout.float().unbind(1)
     return wall - RADIUS, wall + THICK + RADIUS, door + RADIUS, door + DOOR - RADIUS

@@ -1,7 +1,7 @@
-"""What every world shares: the state, the one function that moves the dot, and its picture.
+"""The base class of the worlds: the state, the dynamics and the rendering.
 
-Lengths are pixels of the picture, x to the right and y down; pixel i covers [i, i + 1). The dot is
-a square of 2 RADIUS pixels in its contact with walls, and a disc of that width in the picture.
+Lengths are in pixels of the image, x to the right and y down; pixel i covers [i, i + 1). For
+contact with walls the dot is a square of 2 RADIUS pixels; in the image it is a disc of that width.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from vicreg_jepa.worlds.draws import Stream
 
 RADIUS = 2  # of the dot
 THICK = 3  # of every wall
-SPEED = 2.0  # pixels that an action of 1 moves along its axis
-REACHED = 4.0  # a dot so near to the goal has reached it; walls keep two sides 7 apart
+SPEED = 2.0  # an action of 1 moves the dot so many pixels along its axis
+REACHED = 4.0  # success: the dot is at most so far from the goal; across a wall it is 7 or more
 MOST_NOISE = 1.0
-STEPS = 200  # of an episode, at whose end success is judged
+STEPS = 200  # the length of an episode; success is judged at its end
 ACTIONS = 2
 CHANNELS = 2  # the dot, the walls
 
 
 class State(NamedTuple):
-    """N environments. position, goal: float32 [N, 2], (x, y) of the dot's centre; layout: int64
-    [N, ...], where the walls are; seed, time: int64 [N], of which all that is random is drawn.
+    """The state of N environments. position, goal: float32 [N, 2], (x, y) of the dot's centre;
+    layout: int64 [N, ...], the places of the walls; seed, time: int64 [N], which determine all
+    random numbers.
     """
 
     position: Tensor
@@ -38,11 +39,11 @@ class State(NamedTuple):
     time: Tensor
 
     def rows(self, which: Any) -> State:
-        """Some of the environments, by a slice, a mask or indices."""
+        """Select environments by a slice, a mask or indices."""
         return State(*(field[which] for field in self))
 
     def where(self, which: Tensor, other: State) -> State:
-        """These environments where the mask [N] says so, those of `other` elsewhere."""
+        """Take the environments of self where the mask [N] is true, those of `other` elsewhere."""
         return State(
             *(
                 torch.where(which.view(-1, *(1,) * (mine.dim() - 1)), mine, its)
@@ -53,9 +54,9 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class World(ABC):
-    """A world's settings and its programs over N environments at once.
+    """A world: its fields are its settings, its methods work on N environments at once.
 
-    noise: in pixels; every step each coordinate is pushed by a uniform number of [-noise, noise].
+    noise: in pixels; each step adds a uniform number in [-noise, noise] to each coordinate.
     """
 
     noise: float = 0.0
@@ -69,46 +70,46 @@ class World(ABC):
     @property
     @abstractmethod
     def size(self) -> int:
-        """The picture's edge in pixels."""
+        """The image has size x size pixels."""
 
     @abstractmethod
     def reset(self, seeds: Tensor) -> State:
-        """New episodes, each made from its own seed (int64 [N]) alone."""
+        """The first states of episodes. Each depends only on its own seed; seeds: int64 [N]."""
 
     @abstractmethod
     def free(self, position: Tensor, layout: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-        """([N], [N]): how far low and high the dot may move along an axis (0: x, 1: y) from a
-        position where it touches no wall. It holds for moves of at most SPEED + MOST_NOISE.
+        """([N], [N]): the lowest and highest coordinate that the dot can reach along an axis (0:
+        x, 1: y) from a valid position, by a move of at most SPEED + MOST_NOISE.
         """
 
     @abstractmethod
     def inside(self, position: Tensor, layout: Tensor) -> Tensor:
-        """bool [N]: whether the dot's centre may be at position, [N, 2]."""
+        """bool [N]: whether a position [N, 2] of the dot's centre is valid (overlaps no wall)."""
 
     @abstractmethod
     def walls(self, layout: Tensor) -> tuple[Tensor, Tensor]:
-        """The picture of the walls by its rows, of which many are equal: bool [N, K, size], true
-        on a wall, and int64 [N, size], which of the K each row of pixels is.
+        """The image of the walls, as K distinct rows: bool [N, K, size], true on a wall, and int64
+        [N, size], the number of the row that each line of the image shows.
         """
 
     @abstractmethod
     def facts(self, state: State) -> dict[str, Tensor]:
-        """What is true of the state, by name, each [N, ...]: what probes read."""
+        """The true state by name, each [N, ...]: the targets of probes."""
 
     @abstractmethod
     def expert(self, state: State) -> Tensor:
-        """Actions [N, 2] that lead to the goal by the true state."""
+        """Actions [N, 2] of an expert that knows the true state."""
 
     @abstractmethod
     def portals(self, state: State) -> list[list[paths.Portal]]:
-        """For each environment the openings that every way to the goal passes, in order."""
+        """For each environment the openings that every path to the goal crosses, in order."""
 
     def step(self, state: State, action: Tensor) -> State:
         """The next states. action: float [N, 2], clamped to [-1, 1].
 
-        The dot is pushed by SPEED * action + noise, first along x, then along y, each as far as
-        no wall is touched: its way is that corner, not the diagonal. Raises ValueError for an
-        action that is not finite or not of this shape.
+        The dot moves by SPEED * action + noise, first along x, then along y, each time until it
+        meets a wall: its path is the corner of these two moves, not the diagonal. Raises ValueError
+        if the action has another shape or is not finite.
         """
         if action.shape != state.position.shape:
             raise ValueError(
@@ -125,7 +126,9 @@ class World(ABC):
         )
 
     def moved(self, position: Tensor, layout: Tensor, push: Tensor) -> Tensor:
-        """Contact alone: positions [N, 2] after a push [N, 2] of at most SPEED + MOST_NOISE."""
+        """The contact with walls: positions [N, 2] after a displacement `push` [N, 2] of at most
+        SPEED + MOST_NOISE along each axis.
+        """
         for axis in (0, 1):
             low, high = self.free(position, layout, axis)
             place = (position[:, axis] + push[:, axis]).clamp(low, high)
@@ -134,7 +137,7 @@ class World(ABC):
         return position
 
     def render(self, state: State) -> Tensor:
-        """uint8 [N, size, size, 2]: the dot, whose edge is smooth, and the walls, 0 or 255."""
+        """uint8 [N, size, size, 2]: the dot, anti-aliased, and the walls, 0 or 255."""
         count, size = len(state.position), self.size
         rows, which = self.walls(state.layout)
         kinds = rows.shape[1]
@@ -154,7 +157,9 @@ class World(ABC):
         return frames.view(count, size, size, CHANNELS)
 
     def at(self, state: State, position: Tensor) -> State:
-        """The dot put elsewhere, as to draw the goal. Raises ValueError inside of a wall."""
+        """The state with the dot at another position, for example at the goal. Raises ValueError
+        if a position is not valid.
+        """
         position = position.to(state.position)
         outside = ~self.inside(position, state.layout)
         if bool(outside.any()):
@@ -166,15 +171,15 @@ class World(ABC):
         return state._replace(position=position)
 
     def from_goal(self, state: State) -> Tensor:
-        """float32 [N]: the straight distance to the goal."""
+        """float32 [N]: the Euclidean distance to the goal."""
         return torch.linalg.vector_norm(state.position - state.goal, dim=1)
 
     def success(self, state: State) -> Tensor:
-        """bool [N]: the goal is at most REACHED pixels away."""
+        """bool [N]: whether the goal is at most REACHED pixels away."""
         return self.from_goal(state) <= REACHED
 
     def way(self, state: State) -> list[list[paths.Point]]:
-        """For each environment the corners of the shortest way to the goal, both ends included."""
+        """For each environment the vertices of the shortest path to the goal, both ends included."""
         starts, goals = state.position.tolist(), state.goal.tolist()
         return [
             paths.taut((x, y), portals, (goal_x, goal_y))
@@ -184,11 +189,11 @@ class World(ABC):
         ]
 
     def distance(self, state: State) -> Tensor:
-        """float64 [N]: the length of the shortest way to the goal that touches no wall."""
+        """float64 [N]: the length of the shortest path to the goal."""
         return torch.tensor([paths.length(way) for way in self.way(state)], dtype=torch.float64)
 
     def straight(self, state: State) -> Tensor:
-        """Actions [N, 2] straight at the goal, whatever stands between."""
+        """Actions [N, 2] straight towards the goal, also through walls."""
         return towards(state.position, state.goal)
 
     def settings(self) -> dict[str, Any]:
@@ -196,6 +201,6 @@ class World(ABC):
 
 
 def towards(position: Tensor, target: Tensor) -> Tensor:
-    """Actions [N, 2] in the direction of target; as fast as may be, and no further than it."""
+    """Actions [N, 2] in the direction of the target, at full speed, that do not pass it."""
     way = target - position
     return way / way.abs().amax(dim=1, keepdim=True).clamp(min=SPEED)
