@@ -1,5 +1,5 @@
-"""Shards of two files a sample, 000000123.npz (arrays) and 000000123.json (a record), in tars that
-appear whole or not at all.
+"""Tar shards with two files a sample, 000000123.npz (arrays) and 000000123.json (a record). A shard
+is written under another name and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -24,10 +24,7 @@ def write(
     samples: Iterable[tuple[int, bytes, bytes]],
     done: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """(number, .npz, .json) of each sample, written under another name that is then changed.
-
-    done: told of samples as they are written.
-    """
+    """Write a shard. samples: (number, .npz, .json) each; done: called after each sample with 1."""
     partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with tarfile.open(partial_path, "w", format=tarfile.USTAR_FORMAT) as shard:
@@ -44,7 +41,7 @@ def write(
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a sample's two files lie in its shard: offset and size in bytes."""
+    """The places of a sample's two files in its shard: offset and size in bytes."""
 
     path: Path
     key: str
@@ -53,7 +50,7 @@ class Entry:
 
 
 def index_of(path: str | Path) -> list[Entry]:
-    """A shard's samples. Raises ValueError where it is truncated or no shard of ours."""
+    """The samples of a shard. Raises ValueError if it is truncated or was not written by `write`."""
     path = Path(path)
     if path.stat().st_size % tarfile.RECORDSIZE:
         raise tar_index.damaged(path, "no whole number of records")
@@ -66,7 +63,7 @@ def index_of(path: str | Path) -> list[Entry]:
 
 
 def read(entry: Entry) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """A sample's arrays by name, and its record. Raises ValueError where it is damaged."""
+    """A sample's arrays by name, and its record. Raises ValueError if it is damaged."""
     arrays, record = (tar_index.read(entry.path, place) for place in (entry.arrays, entry.record))
     try:
         with np.load(io.BytesIO(arrays)) as packed:

@@ -1,4 +1,4 @@
-"""Environments of gymnasium that others wrote: their frames, and actions scaled to [-1, 1]."""
+"""An adapter for gymnasium environments of other packages: frames, and actions in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ States = Callable[[Any, dict[str, Any]], dict[str, Any]]
 
 
 class Adapter:
-    """A gymnasium.Env with an image, or with one that is drawn, whose actions are numbers.
+    """A gymnasium.Env with continuous actions, as a source of frames and episodes.
 
-    env: its action space is a bounded Box of one dimension. frame: None, the observation is the
-    image; a name, it is that entry of the observation; a function of (observation, info), it is
-    drawn, as by a `Raster`. states: a function of the same that gives what is true, by name.
-    Frames are uint8 [H, W, C]. Raises ValueError for spaces that do not fit.
+    env: its action space is a bounded Box of one dimension. frame: None, if the observation is the
+    image; the name of the image in a dict observation; or a function of (observation, info) that
+    draws the frame, for example with a `Raster`. states: a function of (observation, info) that
+    returns the true state by name. Frames are uint8 [H, W, C]. Raises ValueError if the spaces do
+    not fit.
     """
 
     def __init__(
@@ -39,14 +40,14 @@ class Adapter:
         self.frame = frame if callable(frame) else _taken(env.observation_space, frame)
 
     def reset(self, seed: int) -> tuple[NDArray[np.uint8], dict[str, Any]]:
-        """The first frame, and what is true."""
+        """(frame, true state) at the start of an episode."""
         return self._seen(*self.env.reset(seed=seed))
 
     def step(
         self, action: NDArray[np.float32]
     ) -> tuple[NDArray[np.uint8], dict[str, Any], float, bool]:
-        """(frame, what is true, reward, whether the episode ended) after an action of [-1, 1],
-        clamped to it. Raises ValueError for an action that is not finite or not of this shape.
+        """(frame, true state, reward, whether the episode ended) after an action, which is clamped
+        to [-1, 1]. Raises ValueError if the action has another shape or is not finite.
         """
         if np.shape(action) != (self.actions,):
             raise ValueError(f"action: got shape {np.shape(action)}, takes {(self.actions,)}")
@@ -60,8 +61,8 @@ class Adapter:
     def play(
         self, policy: str, seed: int, episodes: int, length: int, first: int = 0
     ) -> Iterator[Episode]:
-        """Episodes first, first + 1, ... of a seed, by `walk` or `uniform`; one ends after `length`
-        actions, or where the environment ends it.
+        """Simulate `episodes` episodes of a seed, from number `first`, with the policy `walk` or
+        `uniform`. An episode ends after `length` actions, or when the environment ends it.
         """
         if policy not in BLIND:
             raise ValueError(f"policy: got {policy!r}, takes {' or '.join(BLIND)}")
@@ -88,7 +89,7 @@ class Adapter:
     def _seen(
         self, observation: Any, info: dict[str, Any]
     ) -> tuple[NDArray[np.uint8], dict[str, Any]]:
-        frame = np.array(self.frame(observation, info))  # ours: some environments use theirs again
+        frame = np.array(self.frame(observation, info))  # a copy: some environments reuse the array
         if frame.dtype != np.uint8 or frame.ndim != 3:
             raise ValueError(f"frame: got {frame.dtype} {list(frame.shape)}, takes uint8 [H, W, C]")
         found = {} if self.states is None else self.states(observation, info)
@@ -96,7 +97,7 @@ class Adapter:
 
 
 def _taken(space: Any, name: str | None) -> Frame:
-    """Takes the image out of an observation of this space."""
+    """A function that takes the image out of an observation of this space."""
     if name is not None:
         entries = getattr(space, "spaces", {})
         if name not in entries:
@@ -112,10 +113,10 @@ def _taken(space: Any, name: str | None) -> Frame:
 
 @dataclass(frozen=True)
 class Raster:
-    """Draws a position as the worlds are drawn: a disc with a smooth edge, and walls.
+    """Draws a position as an anti-aliased disc, and walls, as in the images of the worlds.
 
-    low, high: the corners of the plane that the picture shows, (x, y), y upwards; walls: bool
-    [cells, cells] by row and column, the upper row first, stretched over the picture.
+    low, high: the corners (x, y) of the part of the plane that the image shows, y upwards; walls:
+    bool [rows, columns], the upper row first, scaled to the size of the image.
     """
 
     low: Sequence[float]
@@ -143,7 +144,7 @@ class Raster:
 
 
 def point_maze(env: Any, size: int = 64) -> Adapter:
-    """gymnasium-robotics' PointMaze, drawn from its position and its map without MuJoCo's renderer.
+    """PointMaze of gymnasium-robotics, drawn from its position and map, without MuJoCo's renderer.
 
     states: position and velocity.
     """

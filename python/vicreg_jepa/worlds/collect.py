@@ -1,4 +1,4 @@
-"""Collects trajectories of a world, or of an environment of gymnasium, into a folder."""
+"""Writes trajectories of a world, or of any gymnasium environment, into a folder."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def collect(
     settings: dict[str, Any] | None = None,
     done: Callable[[int], None] = lambda count: None,
 ) -> list[Path]:
-    """Play `count` episodes of `length` actions and write them; the shards' paths.
+    """Simulate and write `count` episodes of `length` actions; returns the paths of the shards.
 
-    world: TwoRooms, Maze, or the name of an environment that `gymnasium.make` takes, whose
-    observation is an image. Raises ValueError for what does not fit, before anything is written.
+    world: TwoRooms, Maze, or the name of a gymnasium environment whose observation is an image.
+    Raises ValueError for bad arguments, before anything is written.
     """
     chosen = settings or {}
     for name, value in (("episodes", count), ("length", length)):
@@ -59,7 +59,7 @@ def _environment(name: str, settings: dict[str, Any]) -> Any:
 
 
 def parsed(words: Sequence[str]) -> dict[str, Any]:
-    """Settings from `key=value`, the values as YAML. Raises ValueError naming the key."""
+    """Settings from words `key=value` with YAML values. Raises ValueError that names the key."""
     from vicreg_jepa.config import yaml_text
 
     found: dict[str, Any] = {}

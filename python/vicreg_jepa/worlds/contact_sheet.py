@@ -1,4 +1,4 @@
-"""A contact sheet: episodes of each world as rows of frames, and their ways to the goal.
+"""A contact sheet: episodes of the worlds as rows of frames, with their paths.
 
 python -m vicreg_jepa.worlds.contact_sheet --output runs/worlds --seed 0
 """
@@ -39,7 +39,7 @@ def enlarged(picture: Image.Image, edge: int) -> Image.Image:
 
 
 def row(label: str, world: World, policy: str, seed: int, steps: int) -> Image.Image:
-    """Frames of one episode, then its picture with the shortest way and the one that was walked."""
+    """Frames of one episode, then a map with the shortest path and the path of the dot."""
     states, _ = rollout(world, POLICIES[policy], world.reset(torch.tensor([seed])), steps)
     reached = [bool(world.success(state)) for state in states]
     last = reached.index(True) if any(reached) else steps
@@ -48,7 +48,7 @@ def row(label: str, world: World, policy: str, seed: int, steps: int) -> Image.I
     strip = Image.new("RGB", (LABEL + (FRAMES + 1) * (edge + GAP), edge + GAP), "white")
     draw, font = ImageDraw.Draw(strip), ImageFont.load_default(13)
     success = bool(world.success(states[-1]))
-    lines = [label, policy, f"way {float(world.distance(states[0])):.0f} pixels"]
+    lines = [label, policy, f"path {float(world.distance(states[0])):.0f} pixels"]
     lines.append(f"step {steps}: {'reached' if success else 'not reached'}")
     for number, line in enumerate(lines):
         draw.text((4, 30 + 17 * number), line, INK, font)
@@ -61,7 +61,7 @@ def row(label: str, world: World, policy: str, seed: int, steps: int) -> Image.I
 
 
 def map_of(world: World, states: list[State], edge: int) -> Image.Image:
-    """The first frame with both ways on it."""
+    """The first frame with both paths on it."""
     picture = enlarged(Image.fromarray(painted(world, states[0])[0]), edge)
     scale = edge / world.size
     walked = [tuple(state.position[0].tolist()) for state in states]

@@ -1,12 +1,11 @@
-"""The worlds as environments of gymnasium: one alone, or a vector that is one batched program.
+"""The worlds as gymnasium environments, single or as a batched VectorEnv.
 
-Importing this makes `vicreg_jepa/TwoRooms-v0` and `vicreg_jepa/Maze-v0` known to gymnasium.
+Importing this module registers `vicreg_jepa/TwoRooms-v0` and `vicreg_jepa/Maze-v0`.
 
-Observations are the frames, uint8 [size, size, 2]; actions are of [-1, 1]^2. The reward of a step
-is 1 where the goal is at most REACHED pixels away, else 0; an episode ends by truncation alone, so
-that who passes by the goal has not succeeded. `info` holds what is true (`World.facts`),
-`distance` (straight to the goal) and `success`; that of a reset also `goal`, the frame that shows
-the dot at the goal.
+Observations are frames, uint8 [size, size, 2]; actions are in [-1, 1]^2. The reward of a step is 1
+if the goal is at most REACHED pixels away, else 0. Episodes end only by truncation, because success
+is judged at the end. `info` holds the true state (`World.facts`), `distance` (Euclidean, to the
+goal) and `success`; the info of a reset also holds `goal`, the frame with the dot at the goal.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ Frames = NDArray[np.uint8]
 
 
 def spaces_of(world: World) -> tuple[spaces.Box, spaces.Box]:
-    """Of one environment's observations, and of its actions."""
+    """The spaces of observations and actions of one environment."""
     shape = (world.size, world.size, CHANNELS)
     return spaces.Box(0, 255, shape, np.uint8), spaces.Box(-1.0, 1.0, (ACTIONS,), np.float32)
 
 
 def infos(world: World, state: State, reset: bool) -> dict[str, NDArray[Any]]:
-    """What `info` holds of N environments, each [N, ...]."""
+    """The contents of `info` for N environments, each [N, ...]."""
     found = {
         **world.facts(state),
         "distance": world.from_goal(state),
@@ -51,12 +50,15 @@ def infos(world: World, state: State, reset: bool) -> dict[str, NDArray[Any]]:
     }
     if reset:
         found["goal"] = world.render(world.at(state, state.goal))
-    return {name: value.numpy().copy() for name, value in found.items()}  # the state is not theirs
+    return {
+        name: value.numpy().copy() for name, value in found.items()
+    }  # a copy: callers may write to it
 
 
 class WorldEnv(gymnasium.Env[Frames, NDArray[np.float32]]):
-    """One environment. world: a name; settings: of that world. `reset(seed=s)` begins the episode
-    of the world's seed s; without a seed, episodes follow that are drawn from the last one given.
+    """One environment. world: its name; settings: its settings. `reset(seed=s)` begins the episode
+    with seed s of the world; later resets without a seed draw their seeds from a generator seeded
+    with s.
     """
 
     metadata: ClassVar[dict[str, Any]] = METADATA
@@ -90,8 +92,8 @@ class WorldEnv(gymnasium.Env[Frames, NDArray[np.float32]]):
 
 
 class WorldVectorEnv(VectorEnv[NDArray[np.uint8], NDArray[np.float32], NDArray[Any]]):
-    """num_envs environments stepped as one batch; one that was truncated begins anew at the next
-    step, whose action it ignores (gymnasium's AutoresetMode.NEXT_STEP).
+    """num_envs environments, stepped as one batch. A truncated environment is reset by the next
+    step, which ignores its action (gymnasium's AutoresetMode.NEXT_STEP).
     """
 
     metadata: ClassVar[dict[str, Any]] = {
@@ -127,7 +129,7 @@ class WorldVectorEnv(VectorEnv[NDArray[np.uint8], NDArray[np.float32], NDArray[A
         seed: int | list[int | None] | None = None,
         options: dict[str, Any] | None = None,
     ) -> tuple[Frames, dict[str, Any]]:
-        """seed: an integer s gives the environments s, s + 1, ..., a list each its own."""
+        """seed: an integer s, for the seeds s, s + 1, ..., or a list with one seed each."""
         super().reset(seed=seed if isinstance(seed, int) else None)
         drawn = self._drawn()
         if isinstance(seed, int):

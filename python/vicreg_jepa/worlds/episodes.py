@@ -39,7 +39,7 @@ def episode_seed(seed: int, number: int) -> int:
 def play(
     world: World, policy: Policy, seed: int, episodes: int, length: int, first: int = 0
 ) -> Iterator[Episode]:
-    """Simulate `episodes` episodes of a seed, from number `first` on, with `length` actions each."""
+    """Simulate `episodes` episodes of a seed, from number `first`, of `length` actions each."""
     for start in range(first, first + episodes, STEPPED):
         numbers = range(start, min(start + STEPPED, first + episodes))
         seeds = torch.tensor([episode_seed(seed, number) for number in numbers])

@@ -25,8 +25,8 @@ class Maze(World):
     """cells x cells cells of 9 pixels, with walls of 3 pixels: an image of 12 * cells + 3 pixels.
 
     Each episode has its own maze, the minimum spanning tree for uniform random weights. Start and
-    goal are in different cells. layout: int64 [N, cells, cells, 2], by row and column, 1 if there is
-    a passage to the next cell to the right, and below.
+    goal are in different cells. layout: int64 [N, cells, cells, 2], by row and column, 1 if there
+    is a passage to the next cell to the right, and below.
     """
 
     cells: int = 5

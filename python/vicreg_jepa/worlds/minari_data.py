@@ -1,4 +1,4 @@
-"""Trajectories of Minari's data sets, read as those of shards are."""
+"""Reads trajectories from Minari data sets, with the interface of the shards."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from vicreg_jepa.worlds.store import Trajectories
 
 
 class MinariTrajectories(Trajectories):
-    """The episodes of a data set that is on this machine (`minari download` brings one).
+    """The episodes of a local data set (`minari download` downloads one).
 
-    name: of the data set; image: the entry of its observations that is the image, None where they
-    are the image themselves. Frames must be uint8 [H, W, C] and actions rows of numbers. Raises
-    ImportError without minari, ValueError for a data set that is not there or does not fit.
+    name: of the data set; image: the name of the image in dict observations, None if the
+    observations are images. Frames must be uint8 [H, W, C], actions vectors of numbers. Raises
+    ImportError if minari is missing, ValueError if the data set is missing or does not fit.
     """
 
     def __init__(self, name: str, image: str | None = None) -> None:

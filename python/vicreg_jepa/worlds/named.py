@@ -1,4 +1,4 @@
-"""Worlds by their name and settings."""
+"""The registry of worlds by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WORLDS: dict[str, type[World]] = {"TwoRooms": TwoRooms, "Maze": Maze}
 
 
 def named(name: str, **settings: Any) -> World:
-    """A world. Raises ValueError for a name, a setting or a value that there is not."""
+    """Create a world. Raises ValueError for an unknown name or setting, or a bad value."""
     if name not in WORLDS:
         raise ValueError(f"world: got {name!r}, takes {' or '.join(WORLDS)}")
     takes = [field.name for field in fields(WORLDS[name])]

@@ -1,4 +1,4 @@
-"""Worlds as pictures for people: the dot red, the goal green, the walls dark on white."""
+"""Colour images of the worlds: a red dot, a green goal, dark walls on white."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def painted(world: World, state: State) -> NDArray[np.uint8]:
 
 
 def mixed(frames: Tensor, goal: Tensor | None = None) -> NDArray[np.uint8]:
-    """[N, H, W, 3] of frames [N, H, W, 2], and the dot's channel at the goal, [N, H, W]."""
+    """[N, H, W, 3]. frames: [N, H, W, 2]; goal: [N, H, W], the dot's channel at the goal."""
     picture = np.empty((*frames.shape[:3], 3), dtype=np.float32)
     picture[:] = PAPER
     layers = [(frames[..., 1], WALL), (frames[..., 0], DOT)]

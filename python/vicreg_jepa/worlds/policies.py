@@ -21,8 +21,8 @@ Policy = Callable[[World, State], Tensor]
 
 def walk_actions(seed: Tensor, time: Tensor, count: int) -> Tensor:
     """Actions [N, count] of a random walk with temporal correlation: an action uniform in
-    [-1, 1]^count is held for HOLD steps (the first one for 1 to HOLD), each step adds uniform jitter
-    in [-JITTER, JITTER], and the sum is clamped to [-1, 1].
+    [-1, 1]^count is held for HOLD steps (the first one for 1 to HOLD), each step adds uniform
+    jitter in [-JITTER, JITTER], and the sum is clamped to [-1, 1].
     """
     phase = draws.integers(draws.uniform(seed, Stream.PHASE, 0, 1)[:, 0], 0, HOLD - 1)
     held = 2 * draws.uniform(seed, Stream.POLICY, (time + phase) // HOLD, count) - 1

@@ -96,8 +96,8 @@ class Trajectories:
         raise NotImplementedError
 
     def windows(self, length: int, stride: int = 1) -> Windows:
-        """All windows of `length` actions and length + 1 frames, which begin at every stride-th step
-        of each episode. Raises ValueError if no episode is so long.
+        """All windows of `length` actions and length + 1 frames, which begin at every stride-th
+        step of each episode. Raises ValueError if no episode is so long.
         """
         return Windows(self, length, stride)
 

@@ -179,7 +179,7 @@ class World(ABC):
         return self.from_goal(state) <= REACHED
 
     def way(self, state: State) -> list[list[paths.Point]]:
-        """For each environment the vertices of the shortest path to the goal, both ends included."""
+        """For each environment the vertices of the shortest path to the goal, with both ends."""
         starts, goals = state.position.tolist(), state.goal.tolist()
         return [
             paths.taut((x, y), portals, (goal_x, goal_y))
