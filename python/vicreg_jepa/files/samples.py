@@ -50,7 +50,7 @@ class Entry:
 
 
 def index_of(path: str | Path) -> list[Entry]:
-    """The samples of a shard. Raises ValueError if it is truncated or was not written by `write`."""
+    """The samples of a shard. Raises ValueError if it is truncated or not of this format."""
     path = Path(path)
     if path.stat().st_size % tarfile.RECORDSIZE:
         raise tar_index.damaged(path, "no whole number of records")
