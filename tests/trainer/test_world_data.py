@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -87,7 +88,7 @@ def test_windows_are_runs_of_their_episodes(played, written):
     assert [tuple(one.shape) for one in loaded] == [(3, 6, 65, 65, 2), (3, 5, 2)]
 
 
-def test_damage_is_named(written, tmp_path):
+def test_damage_is_named(played, written, tmp_path):
     name = "trajectories-000001.tar"
     whole = (written / name).read_bytes()
     entry = store.samples.index_of(written / name)[1]
@@ -117,6 +118,13 @@ def test_damage_is_named(written, tmp_path):
     for content in (b"", b"[]", settings[:30], settings.replace(b'"version": 1', b'"version": 9')):
         with pytest.raises(ValueError, match=rf"{store.SETTINGS}: is damaged"):
             damaged(content, store.SETTINGS)
+    cut = dataclasses.replace(played[0], frames=played[0].frames[:12])
+    store.write(tmp_path / "cut", [cut], MADE)
+    path = tmp_path / "cut" / store.SETTINGS
+    for text, what in ((b"[12]", "12 frames and 12"), (b"[11]", "12 frames and 12")):
+        path.write_bytes(path.read_bytes().replace(b"[12]", text))
+        with pytest.raises(ValueError, match=f"has {what} actions"):
+            store.Shards(tmp_path / "cut").episode(0)
     wrong = settings.replace(b"[12, 12, 12", b"[12, 11, 12")
     with pytest.raises(ValueError, match="sample 000000001: has 13 frames and 12 actions"):
         damaged(wrong, store.SETTINGS).episode(1)

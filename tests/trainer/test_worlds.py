@@ -1,5 +1,5 @@
-"""Two rooms and the maze, held to their own pictures: what is a wall there is never touched, and
-the dot stops only where one more step would touch.
+"""The dynamics of the worlds, compared with the rendered walls: the dot never overlaps a wall, and
+stops only where a longer move would overlap one.
 """
 
 from __future__ import annotations

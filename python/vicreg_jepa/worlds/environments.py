@@ -50,9 +50,8 @@ def infos(world: World, state: State, reset: bool) -> dict[str, NDArray[Any]]:
     }
     if reset:
         found["goal"] = world.render(world.at(state, state.goal))
-    return {
-        name: value.numpy().copy() for name, value in found.items()
-    }  # a copy: callers may write to it
+    # Copies, because callers may write to them.
+    return {name: value.numpy().copy() for name, value in found.items()}
 
 
 class WorldEnv(gymnasium.Env[Frames, NDArray[np.float32]]):
