@@ -18,7 +18,7 @@ $(VENV)/packages: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)" "setuptools>=70.1" wheel
 	VICREG_KERNELS_BUILD=python $(BIN)/python -m pip install -q --disable-pip-version-check \
-	    --no-build-isolation -e ".[triton,trainer,test,lint]"
+	    --no-build-isolation -e ".[triton,trainer,worlds,test,lint]"
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(PEERS)
 	touch $@
 

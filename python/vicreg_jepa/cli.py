@@ -1,4 +1,4 @@
-"""`vicreg-jepa train | probe | surprise | compare | export`."""
+"""`vicreg-jepa train | probe | surprise | compare | export | collect`."""
 
 from __future__ import annotations
 
@@ -39,6 +39,14 @@ def parser() -> argparse.ArgumentParser:
     five = commands.add_parser("export", help="write a run's encoder as safetensors")
     five.add_argument("run", type=Path)
     five.add_argument("file", type=Path)
+    six = commands.add_parser("collect", help="play a world and write its trajectories")
+    six.add_argument("world", help="TwoRooms, Maze, or the name of gymnasium's environment")
+    six.add_argument("settings", nargs="*", metavar="key=value", help="wall=random noise=0.1 ...")
+    six.add_argument("--output", type=Path, required=True, help="a new folder")
+    six.add_argument("--episodes", type=integer(1), default=1000)
+    six.add_argument("--length", type=integer(1), default=90, help="actions of an episode")
+    six.add_argument("--seed", type=integer(0), default=0, help="decides every episode")
+    six.add_argument("--policy", default="walk", help="walk, uniform, still, expert or straight")
     return parser
 
 
@@ -170,10 +178,35 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _collect(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from vicreg_jepa.worlds.collect import collect, parsed
+
+    with tqdm(total=options.episodes, desc="playing", unit="episode", ncols=100) as bar:
+        shards = collect(
+            options.world,
+            options.output,
+            options.episodes,
+            options.length,
+            options.seed,
+            options.policy,
+            parsed(options.settings),
+            bar.update,
+        )
+    size = sum(path.stat().st_size for path in shards)
+    print(
+        f"{options.episodes} episodes in {len(shards)} shards of {options.output}, "
+        f"{size / options.episodes / 1024:.1f} KiB each"
+    )
+    return 0
+
+
 COMMANDS = {
     "train": _train,
     "probe": _probe,
     "surprise": _surprise,
     "compare": _compare,
     "export": _export,
+    "collect": _collect,
 }

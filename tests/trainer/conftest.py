@@ -10,3 +10,5 @@ TRAINER = ("matplotlib", "pydantic", "pymunk", "rich", "safetensors", "sklearn",
 collect_ignore_glob = []
 if not os.environ.get("CI") and not all(map(find_spec, TRAINER)):
     collect_ignore_glob += ["test_*.py"]
+if not os.environ.get("CI") and find_spec("gymnasium") is None:  # the extra `worlds`
+    collect_ignore_glob += ["test_world_environments.py"]

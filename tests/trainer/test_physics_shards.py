@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tarfile
 
 import numpy as np
 import pytest
@@ -62,12 +63,12 @@ def test_damaged_shards_are_refused(written, tmp_path):
     path = tmp_path / "physics-000000.tar"
     entry = shards.index_of(written / "physics-000000.tar")[1]
     # In the end mark, in a sample, between two samples, and at whole records of an archive.
-    for size in (0, 1, len(whole) - 512, len(whole) // 2, entry.video[0] - 512, 10240, 20480):
+    for size in (0, 1, len(whole) - 512, len(whole) // 2, entry.arrays[0] - 512, 10240, 20480):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"physics-000000\.tar' is truncated"):
             PhysicsShards(tmp_path)
     broken = bytearray(whole)
-    middle = entry.video[0] + entry.video[1] // 2
+    middle = entry.arrays[0] + entry.arrays[1] // 2
     broken[middle : middle + 8] = bytes(8)
     path.write_bytes(broken)
     with pytest.raises(ValueError, match="sample 000000001: "):
@@ -159,7 +160,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards.tarfile, "open", full)
+    monkeypatch.setattr(tarfile, "open", full)
     with pytest.raises(OutputError, match=rf"{tmp_path}.*No space left on device\): free some"):
         shards.write(tmp_path, 1, shards.Settings(0))
     assert [path.name for path in tmp_path.iterdir()] == ["dataset.json"]

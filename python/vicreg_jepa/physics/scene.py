@@ -244,14 +244,19 @@ def simulate(scene: Scene) -> Clip:
     frame = 0
     contacts: list[tuple[int, int, str | int]] = []
 
-    def met(arbiter: pymunk.Arbiter, _space: pymunk.Space, _data: Any) -> None:
+    def met(arbiter: pymunk.Arbiter, _space: pymunk.Space, _data: Any) -> bool:
         first, second = (names[shape] for shape in arbiter.shapes)
         if isinstance(second, int):
             contacts.append((frame, second, first))
         if isinstance(first, int):
             contacts.append((frame, first, second))
+        return True  # pymunk 6: the contact counts
 
-    space.on_collision(begin=met)
+    either: Any = space  # its types are those of one version
+    if hasattr(space, "on_collision"):
+        either.on_collision(begin=met)
+    else:  # pymunk 6, which gym-pusht needs
+        either.add_default_collision_handler().begin = met
     states = np.empty((FRAMES, len(bodies), 6))
     for frame in range(FRAMES):
         for _ in range(SUBSTEPS if frame else 0):

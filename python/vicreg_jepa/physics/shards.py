@@ -10,10 +10,8 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
-import os
 import signal
-import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vicreg_jepa.files import listing, output, tar_index
+from vicreg_jepa.files import listing, output, samples
+from vicreg_jepa.files.samples import Entry, index_of
 from vicreg_jepa.physics.quadruplets import quadruplet
 from vicreg_jepa.physics.videos import possible
 
@@ -75,9 +74,9 @@ def write(
             # A longer shard is kept too, because it begins with the same samples.
             if not path.exists() or len(index_of(path)) < len(indices):
                 make = partial(_sample, settings)
-                samples = pool.imap(make, indices, chunksize=4) if pool else map(make, indices)
+                made = pool.imap(make, indices, chunksize=4) if pool else map(make, indices)
                 with output.writing(path):
-                    _write_shard(path, indices, samples, done)
+                    samples.write(path, made, done)
             else:
                 done(len(indices))
             shards.append(path)
@@ -117,8 +116,8 @@ def _claim(root: Path, settings: Settings) -> None:
             )
 
 
-def _sample(settings: Settings, index: int) -> tuple[bytes, bytes]:
-    """The .npz and the .json of a sample."""
+def _sample(settings: Settings, index: int) -> tuple[int, bytes, bytes]:
+    """The number, the .npz and the .json of a sample."""
     seed = sample_seed(settings.seed, index)
     if settings.property is None:
         video, record = possible(seed)
@@ -133,59 +132,12 @@ def _sample(settings: Settings, index: int) -> tuple[bytes, bytes]:
         }
     packed = io.BytesIO()
     np.savez_compressed(packed, video=video)
-    return packed.getvalue(), json.dumps(record, separators=(",", ":")).encode()
-
-
-def _write_shard(
-    path: Path,
-    indices: range,
-    samples: Iterator[tuple[bytes, bytes]],
-    done: Callable[[int], None],
-) -> None:
-    partial_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with tarfile.open(partial_path, "w", format=tarfile.USTAR_FORMAT) as shard:
-            for index, parts in zip(indices, samples, strict=True):
-                for suffix, content in zip(("npz", "json"), parts, strict=True):
-                    member = tarfile.TarInfo(f"{index:09d}.{suffix}")  # dated 1970: same bytes
-                    member.size = len(content)
-                    shard.addfile(member, io.BytesIO(content))
-                done(1)
-        os.replace(partial_path, path)
-    finally:
-        partial_path.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """The places of a sample's two files in its shard: offset and size in bytes."""
-
-    path: Path
-    key: str
-    video: tuple[int, int]
-    record: tuple[int, int]
-
-
-def index_of(path: str | Path) -> list[Entry]:
-    """The samples of a shard. Raises ValueError if it is truncated or was not written by
-    `write`.
-    """
-    path = Path(path)
-    if path.stat().st_size % tarfile.RECORDSIZE:
-        raise tar_index.damaged(path, "no whole number of records")
-    entries = []
-    for sample in tar_index.index(path):
-        if set(sample.files) != {"npz", "json"}:
-            raise tar_index.damaged(path, f"sample {sample.key} has {sorted(sample.files)}")
-        entries.append(Entry(path, sample.key, sample.files["npz"], sample.files["json"]))
-    return entries
+    return index, packed.getvalue(), json.dumps(record, separators=(",", ":")).encode()
 
 
 def read(entry: Entry) -> tuple[NDArray[np.uint8], dict[str, Any]]:
     """The video (possible: [T, 64, 64, 3], quadruplet: [4, T, 64, 64, 3]) and its record."""
-    video, record = (tar_index.read(entry.path, place) for place in (entry.video, entry.record))
-    try:
-        with np.load(io.BytesIO(video)) as packed:
-            return packed["video"], json.loads(record)
-    except Exception as error:  # zipfile, zlib, numpy and json each have their own
-        raise ValueError(f"shard {str(entry.path)!r}: sample {entry.key}: {error}") from error
+    arrays, record = samples.read(entry)
+    if "video" not in arrays:
+        raise samples.damaged(entry, f"has the arrays {sorted(arrays)}, takes video")
+    return arrays["video"], record
