@@ -1,9 +1,9 @@
 // The modulated layer norm: one pass over the tokens forward, one over tokens and gradients backward.
 //
 // A team of 1, 2, 4 or 8 warps takes a token and keeps it in registers, 16 elements a lane. Backward a
-// block stays in one frame, whose scale and whose gradients of shift and scale it keeps in registers
-// too; its teams' parts are added up through shared memory, in order, and a frame's blocks through
-// memory. Where each token has its own vectors there is nothing to add up.
+// block stays in one frame, whose gradients of shift and scale it keeps in registers too; its teams'
+// parts are added up through shared memory, in order, and a frame's blocks through memory. Where each
+// token has its own vectors there is nothing to add up.
 #pragma once
 
 #include "adaln/cuda/access.cuh"
@@ -133,14 +133,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   Team team(warps);
   int64_t frame, begin, end;
   q.range<Frames>(blockIdx.x, frame, begin, end);
-  float factor[kPieces][W] = {}, by_shift[kPieces][W] = {}, by_scale[kPieces][W] = {};
-  if constexpr (Frames) {
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      const int64_t c = team.column<W>(i);
-      if (c < q.dim) scale.read(frame, c, factor[i]);
-    }
-  }
+  float by_shift[kPieces][W] = {}, by_scale[kPieces][W] = {};
   for (int64_t first = begin; first < end; first += team.count) {
     team.forget_addresses<W>();
     const int64_t row = first + team.number;
@@ -148,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t token = Frames ? row : 0, at = Frames ? frame : row;
     const int64_t place = Frames ? frame * q.tokens + row : row;
     const float mean = valid ? saved[2 * place] : 0.f, rstd = valid ? saved[2 * place + 1] : 0.f;
-    float g[kPieces][W] = {}, n[kPieces][W] = {};
+    float g[kPieces][W] = {}, n[kPieces][W] = {}, factor[kPieces][W] = {};
     float a = 0.f, b = 0.f;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
@@ -156,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (valid && c < q.dim) {
         grad.read(at, token, c, g[i]);
         x.read(at, token, c, n[i]);
-        if constexpr (!Frames) scale.read(at, c, factor[i]);
+        scale.read(at, c, factor[i]);
 #pragma unroll
         for (int w = 0; w < W; ++w) {
           n[i][w] = normed(n[i][w], mean, rstd);
