@@ -141,52 +141,44 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t token = Frames ? row : 0, at = Frames ? frame : row;
     const int64_t place = Frames ? frame * q.tokens + row : row;
     const float mean = valid ? saved[2 * place] : 0.f, rstd = valid ? saved[2 * place + 1] : 0.f;
-    float g[kPieces][W] = {}, n[kPieces][W] = {}, factor[kPieces][W] = {};
+    float s[kPieces][W] = {}, n[kPieces][W] = {};
     float a = 0.f, b = 0.f;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const int64_t c = team.column<W>(i);
       if (valid && c < q.dim) {
-        grad.read(at, token, c, g[i]);
+        float g[W], factor[W];
+        grad.read(at, token, c, g);
         x.read(at, token, c, n[i]);
-        scale.read(at, c, factor[i]);
+        scale.read(at, c, factor);
 #pragma unroll
         for (int w = 0; w < W; ++w) {
           n[i][w] = normed(n[i][w], mean, rstd);
-          const float s = scaled(g[i][w], factor[i][w]);
-          a += s;
-          b += s * n[i][w];
-        }
-      }
-    }
-    if (need_x) {
-      double sums[2] = {a, b};
-      team.sum(sums[0], sums[1]);
-      a = static_cast<float>(sums[0] * inverse_dim);
-      b = static_cast<float>(sums[1] * inverse_dim);
-    }
-    team.forget_addresses<W>();
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      const int64_t c = team.column<W>(i);
-      if (valid && c < q.dim) {
-        if (need_x) {
-          float slope[W];
-#pragma unroll
-          for (int w = 0; w < W; ++w) {
-            slope[w] = norm_slope(scaled(g[i][w], factor[i][w]), n[i][w], a, b, rstd);
-          }
-          to_x.write(at, token, c, slope);
-        }
-#pragma unroll
-        for (int w = 0; w < W; ++w) {
-          by_shift[i][w] = (Frames ? by_shift[i][w] : 0.f) + g[i][w];
-          by_scale[i][w] = (Frames ? by_scale[i][w] : 0.f) + g[i][w] * n[i][w];
+          s[i][w] = scaled(g[w], factor[w]);
+          a += s[i][w];
+          b += s[i][w] * n[i][w];
+          by_shift[i][w] = (Frames ? by_shift[i][w] : 0.f) + g[w];
+          by_scale[i][w] = (Frames ? by_scale[i][w] : 0.f) + g[w] * n[i][w];
         }
         if (!Frames && need_vectors) {
           to_shift.write(at, c, by_shift[i]);
           to_scale.write(at, c, by_scale[i]);
         }
+      }
+    }
+    if (!need_x) continue;
+    double sums[2] = {a, b};
+    team.sum(sums[0], sums[1]);
+    a = static_cast<float>(sums[0] * inverse_dim);
+    b = static_cast<float>(sums[1] * inverse_dim);
+    team.forget_addresses<W>();
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const int64_t c = team.column<W>(i);
+      if (valid && c < q.dim) {
+#pragma unroll
+        for (int w = 0; w < W; ++w) s[i][w] = norm_slope(s[i][w], n[i][w], a, b, rstd);
+        to_x.write(at, token, c, s[i]);
       }
     }
   }
