@@ -113,6 +113,16 @@ def barlow_floors(arguments: Mapping[str, Any], loss: float) -> tuple[float, lis
     return _number(value), [_number(floor) for floor in floors]
 
 
+def norm_floor(arguments: Mapping[str, Any]) -> float:
+    """An absolute allowance of x's gradient in modulated_layer_norm, a few roundings of its parts:
+    they cancel in a token of one or two elements.
+    """
+    x, scale = _wide(arguments["x"]), _wide(arguments["scale"])
+    variance = x.var(dim=-1, correction=0) + float(arguments.get("eps", 1e-6))
+    largest = 2.0 * (1.0 + scale).abs().max() / variance.min().sqrt()
+    return _number(4.0 * EPS * largest.nan_to_num(0.0).item())
+
+
 def _number(floor: float) -> float:
     return floor if floor < MOST else 0.0
 
