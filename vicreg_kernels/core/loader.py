@@ -45,9 +45,8 @@ def compiled(op: str, kind: type[K], namespace: str) -> K:
         packet = getattr(ops, f"{op}_{field.name}", None)
         if packet is None:  # sources that are newer than the library, or a schema that is missing
             raise RuntimeError(
-                f"the compiled library has no {namespace}::{op}_{field.name}: csrc/{op}/registration"
-                ".cpp does not name it, or the library was not built since (python setup.py build_ext"
-                " --inplace)"
+                f"the compiled library has no {namespace}::{op}_{field.name}: build it anew (python"
+                f" setup.py build_ext --inplace), or add it to csrc/{op}/registration.cpp"
             )
         lowered = field.name in kind.PRODUCTS and not on_cpu
         functions[field.name] = without_autocast(packet) if lowered else packet.default
