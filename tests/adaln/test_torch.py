@@ -117,16 +117,18 @@ def test_the_gradient_of_the_residual_stream_is_the_incoming_one(fused):
 
 
 def test_the_module_is_copied_pickled_and_compiled(fused):
-    module = AdaLN(8, 4, backend=fused.name).to(fused.device)
+    module = AdaLN(8, 4, backend=fused.name)
     torch.nn.init.normal_(module.linear.weight)
+    twins = (copy.deepcopy(module), pickle.loads(pickle.dumps(module)))
+    module = module.to(fused.device)
     x, condition = draw(2, 3, 8, device=fused.device), draw(2, 4, device=fused.device)
 
     def call(layer):
         return layer(x, condition, torch.sin, torch.cos)
 
     expected = call(module)
-    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert torch.equal(call(twin), expected)
+    for twin in twins:
+        assert torch.equal(call(twin.to(fused.device)), expected)
     assert torch.equal(call(torch.compile(module, fullgraph=True, backend="eager")), expected)
     with pytest.raises(ValueError, match=r"^eps: got -1"):
         AdaLN(8, eps=-1.0)
