@@ -1,7 +1,7 @@
 """What the tests marked `gpu` compile with Triton: few kernels, each test some, counted rightly.
 
 A compilation takes 0.1 to 2.6 CPU-seconds. The recording (compilations.py) needs no GPU. All tests
-together compile about 700 kernels; 500 is the aim, which is not reached. What is left is nearly all one
+together compile about 700 kernels; 500 is the aim, not reached yet. What is left is nearly all one
 dtype, one layout or one rule of one kernel: in attention a head dim, or one of the rules that stay
 constants because their loops differ; in vicreg and barlow the side, the views and the layout. The
 recording also refuses what a GPU would: tensors of two devices in one operation or comparison.
