@@ -119,8 +119,11 @@ def norm_floor(arguments: Mapping[str, Any]) -> float:
     """
     x, scale = _wide(arguments["x"]), _wide(arguments["scale"])
     variance = x.var(dim=-1, correction=0) + float(arguments.get("eps", 1e-6))
-    largest = 2.0 * (1.0 + scale).abs().max() / variance.min().sqrt()
-    return _number(4.0 * EPS * largest.nan_to_num(0.0).item())
+    known = [z[z.isfinite()] for z in (variance, 1.0 + scale)]  # what is NaN stays in its token
+    if not all(z.numel() for z in known):
+        return 0.0
+    largest = 2.0 * known[1].abs().max() / known[0].min().sqrt()
+    return _number(4.0 * EPS * largest.item())
 
 
 def _number(floor: float) -> float:
