@@ -4,7 +4,7 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 # In the order in which a GPU's time is spent; an op that is not named here comes before vicreg.
-_ORDER = ("sigreg", "barlow", "vicregl", "attention", "ema", "tokens", "jepa_step")
+_ORDER = ("sigreg", "barlow", "vicregl", "attention", "ema", "tokens", "adaln", "jepa_step")
 
 
 def _place(op: str) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Fused losses and ops for VICReg and the joint-embedding predictive architectures."""
 
 from vicreg_kernels.accumulation import accumulate
+from vicreg_kernels.adaln import AdaLN, gated_residual, modulated_layer_norm
 from vicreg_kernels.attention import (
     Blocks,
     FrameCausal,
@@ -35,6 +36,7 @@ from vicreg_kernels.vicregl import VICRegLLoss, VICRegLTerms, vicregl_loss, vicr
 
 __all__ = [
     "EMA",
+    "AdaLN",
     "Assembly",
     "BarlowTwinsLoss",
     "Blocks",
@@ -57,8 +59,10 @@ __all__ = [
     "assemble_tokens",
     "barlow_twins_loss",
     "ema_update_",
+    "gated_residual",
     "gather_tokens",
     "masked_attention",
+    "modulated_layer_norm",
     "prediction_loss",
     "scatter_tokens",
     "sigreg_directions",

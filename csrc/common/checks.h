@@ -98,8 +98,12 @@ class Argument {
     return count;
   }
 
+  bool is(const Dtypes& some) const {
+    return std::find(some.codes, some.codes + 3, dtype_) != some.codes + 3;
+  }
+
   const Argument& dtype(const Dtypes& wanted) const {
-    if (std::find(wanted.codes, wanted.codes + 3, dtype_) == wanted.codes + 3) {
+    if (!is(wanted)) {
       refuse(name_, ": got dtype ", words::dtype(dtype_), ", takes ", wanted.words);
     }
     return *this;

@@ -1,6 +1,6 @@
 """Tier 5: the Barlow Twins op's cuda.cu compiled by nvcc, and linked.
 
-`VICREG_KERNELS_AUDIT=all python tests/helpers/audit_cuda.py barlow` records the budget.
+`VICREG_KERNELS_AUDIT=all python -m tests.helpers.audit_cuda barlow` records the budget.
 """
 
 from __future__ import annotations

@@ -20,26 +20,11 @@ from pathlib import Path
 
 import torch
 
-from tests.fuzz import campaign, runner
+from tests.fuzz import campaign, ops, runner
 from tests.helpers import native
 from vicreg_kernels.core import library
 
 ROOT = Path(__file__).resolve().parents[2]
-# The folder of csrc that holds an op's CPU kernels, by how the op's name begins.
-FOLDERS = {
-    "vicregl": ("vicreg", "vicregl", "tokens"),
-    "vicreg": ("vicreg",),
-    "variance": ("vicreg",),
-    "barlow": ("barlow",),
-    "sigreg": ("sigreg",),
-    "masked": ("attention",),
-    "apply": ("attention",),
-    "ema": ("ema",),
-}
-
-
-def folders(op: str) -> tuple[str, ...]:
-    return next((where for name, where in FOLDERS.items() if op.startswith(name)), ("tokens",))
 
 
 def child(op: str, options: argparse.Namespace) -> int:
@@ -70,7 +55,7 @@ def parent(op: str, options: argparse.Namespace) -> bool:
         command += ["--seconds", str(options.seconds), "--start", str(options.start)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         if options.sanitized:
-            for folder in folders(op):
+            for folder in ops.FOLDERS[op]:
                 command += ["--library", str(native.sanitized(folder))]
             environment |= native.sanitizer_environment()
         done = subprocess.run(command, env=environment, capture_output=True, text=True)

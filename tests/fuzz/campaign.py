@@ -10,20 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tests.fuzz import (
-    known,
-    op_attention,
-    op_barlow,
-    op_ema,
-    op_sigreg,
-    op_tokens,
-    op_vicreg,
-    op_vicregl,
-    runner,
-)
+from tests.fuzz import known, ops, runner
 from tests.fuzz.inputs import Draw
-
-MODULES = (op_vicreg, op_barlow, op_sigreg, op_vicregl, op_attention, op_tokens, op_ema)
 
 
 @dataclass
@@ -42,13 +30,9 @@ class Report:
         return "\n".join(words)
 
 
-def generator(op: str) -> Callable[[Draw], str]:
-    return next(getattr(module, op) for module in MODULES if hasattr(module, op))
-
-
 def line_of(seed: str) -> str:
     """seed: the op's name, "/", and anything."""
-    return generator(seed.split("/", 1)[0])(Draw(seed))
+    return ops.GENERATORS[seed.split("/", 1)[0]](Draw(seed))
 
 
 @contextmanager

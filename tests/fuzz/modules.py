@@ -70,6 +70,13 @@ def prediction(r: Draw) -> None:
     loss(pred, torch.randn(samples, tokens, dim), index).backward()
 
 
+def adaln(r: Draw) -> None:
+    dim, frames, tokens = r.randint(1, 33), r.randint(1, 4), r.randint(1, 20)
+    module = kernels.AdaLN(dim, 3)
+    x, condition = torch.randn(frames, tokens, dim), torch.randn(frames, 3)
+    module(x.requires_grad_(), condition, torch.sin, torch.cos).sum().backward()
+
+
 def ema(r: Draw) -> None:
     student = nn.Sequential(nn.Linear(*_two(r)), nn.BatchNorm1d(3))
     average = kernels.EMA(student, r.random(), shadow_dtype=r.choice((None, torch.bfloat16)))
@@ -93,6 +100,7 @@ STEPS = {
     "VICRegLLoss": vicregl,
     "MaskedAttention": attention,
     "PredictionLoss": prediction,
+    "AdaLN": adaln,
     "EMA": ema,
     "accumulate": accumulated,
 }

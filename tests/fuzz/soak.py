@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from tests.fuzz import campaign, known, modules, runner
+from tests.fuzz import campaign, known, modules, ops, runner
 from tests.fuzz.inputs import Draw
 from vicreg_kernels.core.kept import Kept
 
@@ -98,7 +98,7 @@ def size() -> Size:
 
 def op_step(op: str) -> Callable[[Draw], None]:
     """One line of the fuzzer, valid or not, forward and backward."""
-    draw = campaign.generator(op)
+    draw = ops.GENERATORS[op]
 
     def step(r: Draw) -> None:
         line = draw(r)

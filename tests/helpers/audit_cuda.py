@@ -91,7 +91,10 @@ def check_no_spills(op: str, architecture: str, count: int, most_registers: int 
 
 
 def check_within_budget(op: str, architecture: str) -> None:
-    budget = json.loads((BUDGETS / f"{op}_cuda.json").read_text())
+    file = BUDGETS / f"{op}_cuda.json"
+    command = f"VICREG_KERNELS_AUDIT=all python -m tests.helpers.audit_cuda {op}"
+    assert file.exists(), f"no {file.name}; `{command}` records it"
+    budget = json.loads(file.read_text())
     if budget["nvcc"] != release():
         pytest.skip(f"the budget is for nvcc {budget['nvcc']}, this is {release()}")
     found, allowed = usage(op)[architecture], budget[architecture]
@@ -135,7 +138,7 @@ def record(op: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         raise SystemExit(
-            "usage: VICREG_KERNELS_AUDIT=all python tests/helpers/audit_cuda.py OP ..."
+            "usage: VICREG_KERNELS_AUDIT=all python -m tests.helpers.audit_cuda OP ..."
         )
     if ARCHITECTURES != EVERY:
         raise SystemExit("the budget is of every architecture: set VICREG_KERNELS_AUDIT=all")

@@ -150,7 +150,11 @@ def check(op: str, name: str, found: dict[str, Any], shared_limit: int = SHARED_
     """It compiled, without spills, within its budget. shared_limit: bytes a block may have."""
     import triton
 
-    budget = json.loads((BUDGETS / f"{op}_triton.json").read_text())
+    file = BUDGETS / f"{op}_triton.json"
+    command = f"VICREG_KERNELS_AUDIT=all python -m tests.{op}.test_audit_triton --record"
+    assert file.exists(), f"no {file.name}; `{command}` records it"
+    budget = json.loads(file.read_text())
+    assert name in budget["cases"], f"the budget has no such case; `{command}` records it"
     assert "error" not in found, found["error"]
     assert found["spilled"] == 0, f"{found['spilled']} bytes a thread"
     assert found["shared"] <= shared_limit

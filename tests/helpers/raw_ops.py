@@ -1,5 +1,8 @@
 """Calls of the raw compiled ops that are wrong in one argument, made from the ops' schemas.
 
+A new op's calls stand beside its tests, in tests/<op>/raw_ops.py: `calls(ops)` and `VALID`, as
+here.
+
 Run as a program with the namespace of the ops, "cpu" or "cuda" for the kind of kernels behind it,
 and, where it is not the installed library, a library and the op to try. Every case is printed
 before it runs, so that a crash names it; a line that begins with "FAIL" is a case that was neither
@@ -11,14 +14,16 @@ from __future__ import annotations
 import faulthandler
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-INTEGERS = (torch.int32, torch.int64)
-FAR = 2**62
+from tests.helpers.raw_changes import FAR, variants
+
 LAID = ("spread", "ones")  # changes of the strides alone
 
 # What may be otherwise: (op, argument) to the kinds of change that make a valid call too, "size"
@@ -73,6 +78,14 @@ for _op in ("attention_forward", "attention_backward"):
     VALID[_op, "q_index"] = VALID[_op, "k_index"] = {"none", "size 0"}
     VALID[_op, "tokens_per_frame"] = VALID[_op, "window"] = {"int 0", f"int {FAR}"}
     VALID[_op, "max_q"] = VALID[_op, "max_k"] = {"int 0"}  # of packed samples: nothing is known
+# op -> what tests/<op>/raw_ops.py holds
+BESIDE = {
+    path.parent.name: import_module(f"tests.{path.parent.name}.raw_ops")
+    for path in sorted(Path(__file__).resolve().parents[1].glob("*/raw_ops.py"))
+    if path.parent.name != "helpers"
+}
+for _module in BESIDE.values():
+    VALID |= _module.VALID
 NO_TABLE = {"shorter", "longer", "no list", "values of the list"}
 # What a message of the kernels themselves calls them, which is what the public function does.
 ALSO = {
@@ -272,80 +285,6 @@ def calls(ops: Any, cuda: bool) -> dict[str, list[Callable[[], list[Any]]]]:
     }  # fmt: skip
 
 
-def spread(z: Tensor) -> Tensor:
-    """The same numbers, each twice as far from the next one."""
-    wide = z.new_zeros([2 * n for n in z.shape])
-    view = wide[tuple(slice(None, None, 2) for _ in z.shape)]
-    return view.copy_(z)
-
-
-def odd_ones(z: Tensor) -> Tensor:
-    """The same numbers, the dimensions of one element with a stride of 3."""
-    strides = [3 if n == 1 else s for n, s in zip(z.shape, z.contiguous().stride(), strict=True)]
-    return z.contiguous().as_strided(z.shape, strides)
-
-
-def changed(z: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """(kind of change, a tensor that has it)."""
-    yield "rank", z[None].clone()
-    if z.dim() > 1:
-        yield "rank", z.flatten()
-    for dtype in (torch.float64, torch.int16, torch.complex64):
-        yield "dtype", z.to(dtype)
-    if z.dim() == 0:
-        yield "size", z.new_zeros(2)
-        yield "empty", z.new_zeros(0)
-    for d in range(z.dim()):
-        if z.shape[d] == 0:
-            yield f"size {d}", z.new_zeros([n if i != d else 1 for i, n in enumerate(z.shape)])
-            continue
-        yield f"size {d}", torch.cat([z, z.narrow(d, 0, 1)], d)
-        if z.shape[d] > 1:
-            yield f"size {d}", z.narrow(d, 0, z.shape[d] - 1).clone()
-        yield f"empty {d}", z.narrow(d, 0, 0).clone()
-    if z.dim() > 0 and z.numel() > 1:
-        yield "spread", spread(z)
-    if 1 in z.shape:
-        yield "ones", odd_ones(z)
-    if z.dtype in INTEGERS:
-        for value in (-1, z.max().item() + 7 if z.numel() else 7, torch.iinfo(z.dtype).max,
-                      torch.iinfo(z.dtype).min):  # fmt: skip
-            yield "values", torch.full_like(z, value)
-            if z.numel() > 1:
-                some = z.clone()
-                some.view(-1)[-1] = value
-                yield "values", some
-
-
-def variants(argument: Any, value: Any) -> Iterator[tuple[str, Any]]:
-    kind = str(argument.type)
-    if isinstance(value, Tensor):
-        yield from changed(value)
-        if kind == "Optional[Tensor]":
-            yield "none", None
-    elif isinstance(value, list) and value and isinstance(value[0], Tensor):
-        yield "shorter", value[:-1]
-        yield "longer", [*value, value[0].clone()]
-        yield "none", []
-        for i in range(len(value)):
-            for what, other in changed(value[i]):
-                yield what, [*value[:i], other, *value[i + 1 :]]
-    elif isinstance(value, list):
-        yield "no list", []
-        yield "longer", value * 40
-        if len(value) > 1:
-            yield "shorter", value[:-1]
-        for number in (0, -1, FAR) if isinstance(value[0], int) else ():
-            yield "values of the list", [*value[:-1], number]
-            yield "values of the list", [number, *value[1:]]
-    elif isinstance(value, int) and not isinstance(value, bool):
-        for number in (-1, 0, FAR, -FAR):
-            yield f"int {number}", number
-    elif argument.name == "momentum":
-        for number in (-0.1, 1.1, float("nan")):
-            yield "number", number
-
-
 def again(values: list[Any]) -> list[Any]:
     """Contiguous copies."""
 
@@ -425,7 +364,11 @@ def main(namespace: str, kind: str, library: str = "", only: str = "") -> None:
         import vicreg_kernels  # noqa: F401
     ops = getattr(torch.ops, namespace)
     count = 0
-    for short, makers in calls(ops, kind == "cuda").items():
+    every = calls(ops, kind == "cuda")
+    for name, module in BESIDE.items():
+        if name.startswith(only.rstrip("_")):
+            every |= module.calls(ops)
+    for short, makers in every.items():
         if not short.startswith(only):
             continue
         op = getattr(ops, short).default

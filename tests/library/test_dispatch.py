@@ -135,6 +135,10 @@ def _calls():
     x, index = torch.randn(2, T, 8), torch.arange(2).expand(2, 2)
     maps, grids = list(views(3, 4, 6)), list(views(3, 4, 2))
     rope = vk.Rope3d((1, 2, 2))
+
+    def frames(dim, count):
+        return [torch.randn(2, T, dim), *(torch.randn(2, dim) for _ in range(count - 1))]
+
     return {
         "vicreg": [
             (8, lambda: vicreg_loss(*views(8, 16))),
@@ -161,13 +165,21 @@ def _calls():
             (0, lambda: vk.assemble_tokens(x[:, :2], index, torch.randn(8), index + 2)),
         ],
         "ema_update_": [(0, lambda: vk.ema_update_([torch.ones(3)], [torch.ones(3)], 0.9))],
+        "adaln": [
+            *((n, lambda n=n: vk.modulated_layer_norm(*frames(n, 3))) for n in (8, 4096, 4097))
+        ],
+        "gated_residual": [(0, lambda: vk.gated_residual(x, *frames(8, 2)))],
     }
+
+
+def test_every_name_has_a_call():
+    """A new op's names come into _calls too."""
+    assert sorted(registry.names().keys() - _calls().keys()) == []
 
 
 @pytest.mark.parametrize("op", registry.names())
 def test_the_report_and_the_op_choose_alike(measured_gpu, monkeypatch, op):
     """What an op asks `choose` in a call, asked again for a GPU, is what `choices` says of it."""
-    assert _calls().keys() == registry.names().keys()
     measured_gpu["triton_from"]["barlow"] = {"half": 300}
     configs.write(configs.path_of("Some GPU"), measured_gpu)
     real, asked = dispatch.choose, []

@@ -4,12 +4,14 @@ many as time allows). fuzz/runner.py has the rule.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 
 import pytest
 import torch
 
-from tests.fuzz import campaign, runner
+import vicreg_kernels as kernels
+from tests.fuzz import campaign, runner, soak
 
 LINES = {"vicregl_loss": 80, "vicregl_terms": 80}
 SAMPLE = "(x=T((5, 3), 'float32', 'strided', 2.0, 1), y=T((5, 3), 'float32', 'sliced', 2.0, 2)"
@@ -48,6 +50,18 @@ BARELY = (
     " v=T((1, 3, 40), 'float32', 'transposed', 5.1e+22, 904, '', True),"
     " mask=Ragged(I([0, 0, 1, 1], 'int64')) & FrameCausal(5, window=1), scale=0.0, backend='cpu')",
 )  # fmt: skip
+
+
+def test_every_public_function_is_drawn() -> None:
+    """A new one needs a function of its name in tests/fuzz/op_<op>.py."""
+    public = {name for name in kernels.__all__ if inspect.isfunction(getattr(kernels, name))}
+    assert public - set(runner.OPS) == {"accumulate"}
+    modules = {name for name in kernels.__all__ if _is_module(getattr(kernels, name))}
+    assert modules <= set(soak.steps()), "a new module needs a step in tests/fuzz/modules.py"
+
+
+def _is_module(value: object) -> bool:
+    return inspect.isclass(value) and issubclass(value, torch.nn.Module)
 
 
 @pytest.mark.parametrize("op", runner.OPS)

@@ -91,11 +91,49 @@ def test_every_op_has_the_same_rooms(op):
 
 
 def test_one_list_of_ops():
-    """The folders, the registry, the benchmarks and the C++ sources name the same ops."""
-    folders = {path.parent.name for path in PACKAGE.glob("*/contract.py")}
-    assert folders == set(registry.OPS) == set(compilations.OPS)
-    assert folders == set(bench.OPS) - {"jepa_step"}
-    assert folders == {path.parent.name for path in (ROOT / "csrc").glob("*/registration.cpp")}
+    """The folders, the registry, the benchmarks, the fuzzer and the C++ sources name the same ops:
+    what is missing is listed as the file, and the op that lacks it.
+    """
+    found = {
+        "vicreg_kernels/<op>/contract.py": {p.parent.name for p in PACKAGE.glob("*/contract.py")},
+        "an import of <op> in vicreg_kernels/__init__.py": set(registry.OPS),
+        "bench/<op>.py": set(bench.OPS) - {"jepa_step"},
+        "csrc/<op>/registration.cpp": {
+            path.parent.name for path in (ROOT / "csrc").glob("*/registration.cpp")
+        },
+        "tests/fuzz/op_<op>.py": {
+            path.stem.removeprefix("op_") for path in (ROOT / "tests" / "fuzz").glob("op_*.py")
+        },
+        "docs/<op>.md": {path.stem for path in (ROOT / "docs").glob("*.md")}
+        & set(compilations.OPS),
+    }
+    every = set().union(*found.values())
+    missing = {file: sorted(every - ops) for file, ops in found.items() if every - ops}
+    assert missing == {}
+
+
+# The files of tests/<op>/ that every op has.
+TESTS = (
+    "__init__", "test_reference", "test_cpu", "test_cpu_sanitized", "test_emulator", "test_triton",
+    "test_audit_cuda", "test_audit_triton", "test_torch", "test_gpu",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("op", sorted(registry.OPS))
+def test_every_op_has_tests_of_every_tier(op):
+    folder = ROOT / "tests" / op
+    assert [name for name in TESTS if not (folder / f"{name}.py").exists()] == []
+
+
+def test_every_page_is_linked():
+    """docs/<op>.md in the README, the home page and the navigation."""
+    for page, link in (
+        ("README.md", "docs/{}.md"),
+        ("docs/index.md", "{}.md"),
+        ("mkdocs.yml", "{}.md"),
+    ):
+        text = (ROOT / page).read_text()
+        assert [op for op in sorted(registry.OPS) if link.format(op) not in text] == [], page
 
 
 def test_what_profilers_watch_is_every_triton_kernel():

@@ -41,6 +41,7 @@ NUMBERS = {
     "rope theta": lambda v: Rope3d((12,), theta=v),
     "prediction beta": lambda v: vk.prediction_loss(X[None, :3], Y[None], INDEX, beta=v),
     "prediction eps": lambda v: vk.prediction_loss(X[None, :3], Y[None], INDEX, eps=v),
+    "norm eps": lambda v: vk.modulated_layer_norm(X, X[0], X[1], eps=v),
     "scatter fill": lambda v: vk.scatter_tokens(X[None, :3], INDEX, 12, fill=v),
     "ema momentum": lambda v: vk.EMA(nn.Linear(2, 2), v),
 }

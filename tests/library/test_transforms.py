@@ -25,6 +25,11 @@ LOSSES = {
     "prediction": (lambda x: vk.prediction_loss(x[None, :3], Y[:1], INDEX), X),
     "attention": (attend, Q),
     "rope": (lambda q: vk.apply_rope(q, vk.Rope3d((8,))).sin().sum(), Q),
+    "adaln": (
+        lambda x: vk.modulated_layer_norm(x[None], X[0, :1], X[1, :1]).sin().sum(),
+        X,
+    ),
+    "gate": (lambda x: vk.gated_residual(x, x.sin(), X[0, 0]).square().sum(), X),
     "gather": (lambda x: vk.gather_tokens(x[None], INDEX).square().sum(), X),
 }
 
@@ -55,7 +60,7 @@ def test_a_fused_backend_that_is_named_says_what_transforms_it() -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_meta_tensors(name: str) -> None:
     """A model on meta has shapes alone; its loss has too."""
-    if name == "prediction" or name == "gather":
+    if name in ("prediction", "gather", "adaln", "gate"):
         pytest.skip("the other tensors here are on the CPU")
     loss, examples = LOSSES[name]
     if name in ("vicreg", "barlow"):

@@ -1,6 +1,6 @@
 """Tier 5: the tokens ops' cuda.cu compiled by nvcc and linked.
 
-`python tests/helpers/audit_cuda.py tokens` records the budget.
+`VICREG_KERNELS_AUDIT=all python -m tests.helpers.audit_cuda tokens` records the budget.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tier 5: the VICRegL ops' cuda.cu compiled by nvcc, and linked.
 
-`VICREG_KERNELS_AUDIT=all python tests/helpers/audit_cuda.py vicregl` records the budget.
+`VICREG_KERNELS_AUDIT=all python -m tests.helpers.audit_cuda vicregl` records the budget.
 """
 
 from __future__ import annotations

@@ -42,7 +42,12 @@ def compiled(op: str, kind: type[K], namespace: str) -> K:
     ops, functions = getattr(torch.ops, namespace), {}
     on_cpu = namespace == NAMESPACES["cpu"]
     for field in fields(kind):
-        packet = getattr(ops, f"{op}_{field.name}")
+        packet = getattr(ops, f"{op}_{field.name}", None)
+        if packet is None:  # sources that are newer than the library, or a schema that is missing
+            raise RuntimeError(
+                f"the compiled library has no {namespace}::{op}_{field.name}: build it anew (python"
+                f" setup.py build_ext --inplace), or add it to csrc/{op}/registration.cpp"
+            )
         lowered = field.name in kind.PRODUCTS and not on_cpu
         functions[field.name] = without_autocast(packet) if lowered else packet.default
     return kind.of(functions, "cpu" if on_cpu else "cuda")

@@ -4,6 +4,9 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <type_traits>
+
+#include "common/cpu/convert.h"
 #include "common/tensors.h"
 
 namespace common {
@@ -11,7 +14,13 @@ namespace common {
 template <typename T>
 inline void to_float(const T* source, int64_t stride, int64_t count, float* target) {
   if (stride == 1) {
-    for (int64_t j = 0; j < count; ++j) target[j] = static_cast<float>(source[j]);
+    if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>) {
+      widen_bfloat16(reinterpret_cast<const uint16_t*>(source), count, target);
+    } else if constexpr (std::is_same_v<T, torch::headeronly::Half>) {
+      widen_half(reinterpret_cast<const _Float16*>(source), count, target);
+    } else {
+      for (int64_t j = 0; j < count; ++j) target[j] = static_cast<float>(source[j]);
+    }
   } else {
     for (int64_t j = 0; j < count; ++j) target[j] = static_cast<float>(source[j * stride]);
   }
@@ -58,11 +67,9 @@ class Rows {
 inline void write_row(const float* source, int64_t count, ScalarType dtype, void* base,
                       int64_t at) {
   if (dtype == ScalarType::BFloat16) {
-    auto* target = static_cast<torch::headeronly::BFloat16*>(base) + at;
-    for (int64_t j = 0; j < count; ++j) target[j] = torch::headeronly::BFloat16(source[j]);
+    narrow_bfloat16(source, count, static_cast<uint16_t*>(base) + at);
   } else {
-    auto* target = static_cast<torch::headeronly::Half*>(base) + at;
-    for (int64_t j = 0; j < count; ++j) target[j] = torch::headeronly::Half(source[j]);
+    narrow_half(source, count, static_cast<_Float16*>(base) + at);
   }
 }
 

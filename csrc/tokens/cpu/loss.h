@@ -1,20 +1,17 @@
 // One row of the prediction loss on the CPU: moments, sums and gradients over D float32 elements.
 //
-// A row is 4 to 6 KB and stays in the L1 cache while it is read two or three times. Vectors of 16
-// floats are one AVX-512 register and two or four of the narrower clones; sums have 2 x 16 lanes, so
-// the order of additions does not depend on the machine's width.
+// A row is 4 to 6 KB and stays in the L1 cache while it is read two or three times.
 #pragma once
 
 #include <cstring>
 
-#include "common/cpu/vector.h"
+#include "common/cpu/lanes.h"
 #include "tokens/formula.h"
 
 namespace tokens {
 namespace cpu {
 
-constexpr int64_t kLanes = 16;
-using Vector = float __attribute__((vector_size(64)));
+using namespace common::lanes;
 
 struct Row {
   const float *p, *t;
@@ -22,64 +19,6 @@ struct Row {
   float mean, rstd;
   float beta, inverse_beta;
 };
-
-KERNELS_ALWAYS_INLINE Vector load(const float* from) {
-  Vector value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
-
-// The last count % 16 elements, the rest `fill`.
-KERNELS_ALWAYS_INLINE Vector load_rest(const float* from, int64_t count, float fill) {
-  float values[kLanes];
-  for (int64_t j = 0; j < kLanes; ++j) values[j] = j < count ? from[j] : fill;
-  return load(values);
-}
-
-KERNELS_ALWAYS_INLINE double lane_sum(const Vector& a) {
-  double sum = 0.0;
-  for (int64_t lane = 0; lane < kLanes; ++lane) sum += static_cast<double>(a[lane]);
-  return sum;
-}
-
-// The sum of term(i, rest) over vectors; rest < 16 where the vector is the last, incomplete one.
-#define TOKENS_SUM(count, whole, last, result)                       \
-  do {                                                               \
-    Vector a = {}, b = {};                                           \
-    int64_t j = 0;                                                   \
-    for (; j + 2 * kLanes <= (count); j += 2 * kLanes) {             \
-      a += whole(j);                                                 \
-      b += whole(j + kLanes);                                        \
-    }                                                                \
-    if (j + kLanes <= (count)) {                                     \
-      a += whole(j);                                                 \
-      j += kLanes;                                                   \
-    }                                                                \
-    if (j < (count)) b += last(j);                                   \
-    result = lane_sum(a) + lane_sum(b);                              \
-  } while (0)
-
-KERNELS_VECTOR inline double sum_of(const float* t, int64_t count) {
-  double sum;
-#define WHOLE(j) load(t + (j))
-#define LAST(j) load_rest(t + (j), count - (j), 0.f)
-  TOKENS_SUM(count, WHOLE, LAST, sum);
-#undef WHOLE
-#undef LAST
-  return sum;
-}
-
-KERNELS_VECTOR inline double scatter_of(const float* t, int64_t count, float mean) {
-  double sum;
-#define WHOLE(j) ((load(t + (j)) - mean) * (load(t + (j)) - mean))
-#define LAST(j)                                          \
-  ((load_rest(t + (j), count - (j), mean) - mean) * \
-   (load_rest(t + (j), count - (j), mean) - mean))
-  TOKENS_SUM(count, WHOLE, LAST, sum);
-#undef WHOLE
-#undef LAST
-  return sum;
-}
 
 KERNELS_ALWAYS_INLINE Vector difference(const Row& row, int64_t j) {
   return load(row.p + j) - (load(row.t + j) - row.mean) * row.rstd;
@@ -97,7 +36,7 @@ KERNELS_ALWAYS_INLINE double loss_body(const Row& row) {
   double sum;
 #define WHOLE(j) element_loss<kind>(difference(row, j), row.beta, row.inverse_beta)
 #define LAST(j) element_loss<kind>(difference_rest(row, j), row.beta, row.inverse_beta)
-  TOKENS_SUM(row.count, WHOLE, LAST, sum);
+  LANES_SUM(row.count, WHOLE, LAST, sum);
 #undef WHOLE
 #undef LAST
   return sum;
@@ -141,9 +80,9 @@ KERNELS_VECTOR inline void row_products(const Row& row, double (&out)[3]) {
 #define ZZ_REST(j) (Z_REST(j) * Z_REST(j))
 #define PZ(j) (P(j) * Z(j))
 #define PZ_REST(j) (P_REST(j) * Z_REST(j))
-  TOKENS_SUM(row.count, PP, PP_REST, out[0]);
-  TOKENS_SUM(row.count, ZZ, ZZ_REST, out[1]);
-  TOKENS_SUM(row.count, PZ, PZ_REST, out[2]);
+  LANES_SUM(row.count, PP, PP_REST, out[0]);
+  LANES_SUM(row.count, ZZ, ZZ_REST, out[1]);
+  LANES_SUM(row.count, PZ, PZ_REST, out[2]);
 #undef Z
 #undef Z_REST
 #undef P

@@ -7,11 +7,13 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "common/cpu/vector.h"
+#include "common/cpu/convert.h"
 #include "tokens/host.h"
 
 namespace tokens {
 namespace cpu {
+
+using common::narrow_bfloat16, common::narrow_half, common::widen_bfloat16, common::widen_half;
 
 // An error that Python sees as a ValueError.
 template <typename... Words>
@@ -41,30 +43,6 @@ inline void check_offsets(const char* name, const int64_t* offsets, int64_t batc
   if (offsets[batch] != total) {
     refuse(name, ": got ", offsets[batch], " last, takes the number of packed rows, ", total);
   }
-}
-
-KERNELS_VECTOR inline void widen_bfloat16(const uint16_t* source, int64_t count, float* target) {
-  for (int64_t j = 0; j < count; ++j) {
-    const uint32_t bits = uint32_t{source[j]} << 16;
-    std::memcpy(target + j, &bits, sizeof bits);
-  }
-}
-
-KERNELS_VECTOR inline void widen_half(const _Float16* source, int64_t count, float* target) {
-  for (int64_t j = 0; j < count; ++j) target[j] = static_cast<float>(source[j]);
-}
-
-KERNELS_VECTOR inline void narrow_bfloat16(const float* source, int64_t count, uint16_t* target) {
-  for (int64_t j = 0; j < count; ++j) {
-    uint32_t bits;
-    std::memcpy(&bits, source + j, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-    target[j] = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-  }
-}
-
-KERNELS_VECTOR inline void narrow_half(const float* source, int64_t count, _Float16* target) {
-  for (int64_t j = 0; j < count; ++j) target[j] = static_cast<_Float16>(source[j]);
 }
 
 inline int64_t element_bytes(ScalarType dtype) { return dtype == ScalarType::Float ? 4 : 2; }

@@ -4,7 +4,7 @@
 // along D, W elements each: 16 bytes' worth where every row is aligned for it, else one.
 #pragma once
 
-#include "common/cuda/columns.cuh"
+#include "common/cuda/pieces.cuh"
 #include "tokens/index.h"
 
 namespace tokens {
@@ -18,6 +18,9 @@ using common::narrow;
 using common::Pack;
 using common::warp_sum;
 using common::widen;
+using common::pieces::kWidth;
+using common::pieces::load;
+using common::pieces::store;
 
 __device__ __forceinline__ int lane() { return threadIdx.x % kLanes; }
 __device__ __forceinline__ int64_t first_row() {
@@ -30,43 +33,6 @@ __device__ __forceinline__ float not_a_number() {
   float value;
   memcpy(&value, &bits, sizeof value);
   return value;
-}
-
-template <typename T, bool Vectors>
-constexpr int kWidth = Vectors ? 16 / static_cast<int>(sizeof(T)) : 1;
-
-// W elements from or to an address: accesses of 16 bytes where W is 16 bytes' worth or more.
-template <int W, typename T>
-__device__ __forceinline__ void load(const T* from, float (&out)[W]) {
-  constexpr int N = 16 / static_cast<int>(sizeof(T));
-  if constexpr (W % N == 0) {
-#pragma unroll
-    for (int part = 0; part < W; part += N) {
-      const auto pack = Pack<T, N>::read(from + part);
-#pragma unroll
-      for (int w = 0; w < N; ++w) out[part + w] = widen(pack.values[w]);
-    }
-  } else {
-    static_assert(W == 1);
-    out[0] = widen(*from);
-  }
-}
-
-template <int W, typename T>
-__device__ __forceinline__ void store(T* to, const float (&in)[W]) {
-  constexpr int N = 16 / static_cast<int>(sizeof(T));
-  if constexpr (W % N == 0) {
-#pragma unroll
-    for (int part = 0; part < W; part += N) {
-      Pack<T, N> pack;
-#pragma unroll
-      for (int w = 0; w < N; ++w) pack.values[w] = narrow<T>(in[part + w]);
-      pack.write(to + part);
-    }
-  } else {
-    static_assert(W == 1);
-    *to = narrow<T>(in[0]);
-  }
 }
 
 // Bits that move as they are: 16 bytes, 4 or 2; all ones is a NaN of every dtype.

@@ -14,26 +14,12 @@ import triton
 import triton.language as tl
 
 from vicreg_kernels.core.triton.operands import round_if
+from vicreg_kernels.core.triton.strides import across, along
 
 # What no kernel is specialised on, beside what its own decorator names.
 SIZES = [
     "length", "dim", "batch", "each", "steps", "slots", "stride_g", "stride_r", "stride_d",
 ]  # fmt: skip
-
-
-@triton.jit
-def across(stride, UNIT: tl.constexpr):
-    """A stride given in UNITs (vicreg_kernels/core/units.py), in elements."""
-    return tl.cast(stride, tl.int64) * UNIT
-
-
-@triton.jit
-def along(stride, UNIT: tl.constexpr):
-    """The stride of columns, which lie side by side where the UNIT is not 1."""
-    if UNIT > 1:
-        return 1
-    else:
-        return stride
 
 
 @triton.jit

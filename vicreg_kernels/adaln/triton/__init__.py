@@ -1,0 +1,1 @@
+"""The Triton backend: imported only where it runs."""
