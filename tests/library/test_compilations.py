@@ -2,11 +2,11 @@
 
 A compilation takes 0.1 to 2.6 CPU-seconds. The recording (compilations.py) needs no GPU. All tests
 together compile 565 kernels, 68 of them of adaptive layer norm. Nearly each of them is one dtype,
-one layout or one rule of one kernel: in attention a head dim, or one of the rules that stay constants because
-their loops differ; in vicreg and barlow the side, the views and the layout. A new test takes the
-heads, the dims and the layouts of the others, or leaves Triton to them (`triton_takes` in
-conftest.py). The recording also refuses what a GPU would: tensors of two devices in one operation
-or comparison.
+one layout or one rule of one kernel: in attention a head dim, or one of the rules that stay
+constants because their loops differ; in vicreg and barlow the side, the views and the layout. A new
+test takes the heads, the dims and the layouts of the others, or leaves Triton to them
+(`triton_takes` in conftest.py). The recording also refuses what a GPU would: tensors of two devices
+in one operation or comparison.
 """
 
 from __future__ import annotations
