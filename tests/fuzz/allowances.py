@@ -128,15 +128,16 @@ def barlow_floors(arguments: Mapping[str, Any], loss: float) -> tuple[float, lis
 
 def norm_floor(arguments: Mapping[str, Any]) -> float:
     """An absolute allowance of x's gradient in modulated_layer_norm, a few roundings of its parts:
-    they cancel in a token of one or two elements.
+    they cancel in a token of one or two elements. A normalised element is off by the rounding of
+    the token's mean, saved in float32, over its standard deviation.
     """
     x, scale = _wide(arguments["x"]), _wide(arguments["scale"])
-    variance = x.var(dim=-1, correction=0) + float(arguments.get("eps", 1e-6))
-    known = [z[z.isfinite()] for z in (variance, 1.0 + scale)]  # what is NaN stays in its token
+    inverse = (x.var(dim=-1, correction=0) + float(arguments.get("eps", 1e-6))).rsqrt()
+    parts = inverse * (1.0 + x.mean(dim=-1).abs() * inverse)
+    known = [z[z.isfinite()] for z in (parts, 1.0 + scale)]  # what is NaN stays in its token
     if not all(z.numel() for z in known):
         return 0.0
-    largest = 2.0 * known[1].abs().max() / known[0].min().sqrt()
-    return _number(4.0 * EPS * largest.item())
+    return _number(8.0 * EPS * (known[1].abs().max() * known[0].max()).item())
 
 
 def _number(floor: float) -> float:
