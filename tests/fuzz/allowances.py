@@ -29,8 +29,8 @@ def may_be_nan(op: str, arguments: Mapping[str, Any]) -> bool:
     """Whether a result may be NaN where the reference's is a number.
 
     Barlow Twins: where float32 does not hold a column's sum of squares, or its variance is not a
-    normal number and eps = 0 (docs/barlow.md). Attention: where a score in base 2 may be past
-    float32 (docs/attention.md). A prediction loss: where float32 does not hold a row's sum of
+    normal number and eps = 0 (docs/barlow.md). Attention: where a score in base 2, or a gradient
+    before it is scaled, may be past float32 (docs/attention.md). A prediction loss: where float32 does not hold a row's sum of
     squares, or a teacher's variance + eps is not a normal number (docs/tokens.md).
     """
     if op == "barlow_twins_loss":
@@ -49,7 +49,7 @@ def may_be_nan(op: str, arguments: Mapping[str, Any]) -> bool:
             return False
         scale = arguments.get("scale")
         scale = arguments["q"].shape[-1] ** -0.5 if scale is None else abs(float(scale))
-        return bool(sizes[0].max() * sizes[1].max() * scale / math.log(2.0) > MOST)
+        return bool(sizes[0].max() * sizes[1].max() * max(scale / math.log(2.0), 1.0) > MOST)
     return False
 
 

@@ -199,5 +199,5 @@ def test_errors_far_past_those_of_float32_are_not(monkeypatch, op, arguments, pa
 
 
 def test_an_int_past_int64_is_a_setting_like_its_float() -> None:
-    for line in ("margin=2**70", "eps=2**70"):
+    for line in ("invariance_weight=2**70", "eps=2**70"):
         assert runner.hold(f"vicreg_loss{SAMPLE}, {line}, backend='cpu')") == "right"
