@@ -30,8 +30,9 @@ def may_be_nan(op: str, arguments: Mapping[str, Any]) -> bool:
 
     Barlow Twins: where float32 does not hold a column's sum of squares, or its variance is not a
     normal number and eps = 0 (docs/barlow.md). Attention: where a score in base 2, or a gradient
-    before it is scaled, may be past float32 (docs/attention.md). A prediction loss: where float32 does not hold a row's sum of
-    squares, or a teacher's variance + eps is not a normal number (docs/tokens.md).
+    before it is scaled, may be past float32 (docs/attention.md). A prediction loss: where float32
+    does not hold a row's sum of squares, or a teacher's variance + eps is not a normal number
+    (docs/tokens.md).
     """
     if op == "barlow_twins_loss":
         return any(map(_unheld, _views(arguments)))
