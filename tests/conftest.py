@@ -56,7 +56,7 @@ def mark_thorough(items: list[pytest.Item]) -> None:
     """
     seen: Counter[str] = Counter()
     for item in items:
-        if item.path.name.startswith("test_audit_"):
+        if "_audit_" in item.path.name:
             item.add_marker(pytest.mark.thorough)
         mark = item.get_closest_marker("sampled")
         if mark is not None and item.get_closest_marker("thorough") is None:

@@ -21,8 +21,6 @@ import pytest
 from tests.helpers import native
 from tests.helpers.audit_cuda import nvcc
 
-# Minutes of compiling.
-
 OLDEST = "2.11.0"
 SUPPORTED = (OLDEST, "2.12.0", "2.13.0")
 OPS = sorted(path.parent.name for path in (native.ROOT / "csrc").glob("*/registration.cpp"))

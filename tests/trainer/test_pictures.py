@@ -99,7 +99,7 @@ def test_pictures_of_any_depth_keep_their_shades(name, tmp_path):
 @pytest.mark.parametrize(
     ("array", "limits", "message"),
     [
-        ((RAMP * 1e6).astype(np.int32), {}, "32 bits.*data.white"),
+        ((RAMP * 1e6).astype(np.int32), {}, "32-bit.*data.white"),
         ((RAMP * 1e6 - 9).astype(np.int32), {"white": 1e6}, "from -9 to 999991, takes 0 to 1e.06"),
         (FLOAT * 65535, {}, r"from 0 to 65535, takes 0 to 1\b.*data.white"),
         (FLOAT - 0.5, {}, r"from -0.5 to 0.5, takes 0 to 1\b"),
