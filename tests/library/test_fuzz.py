@@ -49,6 +49,14 @@ BARELY = (
     " k=T((1, 3, 40), 'float32', 'strided', 5.1e+22, 262, 'offset', False),"
     " v=T((1, 3, 40), 'float32', 'transposed', 5.1e+22, 904, '', True),"
     " mask=Ragged(I([0, 0, 1, 1], 'int64')) & FrameCausal(5, window=1), scale=0.0, backend='cpu')",
+    # 1 - cosine, with a cosine near 1.
+    "prediction_loss(pred=[T((1, 4, 31), 'float32', 'transposed', 1.0, 295, 'offset', True)],"
+    " teacher=T((1, 5, 31), 'float32', 'contiguous', 1.0, 477, 'offset', False),"
+    " index=[I([[0, 1, 3, 4]], 'int64')], kind='cosine', normalize_target=False, backend='cpu')",
+    # A mean that is large beside the deviation.
+    "modulated_layer_norm(x=T((5, 11, 2), 'float32', 'expanded', 1.0, 613, 'offset', True),"
+    " shift=T((5, 2), 'float16', 'contiguous', 2.0, 904, '', True),"
+    " scale=T((5, 2), 'float16', 'expanded', 2.0, 11, '', True), backend='cpu')",
 )  # fmt: skip
 
 
