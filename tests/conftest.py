@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 # Read once, when torch and vicreg_kernels load. Threads that spin while they wait make the suite
 # several times slower on a machine that has other work.
@@ -16,7 +17,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.helpers import triton_interpreter
+from tests.helpers import audit_triton, triton_interpreter
 from vicreg_kernels.core import dispatch
 
 # The same examples every time: a red run is a change in the code, not in the draw.
@@ -124,3 +125,19 @@ def fused(request: pytest.FixtureRequest) -> Fused:
     if backend.name == "cpu" and os.environ.get("CI"):
         pytest.fail(f"the cpu backend must be built here: {reason}")
     pytest.skip(f"{backend.name}: {reason}")
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend of a GPU in turn, for tests that are marked gpu as a whole."""
+    reason = dispatch.missing(request.param, "cuda", torch.float32)
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
+    """The cases of an audit, a file with CASES and launched, compiled by Triton."""
+    pytest.importorskip("triton")
+    return audit_triton.compile_all(request.module.launched, request.module.CASES)

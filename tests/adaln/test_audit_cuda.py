@@ -11,9 +11,6 @@ import pytest
 
 from tests.helpers import audit_cuda
 
-# What nvcc compiles takes a minute an op: `make test` compiles VICReg alone, `make audit` all.
-pytestmark = pytest.mark.thorough
-
 
 @pytest.mark.parametrize("architecture", audit_cuda.ARCHITECTURES)
 def test_no_spills(architecture):

@@ -13,20 +13,12 @@ from tests.helpers import native
 pytestmark = pytest.mark.thorough
 
 PROGRAM = Path(__file__).with_name("sanitized.py").read_text()
-BUILDS = {
-    "cpu": (native.sanitized, "vicreg_kernels_sanitized"),
-    "cuda": (lambda op: native.emulated(op, sanitize=True), "vicreg_kernels_emulator"),
-}
-
-
-def run(build: str, mode: str):
-    make, namespace = BUILDS[build]
-    return native.run_sanitized(PROGRAM, make("adaln"), namespace, mode)
+BUILDS = ("cpu", "cuda")
 
 
 @pytest.mark.parametrize("build", BUILDS)
 def test_every_edge_is_clean(build):
-    done = run(build, "plain")
+    done = native.run_sanitized_build("adaln", build, PROGRAM, "plain")
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.strip() == "clean"
 
@@ -34,6 +26,6 @@ def test_every_edge_is_clean(build):
 @pytest.mark.parametrize("build", BUILDS)
 def test_a_planted_overrun_is_seen(build):
     """The build really is instrumented: saved floats one short must be reported."""
-    done = run(build, "short")
+    done = native.run_sanitized_build("adaln", build, PROGRAM, "short")
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr

@@ -11,20 +11,11 @@ import torch
 from tests.adaln.cases import MIXES, check_gate, check_norm, draw, run, same, vectors
 from tests.helpers import gpu_steps
 from vicreg_kernels.adaln import gated_residual, modulated_layer_norm
-from vicreg_kernels.core import dispatch
 
 pytestmark = pytest.mark.gpu
 
 # A video predictor, DiT-XL/2, one token a frame, odd ones, the longest.
 REAL = [(2, 16, 196, 384), (4, 256, 1152), (64, 16, 1, 192), (3, 100, 515), (2, 33, 4096)]
-
-
-@pytest.fixture(params=["cuda", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    reason = dispatch.missing(request.param, "cuda", torch.float32)
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
 
 
 @pytest.mark.triton_takes(lambda mix, **_: mix in (MIXES[1], MIXES[3]))

@@ -114,12 +114,6 @@ def whole_groups(case: Case) -> bool:
     return case.dtype != "float32" and case.head_dim <= 96
 
 
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, dict[str, Any]]:
-    pytest.importorskip("triton")
-    return audit_triton.compile_all(launched, CASES)
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel(case: Case, compiled: dict[str, Any]) -> None:
     found = compiled[str(case)]

@@ -15,7 +15,6 @@ from tests.helpers import gpu_steps
 from tests.helpers.shapes import randn
 from tests.helpers.tolerances import assert_matches_reference
 from vicreg_kernels.barlow import barlow_twins_loss
-from vicreg_kernels.core import dispatch
 
 pytestmark = pytest.mark.gpu
 
@@ -32,14 +31,6 @@ REAL = [
 # Of these shapes Triton compiles kernels for float32 too; for float16 in the tests of halves.
 SOME = [(256, 8192), (2048, 512)]
 BOTH_SIDES = [(256, 8192), (130, 515), (2048, 512), (515, 130)]
-
-
-@pytest.fixture(params=["cuda", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    reason = dispatch.missing(request.param, "cuda", torch.float32)
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
 
 
 def correlated(*shape: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

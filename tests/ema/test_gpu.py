@@ -23,14 +23,6 @@ from vicreg_kernels.ema import EMA, ema_update_
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(params=["cuda", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    reason = dispatch.missing(request.param, "cuda", torch.float32)
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
-
-
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("momentum", MOMENTA)
 def test_every_mix_of_dtypes(backend, momentum, rounding):

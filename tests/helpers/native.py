@@ -133,3 +133,12 @@ def run_sanitized(program: str, library: Path, *words: str) -> subprocess.Comple
         capture_output=True,
         text=True,
     )
+
+
+def run_sanitized_build(
+    op: str, build: str, program: str, mode: str
+) -> subprocess.CompletedProcess[str]:
+    """`program` on an op's sanitized build: "cpu", or "cuda", its kernels in the emulator."""
+    if build == "cpu":
+        return run_sanitized(program, sanitized(op), "vicreg_kernels_sanitized", mode)
+    return run_sanitized(program, emulated(op, sanitize=True), "vicreg_kernels_emulator", mode)

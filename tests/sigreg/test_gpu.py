@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.helpers.shapes import randn
 from tests.sigreg import cases as sigreg_cases
 from tests.sigreg.cases import KNOTS, check
-from vicreg_kernels.core import dispatch, loader
+from vicreg_kernels.core import loader
 from vicreg_kernels.sigreg import contract, sigreg_directions, sigreg_loss
 
 pytestmark = pytest.mark.gpu
@@ -23,14 +23,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # N, D, M, knots
 REAL = [(512, 192, 1024, 17), (2048, 512, 1024, 17), (2048, 512, 4096, 41)]
 SMALL = [(130, 67, 70), (300, 129, 33)]  # off the tiles
-
-
-@pytest.fixture(params=["cuda", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    reason = dispatch.missing(request.param, "cuda", torch.float32)
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

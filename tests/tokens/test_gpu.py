@@ -38,14 +38,6 @@ REAL = [
 ]
 
 
-@pytest.fixture(params=["cuda", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    reason = dispatch.missing(request.param, "cuda", torch.float32)
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
-
-
 # Of what is left out here, Triton's float32 kernels are launched by test_tokens_torch and
 # test_layouts; odd columns in bfloat16 by test_half_predictions_of_a_float_teacher.
 @pytest.mark.triton_takes(

@@ -118,12 +118,6 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     return found[case.kernel]
 
 
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, dict[str, Any]]:
-    pytest.importorskip("triton")
-    return audit_triton.compile_all(launched, CASES)
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel(case: Case, compiled: dict[str, Any]) -> None:
     found = compiled[str(case)]

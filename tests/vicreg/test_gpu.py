@@ -37,14 +37,6 @@ SOME = [(256, 8192), (2048, 512)]
 BOTH_SIDES = [(256, 8192), (130, 515), (2048, 512), (515, 130)]
 
 
-@pytest.fixture(params=["cuda", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    reason = dispatch.missing(request.param, "cuda", torch.float32)
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
-
-
 def correlated(*shape: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Two views with standard deviations on both sides of the margin."""
     x = randn(*shape) * torch.linspace(0.5, 1.5, shape[-1])

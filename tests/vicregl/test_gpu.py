@@ -12,7 +12,7 @@ from tests.helpers import gpu_steps
 from tests.vicregl import cases as vicregl_cases
 from tests.vicregl import matches as cases
 from tests.vicregl.matches import DTYPES, LAYOUTS, maps, rules, same
-from vicreg_kernels.core import dispatch, loader
+from vicreg_kernels.core import loader
 from vicreg_kernels.vicregl import contract, op, vicregl_loss
 
 pytestmark = pytest.mark.gpu
@@ -27,14 +27,6 @@ REAL = [
     (1, 2, 3, 1024, 50, 104),
     (2, 1, 3, 37, 61, 515),
 ]
-
-
-@pytest.fixture(params=["cuda", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    reason = dispatch.missing(request.param, "cuda", torch.float32)
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
 
 
 # Of what is left out here, Triton's kernels are launched by: float32: test_layouts.

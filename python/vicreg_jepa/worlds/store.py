@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -83,7 +84,7 @@ def _arrays(episode: Episode) -> bytes:
     return packed.getvalue()
 
 
-class Trajectories:
+class Trajectories(ABC):
     """Episodes by number. lengths: the number of actions of each; settings: their origin."""
 
     lengths: Sequence[int]
@@ -92,8 +93,9 @@ class Trajectories:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @abstractmethod
     def episode(self, number: int) -> Episode:
-        raise NotImplementedError
+        """One whole episode. Raises ValueError if what is stored of it is damaged."""
 
     def windows(self, length: int, stride: int = 1) -> Windows:
         """All windows of `length` actions and length + 1 frames, which begin at every stride-th
