@@ -56,6 +56,16 @@ def test_a_leak_is_named(what, leak) -> None:
     assert any(word.startswith(what) for word in soak.growth(sizes))
 
 
+def test_a_leak_into_freed_memory_is_named(leak) -> None:
+    """What was freed before stays in malloc's heap, and a leak that fills it maps no new page."""
+    torch.ones(8_000_000)  # 32 MB, mapped and freed: tensors below that now come from the heap
+    freed = [torch.ones(1_000_000) for _ in range(120)]
+    leak.append(freed.pop())  # the heap's end, so that it cannot shrink
+    freed.clear()
+    sizes = soak.soak("a leak", lambda r: LEAKS["memory"](leak), 100)
+    assert any(word.startswith("memory") for word in soak.growth(sizes))
+
+
 def test_a_cache_that_grows_is_named(monkeypatch) -> None:
     cache: dict[int, int] = {}
     monkeypatch.setattr(vicreg_kernels.core.calls, "_cache", cache, raising=False)
