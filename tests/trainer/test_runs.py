@@ -223,7 +223,7 @@ from pathlib import Path
 from vicreg_jepa.training import locking
 with locking.held(Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(600)  # it is killed before
 """
 
 
