@@ -5,15 +5,13 @@ one process has; neither communicates in the update.
 from __future__ import annotations
 
 import copy
-import os
-import socket
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 
+from tests.helpers import gloo
 from vicreg_kernels.ema import EMA
 
 pytestmark = pytest.mark.skipif(
@@ -82,27 +80,23 @@ def whole(z: torch.Tensor) -> torch.Tensor:
     return z.full_tensor() if hasattr(z, "full_tensor") else z
 
 
-def worker(rank: int, port: int, kind: str, out: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    try:
+KINDS = {"ddp": distributed, "fsdp2": sharded}
+
+
+def worker(rank: int, ranks: int) -> dict[str, dict[str, Any]]:
+    found = {}
+    for kind, train_on in KINDS.items():
         model = make()
         ema = EMA(copy.deepcopy(model), 0.9, shadow_dtype=torch.bfloat16)
-        (distributed if kind == "ddp" else sharded)(rank, ema, model)
+        train_on(rank, ema, model)
         state = {name: whole(z.detach()) for name, z in ema.named_parameters()}
-        torch.save(state | {"step": ema.step}, f"{out}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+        found[kind] = state | {"step": ema.step}
+    return found
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_ranks_equal_one_process(kind: str, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (port, kind, str(tmp_path)), nprocs=2)
-    states = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_equal_one_process(kind: str) -> None:
+    states = [each[kind] for each in gloo.on_two("ema.test_distributed")]
     ema = alone()
     expected = dict(ema.named_parameters())
     assert expected.keys() == states[0].keys() - {"step"}

@@ -24,7 +24,14 @@ import torch.multiprocessing as mp
 
 # Of every collective: what waits longer has lost a rank.
 TIMEOUT = timedelta(seconds=60)
-SHARED = ("vicreg.test_ranks", "barlow.test_ranks", "library.test_distributed")
+# In this order: the last one changes the sizes of chunks.
+SHARED = (
+    "ema.test_distributed",
+    "library.test_across_ranks",
+    "vicreg.test_ranks",
+    "barlow.test_ranks",
+    "library.test_distributed",
+)
 
 
 def _main(rank: int, function: Callable[..., Any], ranks: int, folder: str, args: Any) -> None:

@@ -2,14 +2,12 @@
 the loss and the parameter gradients of one process with the whole batch.
 
 A file tests/library/across_ranks/<op>.py gives CASES: name -> Case. All cases of all ops run in one
-spawn a number of ranks.
+spawn a number of ranks (two ranks: in that of tests/helpers/gloo.py).
 """
 
 from __future__ import annotations
 
 import importlib
-import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+
+from tests.helpers import gloo
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
@@ -92,22 +91,16 @@ def outcome(case: Case, model: nn.Module, batch: tuple[Tensor, ...], group: Any)
     return {"loss": loss.detach(), **grads}
 
 
-def worker(rank: int, ranks: int, port: int, out: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=ranks)
-    try:
-        results = {}
-        for name, case in cases().items():
-            for split in case.splits[ranks]:
-                model, batch = build(case)
-                own = tuple(z.split(split)[rank] for z in batch)
-                ddp = nn.parallel.DistributedDataParallel(model)
-                results[name, split] = outcome(case, ddp, own, True)
-        torch.save(results, f"{out}/{rank}.pt")
-        del ddp, model  # one that outlives its process group can hang
-    finally:
-        torch.distributed.destroy_process_group()
+def worker(rank: int, ranks: int) -> dict[Any, Any]:
+    results = {}
+    for name, case in cases().items():
+        for split in case.splits[ranks]:
+            model, batch = build(case)
+            own = tuple(z.split(split)[rank] for z in batch)
+            results[name, split] = outcome(
+                case, nn.parallel.DistributedDataParallel(model), own, True
+            )
+    return results
 
 
 FEW, *MORE = sorted(SPLITS)
@@ -117,12 +110,10 @@ RANKS = [FEW, *(pytest.param(ranks, marks=pytest.mark.thorough) for ranks in MOR
 
 @pytest.fixture(scope="module", params=RANKS)
 def everyone(request, tmp_path_factory) -> tuple[int, list[dict[Any, Any]]]:
-    ranks, folder = request.param, tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (ranks, port, str(folder)), nprocs=ranks)
-    return ranks, [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
+    ranks = request.param
+    if ranks == FEW:
+        return ranks, gloo.on_two("library.test_across_ranks")
+    return ranks, gloo.run(ranks, tmp_path_factory.mktemp("ranks"), worker)
 
 
 @pytest.mark.parametrize("name", cases())
