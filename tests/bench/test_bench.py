@@ -15,6 +15,7 @@ from bench import environment, measure, record, report, run, vicreg
 from bench.case import Case, Plan
 from tests.helpers.bench_fake import (  # noqa: F401
     CPU,
+    PEAK_MEMORY,
     fake_fixture,
     fake_op,
     fake_plan,
@@ -98,6 +99,7 @@ def test_an_ops_file_gives_what_the_runner_takes(op):
 
 def test_the_record_is_as_documented(fake, tmp_path, monkeypatch):
     """Of two ops in one process, appended to once."""
+    monkeypatch.setattr(measure, "peak_memory", PEAK_MEMORY)
     small = (vicreg.case(24, 64, cpu={"eager": 1e6}), vicreg.case(8, 8, groups=3))
     monkeypatch.setattr(vicreg, "CASES", {case.name: case for case in small})
     monkeypatch.setattr(run, "OPS", ("fake", "vicreg"))

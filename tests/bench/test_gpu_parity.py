@@ -114,9 +114,17 @@ def test_cuda_comes_before_triton_and_memory_last(collected):
 
 
 def run(
-    tmp_path: Path, monkeypatch, seconds: float = 600, limit: float = 60, **files: str
+    tmp_path: Path,
+    monkeypatch,
+    seconds: float = 600,
+    limit: float = 60,
+    fraction: float = 1.0,
+    **files: str,
 ) -> Verdict:
-    """The runner on a project of these files of tests."""
+    """The runner on a project of these files of tests. fraction: a share of the GPU's memory, for
+    which each process imports torch.
+    """
+    monkeypatch.setattr(gpu_parity, "FRACTION", fraction)
     folder = tmp_path / "tests"
     folder.mkdir()
     for name, body in files.items():
@@ -128,7 +136,8 @@ def run(
 
 def test_all_passed(tmp_path, monkeypatch):
     body = "@pytest.mark.parametrize('b', ['cuda', 'triton'])\ndef test_it(b): pass\n"
-    verdict = run(tmp_path, monkeypatch, one=body, two=body + "def test_peak_memory(): pass\n")
+    two = body + "def test_peak_memory(): pass\n"
+    verdict = run(tmp_path, monkeypatch, fraction=gpu_parity.FRACTION, one=body, two=two)
     assert (verdict.status, verdict.reason) == (PASS, "5 passed")
     assert len(list((tmp_path / "results").glob("*.xml"))) == 5, "a process a file and part"
 

@@ -14,6 +14,7 @@ from bench import measure, run
 from bench.case import Case, Plan
 
 CPU = torch.device("cpu")
+PEAK_MEMORY = measure.peak_memory
 LIMITS = {"copy_gbps": 10.0, "matmul_tflops": 0.1}
 
 
@@ -50,13 +51,16 @@ def fake_op(**cases: Case) -> types.ModuleType:
 
 @pytest.fixture(name="fake")
 def fake_fixture(monkeypatch):
-    """Installs an op's file in place of all; its ceilings are 10 GB/s and 0.1 TFLOP/s."""
+    """Installs an op's file in place of all; its ceilings are 10 GB/s and 0.1 TFLOP/s, and no
+    profiler counts its memory.
+    """
 
     def install(module: types.ModuleType) -> None:
         monkeypatch.setitem(sys.modules, "bench.fake", module)
         monkeypatch.setattr(run, "OPS", ("fake",))
 
     monkeypatch.setattr(measure, "ceilings", lambda device, dtype: LIMITS)
+    monkeypatch.setattr(measure, "peak_memory", lambda step, device: step() and 0)
     install(fake_op())
     return install
 

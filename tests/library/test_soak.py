@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 
@@ -15,6 +16,13 @@ import vicreg_kernels.core.calls
 from tests.fuzz import campaign, soak
 
 CALLS = {"vicregl_loss": 60, "vicregl_terms": 60}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def thawed():
+    """What a soak has frozen, for the tests of other files."""
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize("name", soak.steps())

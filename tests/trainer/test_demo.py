@@ -15,7 +15,8 @@ from vicreg_jepa import config
 from vicreg_jepa.compare import memory, timing
 from vicreg_jepa.data import batches, image_files, image_sets
 from vicreg_jepa.demo import __main__ as demo
-from vicreg_jepa.demo import parity, physics, table
+from vicreg_jepa.demo import digits, parity, physics, table
+from vicreg_jepa.demo import losses as demo_losses
 from vicreg_jepa.distributed.ranks import Ranks
 from vicreg_jepa.evaluation import probe
 from vicreg_jepa.evaluation.features import features
@@ -250,8 +251,13 @@ def test_interleaved_takes_turns():
 # The whole
 
 
-def test_the_digits_are_compared(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.thorough)])
+def test_the_digits_are_compared(tmp_path, capsys, monkeypatch, apart):
+    """apart: each training and the comparison in a process of its own, not the memory's alone."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # so little work is slower on two
+    if not apart:
+        monkeypatch.setattr(digits, "in_own_process", lambda function, *words: function(*words))
+        monkeypatch.setattr(demo_losses, "ROUNDS", 3)
     out = tmp_path / "out"
     words = ["training.steps=4", "training.save_every=2", "training.batch=32"]
     words += ["model.expander=[16, 48]", "--only", "digits", "--output", str(out)]
