@@ -152,13 +152,20 @@ def words_of(folder: Path, *words: str) -> list[str]:
     return ["--nproc-per-node", "2", "-m", "vicreg_jepa", *given]
 
 
+def check_stopped(folder: Path, text: str, number: str) -> None:
+    """All ranks saved after the last step, and one line says how the run goes on."""
+    lines = [line for line in text.splitlines() if line.startswith("vicreg-jepa: ")]
+    steps = len(rows(folder))
+    path = checkpoint.newest(folder / "checkpoints")
+    assert path.name == f"step_{steps:08d}"
+    assert len(lines) == 1, text
+    assert lines[0].startswith(f"vicreg-jepa: stopped by {number}"), text
+    assert lines[0].endswith(f"; the same command goes on from step {steps} ({path})")
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("number", "told"),
-    [
-        ("SIGTERM", "one"),
-        pytest.param("SIGTERM", "all", marks=pytest.mark.thorough),
-        pytest.param("SIGINT", "all", marks=pytest.mark.thorough),
-    ],
+    ("number", "told"), [("SIGTERM", "one"), ("SIGTERM", "all"), ("SIGINT", "all")]
 )
 def test_ranks_that_are_told_to_stop_save_first(number, told, tmp_path):
     """Told is one rank, or torchrun, which tells all; the run then goes on as if never stopped."""
@@ -174,13 +181,8 @@ def test_ranks_that_are_told_to_stop_save_first(number, told, tmp_path):
         os.kill(target, signal.Signals[number])
         text = run.finish()
         assert run.process.returncode != 0
-    lines = [line for line in text.splitlines() if line.startswith("vicreg-jepa: ")]
+    check_stopped(folder, text, number)
     first = rows(folder)
-    path = checkpoint.newest(folder / "checkpoints")
-    assert path.name == f"step_{len(first):08d}"
-    assert len(lines) == 1, text
-    assert lines[0].startswith(f"vicreg-jepa: stopped by {number}"), text
-    assert lines[0].endswith(f"; the same command goes on from step {len(first)} ({path})")
     with Ranks(words) as run:
         until(run, lambda: seen() >= len(first) + 5)
         run.process.terminate()
@@ -196,7 +198,9 @@ def test_ranks_that_are_told_to_stop_save_first(number, told, tmp_path):
 
 
 def test_a_killed_rank_is_named_and_the_run_goes_on(tmp_path):
-    """The message's command takes the same steps as the run that was killed."""
+    """The message's command takes the same steps as the run that was killed. Then one rank is told
+    to stop, and all save.
+    """
     folder = tmp_path / "run"
     start = words_of(folder, "training.save_every=10")
 
@@ -215,8 +219,10 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(tmp_path):
     (command,) = re.findall(r"^    torchrun (.*)$", text, re.MULTILINE)
     with Ranks(shlex.split(command)) as run:
         until(run, lambda: seen() > len(first))
-        run.process.terminate()
-        assert "vicreg-jepa: stopped by SIGTERM; the same command goes on" in run.finish()
+        os.kill(run.pids()[1], signal.SIGTERM)
+        text = run.finish()
+        assert run.process.returncode != 0
+    check_stopped(folder, text, "SIGTERM")
     assert len(first) > step
     again = rows(folder)
     assert [row["loss"] for row in again[: len(first)]] == [row["loss"] for row in first]
