@@ -40,7 +40,8 @@ physics: setup ## train the physics models in full and measure their surprise: h
 	$(BIN)/vicreg-jepa surprise runs/vjepa_causal_physics --beside runs/pixels_physics
 
 test: setup ## run all tests that end within 10 minutes
-	$(BIN)/python -m pytest -m "not gpu and not thorough" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu and not thorough" -n 2 --dist loadfile \
+	    --no-loadscope-reorder
 
 # Random calls of every op against the float64 reference, 60 seconds an op or
 # VICREG_KERNELS_FUZZ_SECONDS, once on the library and once on its build under ASan and UBSan; then

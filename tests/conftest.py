@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # Read once, when torch and vicreg_kernels load. Threads that spin while they wait make the suite
@@ -23,6 +24,30 @@ from vicreg_kernels.core import dispatch
 # The same examples every time: a red run is a change in the code, not in the draw.
 settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 settings.load_profile("fixed")
+
+
+# The files that take longest, longest first. With xdist a file goes to one worker as a whole: these
+# in this order, then the others (`--no-loadscope-reorder`), so that none of these is begun when the
+# other worker is about to end.
+LONGEST = (
+    "trainer/test_ranks.py",
+    "attention/test_triton.py",
+    "bench/test_gpu_rehearsal.py",
+    "bench/test_gpu_parity.py",
+    "trainer/test_demo.py",
+    "trainer/test_curves.py",
+    "vicreg/test_ranks.py",
+    "tokens/test_triton.py",
+    "sigreg/test_triton.py",
+    "vicreg/test_torch.py",
+    "attention/test_emulator.py",
+    "vicreg/test_triton.py",
+    "barlow/test_triton.py",
+    "vicreg/test_triton_tma.py",
+    "library/test_compilations.py",
+    "library/test_distributed.py",
+    "bench/test_bench.py",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -67,10 +92,17 @@ def mark_thorough(items: list[pytest.Item]) -> None:
             seen[test] += 1
 
 
+def begin_with_the_longest(items: list[pytest.Item]) -> None:
+    place = {Path(__file__).parent / name: n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
+
+
 # Before pytest itself selects by markers.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mark_thorough(items)
+    if hasattr(config, "workerinput"):
+        begin_with_the_longest(items)
     left = [item for item in items if not compiled_for(item)]
     if left:
         config.hook.pytest_deselected(items=left)

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from tests.helpers import inductor
 from tests.helpers.recorded_ops import RecordedOps
 from tests.helpers.shapes import randn
 from tests.helpers.tolerances import differentiate
@@ -177,8 +178,7 @@ def test_inductor(fused):
         module, x = module.bfloat16(), x.detach().bfloat16().requires_grad_()
     rope = Rope3d((3, 3, 1))
     function = summed(lambda x: module(x, mask=FrameCausal(3), rope=rope))
-    # its cache on disk knows the graph, not the shapes this version's fake op gives
-    with torch._inductor.config.patch(force_disable_caches=True):
+    with inductor.anew():
         actual = differentiate(torch.compile(function, fullgraph=True), x)
     expected = differentiate(function, x)
     torch.testing.assert_close(actual.values, expected.values)

@@ -25,7 +25,7 @@ def test_a_rehearsal_with_failures(tmp_path):
     rehearsal's own verdict is that it was so.
     """
     words = ["--rehearse", "--ops", "tokens", "--tests", "tests/ema/test_reference.py"]
-    words += ["--test-seconds", "15"]
+    words += ["--test-seconds", "8"]
     for kind in KINDS:
         words += ["--inject", kind]
     done = subprocess.run(

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from bench.measure import peak_memory
 from tests.ema import tensors as ema_tensors
 from tests.ema.tensors import ROUNDINGS, assert_same_bits
+from tests.helpers import inductor
 from vicreg_kernels.ema import EMA, ema_update_
 
 OP = torch.ops.vicreg_kernels.ema_update_.default
@@ -59,7 +60,7 @@ def test_fullgraph_training_step(fused, backend, rounding):
     x = torch.randn(8, 6, device=fused.device)
     start, first = torch.randn(2, 6, 6, device=fused.device)
     found = []
-    with torch._inductor.config.patch(force_disable_caches=True):
+    with inductor.anew():
         compiled = torch.compile(step, fullgraph=True, backend=backend)
         for function in (step, compiled):
             weight = first.clone().requires_grad_()

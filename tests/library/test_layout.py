@@ -12,6 +12,7 @@ import pytest
 import bench
 import vicreg_kernels as vk
 from bench.gpu_stages import triton_kernels
+from tests import conftest
 from tests.helpers import compilations, imports
 from vicreg_kernels.attention.contract import Settings as AttentionSettings
 from vicreg_kernels.core import registry, schema
@@ -53,6 +54,11 @@ def trespasses(edges: imports.Graph) -> list[str]:
             if here in BELOW or here != "vicregl" or inside not in PUBLIC:
                 wrong.append(f"{module} -> {target}")
     return wrong
+
+
+def test_the_longest_files_are_tests():
+    """A file that has another name now would be begun late."""
+    assert [name for name in conftest.LONGEST if not (ROOT / "tests" / name).exists()] == []
 
 
 def test_nothing_imports_in_a_circle():

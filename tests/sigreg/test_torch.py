@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from tests.helpers import shapes
+from tests.helpers import inductor, shapes
 from tests.helpers.recorded_ops import RecordedOps
 from tests.helpers.tolerances import differentiate
 from vicreg_kernels.sigreg import LeJEPALoss, SIGRegLoss, sigreg_directions, sigreg_loss
@@ -90,7 +90,7 @@ def test_inductor(fused):
 
     z = embeddings((12, 20), fused)
     step = torch.tensor(2, device=fused.device)
-    with torch._inductor.config.patch(force_disable_caches=True):
+    with inductor.anew():
         actual = differentiate(lambda z: torch.compile(function, fullgraph=True)(z, step), z)
     expected = differentiate(lambda z: function(z, step), z)
     torch.testing.assert_close(actual.values, expected.values)

@@ -11,6 +11,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.helpers import inductor
 from tests.helpers.recorded_ops import RecordedOps, words
 from tests.tokens.cases import KINDS, draw, mask, run, same
 from vicreg_kernels.tokens import (
@@ -137,7 +138,7 @@ def test_inductor(fused):
     def around(p, t, i):
         return function(2.0 * p, t - 1.0, i)
 
-    with torch._inductor.config.patch(force_disable_caches=True):
+    with inductor.anew():
         actual = outcome(torch.compile(around, fullgraph=True), leaves, integers)
     torch.testing.assert_close(actual, outcome(around, leaves, integers))
 

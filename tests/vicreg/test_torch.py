@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from tests.helpers import shapes
+from tests.helpers import inductor, shapes
 from tests.helpers.recorded_ops import RecordedOps, words
 from tests.helpers.tolerances import differentiate
 from vicreg_kernels import (
@@ -164,8 +164,7 @@ def test_inductor(fused):
         return vicreg_loss(2.0 * x, y - 1.0, backend=fused.name)
 
     views = two_views((12, 20), fused)
-    # its cache on disk knows the graph, not the shapes this version's fake op gives
-    with torch._inductor.config.patch(force_disable_caches=True):
+    with inductor.anew():
         actual = differentiate(torch.compile(function, fullgraph=True), *views)
     expected = differentiate(function, *views)
     torch.testing.assert_close(actual.values, expected.values)
