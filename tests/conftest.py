@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,22 +98,24 @@ def begin_with_the_longest(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
 
 
-# Before pytest itself selects by markers.
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+# Marks before pytest itself selects by markers; orders after it has, by session-scoped parameters.
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Generator[None, None, None]:
     mark_thorough(items)
-    if hasattr(config, "workerinput"):
-        begin_with_the_longest(items)
     left = [item for item in items if not compiled_for(item)]
     if left:
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if compiled_for(item)]
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="no CUDA device")
-    for item in items:
-        if item.get_closest_marker("gpu") is not None:  # a folder called gpu is a keyword as well
-            item.add_marker(skip)
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="no CUDA device")
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:  # a folder called gpu is a keyword too
+                item.add_marker(skip)
+    yield
+    if hasattr(config, "workerinput"):
+        begin_with_the_longest(items)
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # Of every collective: what waits longer has lost a rank.
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(seconds=300)
 # In this order: the last one changes the sizes of chunks.
 SHARED = (
     "ema.test_distributed",
