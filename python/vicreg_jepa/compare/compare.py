@@ -15,6 +15,7 @@ import torch
 
 from vicreg_jepa.compare import memory, timing
 from vicreg_jepa.config import Config, describe, parse
+from vicreg_jepa.data import sources
 from vicreg_jepa.distributed.ranks import Ranks
 from vicreg_jepa.methods import build
 from vicreg_jepa.training.trainer import Trainer
@@ -49,22 +50,27 @@ def _trainer(settings: Config, name: str, folder: Path, channels: int) -> Traine
     return Trainer(settings, build.method(settings, channels), Ranks(), folder)
 
 
-def batch_of(settings: Config) -> torch.Tensor:
-    """A random batch for a step, whose speed does not depend on the contents of the images."""
+def batch_of(settings: Config) -> tuple[Any, int]:
+    """A batch for a step, and its channels. It is random, because the speed does not depend on the
+    contents of images; trajectories are those of the run's first step.
+    """
+    if settings.is_of_trajectories:
+        source = sources.source(settings)
+        return next(source.batches(0, Ranks().share)), source.channels
     data, generator = settings.data, torch.Generator().manual_seed(settings.seed)
     shape: tuple[int, ...] = (settings.training.batch, 3, data.size, data.size)
     if settings.is_video:
         shape = (*shape[:2], data.frames, *shape[2:])
     if data.kind == "digits":
         shape = (shape[0], 1, *shape[2:])
-    return torch.rand(shape, generator=generator)
+    return torch.rand(shape, generator=generator), shape[1]
 
 
 def _memory(values: dict[str, Any], name: str) -> int:
     settings = parse(values)
-    batch = batch_of(settings)
+    batch, channels = batch_of(settings)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(settings, name, Path(folder), batch.shape[1])
+        trainer = _trainer(settings, name, Path(folder), channels)
         trainer.take(batch)  # for the optimizer's state, and what torch loads once
         peak = memory.PeakMemory(trainer.device)
         trainer.take(batch)
@@ -72,10 +78,10 @@ def _memory(values: dict[str, Any], name: str) -> int:
 
 
 def compare(settings: Config, rounds: int) -> Compared:
-    batch = batch_of(settings)
+    batch, channels = batch_of(settings)
     losses: dict[str, list[float]] = {name: [] for name in NAMES}
     with tempfile.TemporaryDirectory() as folder:
-        trainers = {n: _trainer(settings, n, Path(folder), batch.shape[1]) for n in NAMES}
+        trainers = {n: _trainer(settings, n, Path(folder), channels) for n in NAMES}
 
         def step(name: str) -> None:
             losses[name].append(float(trainers[name].take(batch)))

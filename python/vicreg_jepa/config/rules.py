@@ -11,13 +11,17 @@ if TYPE_CHECKING:
 
 # The settings that only some kinds of data take.
 KINDS = {
-    "path": ("images", "torchvision", "videos", "webdataset", "physics"),
+    "path": ("images", "torchvision", "videos", "webdataset", "physics", "trajectories"),
     "test": ("images", "webdataset"),
     "name": ("torchvision",),
     "download": ("torchvision",),
     "decoder": ("videos", "webdataset"),
     "videos": ("physics",),
     "white": ("images", "webdataset"),
+    "world": ("world",),
+    "settings": ("world",),
+    "policy": ("world",),
+    "length": ("world",),
     "max_pixels": ("images", "videos", "webdataset"),
     "max_bytes": ("webdataset", "physics"),
 }
@@ -26,6 +30,7 @@ OF_VIT = ("depth", "heads", "patch")
 DATA_KINDS = {
     "images": ("digits", "images", "torchvision", "webdataset"),
     "videos": ("videos", "webdataset", "physics"),
+    "trajectories": ("world", "trajectories"),
 }
 
 
@@ -46,6 +51,8 @@ def check(config: Config) -> None:
             f"training.accumulate: got {config.training.accumulate}, takes 1 with "
             "loss.vc_weight, whose terms need the whole batch"
         )
+    if kind.learns == "trajectories":
+        _is_of_whole_batches(config)
     if config.training.compile == "reduce-overhead":
         _can_be_captured(config)
     if config.training.parallel == "fsdp":
@@ -72,6 +79,19 @@ def _has_its_default(config: Config, key: str, users: str) -> None:
     value = getattr(settings, name)
     if value != type(settings).model_fields[name].default:
         raise ValueError(f"{key}: got {value!r}, but it is {users}")
+
+
+def _is_of_whole_batches(config: Config) -> None:
+    training, method = config.training, config.method
+    if training.accumulate > 1:
+        raise ValueError(
+            f"training.accumulate: got {training.accumulate}, {method} takes 1: its terms need the "
+            "whole batch"
+        )
+    if training.compile:
+        raise ValueError(f"training.compile: got {training.compile!r}, {method} takes false")
+    if training.parallel == "fsdp":
+        raise ValueError(f"training.parallel: got 'fsdp', {method} takes 'ddp'")
 
 
 def _can_be_sharded(config: Config) -> None:

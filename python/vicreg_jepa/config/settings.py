@@ -29,17 +29,31 @@ class Data(Settings):
 
     kind: digits (scikit-learn's), images (a folder of class folders), torchvision (its set `name`),
     videos (a folder of clips), webdataset (tars of images or clips, as the method needs), physics
-    (`videos` simulated ones). path: a folder; for tars also a pattern with {000..127}, {a,b} and *.
-    test: the path of the held-out images; without it a fifth of the images is held out. size: the
-    edge in pixels to which images and frames are resized. frames: the frames of a clip; stride: the
+    (`videos` simulated ones), world (trajectories that are simulated for every step), trajectories
+    (a folder that `vicreg-jepa collect` wrote). path: a folder; for tars also a pattern with
+    {000..127}, {a,b} and *. test: the path of the held-out images; without it a fifth of the images
+    is held out. size: the edge in pixels to which images and frames are resized; the frames of
+    trajectories must have it.
+    frames: the frames of a clip; stride: the
     distance between them in the video. decoder: of video files; auto is torchcodec if it can be
     loaded, else PyAV. workers: the processes that read. white: the value of white in images of more
     than 8 bits; the default is all bits for 16-bit images and 1 for floats. max_pixels: the largest
     image or frame. max_bytes: the largest file in a shard, and the largest array when it is
-    unpacked.
+    unpacked. window: the actions of a window of a trajectory, which has a frame more; actions: the
+    elements of an action. world, settings, policy, length: the simulated world, its settings, the
+    policy that acts, and the actions of an episode, in which a window begins at any step.
     """
 
-    kind: Literal["digits", "images", "torchvision", "videos", "webdataset", "physics"] = "digits"
+    kind: Literal[
+        "digits",
+        "images",
+        "torchvision",
+        "videos",
+        "webdataset",
+        "physics",
+        "world",
+        "trajectories",
+    ] = "digits"
     path: Path | None = None
     test: Path | None = None
     name: str | None = None
@@ -49,6 +63,12 @@ class Data(Settings):
     frames: Positive = 1
     stride: Positive = 1
     videos: Positive = 2000
+    world: str = "TwoRooms"
+    settings: dict[str, bool | int | float | str] = {}
+    policy: str = "walk"
+    length: Positive = 90
+    window: Positive = 16
+    actions: Positive = 2
     workers: Annotated[int, Field(ge=0)] = 0
     white: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     max_pixels: Positive = DEFAULT.max_pixels
@@ -60,6 +80,8 @@ class Data(Settings):
 
     @model_validator(mode="after")
     def _of_its_kind(self) -> Data:
+        if self.kind == "world" and self.length < self.window:
+            raise ValueError(f"length: got {self.length}, takes at least window, {self.window}")
         if self.path is None and self.kind in rules.KINDS["path"] and self.kind != "physics":
             raise ValueError(f"path: missing, takes a folder with kind={self.kind!r}")
         if self.name is None and self.kind == "torchvision":
@@ -78,7 +100,10 @@ class Model(Settings):
     """The networks. patch, tubelet: pixels and frames of a token; sees: whether a video encoder's
     tokens attend to the whole clip or only to their own token frame; expander: inner and output
     width of the network before a loss of batch statistics; activation: of the expander and of a
-    conv encoder.
+    conv encoder. Of world models: latent: the elements of a frame's latent; keypoints: the points
+    whose places a conv encoder also reads; action_dim: the width of embedded actions; predictor,
+    and for the transformer latent_tokens, the tokens of a frame, and history, the number of frames
+    that a frame sees, itself included.
     """
 
     encoder: Literal["conv", "vit"] = "vit"
@@ -93,6 +118,12 @@ class Model(Settings):
     predictor_heads: Positive = 3
     expander: tuple[Positive, Positive] = (512, 2048)
     activation: Literal["relu", "gelu"] = "gelu"
+    latent: Positive = 128
+    keypoints: Annotated[int, Field(ge=0)] = 0
+    action_dim: Positive = 32
+    predictor: Literal["mlp", "gru", "transformer"] = "mlp"
+    latent_tokens: Positive = 1
+    history: Positive = 4
 
 
 class Loss(Settings):
@@ -101,6 +132,13 @@ class Loss(Settings):
     number of token frames in the range frames_seen; static_token_share: share of the static tokens
     that are predicted, in addition to all changing ones; vc_weight: weight of the variance and
     covariance of the context's tokens, which keeps V-JEPA's tokens from collapsing to a low rank.
+
+    The loss of world models is the sum of its terms by weight: prediction (squared, of the latents
+    of `unroll` steps that are predicted from the first frame of a window), one_step (of each
+    frame's next latent from the true ones), variance and covariance over the batch at each time,
+    time_variance and time_covariance over the frames of each window, similarity (the squared
+    difference of consecutive latents), inverse (the squared error of the action that is predicted
+    from two consecutive latents), sigreg.
     """
 
     invariance: NonNegative = 25.0
@@ -113,6 +151,13 @@ class Loss(Settings):
     frames_seen: tuple[Positive, Positive] = (1, 5)
     static_token_share: Fraction = 1.0
     vc_weight: NonNegative = 0.0
+    prediction: NonNegative = 1.0
+    one_step: NonNegative = 1.0
+    time_variance: NonNegative = 0.0
+    time_covariance: NonNegative = 0.0
+    similarity: NonNegative = 1.0
+    inverse: NonNegative = 1.0
+    unroll: Positive = 8
 
 
 class Optimizer(Settings):
@@ -180,3 +225,7 @@ class Config(Settings):
     @property
     def is_video(self) -> bool:
         return METHODS[self.method].data == "videos"
+
+    @property
+    def is_of_trajectories(self) -> bool:
+        return METHODS[self.method].data == "trajectories"

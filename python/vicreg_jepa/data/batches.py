@@ -25,6 +25,8 @@ class Stream(IntEnum):
     CLIP = 2  # where in its video each clip begins
     MODEL = 3  # what the model draws
     METHOD = 4  # views and masks
+    EPISODE = 5  # simulated for training
+    HELD_OUT = 6  # episodes for probes and signs of collapse
 
 
 def seed_for(stream: Stream, seed: int, *parts: int) -> int:
@@ -66,7 +68,7 @@ def _order(samples: int, seed: int) -> Tensor:
     return torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
 
 
-class _Steps:
+class Steps:
     """A rank's share of the samples of every step from `start` on."""
 
     def __init__(self, plan: Plan, start: int, share: Share) -> None:
@@ -80,7 +82,7 @@ class _Steps:
             yield self.share.of(self.of(step))
 
 
-class _ClipSteps(_Steps):
+class _ClipSteps(Steps):
     """Adds the place in [0, 1) of its video at which each clip begins."""
 
     def of(self, step: int) -> list[tuple[int, float]]:
@@ -103,8 +105,8 @@ class ImageSource:
 
     def batches(self, start: int, share: Share) -> Iterator[Tensor]:
         """The batches from step `start` on, without end."""
-        steps = _Steps(self.plan, start, Share() if self.whole else share)
-        return _loader(self.images, steps, self.workers)
+        steps = Steps(self.plan, start, Share() if self.whole else share)
+        return loader(self.images, steps, self.workers)
 
     def sample(self, most: int) -> Tensor:
         """At most `most` images, spread evenly over the set, which may be sorted by class."""
@@ -115,10 +117,10 @@ class ImageSource:
 def in_order(images: Any, batch: int, workers: int) -> Iterator[Tensor]:
     """All images in order, one batch at a time."""
     rows = range(len(images))
-    return _loader(images, [rows[i : i + batch] for i in rows[::batch]], workers)
+    return loader(images, [rows[i : i + batch] for i in rows[::batch]], workers)
 
 
-def _loader(samples: Any, steps: Iterable[Any], workers: int) -> Iterator[Tensor]:
+def loader(samples: Any, steps: Iterable[Any], workers: int) -> Iterator[Any]:
     """Load samples[step] of each step; an error in a worker is raised as if it came from this
     process.
 
@@ -210,7 +212,7 @@ class ClipSource:
         return torch.stack([self.clips[row, 0.0] for row in rows])
 
     def batches(self, start: int, share: Share) -> Iterator[Tensor]:
-        return _loader(_Stacked(self.clips), _ClipSteps(self.plan, start, share), self.workers)
+        return loader(_Stacked(self.clips), _ClipSteps(self.plan, start, share), self.workers)
 
 
 class _Stacked:

@@ -1,4 +1,4 @@
-"""Opens the images or clips that the settings of a run name."""
+"""Opens the images, clips or trajectories that the settings of a run name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vicreg_jepa.config import Config, Data
-from vicreg_jepa.data import image_files, image_sets, videos
+from vicreg_jepa.data import image_files, image_sets, trajectories, videos
 from vicreg_jepa.data.batches import Clips, ClipSource, ImageSource
 from vicreg_jepa.methods import METHODS
 
@@ -43,6 +43,8 @@ def _stored(data: Data, path: Path) -> image_files.Stored:
 
 def source(settings: Config) -> Any:
     batch, seed, workers = settings.training.batch, settings.seed, settings.data.workers
+    if settings.is_of_trajectories:
+        return trajectories.source(settings)
     if not settings.is_video:
         # Token methods draw masks without the images, so a rank reads only its own images.
         whole = METHODS[settings.method].learns == "views"

@@ -46,9 +46,9 @@ def settings(output: Path, overrides: Sequence[str]) -> Config:
 def seconds_of_a_step(described: dict[str, Any]) -> float:
     """The median time of some steps, after two warm-up steps and without reading videos."""
     settings = config.parse(described)
-    batch = compare.batch_of(settings)
+    batch, channels = compare.batch_of(settings)
     with tempfile.TemporaryDirectory() as folder:
-        method = build.method(settings, batch.shape[1]).train()
+        method = build.method(settings, channels).train()
         steps = trainer.Trainer(settings, method, trainer.Ranks(), Path(folder))
         action = {"step": lambda: steps.take(batch)}
         seconds = timing.interleaved(action, steps.device, rounds=TIMED_STEPS)["step"]

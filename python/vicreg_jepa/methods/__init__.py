@@ -12,6 +12,7 @@ from vicreg_jepa.methods import (
     vicreg_jepa,
     vjepa,
     vjepa_causal,
+    world,
 )
 from vicreg_jepa.methods.base import METHODS, MethodKind, register
 
@@ -26,4 +27,5 @@ __all__ = [
     "vicreg_jepa",
     "vjepa",
     "vjepa_causal",
+    "world",
 ]

@@ -1,9 +1,9 @@
 """The interface of a training method, and the registry of methods.
 
-A method is a torch module that has the functions of one of the two protocols. Its file ends with
+A method is a torch module that has the functions of one of the three protocols. Its file ends with
 `register(MethodKind(...))`, which tells the rest of the trainer the settings that the method takes,
-whether it trains on images or videos, and how to build it. docs/trainer.md has the steps for a new
-method.
+whether it trains on images, videos or trajectories, and how to build it. docs/trainer.md has the
+steps for a new method.
 """
 
 from __future__ import annotations
@@ -83,8 +83,34 @@ class VideoMethod(TokenMethod, Protocol):
         """[B, T, D]: the targets of the prediction, without a gradient."""
 
 
+class TrajectoryMethod(Method, Protocol):
+    """A method on windows of trajectories: frames and the actions between them. Its loss may hold
+    statistics of the batch, so a step takes the whole batch at once. `encode` and `rollout` are
+    what planning needs.
+    """
+
+    actions: int  # the elements of an action, A
+
+    def forward(self, frames: Tensor, actions: Tensor, process_group: Any = None) -> Tensor:
+        """The loss of frames uint8 [B, T + 1, H, W, C] and actions float32 [B, T, A], this rank's
+        windows; its mean over ranks is the loss of the whole batch.
+        """
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Latents [B, D] of frames uint8 [B, H, W, C]."""
+
+    def rollout(self, start: Tensor, actions: Tensor) -> Tensor:
+        """Predicted latents [B, K, H, D] after latents [B, D], for K candidate sequences of H
+        actions, [B, K, H, A].
+        """
+
+
 COMMON = ("forward", "after_step", "features", "exported")
-PARTS = {"views": (*COMMON, "views", "loss"), "tokens": (*COMMON, "draw")}
+PARTS = {
+    "views": (*COMMON, "views", "loss"),
+    "tokens": (*COMMON, "draw"),
+    "trajectories": (*COMMON, "encode", "rollout"),
+}
 VIDEO_PARTS = ("contexts", "tokens", "foreseen", "targets")
 
 # The settings that only some methods take: those of their kind of data, and those that a method
@@ -92,6 +118,7 @@ VIDEO_PARTS = ("contexts", "tokens", "foreseen", "targets")
 DATA_SETTINGS = {
     "images": ("data.test", "data.white"),
     "videos": ("data.frames", "data.stride", "data.decoder", "model.tubelet"),
+    "trajectories": ("data.window", "data.actions"),
 }
 METHOD_SETTINGS = (
     "model.sees",
@@ -100,6 +127,12 @@ METHOD_SETTINGS = (
     "model.predictor_dim",
     "model.predictor_depth",
     "model.predictor_heads",
+    "model.predictor",
+    "model.latent",
+    "model.keypoints",
+    "model.action_dim",
+    "model.latent_tokens",
+    "model.history",
     "loss.invariance",
     "loss.variance",
     "loss.covariance",
@@ -110,6 +143,13 @@ METHOD_SETTINGS = (
     "loss.frames_seen",
     "loss.static_token_share",
     "loss.vc_weight",
+    "loss.prediction",
+    "loss.one_step",
+    "loss.time_variance",
+    "loss.time_covariance",
+    "loss.similarity",
+    "loss.inverse",
+    "loss.unroll",
     "optimizer.momentum",
     "training.checkpointing",
 )
@@ -121,7 +161,7 @@ class MethodKind:
 
     name: the value of the setting `method`; outside of the package "<its module>.<a word>", so that
     the trainer can import the module. build: makes the method from a configuration, kernels and
-    channels. learns: which of the two protocols it has. data: the kind of data that it trains on.
+    channels. learns: which of the protocols it has. data: the kind of data that it trains on.
     takes: the METHOD_SETTINGS that it reads. check: raises ValueError, naming the setting, for
     values that do not fit together.
     """
@@ -129,8 +169,8 @@ class MethodKind:
     name: str
     method: type[nn.Module]
     build: Callable[[Config, Kernels, int], nn.Module]
-    learns: Literal["views", "tokens"]
-    data: Literal["images", "videos"]
+    learns: Literal["views", "tokens", "trajectories"]
+    data: Literal["images", "videos", "trajectories"]
     takes: tuple[str, ...] = ()
     check: Callable[[Config], None] | None = None
 
@@ -159,6 +199,10 @@ def register(kind: MethodKind) -> None:
             raise ValueError(f"{field}: got {value!r}, takes {' or '.join(map(repr, choices))}")
     if kind.data == "videos" and kind.learns != "tokens":
         raise ValueError(f"data: got 'videos' with learns={kind.learns!r}, takes learns='tokens'")
+    if (kind.data == "trajectories") != (kind.learns == "trajectories"):
+        raise ValueError(
+            f"data: got {kind.data!r} with learns={kind.learns!r}, takes 'trajectories' for both"
+        )
     parts = (*PARTS[kind.learns], *(VIDEO_PARTS if kind.data == "videos" else ()))
     missing = [part for part in parts if not _has(kind.method, part)]
     if missing:
@@ -204,7 +248,8 @@ def _has(method: type[nn.Module], part: str) -> bool:
 
 def taken_by() -> dict[str, tuple[str, ...]]:
     """For each setting that only some methods take, the names of those methods."""
-    keys = (*DATA_SETTINGS["images"], *DATA_SETTINGS["videos"], *METHOD_SETTINGS)
+    of_data = (key for settings in DATA_SETTINGS.values() for key in settings)
+    keys = (*of_data, *METHOD_SETTINGS)
     return {
         key: tuple(name for name, kind in METHODS.items() if key in kind.settings) for key in keys
     }

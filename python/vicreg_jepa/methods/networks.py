@@ -4,7 +4,6 @@ their weights are drawn.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -79,11 +78,3 @@ def encoder_and_predictor(
     for part in (encoder, predictor):
         part.checkpointing = config.training.checkpointing
     return encoder, predictor
-
-
-def mlp(*widths: int) -> nn.Sequential:
-    """Linear layers with GELU between."""
-    layers: list[nn.Module] = []
-    for inward, outward in pairwise(widths):
-        layers += [nn.Linear(inward, outward), nn.GELU()]
-    return nn.Sequential(*layers[:-1])

@@ -14,6 +14,7 @@ from vicreg_jepa.methods import networks
 from vicreg_jepa.methods.augment import Augment
 from vicreg_jepa.methods.base import MethodKind, register
 from vicreg_jepa.methods.vicreg import EXPANDER, WEIGHTS, DrawView, VICReg, weights
+from vicreg_jepa.models.perceptron import mlp
 from vicreg_jepa.ops.choose import Kernels
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class VICRegJEPA(VICReg):
 def build(config: Config, kernels: Kernels, channels: int) -> VICRegJEPA:
     encoder, expander = networks.encoder_and_expander(config, kernels, channels)
     width = config.model.expander[1]
-    predictor = networks.mlp(width, config.model.predictor_dim, width)
+    predictor = mlp(width, config.model.predictor_dim, width)
     return VICRegJEPA(encoder, expander, predictor, kernels, Augment(), weights=weights(config))
 
 

@@ -63,6 +63,26 @@ class Fused:
         rule = vk.FrameCausal(grid.frame.tokens)
         return lambda module, x: module(x, mask=rule, rope=turn)
 
+    def attend_history(self, q: Tensor, k: Tensor, v: Tensor, tokens: int, history: int) -> Tensor:
+        """Attention of frames of `tokens` tokens over time, with rotary positions in time: each
+        frame sees itself and the history - 1 frames before it.
+
+        k, v [B, heads, Tk, d]; q [B, heads, Tq, d] of the same frames, or of the last one alone
+        where all are in its history.
+        """
+        frame = torch.arange(k.shape[2], device=k.device) // tokens
+        turn = vk.Rope3d((k.shape[2] // tokens,), frame[-q.shape[2] :], frame, layout="axial")
+        rule = None if q.shape[2] == tokens else vk.FrameCausal(tokens, history)
+        return vk.masked_attention(q, k, v, mask=rule, rope=turn, backend=self.backend)
+
+    def modulated_layer_norm(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """x [..., tokens, D], shift and scale [..., D]: a vector for each frame of tokens."""
+        return vk.modulated_layer_norm(x, shift, scale, backend=self.backend)
+
+    def gated_residual(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+        """x, y [..., tokens, D], gate [..., D]."""
+        return vk.gated_residual(x, y, gate, backend=self.backend)
+
     def mean(self, sequences: Sequences) -> Tensor:
         """The mean of each sequence's tokens, [P, D]."""
         assert sequences.offsets is not None
@@ -120,6 +140,7 @@ class Fused:
         return vk.vicreg_loss(x, y, **settings)
 
     def variance_covariance(self, z: Tensor, process_group: Any) -> tuple[Tensor, Tensor]:
+        """z [N, D], or [G, N, D]: the mean over groups."""
         return vk.variance_covariance(z, **self._shared(process_group))
 
     def sigreg(self, z: Tensor, slices: int, step: int, process_group: Any) -> Tensor:

@@ -80,6 +80,31 @@ def rotate(x: Tensor, places: Tensor, grid: Grid) -> Tensor:
     return torch.cat((*turned, x[..., 3 * part :]), dim=-1)
 
 
+def rotate_in_time(x: Tensor, frame: Tensor) -> Tensor:
+    """Rotate x [B, H, T, d] by its tokens' frames [T]; elements 2i and 2i + 1 turn as a pair."""
+    half = x.shape[-1] // 2
+    frequency = 10000 ** (-torch.arange(half, device=x.device) / half)
+    angle = frame[:, None] * frequency
+    even, odd = x.unflatten(-1, (half, 2)).unbind(-1)
+    turned = (even * angle.cos() - odd * angle.sin(), odd * angle.cos() + even * angle.sin())
+    return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
+
+
+def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x [..., T, D]; shift, scale [..., D] are repeated for each of the T tokens."""
+    shift, scale = (_repeated(z, x) for z in (shift, scale))
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x, y [..., T, D]; gate [..., D] is repeated for each of the T tokens."""
+    return x + _repeated(gate, x) * y
+
+
+def _repeated(z: Tensor, x: Tensor) -> Tensor:
+    return z.unsqueeze(-2).repeat_interleave(x.shape[-2], dim=-2)
+
+
 def attention(
     module: nn.Module, x: Tensor, *, index: Tensor | None, keep: Tensor | None, grid: Grid | None
 ) -> Tensor:

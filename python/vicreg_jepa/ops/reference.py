@@ -57,6 +57,18 @@ class Reference:
 
         return attend
 
+    def attend_history(self, q: Tensor, k: Tensor, v: Tensor, tokens: int, history: int) -> Tensor:
+        frame = torch.arange(k.shape[2], device=k.device) // tokens
+        back = frame[-q.shape[2] :, None] - frame
+        q, k = published.rotate_in_time(q, frame[-q.shape[2] :]), published.rotate_in_time(k, frame)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=(back >= 0) & (back < history))
+
+    def modulated_layer_norm(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return published.modulated_layer_norm(x, shift, scale)
+
+    def gated_residual(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+        return published.gated_residual(x, y, gate)
+
     def mean(self, sequences: Sequences) -> Tensor:
         assert sequences.keep is not None
         keep = sequences.keep.unsqueeze(-1)
@@ -114,7 +126,11 @@ class Reference:
         return published.vicreg_loss(x, y, **dict(zip(names, weights, strict=True)))
 
     def variance_covariance(self, z: Tensor, process_group: Any) -> tuple[Tensor, Tensor]:
-        return published.variance_covariance(published.gathered(z, process_group))
+        groups = z if z.dim() == 3 else z[None]
+        groups = published.gathered(groups.transpose(0, 1), process_group).transpose(0, 1)
+        terms = [published.variance_covariance(group) for group in groups]
+        variance, covariance = (torch.stack(term).mean() for term in zip(*terms, strict=True))
+        return variance, covariance
 
     def sigreg(self, z: Tensor, slices: int, step: int, process_group: Any) -> Tensor:
         z = published.gathered(z.transpose(0, 1), process_group).transpose(0, 1)

@@ -69,11 +69,11 @@ class Trainer:
                 "training.compile: got 'reduce-overhead', takes one process, not "
                 f"{ranks.ranks} ranks"
             )
-        self.device, self.of_views = device_of(config), METHODS[config.method].learns == "views"
+        self.device, self.learns = device_of(config), METHODS[config.method].learns
         self.method.to(self.device)
         if config.training.compile:
             graphs = config.training.compile == "reduce-overhead"
-            compile_method(method, whole=self.of_views, cuda_graphs=graphs)
+            compile_method(method, whole=self.learns == "views", cuda_graphs=graphs)
         self.model = sharding.distribute(method, config.training, ranks.ranks)
         self.optimizer = build_optimizer(config.optimizer, method)
         self.step, self.saved = 0, -1  # saved: the step of the newest checkpoint
@@ -81,8 +81,11 @@ class Trainer:
 
     # --------------------------------------------------------------------------------- a step
 
-    def take(self, batch: Tensor) -> Tensor:
-        """Take one optimizer step; return the loss before the step, averaged over ranks."""
+    def take(self, batch: Any) -> Tensor:
+        """Take one optimizer step; return the loss before the step, averaged over ranks.
+
+        batch: images or clips; for a method of trajectories this rank's (frames, actions).
+        """
         settings, steps = self.config.optimizer, self.config.training.steps
         for group in self.optimizer.param_groups:
             group["lr"] = schedule.rate(settings, self.step, steps)
@@ -96,7 +99,7 @@ class Trainer:
         seed = self.config.seed
         torch.manual_seed(seed_for(Stream.MODEL, seed, self.step, self.ranks.rank))
         # Views are drawn on the device, masks on the host.
-        where = self.device if self.of_views else "cpu"
+        where = self.device if self.learns == "views" else "cpu"
         generator = torch.Generator(where).manual_seed(seed_for(Stream.METHOD, seed, self.step))
         with self._precision():
             loss = self._differentiate(batch, generator)
@@ -109,10 +112,12 @@ class Trainer:
         self.step += 1
         return loss
 
-    def _differentiate(self, batch: Tensor, generator: torch.Generator) -> Tensor:
+    def _differentiate(self, batch: Any, generator: torch.Generator) -> Tensor:
         """Compute the gradient of the whole batch's loss in the parameters; return that loss."""
-        if self.of_views:
+        if self.learns == "views":
             loss = self._of_statistics(batch, generator)
+        elif self.learns == "trajectories":
+            loss = self._of_trajectories(*batch)
         else:
             loss = self._of_tokens(batch, generator)
         if self.ranks.ranks > 1:
@@ -161,6 +166,13 @@ class Trainer:
             total += value.detach()
         return total
 
+    def _of_trajectories(self, frames: Tensor, actions: Tensor) -> Tensor:
+        """The loss of this rank's windows, whose batch statistics are those of all ranks."""
+        frames, actions = frames.to(self.device), actions.to(self.device)
+        value = self.model(frames, actions, self.ranks.group)
+        value.backward()
+        return value.detach()
+
     def _masks(self, batch: Tensor, generator: torch.Generator) -> tuple[Masks, int]:
         """The masks of this rank's samples, and the number of tokens that all ranks predict."""
         first = len(batch) * self.ranks.rank
@@ -186,12 +198,15 @@ class Trainer:
 
     # ------------------------------------------------------------------- what a run leaves behind
 
-    def _saved_for_replay(self, batch: Tensor, loss: float) -> str:
+    def _saved_for_replay(self, batch: Any, loss: float) -> str:
         from safetensors.torch import save_file
 
         path = self.folder / f"diverged_step_{self.step:08d}_rank_{self.ranks.rank}.safetensors"
         weights = sharding.whole(self._weights(), keep=self.ranks.rank == 0)
-        tensors = {"batch": batch, **weights}
+        parts = {"batch": batch}
+        if self.learns == "trajectories":
+            parts = dict(zip(("frames", "actions"), batch, strict=True))
+        tensors = {**parts, **weights}
         with output.writing(path):
             save_file({name: z.contiguous() for name, z in tensors.items()}, path)
         held = "the batch and the weights are" if weights else "this rank's batch is"

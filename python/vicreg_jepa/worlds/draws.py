@@ -19,6 +19,7 @@ class Stream(IntEnum):
     POLICY = 4
     PHASE = 5
     JITTER = 6
+    WINDOW = 7  # where in an episode a window begins
 
 
 def uniform(seed: Tensor, stream: Stream, time: Tensor | int, count: int) -> Tensor:

@@ -1,0 +1,105 @@
+"""Encoders of single frames: images float [N, C, H, W] in [0, 1] -> latents [N, D].
+
+Both keep the places of features: a linear layer reads the whole map of features, without a mean
+over positions, because a world model must know where things are.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from vicreg_jepa.models.vit import Attend, ViT
+
+KEYPOINT_MAP = 2  # keypoints are read from the map after so many convolutions
+
+
+class ConvFrames(nn.Module):
+    """3 x 3 convolutions of stride 2 with GELU and without batch norm, then a linear layer.
+
+    size: the edge H = W of a frame, at least 16. dim: the channels of the last maps. keypoints: a
+    number of points whose coordinates also enter the linear layer; 0: none.
+    """
+
+    def __init__(self, channels: int, size: int, dim: int, latent: int, keypoints: int = 0) -> None:
+        super().__init__()
+        if size < 16:
+            raise ValueError(f"size: got {size}, takes at least 16 pixels")
+        if dim < 4:
+            raise ValueError(f"dim: got {dim}, takes at least 4 channels")
+        widths = (channels, dim // 4, dim // 2, dim, dim)
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(inward, outward, 3, stride=2, padding=1)
+            for inward, outward in pairwise(widths)
+        )
+        edge = size
+        for _ in self.convolutions:
+            edge = (edge + 1) // 2
+        self.keypoints = Keypoints(widths[KEYPOINT_MAP], keypoints) if keypoints else None
+        self.head = nn.Linear(dim * edge * edge + 2 * keypoints, latent)
+        for part in self.convolutions:
+            # torch's default halves the signal at each convolution.
+            nn.init.kaiming_normal_(part.weight)
+            nn.init.zeros_(part.bias)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        x, points = frames, []
+        for depth, convolution in enumerate(self.convolutions, start=1):
+            x = nn.functional.gelu(convolution(x))
+            if depth == KEYPOINT_MAP and self.keypoints is not None:
+                points.append(self.keypoints(x))
+        return self.head(torch.cat([x.flatten(1), *points], dim=1))
+
+
+class Keypoints(nn.Module):
+    """The spatial softmax: maps [N, channels, H, W] -> the expected coordinates [N, 2 points] of
+    `points` distributions over the places of a map, in [-1, 1] (Levine et al., 2016,
+    arXiv:1504.00702).
+    """
+
+    def __init__(self, channels: int, points: int) -> None:
+        super().__init__()
+        self.scores = nn.Conv2d(channels, points, 1)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        scores = self.scores(maps).float()
+        shares = scores.flatten(2).softmax(dim=-1).view_as(scores)
+        height, width = scores.shape[2:]
+        x = torch.linspace(-1, 1, width, device=maps.device)
+        y = torch.linspace(-1, 1, height, device=maps.device)
+        return torch.cat((shares.sum(dim=2) @ x, shares.sum(dim=3) @ y), dim=1)
+
+
+class ViTFrames(nn.Module):
+    """A ViT and a linear layer of all its tokens. A frame whose edge is no multiple of the patch
+    is enlarged at its right and lower edges, by repeating the last pixels.
+
+    attend: the attention of dense tokens.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        size: int,
+        dim: int,
+        latent: int,
+        *,
+        depth: int,
+        heads: int,
+        patch: int,
+        attend: Attend,
+    ) -> None:
+        super().__init__()
+        self.attend, self.missing = attend, -size % patch
+        extent = size + self.missing
+        self.vit = ViT((channels, 1, extent, extent), (1, patch, patch), dim, depth, heads)
+        self.head = nn.Linear(dim * self.vit.grid.tokens, latent)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        missing = (0, self.missing) * 2
+        if self.missing:
+            frames = nn.functional.pad(frames, missing, mode="replicate")
+        tokens = self.vit.run(self.vit.embed(frames), self.attend)
+        return self.head(tokens.flatten(1))
