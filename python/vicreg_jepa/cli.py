@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("config", help=f"a YAML file or a recipe: {', '.join(config.recipes())}")
     one.add_argument("overrides", nargs="*", metavar="key=value", help="training.steps=500 ...")
     one.add_argument("--output", type=Path, required=True, help="the run's folder")
-    two = commands.add_parser("probe", help="classifiers on a run's frozen features")
+    two = commands.add_parser("probe", help="probes of a run's frozen features")
     two.add_argument("run", type=Path)
     two.add_argument("--label", help="videos only: the key of their records that is the label")
     two.add_argument("--videos", type=integer(10), default=1000, help="most videos to use")
@@ -89,8 +89,13 @@ def _probe(options: argparse.Namespace) -> int:
         return 0
     if options.label is not None:
         raise config.ConfigError(
-            f"--label: got {options.label!r}, but {settings.method} is a method on images"
+            f"--label: got {options.label!r}, but {settings.method} is no method on videos"
         )
+    if settings.is_of_trajectories:
+        from vicreg_jepa.evaluation import world_report
+
+        print(world_report.probed(settings, method, step))
+        return 0
     workers = settings.data.workers
     train, test = sources.images(settings)
     seen, held_out = (

@@ -1,0 +1,113 @@
+"""Probes of the true state on frozen features of frames: ridge regression and a small MLP.
+
+A fact of floats, such as a position, is regressed; one of integers, such as the room, is classified
+by regression on one-hot vectors. Both probes are fitted to all facts at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from vicreg_jepa.models.perceptron import mlp
+
+Facts = Mapping[str, Tensor]
+
+PENALTIES = [10.0**k for k in range(-7, 2)]  # in the mean square of a sample's features
+VALIDATION = 0.2  # the share of the samples that chooses the penalty
+HIDDEN, STEPS, BATCH, RATE, DECAY = 128, 800, 128, 2e-3, 0.01
+
+
+def varying(fit: Facts, test: Facts) -> list[str]:
+    """The names of the facts that are not the same in all samples."""
+    return [name for name in fit if len(torch.cat((fit[name], test[name])).unique(dim=0)) > 1]
+
+
+def columns(fact: Tensor, classes: int) -> Tensor:
+    """float [N, K] of a fact [N, ...]: its values, or one-hot vectors of `classes` classes."""
+    if fact.is_floating_point():
+        return fact.flatten(1).double() if fact.dim() > 1 else fact[:, None].double()
+    return nn.functional.one_hot(fact.long(), classes).double()
+
+
+def classes_of(fit: Tensor, test: Tensor) -> int:
+    return int(torch.cat((fit, test)).max()) + 1
+
+
+def error(fact: Tensor, predicted: Tensor) -> float:
+    """Of a fact of floats the root mean square distance, in its unit; of integers the share of
+    wrong samples. predicted: columns [N, K].
+    """
+    if fact.is_floating_point():
+        return float((columns(fact, 0) - predicted).square().sum(dim=1).mean().sqrt())
+    return float((predicted.argmax(dim=1) != fact).double().mean())
+
+
+def constant(fit: Tensor, test: Tensor) -> float:
+    """The error of the mean, or of the commonest class, of the samples to fit to."""
+    mean = columns(fit, classes_of(fit, test)).mean(dim=0)
+    return error(test, mean.expand(len(test), -1))
+
+
+def errors(
+    features: Tensor, held_out: Tensor, fit: Facts, test: Facts, seed: int
+) -> dict[str, tuple[float, float]]:
+    """For each fact the errors on the test samples of (ridge regression, the MLP).
+
+    features [N, F] of the samples to fit to, held_out [M, F] of the test samples.
+    """
+    numbers = {name: classes_of(fit[name], test[name]) for name in fit}
+    targets = torch.cat([columns(fact, numbers[name]) for name, fact in fit.items()], dim=1)
+    mean, scale = targets.mean(dim=0), targets.std(dim=0).clamp_min(1e-12)
+    goal = (targets - mean) / scale
+    middle, spread = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)
+    x, z = (features - middle) / spread, (held_out - middle) / spread
+    both = [guess * scale + mean for guess in (ridge(x, goal, z), perceptron(x, goal, z, seed))]
+    found, at = {}, 0
+    for name, fact in test.items():
+        width = columns(fact, numbers[name]).shape[1]
+        linear, deep = (error(fact, guess[:, at : at + width]) for guess in both)
+        found[name], at = (linear, deep), at + width
+    return found
+
+
+def ridge(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """Predictions [M, K] for z [M, F], from x [N, F] and y [N, K] of mean 0; the last samples
+    choose the penalty. It solves for weights of samples, so F may be large.
+    """
+    gram = (torch.cat((x, z)) @ x.T).double()  # [N + M, N]
+    count, cut = len(x), len(x) - max(1, round(VALIDATION * len(x)))
+    unit = gram[:count].diagonal().mean()
+
+    def solved(rows: int, penalty: float, test: Tensor) -> Tensor:
+        eye = torch.eye(rows, dtype=gram.dtype)
+        return test[:, :rows] @ torch.linalg.solve(
+            gram[:rows, :rows] + penalty * unit * eye, y[:rows]
+        )
+
+    chosen = min(
+        PENALTIES,
+        key=lambda p: float((solved(cut, p, gram[cut:count]) - y[cut:]).square().mean()),
+    )
+    return solved(count, chosen, gram[count:])
+
+
+def perceptron(x: Tensor, y: Tensor, z: Tensor, seed: int) -> Tensor:
+    """The same by an MLP of two hidden layers, trained by AdamW with a cosine schedule."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = mlp(x.shape[1], HIDDEN, HIDDEN, y.shape[1])
+        optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=DECAY)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+        goal = y.float()
+        for _ in range(STEPS):
+            rows = torch.randint(len(x), (BATCH,))
+            loss = nn.functional.mse_loss(network(x[rows]), goal[rows])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    with torch.no_grad():
+        return network(z).double()
