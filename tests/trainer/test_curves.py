@@ -26,9 +26,12 @@ STEPS = 80
 
 def small(method: str, kernels: str) -> config.Config:
     made = config.describe(settings(method, steps=STEPS, kernels=kernels, save_every=STEPS))
-    made["training"]["batch"] = 4 if METHODS[made["method"]].data == "videos" else 32
+    batch = {"images": 32, "videos": 4, "trajectories": 8}[METHODS[method].data]
+    made["training"]["batch"] = batch
     if method == "ijepa":
         made["training"]["batch"] = 8
+    if METHODS[method].data == "trajectories":
+        return config.parse(made)
     made["model"]["dim"] = 32
     if method == "lejepa":
         made["loss"]["slices"] = 32

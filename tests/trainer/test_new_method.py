@@ -118,7 +118,9 @@ class Speechless(nn.Module):
         ({"method": Speechless}, "method: Speechless lacks exported, views; with learns='views'"),
         ({"learns": "tokens"}, "method: Whitened lacks draw; with learns='tokens'"),
         ({"learns": "pixels"}, "learns: got 'pixels', takes 'views' or 'tokens'"),
-        ({"data": "sound"}, "data: got 'sound', takes 'images' or 'videos'"),
+        ({"data": "sound"}, "data: got 'sound', takes 'images' or 'videos' or 'trajectories'"),
+        ({"data": "trajectories"}, "'trajectories' with learns='views', takes 'trajectories' for"),
+        ({"data": "trajectories", "learns": "trajectories"}, "Whitened lacks encode, rollout"),
         ({"data": "videos"}, "data: got 'videos' with learns='views', takes learns='tokens'"),
         ({"data": "videos", "learns": "tokens"}, "lacks draw, contexts, tokens, foreseen, targets"),
         (

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from vicreg_jepa import config
-from vicreg_jepa.data import batches, image_sets
+from vicreg_jepa.data import batches, image_sets, sources
 from vicreg_jepa.distributed.ranks import Ranks
 from vicreg_jepa.evaluation import collapse
 from vicreg_jepa.methods import build
@@ -28,6 +28,15 @@ from vicreg_jepa.training.trainer import Diverged, Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 CAUSAL = ("vjepa_causal", "pixels")
+# Every term of the loss of world models.
+WORLD: dict[str, dict] = {
+    "data": {"kind": "world", "size": 65, "window": 4, "length": 20},
+    "model": {
+        "encoder": "conv", "dim": 8, "latent": 16, "action_dim": 8, "predictor": "transformer",
+        "predictor_depth": 1,
+    },
+    "loss": {"unroll": 3, "time_variance": 1.0, "time_covariance": 1.0, "slices": 32},
+}  # fmt: skip
 
 
 def settings(method: str, steps: int = 6, **training):
@@ -53,10 +62,16 @@ def settings(method: str, steps: int = 6, **training):
         if method in CAUSAL:
             values["model"]["sees"] = "frame"
         values["training"] |= {"batch": 8}
+    if METHODS[method].data == "trajectories":
+        values |= {"data": dict(WORLD["data"]), "model": dict(WORLD["model"])}
+        values["loss"] = dict(WORLD["loss"])
+        values["training"] |= {"batch": 8}
     return config.parse(values)
 
 
 def samples(made: config.Config):
+    if made.is_of_trajectories:
+        return sources.source(made)
     if not made.is_video:
         return batches.ImageSource(image_sets.digits(), made.training.batch, made.seed)
     videos = torch.randint(0, 256, (12, 9, 64, 64, 3), dtype=torch.uint8)
@@ -253,13 +268,13 @@ def test_a_setting_that_a_method_does_not_take_is_refused(key):
     """The method takes the default alone, and those of TAKEN_BY take more."""
     section, name = key.split(".")
     default = type(getattr(config.load("vicreg_digits"), section)).model_fields[name].default
-    others = {"clip": "frame", "gelu": "relu", "auto": "pyav", None: "held_out"}
+    others = {"clip": "frame", "gelu": "relu", "auto": "pyav", "mlp": "gru", None: "held_out"}
     if isinstance(default, tuple):
         other = [default[0] + 1, default[1] + 1]
     elif isinstance(default, bool):
         other = not default
     elif isinstance(default, int):
-        other = 2 * default
+        other = 2 * default or 1
     elif isinstance(default, float):
         other = (default + 1) / 2 if default != 1 else 0.5
     else:
@@ -268,6 +283,8 @@ def test_a_setting_that_a_method_does_not_take_is_refused(key):
         values = config.describe(settings(method))
         if METHODS[method].data == "videos":
             values["data"]["frames"] = 16  # enough for any
+        if METHODS[method].data == "trajectories":
+            values["data"] |= {"window": 16, "length": 90}
         values[section] |= {name: 16 if name == "frames" else other}
         if method in taken_by()[key]:
             kind = {"data.test": "images", "data.white": "images", "data.decoder": "videos"}.get(

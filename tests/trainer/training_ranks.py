@@ -20,6 +20,9 @@ FRAMES = JEPA | {"sees": "frame"}
 # Shards, with all that touches them: pieces, recomputed blocks, clipped gradients.
 SHARDS = {"parallel": "fsdp", "accumulate": 2, "checkpointing": True}
 
+WORLD = {"encoder": "conv", "dim": 8, "latent": 16, "predictor": "transformer"}
+WORLD_LOSS = {"unroll": 3, "time_variance": 1.0, "time_covariance": 1.0, "slices": 32}
+
 # name -> method, model, training: what two ranks are given beside what one process is.
 RUNS: dict[str, tuple[str, dict, dict, dict]] = {
     "vicreg": ("vicreg", CONV, {}, {}),
@@ -32,6 +35,7 @@ RUNS: dict[str, tuple[str, dict, dict, dict]] = {
     "vjepa_shards": ("vjepa", JEPA, {}, SHARDS),
     "vjepa_causal": ("vjepa_causal", FRAMES, {}, {}),
     "pixels_shards": ("pixels", FRAMES, {}, {"parallel": "fsdp"}),
+    "world": ("world", WORLD, {}, {}),
 }
 
 
@@ -46,6 +50,8 @@ def settings(name: str, root: Path, ranks: int) -> config.Config:
     if METHODS[method].data == "videos":
         data = {"kind": "physics", "size": 64, "frames": 4, "videos": 8, "path": root / "videos"}
         model = model | {"patch": 16, "tubelet": 2}
+    if METHODS[method].data == "trajectories":
+        data, loss = {"kind": "world", "size": 65, "window": 4, "length": 20}, WORLD_LOSS
     training = {"steps": 4, "batch": 8, "save_every": 2, "log_every": 2} | training
     return config.parse(
         {

@@ -75,23 +75,24 @@ def errors(
 
 def ridge(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     """Predictions [M, K] for z [M, F], from x [N, F] and y [N, K] of mean 0; the last samples
-    choose the penalty. It solves for weights of samples, so F may be large.
+    choose the penalty of each column. It solves for weights of samples, so F may be large.
     """
     gram = (torch.cat((x, z)) @ x.T).double()  # [N + M, N]
     count, cut = len(x), len(x) - max(1, round(VALIDATION * len(x)))
     unit = gram[:count].diagonal().mean()
 
-    def solved(rows: int, penalty: float, test: Tensor) -> Tensor:
+    def solved(rows: int, penalty: float, test: Tensor, goal: Tensor) -> Tensor:
         eye = torch.eye(rows, dtype=gram.dtype)
-        return test[:, :rows] @ torch.linalg.solve(
-            gram[:rows, :rows] + penalty * unit * eye, y[:rows]
-        )
+        kernel = gram[:rows, :rows] + penalty * unit * eye
+        return test[:, :rows] @ torch.linalg.solve(kernel, goal[:rows])
 
-    chosen = min(
-        PENALTIES,
-        key=lambda p: float((solved(cut, p, gram[cut:count]) - y[cut:]).square().mean()),
-    )
-    return solved(count, chosen, gram[count:])
+    guesses = torch.stack([solved(cut, p, gram[cut:count], y) for p in PENALTIES])
+    best = (guesses - y[cut:]).square().mean(dim=1).argmin(dim=0)  # [K]
+    out = y.new_zeros(len(z), y.shape[1])
+    for number in best.unique().tolist():
+        chosen = best == number
+        out[:, chosen] = solved(count, PENALTIES[number], gram[count:], y[:, chosen])
+    return out
 
 
 def perceptron(x: Tensor, y: Tensor, z: Tensor, seed: int) -> Tensor:

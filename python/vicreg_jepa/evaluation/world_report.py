@@ -13,12 +13,12 @@ from vicreg_jepa.methods import build
 FRAMES = 2500  # in all, a fifth of them for the test
 
 
-def probed(settings: Config, method: nn.Module, step: int, frames: int = FRAMES) -> str:
+def probed(settings: Config, method: nn.Module, step: int) -> str:
     """The table of the errors of both probes, for the trained encoder and its baselines.
 
     Raises ValueError if the trajectories have no true state that varies.
     """
-    fit, test = trajectories.labelled(settings, frames)
+    fit, test = trajectories.labelled(settings, FRAMES)
     names = state_probe.varying(fit.facts, test.facts)
     if not names:
         raise ValueError(f"data: the frames' states are {list(fit.facts)}, takes one that varies")

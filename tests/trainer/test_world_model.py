@@ -1,0 +1,390 @@
+"""The world model: its encoders and predictors, its loss, and what a plan asks of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from vicreg_jepa import cli, config
+from vicreg_jepa.evaluation import state_probe, world_report
+from vicreg_jepa.methods import build
+from vicreg_jepa.models.dynamics import GRUDynamics, MLPDynamics
+from vicreg_jepa.models.dynamics_transformer import ConditionedBlock, TransformerDynamics
+from vicreg_jepa.models.frames import ConvFrames, Keypoints, ViTFrames
+from vicreg_jepa.ops import choose, published
+from vicreg_jepa.training.run import restore
+from vicreg_jepa.worlds.two_rooms import TwoRooms
+
+from tests.trainer.test_trainer import run, settings
+
+LATENT, CONDITION = 12, 5
+KERNELS = ("fused", "reference")
+
+
+def changed(**sections) -> config.Config:
+    """The tests' world settings, with some replaced."""
+    values = config.describe(settings("world", steps=20, save_every=20))
+    for section, some in sections.items():
+        values[section] |= some
+    return config.parse(values)
+
+
+def moved(module: torch.nn.Module) -> torch.nn.Module:
+    """With other weights than those that begin as "nothing changes"."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return module.eval()
+
+
+def transformer(tokens: int, history: int, kernels: str = "fused") -> TransformerDynamics:
+    ops = choose.named(kernels)
+    return TransformerDynamics(LATENT, CONDITION, 32, 2, 2, ops, tokens=tokens, history=history)
+
+
+PREDICTORS = {
+    "mlp": lambda: MLPDynamics(LATENT, CONDITION, 24, 2),
+    "gru": lambda: GRUDynamics(LATENT, CONDITION, 24, 2),
+    "transformer": lambda: transformer(1, 3),
+    "one_frame": lambda: transformer(2, 1),
+    "tokens": lambda: transformer(3, 4),
+    "reference": lambda: transformer(3, 4, "reference"),
+}
+
+
+# ------------------------------------------------------------------------------ encoders
+
+
+def encoder(kind: str, size: int) -> torch.nn.Module:
+    torch.manual_seed(0)
+    if kind == "conv":
+        return ConvFrames(2, size, 8, LATENT, keypoints=3)
+    attend = choose.named("fused").attend(None, None)
+    return ViTFrames(2, size, 32, LATENT, depth=1, heads=2, patch=8, attend=attend)
+
+
+@pytest.mark.parametrize("size", [64, 65])
+@pytest.mark.parametrize("kind", ["conv", "vit"])
+def test_a_frame_is_encoded_by_itself_with_its_last_pixel(kind, size):
+    frames = torch.rand(5, 2, size, size)
+    encode = encoder(kind, size)
+    latents = encode(frames)
+    torch.testing.assert_close(encode(frames[3:4]), latents[3:4], rtol=1e-5, atol=1e-5)
+    frames[3, :, -1, -1] += 1.0  # also the pixel past the last whole patch
+    moved_by = (encode(frames) - latents).abs().amax(dim=1)
+    assert moved_by[3] > 1e-4
+    assert moved_by[:3].max() < 1e-5
+
+
+def test_a_keypoint_is_the_place_of_what_its_channel_marks():
+    points = Keypoints(1, 2)
+    with torch.no_grad():
+        points.scores.weight.copy_(torch.tensor([50.0, 0.0]).view(2, 1, 1, 1))
+    maps = torch.zeros(1, 1, 5, 9)
+    maps[0, 0, 1, 6] = 1.0
+    found = points(maps)[0]  # x of both points, then y of both
+    torch.testing.assert_close(found, torch.tensor([0.5, 0.0, -0.5, 0.0]))
+
+
+# ------------------------------------------------------------------------------ predictors
+
+
+@pytest.mark.parametrize("seen", [1, 3])
+@pytest.mark.parametrize("name", PREDICTORS)
+def test_a_rollout_is_the_repeated_one_step(name, seen):
+    """Its memory holds all that a pass over all frames so far computes again."""
+    torch.manual_seed(0)
+    predictor = moved(PREDICTORS[name]())
+    start, actions = torch.randn(2, seen, LATENT), torch.randn(2, seen + 6, CONDITION)
+    latents = start
+    for count in range(seen, seen + 7):
+        following = predictor.one_step(latents, actions[:, :count])
+        latents = torch.cat((latents, following[:, -1:]), dim=1)
+    found = predictor.unroll(start, actions)
+    assert found.shape == (2, 7, LATENT)
+    torch.testing.assert_close(found, latents[:, seen:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PREDICTORS)
+def test_a_prediction_knows_no_later_frame_or_action(name):
+    torch.manual_seed(0)
+    predictor = moved(PREDICTORS[name]())
+    latents, actions = torch.randn(2, 6, LATENT), torch.randn(2, 6, CONDITION)
+    before = predictor.one_step(latents, actions)
+    latents[:, 4:] += 1.0
+    actions[:, 4:] += 1.0
+    after = predictor.one_step(latents, actions)
+    torch.testing.assert_close(after[:, :4], before[:, :4], rtol=1e-5, atol=1e-6)
+    actions[:, 3] += 1.0  # of the frame itself
+    assert not torch.allclose(predictor.one_step(latents, actions)[:, 3], after[:, 3], atol=1e-3)
+
+
+def test_a_transformer_sees_its_history_alone():
+    """Two blocks of three frames see five."""
+    predictor = moved(transformer(2, 3))
+    latents, actions = torch.randn(1, 8, LATENT), torch.randn(1, 8, CONDITION)
+    before = predictor.one_step(latents, actions)
+    latents[:, 2] += 1.0
+    apart = (predictor.one_step(latents, actions) - before).abs().amax(dim=(0, 2))
+    assert (apart > 1e-4).tolist() == [False, False, True, True, True, True, True, False]
+
+
+def test_a_step_of_a_rollout_takes_one_frame_through_the_blocks():
+    predictor = transformer(2, 4)
+    frames = []
+    for block in predictor.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: frames.append(inputs[0].shape[1]))
+    predictor.unroll(torch.randn(1, 3, LATENT), torch.randn(1, 12, CONDITION))
+    assert frames == [2, 2] + [1, 1] * 10
+
+
+@pytest.mark.parametrize("name", PREDICTORS)
+def test_training_begins_near_nothing_changes(name):
+    latents = torch.randn(4, 3, LATENT)
+    change = PREDICTORS[name]().one_step(latents, torch.randn(4, 3, CONDITION)) - latents
+    assert 0 < change.square().mean().sqrt() < 0.1
+
+
+def test_a_rollout_needs_a_frame_and_an_action():
+    for seen, acted in ((0, 2), (3, 2)):
+        with pytest.raises(ValueError, match=f"actions: got {acted} for {seen} observed frames"):
+            MLPDynamics(LATENT, CONDITION, 8, 1).unroll(
+                torch.randn(2, seen, LATENT), torch.randn(2, acted, CONDITION)
+            )
+
+
+# ------------------------------------------------------------------------------ ops
+
+
+def gradients(function, *tensors: Tensor) -> list[Tensor]:
+    leaves = [z.clone().requires_grad_() for z in tensors]
+    out = function(*leaves)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    return [out, *torch.autograd.grad((out * weight).sum(), leaves)]
+
+
+def both(function, *tensors: Tensor) -> None:
+    fused, plain = (gradients(function(choose.named(name)), *tensors) for name in KERNELS)
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_fused_and_reference_ops_of_the_transformer_agree():
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 2, 4, 3, 32).unbind(0)
+    shift, scale = torch.randn(2, 2, 4, 32).unbind(0)
+    both(lambda ops: ops.modulated_layer_norm, x, shift, scale)
+    both(lambda ops: ops.gated_residual, x, y, shift)
+    q, k, v = torch.randn(3, 2, 2, 12, 16).unbind(0)  # four frames of three tokens
+    both(lambda ops: lambda *qkv: ops.attend_history(*qkv, 3, 2), q, k, v)
+    both(lambda ops: lambda *qkv: ops.attend_history(*qkv, 3, 4), q[:, :, 9:], k, v)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_terms_of_groups_are_the_mean_of_each_groups(kernels):
+    z = torch.randn(3, 6, 4)
+    found = choose.named(kernels).variance_covariance(z, None)
+    each = torch.tensor([published.variance_covariance(group) for group in z])
+    torch.testing.assert_close(torch.stack(found), each.mean(dim=0))
+
+
+# ------------------------------------------------------------------------------ the loss
+
+
+def windows(batch: int = 6, steps: int = 4) -> tuple[Tensor, Tensor]:
+    world = TwoRooms()
+    states = [world.reset(torch.arange(batch))]
+    actions = 2 * torch.rand(batch, steps, 2) - 1
+    for step in range(steps):
+        states.append(world.step(states[-1], actions[:, step]))
+    return torch.stack([world.render(state) for state in states], dim=1), actions
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_the_loss_is_the_sum_of_its_terms_as_they_are_defined(kernels):
+    weights = {"prediction": 2.0, "one_step": 0.5, "variance": 3.0, "covariance": 0.7}
+    weights |= {"time_variance": 0.4, "time_covariance": 0.3, "similarity": 0.2, "inverse": 5.0}
+    loss = weights | {"sigreg": 0.6}
+    made = config.parse(config.describe(changed(loss=loss)) | {"kernels": kernels})
+    method = moved(build.method(made, 2))
+    frames, actions = windows()
+    with torch.no_grad():
+        z = torch.stack([method.encode(frames[:, t]) for t in range(5)], dim=1)
+        embedded = method.action_encoder(actions)
+        rolled, latent, memory = [], z[:, 0], None
+        for t in range(3):
+            latent, memory = method.predictor.step(latent, embedded[:, t], memory)
+            rolled.append(latent)
+        guessed = method.inverse(torch.cat((z[:, :-1], z[:, 1:]), dim=-1))
+        terms = {
+            "prediction": (torch.stack(rolled, dim=1) - z[:, 1:4]).square().mean(),
+            "one_step": (method.predictor.one_step(z[:, :-1], embedded) - z[:, 1:]).square().mean(),
+            "similarity": (z[:, 1:] - z[:, :-1]).square().mean(),
+            "inverse": (guessed - actions).square().mean(),
+        }
+        for prefix, groups in (("", z.transpose(0, 1)), ("time_", z)):
+            each = torch.tensor([published.variance_covariance(rows) for rows in groups])
+            terms |= {f"{prefix}variance": each[:, 0].mean()}
+            terms |= {f"{prefix}covariance": each[:, 1].mean()}
+        found = method.terms(frames, actions)
+        sigreg = found.pop("sigreg")
+        total = method(frames, actions)
+    torch.testing.assert_close(found, terms, rtol=1e-4, atol=1e-6)
+    expected = 0.6 * sigreg + sum(weights[name] * term for name, term in terms.items())
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=0)
+
+
+def test_sigreg_is_new_in_each_step_and_a_term_of_weight_0_is_not_computed():
+    off = dict.fromkeys(("one_step", "variance", "covariance", "similarity", "inverse"), 0.0) | {
+        "time_variance": 0.0,
+        "time_covariance": 0.0,
+    }
+    method = build.method(changed(loss=off | {"sigreg": 0.1}), 2)
+    frames, actions = windows()
+    first = method.terms(frames, actions)
+    assert set(first) == {"prediction", "sigreg"}
+    assert method.terms(frames, actions)["sigreg"] == first["sigreg"]
+    method.after_step()
+    assert method.terms(frames, actions)["sigreg"] != first["sigreg"]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"predictor": "mlp"},
+        {"predictor": "gru"},
+        {"latent_tokens": 2, "history": 2, "encoder": "vit", "dim": 32, "depth": 1, "heads": 2,
+         "patch": 13},
+    ],
+    ids=["mlp", "gru", "vit"],
+)  # fmt: skip
+def test_every_network_has_one_loss_curve(model, tmp_path):
+    made = config.describe(changed(model=model, training={"steps": 12}))
+    curves = [run(config.parse(made | {"kernels": k}), tmp_path / k) for k in KERNELS]
+    torch.testing.assert_close(curves[0], curves[1], rtol=1e-4, atol=0)
+    assert curves[0][-1] < curves[0][0]
+
+
+def test_bfloat16_is_autocast(tmp_path):
+    whole = run(changed(training={"steps": 3}), tmp_path / "whole")
+    half = run(changed(training={"steps": 3, "precision": "bfloat16"}), tmp_path / "half")
+    torch.testing.assert_close(half, whole, rtol=2e-2, atol=0)
+    assert half != whole
+
+
+# ------------------------------------------------------------------------------ for planning
+
+
+def test_candidates_are_rolled_out_each_by_itself():
+    method = moved(build.method(changed(), 2))
+    frames, _ = windows()
+    with torch.no_grad():
+        start, actions = method.encode(frames[:, 0]), torch.rand(6, 3, 5, method.actions)
+        found = method.rollout(start, actions)
+        assert found.shape == (6, 3, 5, 16)
+        embedded = method.action_encoder(actions[4, 2])
+        alone = method.predictor.unroll(start[4].view(1, 1, -1), embedded[None])[0]
+    torch.testing.assert_close(found[4, 2], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_frames_of_another_dtype_are_refused():
+    with pytest.raises(ValueError, match=r"frames: got torch\.float32, takes torch\.uint8"):
+        build.method(changed(), 2).encode(torch.rand(1, 65, 65, 2))
+
+
+# ------------------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["loss.prediction=0"], "loss.prediction: got 0, world takes more"),
+        (["loss.unroll=17"], "loss.unroll: got 17, takes at most data.window, 16 actions"),
+        (["data.length=8"], "data: length: got 8, takes at least window, 16"),
+        (["model.history=2"], "model.history: got 2, but it is used by model.predictor 'transf"),
+        (["model.encoder=vit", "model.keypoints=3"], "keypoints: got 3, but it is used by model"),
+        (["model.predictor=transformer", "model.predictor_heads=5"], "predictor_heads: got 5 for"),
+        (["model.predictor=transformer", "model.latent_tokens=3"], "takes a divisor of model.lat"),
+        (["training.accumulate=2"], "training.accumulate: got 2, world takes 1: its terms need"),
+        (["training.compile=true"], "training.compile: got True, world takes false"),
+        (["training.parallel=fsdp"], "training.parallel: got 'fsdp', world takes 'ddp'"),
+        (["data.kind=digits"], "data.kind: got 'digits', world takes trajectories: world, traj"),
+        (["data.kind=trajectories"], "path: missing, takes a folder with kind='trajectories'"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_named(words, message):
+    with pytest.raises(config.ConfigError, match=message):
+        config.load("world_two_rooms", words)
+
+
+# ------------------------------------------------------------------------------ probes
+
+
+def test_probes_read_what_is_there_and_no_more():
+    torch.manual_seed(0)
+    x = torch.randn(600, 4)
+    facts = {
+        "linear": 10 * x[:, :2] + 3,
+        "bent": x[:, 2].abs() * 5,
+        "side": (x[:, 3] > 0).long(),
+        "noise": torch.randn(600),
+        "same": torch.ones(600),
+    }
+    fit, test = (
+        {name: fact[rows] for name, fact in facts.items()}
+        for rows in (slice(480), slice(480, None))
+    )
+    assert state_probe.varying(fit, test) == ["linear", "bent", "side", "noise"]
+    del fit["same"], test["same"]
+    found = state_probe.errors(x[:480], x[480:], fit, test, seed=0)
+    assert found["linear"][0] < 0.1
+    assert found["bent"][0] > 2.2 > 1.5 > found["bent"][1]
+    assert max(found["side"]) < 0.1
+    assert min(found["noise"]) > 0.85
+    means = {name: state_probe.constant(fit[name], test[name]) for name in fit}
+    assert means["linear"] == pytest.approx(10 * 2**0.5, rel=0.1)
+    assert means["side"] == pytest.approx(0.5, abs=0.12)
+
+
+# ------------------------------------------------------------------------------ commands
+
+
+def test_a_run_is_trained_probed_exported_and_compared(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    words = ["model.dim=8", "model.latent=16", "model.predictor_dim=32", "training.batch=8"]
+    words += ["data.window=8", "training.steps=3", "training.log_every=1"]
+    given = ["train", "world_two_rooms_random", *words, "--output", str(run)]
+    assert cli.main(given) == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(1 <= row["effective_rank"] <= 16 and row["std"] > 0 for row in rows)
+    monkeypatch.setattr(world_report, "FRAMES", 100)
+    monkeypatch.setattr(state_probe, "STEPS", 10)
+    capsys.readouterr()
+    assert cli.main(["probe", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "80 frames to fit probes to, 20 of other episodes" in out
+    lines = {line[:26].strip(): line[26:].split() for line in out.splitlines()}
+    assert lines[""] == ["position", "wall", "door", "room"]
+    for name in ("world, step 3", "untrained encoder", "pixels", "mean, or commonest class"):
+        assert len(lines[name]) == 8
+    assert float(lines["pixels"][0].rstrip(",")) < float(lines["mean, or commonest class"][1])
+    assert cli.main(["probe", str(run), "--label", "room"]) == 2
+    file = tmp_path / "encoder.safetensors"
+    assert cli.main(["export", str(run), str(file)]) == 0
+    _, method, _ = restore(run)
+    for name, z in load_file(file).items():
+        assert torch.equal(z, method.encoder.state_dict()[name])
+    capsys.readouterr()
+    assert cli.main(["compare", "world_two_rooms_random", *words, "--rounds", "1"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1].split()
+    assert line[0] == "world"
+    assert float(line[-1]) < 1e-4
+
+
+def test_a_block_begins_as_the_identity():
+    block = ConditionedBlock(32, 2, CONDITION, 3, choose.named("fused"))
+    x = torch.randn(2, 4, 3, 32)
+    assert torch.equal(block(x, torch.randn(2, 4, CONDITION), None)[0], x)
