@@ -19,6 +19,7 @@ from vicreg_jepa.training.run import restore
 from vicreg_jepa.worlds.two_rooms import TwoRooms
 
 from tests.trainer.test_trainer import run, settings
+from vicreg_kernels import AdaLN
 
 LATENT, CONDITION = 12, 5
 KERNELS = ("fused", "reference")
@@ -79,6 +80,13 @@ def test_a_frame_is_encoded_by_itself_with_its_last_pixel(kind, size):
     assert moved_by[:3].max() < 1e-5
 
 
+def test_the_edge_of_a_frame_that_is_enlarged_goes_on():
+    """65 pixels in patches of 8 are 72, whose last 7 rows and columns repeat the last one."""
+    frames, whole, larger = torch.rand(2, 2, 65, 65), encoder("vit", 65), encoder("vit", 72)
+    place = torch.arange(72).clamp(max=64)
+    torch.testing.assert_close(whole(frames), larger(frames[:, :, place][:, :, :, place]))
+
+
 def test_a_keypoint_is_the_place_of_what_its_channel_marks():
     points = Keypoints(1, 2)
     with torch.no_grad():
@@ -130,6 +138,33 @@ def test_a_transformer_sees_its_history_alone():
     latents[:, 2] += 1.0
     apart = (predictor.one_step(latents, actions) - before).abs().amax(dim=(0, 2))
     assert (apart > 1e-4).tolist() == [False, False, True, True, True, True, True, False]
+
+
+def test_a_block_is_that_of_the_module_of_adaptive_layer_norm():
+    """vk.AdaLN around attention within frames and the MLP."""
+    block, module = (
+        moved(ConditionedBlock(32, 2, CONDITION, 1, choose.named("fused"))),
+        AdaLN(32, 5),
+    )
+    module.linear.load_state_dict(block.condition.state_dict())
+    x, condition = torch.randn(2, 4, 3, 32), torch.randn(2, 4, CONDITION)
+
+    def attention(tokens: Tensor) -> Tensor:
+        return block.attn(tokens.flatten(0, 1)).view_as(tokens)
+
+    expected = module(x, condition, attention, block.mlp)
+    torch.testing.assert_close(block(x, condition, None)[0], expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected, x, atol=0.1)
+
+
+def test_the_tokens_of_a_frame_have_places():
+    """Exchanged parts of a latent do not just exchange the parts of its change."""
+    predictor = moved(transformer(2, 3))
+    latents, actions = torch.randn(1, 3, LATENT), torch.randn(1, 3, CONDITION)
+    exchanged = latents.roll(LATENT // 2, dims=-1)
+    change = predictor.one_step(latents, actions) - latents
+    other = predictor.one_step(exchanged, actions) - exchanged
+    assert (other.roll(LATENT // 2, dims=-1) - change).abs().max() > 1e-2
 
 
 def test_a_step_of_a_rollout_takes_one_frame_through_the_blocks():
