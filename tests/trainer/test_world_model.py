@@ -364,6 +364,7 @@ def test_probes_read_what_is_there_and_no_more():
         "linear": 10 * x[:, :2] + 3,
         "bent": x[:, 2].abs() * 5,
         "side": (x[:, 3] > 0).long(),
+        "signs": (x[:, :2] > 0).long() + 1,
         "noise": torch.randn(600),
         "same": torch.ones(600),
     }
@@ -371,15 +372,17 @@ def test_probes_read_what_is_there_and_no_more():
         {name: fact[rows] for name, fact in facts.items()}
         for rows in (slice(480), slice(480, None))
     )
-    assert state_probe.varying(fit, test) == ["linear", "bent", "side", "noise"]
+    assert state_probe.varying(fit, test) == ["linear", "bent", "side", "signs", "noise"]
     del fit["same"], test["same"]
     found = state_probe.errors(x[:480], x[480:], fit, test, seed=0)
     assert found["linear"][0] < 0.1
     assert found["bent"][0] > 2.2 > 1.5 > found["bent"][1]
     assert max(found["side"]) < 0.1
+    assert max(found["signs"]) < 0.1
     assert min(found["noise"]) > 0.85
     means = {name: state_probe.constant(fit[name], test[name]) for name in fit}
     assert means["linear"] == pytest.approx(10 * 2**0.5, rel=0.1)
+    assert means["signs"] == pytest.approx(0.5, abs=0.12)
     assert means["side"] == pytest.approx(0.5, abs=0.12)
 
 

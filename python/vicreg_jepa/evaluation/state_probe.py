@@ -26,10 +26,11 @@ def varying(fit: Facts, test: Facts) -> list[str]:
 
 
 def columns(fact: Tensor, classes: int) -> Tensor:
-    """float [N, K] of a fact [N, ...]: its values, or one-hot vectors of `classes` classes."""
+    """float64 [N, K] of a fact [N, ...]: its values, or their one-hot vectors of `classes`."""
+    values = fact.reshape(len(fact), -1)
     if fact.is_floating_point():
-        return fact.flatten(1).double() if fact.dim() > 1 else fact[:, None].double()
-    return nn.functional.one_hot(fact.long(), classes).double()
+        return values.double()
+    return nn.functional.one_hot(values.long(), classes).double().flatten(1)
 
 
 def classes_of(fit: Tensor, test: Tensor) -> int:
@@ -38,11 +39,13 @@ def classes_of(fit: Tensor, test: Tensor) -> int:
 
 def error(fact: Tensor, predicted: Tensor) -> float:
     """Of a fact of floats the root mean square distance, in its unit; of integers the share of
-    wrong samples. predicted: columns [N, K].
+    values that are wrong. predicted: columns [N, K].
     """
     if fact.is_floating_point():
         return float((columns(fact, 0) - predicted).square().sum(dim=1).mean().sqrt())
-    return float((predicted.argmax(dim=1) != fact).double().mean())
+    values = fact.reshape(len(fact), -1)
+    guesses = predicted.unflatten(1, (values.shape[1], -1)).argmax(dim=2)
+    return float((guesses != values).double().mean())
 
 
 def constant(fit: Tensor, test: Tensor) -> float:
@@ -62,7 +65,9 @@ def errors(
     targets = torch.cat([columns(fact, numbers[name]) for name, fact in fit.items()], dim=1)
     mean, scale = targets.mean(dim=0), targets.std(dim=0).clamp_min(1e-12)
     goal = (targets - mean) / scale
-    middle, spread = features.mean(dim=0), features.std(dim=0).clamp_min(1e-6)
+    # One scale for all: a pixel that hardly varies here may vary much in the test samples.
+    middle = features.mean(dim=0)
+    spread = (features - middle).square().mean().sqrt().clamp_min(1e-12)
     x, z = (features - middle) / spread, (held_out - middle) / spread
     both = [guess * scale + mean for guess in (ridge(x, goal, z), perceptron(x, goal, z, seed))]
     found, at = {}, 0
