@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from vicreg_jepa import cli, config
+from vicreg_jepa.compare import memory
 from vicreg_jepa.evaluation import state_probe, world_report
 from vicreg_jepa.methods import build
 from vicreg_jepa.models.dynamics import GRUDynamics, MLPDynamics
@@ -398,12 +399,12 @@ def test_a_run_is_trained_probed_exported_and_compared(tmp_path, monkeypatch, ca
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(1 <= row["effective_rank"] <= 16 and row["std"] > 0 for row in rows)
-    monkeypatch.setattr(world_report, "FRAMES", 100)
+    monkeypatch.setattr(world_report, "FRAMES", 400)
     monkeypatch.setattr(state_probe, "STEPS", 10)
     capsys.readouterr()
     assert cli.main(["probe", str(run)]) == 0
     out = capsys.readouterr().out
-    assert "80 frames to fit probes to, 20 of other episodes" in out
+    assert "320 frames to fit probes to, 80 of other episodes" in out
     lines = {line[:26].strip(): line[26:].split() for line in out.splitlines()}
     assert lines[""] == ["position", "wall", "door", "room"]
     for name in ("world, step 3", "untrained encoder", "pixels", "mean, or commonest class"):
@@ -416,6 +417,8 @@ def test_a_run_is_trained_probed_exported_and_compared(tmp_path, monkeypatch, ca
     for name, z in load_file(file).items():
         assert torch.equal(z, method.encoder.state_dict()[name])
     capsys.readouterr()
+    # Starting processes takes longer than all else here; test_cli.py does it.
+    monkeypatch.setattr(memory, "in_own_process", lambda function, *given: function(*given))
     assert cli.main(["compare", "world_two_rooms_random", *words, "--rounds", "1"]) == 0
     line = capsys.readouterr().out.splitlines()[-1].split()
     assert line[0] == "world"
