@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from vicreg_jepa import cli, config
 from vicreg_jepa.compare import memory
+from vicreg_jepa.distributed.ranks import Ranks
 from vicreg_jepa.evaluation import state_probe, world_report
 from vicreg_jepa.methods import build
 from vicreg_jepa.models.dynamics import GRUDynamics, MLPDynamics
@@ -17,6 +18,7 @@ from vicreg_jepa.models.dynamics_transformer import ConditionedBlock, Transforme
 from vicreg_jepa.models.frames import ConvFrames, Keypoints, ViTFrames
 from vicreg_jepa.ops import choose, published
 from vicreg_jepa.training.run import restore
+from vicreg_jepa.training.trainer import Diverged, Trainer
 from vicreg_jepa.worlds.two_rooms import TwoRooms
 
 from tests.trainer.test_trainer import run, settings
@@ -303,11 +305,28 @@ def test_every_network_has_one_loss_curve(model, tmp_path):
     assert curves[0][-1] < curves[0][0]
 
 
-def test_bfloat16_is_autocast(tmp_path):
-    whole = run(changed(training={"steps": 3}), tmp_path / "whole")
-    half = run(changed(training={"steps": 3, "precision": "bfloat16"}), tmp_path / "half")
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_bfloat16_is_autocast(kernels, tmp_path):
+    made = config.describe(changed(training={"steps": 3})) | {"kernels": kernels}
+    whole = run(config.parse(made), tmp_path / "whole")
+    made["training"]["precision"] = "bfloat16"
+    half = run(config.parse(made), tmp_path / "half")
     torch.testing.assert_close(half, whole, rtol=2e-2, atol=0)
     assert half != whole
+
+
+def test_a_loss_that_is_not_finite_leaves_its_windows(tmp_path):
+    made = changed()
+    trainer = Trainer(made, build.method(made, 2), Ranks(), tmp_path)
+    with torch.no_grad():
+        next(trainer.method.parameters()).fill_(float("nan"))
+    frames, actions = windows(8)
+    with pytest.raises(Diverged, match="step 0 is nan"):
+        trainer.take((frames, actions))
+    (path,) = tmp_path.glob("diverged*.safetensors")
+    saved = load_file(path)
+    assert torch.equal(saved["frames"], frames)
+    assert torch.equal(saved["actions"], actions)
 
 
 # ------------------------------------------------------------------------------ for planning
