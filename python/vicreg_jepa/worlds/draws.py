@@ -19,6 +19,8 @@ class Stream(IntEnum):
     POLICY = 4
     PHASE = 5
     JITTER = 6
+    PLAN = 7  # the candidates of planners
+    ZONE = 8  # forbidden zones
 
 
 def uniform(seed: Tensor, stream: Stream, time: Tensor | int, count: int) -> Tensor:
