@@ -112,6 +112,15 @@ class GoalDistance(Energy):
         return GoalDistance(self.goal[which], self.at, self.norm)
 
 
+def to_goal(goal: Tensor, haste: float = 0.003) -> Energy:
+    """The distance to the goal at the end of the horizon, plus `haste` times its sum.
+
+    The sum alone prefers to wait near the goal, behind a wall, to the way around it; the end alone
+    puts the arrival off from plan to plan.
+    """
+    return GoalDistance(goal, "end") + haste * GoalDistance(goal)
+
+
 @dataclass(frozen=True)
 class ControlCost(Energy):
     """weight times the sum of the squared actions over the horizon."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vicreg_jepa.planning import checks
-from vicreg_jepa.planning.energies import Arrival, EnergyLike, GoalDistance
+from vicreg_jepa.planning.energies import Arrival, EnergyLike, to_goal
 from vicreg_jepa.planning.model import LatentModel, observe
 from vicreg_jepa.planning.planner import Plan
 from vicreg_jepa.planning.shield import Shield
@@ -66,7 +66,7 @@ def episodes(
     seeds: Tensor,
     steps: int = STEPS,
     shield: Shield | None = None,
-    energy: Callable[[Tensor], EnergyLike] = GoalDistance,
+    energy: Callable[[Tensor], EnergyLike] = to_goal,
     arrival: Callable[[Tensor], Arrival] | None = None,
     delay: int = 0,
     keep: bool = True,

@@ -48,7 +48,7 @@ class Effort:
     """Effort that grows with the difficulty: an environment stops when arrival is predicted.
 
     The horizon begins with `horizon` actions and is multiplied by `growth` after every `every`
-    iterations, up to the planner's own. Before the first iteration the former plan is
+    iterations, up to the planner's own; then the search begins anew. Before the first iteration the former plan is
     rolled out, and kept if it is still predicted to arrive. The iterations of the planner are the
     budget.
     """
@@ -269,7 +269,10 @@ class _Search:
         if effort is not None:
             horizon = effort.horizon_at(iteration, horizon)
         if horizon != self.horizon:
-            self._forget(horizon)  # energies of different horizons cannot be compared
+            # Energies of different horizons cannot be compared, and a short plan that did not arrive
+            # often leads into a dead end: begin anew.
+            self._forget(horizon)
+            self.rows = planner.begun(self.mean, self.draws)
         seen = {name: value[:, :horizon] for name, value in self.rows.items()}
         actions = planner.project(planner.proposed(seen, self.draws, iteration))
         path, energies, gradient = self.evaluate(actions)

@@ -25,8 +25,8 @@ class CEM(Planner):
 
     elites: int = 24
     deviation: float = 1.0
-    least: float = 0.05
-    momentum: float = 0.1
+    least: float = 0.3
+    momentum: float = 0.3
     colour: float = 0.0
 
     def __post_init__(self) -> None:
