@@ -12,10 +12,11 @@ from torch import Tensor
 
 from vicreg_jepa.planning import checks
 from vicreg_jepa.planning.energies import Arrival, EnergyLike, to_goal
+from vicreg_jepa.planning.guardrails import Constraint
 from vicreg_jepa.planning.model import LatentModel, observe
 from vicreg_jepa.planning.planner import Plan
 from vicreg_jepa.planning.shield import Shield
-from vicreg_jepa.worlds.world import STEPS, State, World
+from vicreg_jepa.worlds.world import REACHED, STEPS, State, World
 
 
 class Plans(Protocol):
@@ -42,7 +43,7 @@ class Result:
     """What happened in N episodes of T steps.
 
     success: bool [N], at the last step. distance: float64 [N], the length of the shortest path
-    from the start to the goal, in pixels. iterations, rollout_steps: int64 [N], of all plans of the
+    from the start to the goal, in pixels. goal: [N, 2]. iterations, rollout_steps: int64 [N], of all plans of the
     episode. positions: [N, T + 1, 2], executed. actions: [N, T, A], executed. plans: those made, in
     order, one every `interval` steps. milliseconds: of wall time for each environment, planning
     alone. changed: int64 [N], the steps in which the shield did not execute the planned action.
@@ -50,6 +51,7 @@ class Result:
 
     success: Tensor
     distance: Tensor
+    goal: Tensor
     iterations: Tensor
     rollout_steps: Tensor
     positions: Tensor
@@ -57,6 +59,18 @@ class Result:
     milliseconds: float
     changed: Tensor
     plans: list[Plan] = field(default_factory=list)
+
+    def steps(self) -> Tensor:
+        """int64 [N]: the first step after which the goal is reached; T + 1 if it never is."""
+        far = torch.linalg.vector_norm(self.positions - self.goal[:, None], dim=2) > REACHED
+        return far.long().cumprod(dim=1).sum(dim=1)
+
+    def clearance(self, constraint: Constraint) -> Tensor:
+        """[N]: the least clearance of all executed positions; negative is a violation."""
+        count, steps = self.positions.shape[:2]
+        which = torch.arange(count, device=self.positions.device).repeat_interleave(steps)
+        clearance = constraint.rows(which).at(self.positions.flatten(0, 1))
+        return clearance.view(count, steps).amin(dim=1)
 
 
 def episodes(
@@ -116,6 +130,7 @@ def episodes(
     return Result(
         success=world.success(state),
         distance=world.distance(states[0]),
+        goal=state.goal,
         iterations=iterations,
         rollout_steps=rollout_steps,
         positions=torch.stack([each.position for each in states], dim=1),

@@ -34,6 +34,10 @@ class Constraint(ABC):
         """[N]: the clearance of positions [N, 2]."""
         return self.of(Box(position, position))
 
+    def rows(self, which: Tensor) -> Constraint:
+        """The constraint of the environments `which`, int64 [M]."""
+        return self
+
     def lean(self, box: Box) -> Tensor | None:
         """Directions [N, 2] in {-1, 0, 1} along which no displacement lowers the clearance of `box`,
         whatever the walls; None if there is no such rule.
@@ -69,6 +73,14 @@ class Zone(Constraint):
             raise ValueError(f"{name}: got {size.tolist()}, takes finite numbers of 0 or more")
         checks.number("margin", self.margin)
 
+    def rows(self, which: Tensor) -> Zone:
+        def some(value: Tensor, dims: int) -> Tensor:
+            return value[which] if value.dim() == dims else value
+
+        radius = self.radius if not isinstance(self.radius, Tensor) else some(self.radius, 1)
+        half = None if self.half is None else some(self.half, 2)
+        return Zone(some(self.centre, 2), radius, half, self.margin)
+
     def _gaps(self, box: Box) -> Tensor:
         """[N, 2]: the distance from the centre to the box along each axis."""
         return torch.maximum(box.low - self.centre, self.centre - box.high).clamp(min=0)
@@ -98,6 +110,10 @@ class Distance(Constraint):
         if not isinstance(self.place, Tensor) or self.place.shape[-1:] != (2,):
             raise ValueError(f"place: got {self.place!r}, takes a tensor [N, 2] or [2]")
         checks.finite("place", self.place)
+
+    def rows(self, which: Tensor) -> Distance:
+        place = self.place[which] if self.place.dim() == 2 else self.place
+        return Distance(place, self.most)
 
     def of(self, box: Box) -> Tensor:
         far = torch.maximum(box.high - self.place, self.place - box.low)
@@ -146,11 +162,6 @@ class Clearance(Constraint):
             raise ValueError(f"function: got {value!r}, takes a function that returns [N]")
         value = value - self.slope * torch.linalg.vector_norm((box.high - box.low) / 2, dim=1)
         return torch.where(torch.isnan(value), -torch.inf, value)
-
-
-def full_speed(lean: Tensor) -> Tensor:
-    """Actions at full speed in directions {-1, 0, 1}."""
-    return lean.clamp(-1, 1)
 
 
 def against(lean: Tensor, noise: float) -> Tensor:

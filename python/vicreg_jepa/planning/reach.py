@@ -12,6 +12,7 @@ from vicreg_jepa.worlds.world import SPEED, World
 # Edges of walls of a world are at least so far apart along each axis, except from the outer wall, so
 # an interval that is narrower holds at most one of them.
 NARROWEST = 5.0
+ROUNDING = 1e-4  # pixels: more than that of float32 in a position
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class Box:
 
 def around(position: Tensor, error: float) -> Box:
     """The positions within `error` pixels of a position along each axis."""
-    return Box(position - error, position + error)
+    if not error:
+        return Box(position, position)
+    return Box(position - error - ROUNDING, position + error + ROUNDING)
 
 
 def pushes(action: Tensor, noise: float) -> Box:

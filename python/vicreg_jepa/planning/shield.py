@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from vicreg_jepa.planning import checks
-from vicreg_jepa.planning.guardrails import Constraint, against, full_speed
+from vicreg_jepa.planning.guardrails import Constraint, against
 from vicreg_jepa.planning.reach import Box, around, pushes, reached
 from vicreg_jepa.worlds.world import World
 
+# Clearance, in pixels, that planned actions leave: more than the rounding of float32 in the
+# distances. The fallbacks lower no clearance, so they are only asked for 0.
+ROUNDING = 1e-3
 SHARES = (1.0, 0.5, 0.25)  # of the planned action, tried in this order
 AXES = ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0))  # the whole action, or one of its components
 
@@ -97,7 +100,7 @@ class Guard:
         self.shield, self.world, self.layout = shield, world, layout
         self.box = around(position, shield.error)
         self._past: list[Tensor] = []  # the last `delay` executed actions
-        self._refuse(shield.clearance(self.box) >= 0, "the first state is not known to be safe")
+        self._refuse(shield.clearance(self.box) >= ROUNDING, "the first state is not known to be safe")
 
     def act(self, planned: Tensor, observed: Tensor) -> Tensor:
         """The action [N, 2] to execute in place of the planned one, of any values, NaN included.
@@ -107,10 +110,10 @@ class Guard:
         checks.shaped("observed", observed, len(self.box.low), 2)
         self._look(observed)
         tries = self._tries(planned)
-        safe = torch.stack([self._safe(action) for action in tries])  # [tries, N]
+        safe = torch.stack([self._safe(*each) for each in tries])  # [tries, N]
         self._refuse(safe.any(dim=0), "no action is safe for every outcome")
         first = safe.to(torch.uint8).argmax(dim=0)
-        action = torch.stack(tries)[first, torch.arange(len(first), device=first.device)]
+        action = torch.stack([action for action, _ in tries])[first, torch.arange(len(first), device=first.device)]
         push = pushes(action, self.shield.noise)
         self.box = reached(self.world, self.layout, self.box, push)
         self._past = [*self._past, action][-self.shield.delay :] if self.shield.delay else []
@@ -127,32 +130,32 @@ class Guard:
         self._refuse(~wrong, "the observation contradicts the stated error, noise or delay")
         self.box = box
 
-    def _tries(self, planned: Tensor) -> list[Tensor]:
-        """Actions [N, 2] in the order of preference."""
+    def _tries(self, planned: Tensor) -> list[tuple[Tensor, float]]:
+        """Actions [N, 2] in the order of preference, each with the clearance that it must leave."""
         known = torch.isfinite(planned).all(dim=1, keepdim=True)
         wanted = torch.where(known, planned, 0.0).to(self.box.low).clamp(-1, 1)
-        tries = [
-            wanted * share * wanted.new_tensor(axes) for share in SHARES for axes in AXES
-        ]
-        return tries + self._fallbacks(self.box)
+        shorter = [wanted * share * wanted.new_tensor(axes) for share in SHARES for axes in AXES]
+        tries = [(action, ROUNDING) for action in shorter]
+        return tries + [(action, 0.0) for action in self._fallbacks(self.box)]
 
     def _fallbacks(self, box: Box) -> list[Tensor]:
         found = []
         for constraint in self.shield.constraints:
             lean = constraint.lean(box)
             if lean is not None:
-                found += [against(lean, self.shield.noise), full_speed(lean)]
+                found += [against(lean, self.shield.noise), lean]
         return [*found, torch.zeros_like(box.low)]
 
-    def _safe(self, action: Tensor) -> Tensor:
+    def _safe(self, action: Tensor, least: float) -> Tensor:
         """bool [N]: whether the next state is safe, and a fallback is safe from there."""
-        box, safe = self._next(self.box, action)
-        return safe & torch.stack([self._next(box, it)[1] for it in self._fallbacks(box)]).any(0)
+        box, clearance = self._next(self.box, action)
+        after = [self._next(box, fallback)[1] >= 0 for fallback in self._fallbacks(box)]
+        return (clearance >= least) & torch.stack(after).any(dim=0)
 
     def _next(self, box: Box, action: Tensor) -> tuple[Box, Tensor]:
         push = pushes(action, self.shield.noise)
         after = reached(self.world, self.layout, box, push)
-        return after, self.shield.clearance(after, push) >= 0
+        return after, self.shield.clearance(after, push)
 
     def _refuse(self, fine: Tensor, why: str) -> None:
         if not bool(fine.all()):
