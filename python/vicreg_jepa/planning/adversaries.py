@@ -19,13 +19,13 @@ from vicreg_jepa.planning.penalties import Lagrangian, Penalty
 from vicreg_jepa.planning.planner import Plan, Planner
 from vicreg_jepa.planning.planners import ICEM
 from vicreg_jepa.planning.shield import Shield
-from vicreg_jepa.worlds.world import SPEED, State, World
+from vicreg_jepa.worlds.world import State, World
 
 FORMS = ("none", "penalty", "lagrangian", "shield")  # how a constraint is imposed
 
 
 def small_planner() -> ICEM:
-    """A planner for thousands of episodes: a fifth of the default work."""
+    """A planner for thousands of episodes."""
     return ICEM(candidates=64, elites=12, kept=4, iterations=3, horizon=12, interval=20)
 
 
@@ -43,11 +43,13 @@ class Untrained(TrueModel):
 
 @dataclass(frozen=True)
 class Steered:
-    """A planner that ignores the energy and steers into a zone: the worst action of all.
+    """A planner that ignores the energy and steers into a zone, around walls: the worst action of
+    all. It takes the latents of TrueModel.
 
     scale: of the actions. broken: a value that replaces one coordinate in each second step.
     """
 
+    world: World
     zone: Zone
     scale: float = 1.0
     broken: float | None = None
@@ -70,8 +72,9 @@ class Steered:
         former: Tensor | None = None,
         arrival: Arrival | None = None,
     ) -> Plan:
-        way = self.zone.centre - start[:, :2]
-        action = self.scale * (way / SPEED).clamp(-1, 1)
+        layout = start[:, 2:].round().long().view(-1, *self.world.layout_shape)
+        state = State(start[:, :2], self.zone.centre, layout, seed, seed)
+        action = self.scale * self.world.expert(state)
         if self.broken is not None and int(torch.as_tensor(time).max()) % 2:
             action[:, 1] = self.broken
         none = torch.zeros_like(seed)
@@ -108,14 +111,14 @@ class Broken(Energy):
 class Adversary:
     """One way of trying to violate a zone.
 
-    zone: a function of the world and the first states. model: of the world. planner: of a planner and
-    the zone. energy: of the energy. delay: of the observations, in steps. executes: whether its
-    actions can be executed without a shield (World.step takes only finite ones).
+    zone: a function of the world and the first states. model: of the world. planner: of the world,
+    a planner and the zone. energy: of the energy. delay: of the observations, in steps. executes:
+    whether its actions can be executed without a shield (World.step takes only finite ones).
     """
 
     zone: Callable[[World, State], Zone] = zones.on_the_way
     model: Callable[[World], TrueModel] = TrueModel
-    planner: Callable[[Plans, Zone], Plans] = lambda planner, zone: planner
+    planner: Callable[[World, Plans, Zone], Plans] = lambda world, planner, zone: planner
     energy: Callable[[Energy], Energy] = lambda energy: energy
     delay: int = 0
     executes: bool = True
@@ -127,12 +130,16 @@ ADVERSARIES: dict[str, Adversary] = {
     "random weights": Adversary(model=Untrained, zone=zones.at_the_goal),
     "some energies NaN or infinite": Adversary(energy=Broken, zone=zones.at_the_goal),
     "all energies NaN or infinite": Adversary(energy=lambda energy: Broken(energy, all=True)),
-    "worst action": Adversary(planner=lambda planner, zone: Steered(zone)),
-    "actions out of bounds": Adversary(planner=lambda planner, zone: Steered(zone, scale=1e6)),
-    "actions NaN": Adversary(
-        planner=lambda planner, zone: Steered(zone, broken=torch.nan), executes=False
+    "worst action": Adversary(planner=lambda world, planner, zone: Steered(world, zone)),
+    "actions out of bounds": Adversary(
+        planner=lambda world, planner, zone: Steered(world, zone, scale=1e6)
     ),
-    "worst action, seen late": Adversary(planner=lambda planner, zone: Steered(zone), delay=1),
+    "actions NaN": Adversary(
+        planner=lambda world, planner, zone: Steered(world, zone, broken=torch.nan), executes=False
+    ),
+    "worst action, seen late": Adversary(
+        planner=lambda world, planner, zone: Steered(world, zone), delay=1
+    ),
     "goal in the zone, seen late": Adversary(zone=zones.at_the_goal, delay=1),
 }
 
@@ -166,8 +173,8 @@ def trial(
     steps: int = 200,
     weight: float = 1.0,
 ) -> Trial:
-    """Run the episodes of an adversary. form: one of FORMS; "penalty" and "shield with penalty" have
-    the given weight in the energy.
+    """Run the episodes of an adversary. form: one of FORMS, or "shield with penalty". weight: of
+    the penalty in the energy.
     """
     checks.choice("name", name, tuple(ADVERSARIES))
     checks.choice("form", form, (*FORMS, "shield with penalty"))
@@ -187,7 +194,7 @@ def trial(
     result = episodes(
         adversary.model(world),
         world,
-        adversary.planner(plans, zone),
+        adversary.planner(world, plans, zone),
         seeds,
         steps=steps,
         shield=shield,
@@ -226,7 +233,9 @@ def proof(
     for name, adversary in ADVERSARIES.items():
         for form in FORMS:
             if form == "shield" or adversary.executes:
-                some = [trial(world, name, form, part, planner, steps) for part in seeds.split(batch)]
+                some = [
+                    trial(world, name, form, part, planner, steps) for part in seeds.split(batch)
+                ]
                 trials.append(_joined(some))
     return trials
 

@@ -14,9 +14,9 @@ from vicreg_jepa.planning import checks
 def quantile(scores: Tensor, level: float) -> float:
     """The bound that a further score exceeds with a probability of at most 1 - level.
 
-    scores: [n], of data that no fit has seen. The bound is the ceil((n + 1) * level)-th smallest one; it
-    holds if the n scores and the further one are exchangeable. For a bound that holds over all
-    steps of an episode, a score is the largest of an episode, and n the number of episodes.
+    scores: [n], of data that no fit has seen. The bound is the ceil((n + 1) * level)-th smallest
+    one; it holds if the n scores and the further one are exchangeable. For a bound that holds over
+    all steps of an episode, a score is the largest of an episode, and n the number of episodes.
     Raises ValueError if n is too small for the level, which takes n / (n + 1) at most.
     """
     checks.shaped("scores", scores, None)
@@ -41,8 +41,8 @@ def error(
     """The margin of a probe that reads positions: the error along each axis, in pixels, that it
     exceeds in a further episode with a probability of at most 1 - level.
 
-    latents: [E, T, D] and positions: [E, T, 2], of E held-out episodes of T steps. An episode counts as
-    one score, its largest error. The shield takes the margin as its `error`.
+    latents: [E, T, D] and positions: [E, T, 2], of E held-out episodes of T steps. An episode
+    counts as one score, its largest error. The shield takes the margin as its `error`.
     """
     checks.shaped("latents", latents, None, None, None)
     checks.shaped("positions", positions, *latents.shape[:2], 2)

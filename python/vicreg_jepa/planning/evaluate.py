@@ -43,10 +43,11 @@ class Result:
     """What happened in N episodes of T steps.
 
     success: bool [N], at the last step. distance: float64 [N], the length of the shortest path
-    from the start to the goal, in pixels. goal: [N, 2]. iterations, rollout_steps: int64 [N], of all plans of the
-    episode. positions: [N, T + 1, 2], executed. actions: [N, T, A], executed. plans: those made, in
-    order, one every `interval` steps. milliseconds: of wall time for each environment, planning
-    alone. changed: int64 [N], the steps in which the shield did not execute the planned action.
+    from the start to the goal, in pixels. goal: [N, 2]. iterations, rollout_steps: int64 [N], of
+    all plans of the episode. positions: [N, T + 1, 2] and actions: [N, T, A], as executed.
+    milliseconds: of wall time for each environment, planning alone. changed: int64 [N], the steps
+    in which the shield did not execute the planned action. plans: those made, in order, one every
+    `interval` steps.
     """
 
     success: Tensor
@@ -83,12 +84,14 @@ def episodes(
     energy: Callable[[Tensor], EnergyLike] = to_goal,
     arrival: Callable[[Tensor], Arrival] | None = None,
     delay: int = 0,
+    probe: Callable[[Tensor], Tensor] | None = None,
     keep: bool = True,
 ) -> Result:
     """Run an episode for each seed, int64 [N], with a plan every `interval` steps.
 
     energy, arrival: functions of the goal's latents [N, D]. delay: the planner and the shield see
-    the state as it was so many steps ago. keep: whether the result has the plans. Success is judged
+    the state as it was so many steps ago. probe: reads positions [N, 2] from latents for the shield;
+    without it the shield sees the true ones. keep: whether the result has the plans. Success is judged
     after the last step, by world.success. The shield, if any, stands between the plan and
     world.step, and may raise NoSafeAction.
     """
@@ -99,7 +102,13 @@ def episodes(
     goal = observe(model, world, world.at(state, state.goal))
     minimised = energy(goal)
     arrives = None if arrival is None else arrival(goal)
-    guard = None if shield is None else shield.begin(world, state.position, state.layout)
+
+    def seen_by_shield(seen: State) -> Tensor:
+        return seen.position if probe is None else probe(observe(model, world, seen))
+
+    guard = None
+    if shield is not None:
+        guard = shield.begin(world, seen_by_shield(state), state.layout)
     states, actions = [state], []
     zeros = torch.zeros_like(seeds)
     iterations, rollout_steps, changed = zeros, zeros, zeros
@@ -122,7 +131,7 @@ def episodes(
         action = coming[:, place]
         if guard is not None:
             wanted = action
-            action = guard.act(wanted, seen.position)
+            action = guard.act(wanted, seen_by_shield(seen))
             changed = changed + (action != wanted.clamp(-1, 1)).any(dim=1)
         state = world.step(state, action)
         states.append(state)
@@ -150,7 +159,7 @@ def followed(world: World, policy: Callable[[World, State], Tensor], seeds: Tens
 
 
 def rank_correlation(first: Tensor, second: Tensor) -> float:
-    """Spearman's rank correlation of [N] and [N], with mean ranks for ties; NaN if one of the two is
+    """Spearman's rank correlation of [N] and [N], with mean ranks for ties; NaN if one of them is
     constant.
     """
     a, b = (_ranks(value.double()) for value in (first, second))

@@ -39,8 +39,8 @@ class Constraint(ABC):
         return self
 
     def lean(self, box: Box) -> Tensor | None:
-        """Directions [N, 2] in {-1, 0, 1} along which no displacement lowers the clearance of `box`,
-        whatever the walls; None if there is no such rule.
+        """Directions [N, 2] in {-1, 0, 1} along which no displacement lowers the clearance of a
+        box, whatever the walls; None if there is no such rule.
         """
         return None
 
@@ -49,8 +49,9 @@ class Constraint(ABC):
 class Zone(Constraint):
     """A zone to keep out of: a disc or a rectangle with its sides along the axes.
 
-    centre: [N, 2], or [2] for all environments. radius: [N] or a number, of a disc; half: as centre,
-    half the width and height of a rectangle. Give one of the two. margin: the least distance.
+    centre: [N, 2], or [2] for all environments. radius: [N] or a number, of a disc; half: as
+    centre, half the width and height of a rectangle. Give one of the two. margin: the least
+    distance.
     """
 
     centre: Tensor
@@ -144,8 +145,8 @@ class Speed(Constraint):
 class Clearance(Constraint):
     """Any signed clearance: a function of positions [N, 2] that returns [N].
 
-    slope: a bound of its change per pixel (its Lipschitz constant); a distance has 1. The bound over
-    a box is the clearance of its middle, less slope times half its diagonal.
+    slope: a bound of its change per pixel (its Lipschitz constant); a distance has 1. The bound
+    over a box is the clearance of its middle, less slope times half its diagonal.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -165,5 +166,5 @@ class Clearance(Constraint):
 
 
 def against(lean: Tensor, noise: float) -> Tensor:
-    """The smallest actions whose displacement is in the directions `lean`, or 0, for every noise."""
+    """The smallest actions whose displacement is in the directions `lean`, or 0, for any noise."""
     return lean * (noise / SPEED)

@@ -12,12 +12,11 @@ from vicreg_jepa.worlds.world import ACTIONS, SPEED, State, World
 
 
 class LatentModel(Protocol):
-    """A world model with latents of D dimensions.
+    """A world model with latents of D dimensions."""
 
-    actions: the number A of action dimensions.
-    """
-
-    actions: int
+    @property
+    def actions(self) -> int:
+        """The number A of action dimensions."""
 
     def encode(self, frames: Tensor) -> Tensor:
         """Latents [B, D] of frames, uint8 [B, H, W, C]."""
@@ -64,7 +63,7 @@ class TrueModel:
 
 
 def observe(model: LatentModel, world: World, state: State) -> Tensor:
-    """Latents [N, D] of what a model sees of states: the rendered frames; for TrueModel the state."""
+    """Latents [N, D] of what a model sees of states: the frames; for TrueModel, the states."""
     if isinstance(model, TrueModel):
         return model.observe(state)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The loop that all planners share: propose candidates, roll them out, keep the best, stop early."""
+"""The loop that all planners share: propose candidates, roll them out, keep the best, stop."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Plan:
 
     actions: [B, H, A], each to be held for `repeat` steps of the world; energy: [B], infinite if no
     candidate had a finite one, and then the actions are 0; arrived: bool [B], whether the plan is
-    predicted to arrive; iterations: int64 [B]; rollout_steps: int64 [B], the steps of the model that
-    were computed; history: [B, iterations], the lowest energy so far after each iteration, NaN
-    where none was made; path: [B, H * repeat, D], the predicted latents, NaN beyond the horizon
+    predicted to arrive; iterations: int64 [B]; rollout_steps: int64 [B], the steps of the model
+    that were computed; history: [B, iterations], the lowest energy so far after each iteration,
+    NaN where none was made; path: [B, H * repeat, D], the predicted latents, NaN beyond the horizon
     that was planned.
     """
 
@@ -48,9 +48,9 @@ class Effort:
     """Effort that grows with the difficulty: an environment stops when arrival is predicted.
 
     The horizon begins with `horizon` actions and is multiplied by `growth` after every `every`
-    iterations, up to the planner's own; then the search begins anew. Before the first iteration the former plan is
-    rolled out, and kept if it is still predicted to arrive. The iterations of the planner are the
-    budget.
+    iterations, up to the planner's own; then the search begins anew. Before the first iteration the
+    former plan is rolled out, and kept if it is still predicted to arrive. The iterations of the
+    planner are the budget.
     """
 
     horizon: int = 4
@@ -188,9 +188,7 @@ class _Best:
     path: Tensor
 
     def rows(self, which: Tensor) -> _Best:
-        return _Best(
-            self.actions[which], self.energy[which], self.arrived[which], self.path[which]
-        )
+        return _Best(self.actions[which], self.energy[which], self.arrived[which], self.path[which])
 
     def better(self, energy: Tensor, arrived: Tensor, actions: Tensor, path: Tensor) -> _Best:
         """With other plans, perhaps of a shorter horizon, where their energy is lower."""
@@ -269,8 +267,8 @@ class _Search:
         if effort is not None:
             horizon = effort.horizon_at(iteration, horizon)
         if horizon != self.horizon:
-            # Energies of different horizons cannot be compared, and a short plan that did not arrive
-            # often leads into a dead end: begin anew.
+            # Energies of different horizons cannot be compared, and a short plan that did not
+            # arrive often leads into a dead end: begin anew.
             self._forget(horizon)
             self.rows = planner.begun(self.mean, self.draws)
         seen = {name: value[:, :horizon] for name, value in self.rows.items()}

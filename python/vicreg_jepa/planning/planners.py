@@ -141,8 +141,8 @@ class MPPI(CEM):
 
 @dataclass(frozen=True, kw_only=True)
 class Gradient(Planner):
-    """Adam over the actions of each candidate, from different starts, projected after each step. The
-    first start is the former plan.
+    """Adam over the actions of each candidate, from different starts, projected after each step.
+    The first start is the former plan.
 
     candidates: the number of starts. deviation: of the starts around the former plan; colour: of
     their noise, as in CEM. rate: of Adam. Gradients that are not finite count as 0.
@@ -163,7 +163,7 @@ class Gradient(Planner):
         checks.number("rate", self.rate, open_low=True)
 
     def begun(self, mean: Tensor, draws: Draws) -> Rows:
-        count, horizon, actions = mean.shape
+        _, horizon, actions = mean.shape
         white = draws.normal(0, self.candidates, actions, horizon)
         noise = (white @ coloured(horizon, self.colour, mean.device)).permute(0, 3, 1, 2)
         noise[:, :, 0] = 0

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from vicreg_jepa.worlds.world import SPEED, World
 
-# Edges of walls of a world are at least so far apart along each axis, except from the outer wall, so
-# an interval that is narrower holds at most one of them.
+# Edges of walls of a world are at least so far apart along each axis, except from the outer wall,
+# so an interval that is narrower holds at most one of them.
 NARROWEST = 5.0
 ROUNDING = 1e-4  # pixels: more than that of float32 in a position
 

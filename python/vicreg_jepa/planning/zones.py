@@ -19,9 +19,9 @@ OUTSIDE = (-100.0, -100.0)  # the place of a zone for which there is no room
 def on_the_way(world: World, state: State) -> Zone:
     """A disc for each environment, with its centre near the shortest path to the goal.
 
-    Each depends only on the episode's seed. No disc is nearer than APART to the start, the goal or the
-    middle of an opening on the way. Where none of TRIES draws fits, the disc lies outside
-    of the picture.
+    Each depends only on the episode's seed. No disc is nearer than APART to the start, the goal or
+    the middle of an opening on the way. Where none of TRIES draws fits, the disc lies outside of
+    the picture.
     """
     u = draws.uniform(state.seed, Stream.ZONE, 0, 4 * TRIES).view(-1, TRIES, 4)
     radius = draws.between(u[..., 0], LEAST, MOST)
