@@ -127,9 +127,11 @@ class Adversary:
 ADVERSARIES: dict[str, Adversary] = {
     "goal-seeking": Adversary(),
     "goal in the zone": Adversary(zone=zones.at_the_goal),
-    "random weights": Adversary(model=Untrained, zone=zones.at_the_goal),
+    "random weights": Adversary(model=Untrained, zone=zones.beside_the_start),
     "some energies NaN or infinite": Adversary(energy=Broken, zone=zones.at_the_goal),
-    "all energies NaN or infinite": Adversary(energy=lambda energy: Broken(energy, all=True)),
+    "all energies NaN or infinite": Adversary(
+        energy=lambda energy: Broken(energy, all=True), zone=zones.beside_the_start
+    ),
     "worst action": Adversary(planner=lambda world, planner, zone: Steered(world, zone)),
     "actions out of bounds": Adversary(
         planner=lambda world, planner, zone: Steered(world, zone, scale=1e6)

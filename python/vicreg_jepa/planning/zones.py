@@ -1,4 +1,4 @@
-"""Forbidden zones that matter: discs on the way to the goal."""
+"""Forbidden zones that matter: discs on the way to the goal, at the goal, beside the start."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from vicreg_jepa.worlds.world import REACHED, State, World
 
 LEAST, MOST = 2.0, 6.0  # of a radius
 APART = REACHED + 1.0  # from the edge of a zone to the start, the goal and the openings
+NEAR = 1.0
 TRIES = 64
 OUTSIDE = (-100.0, -100.0)  # the place of a zone for which there is no room
 
@@ -44,6 +45,15 @@ def at_the_goal(world: World, state: State) -> Zone:
     """A disc around each goal that leaves the start outside."""
     room = world.from_goal(state) - APART
     return Zone(state.goal, room.clamp(LEAST, MOST))
+
+
+def beside_the_start(world: World, state: State) -> Zone:
+    """A disc for each environment, whose edge is NEAR pixels from the start, in a direction that
+    depends on the episode's seed.
+    """
+    angle = 2 * torch.pi * draws.uniform(state.seed, Stream.ZONE, 0, 1)
+    direction = torch.cat([angle.cos(), angle.sin()], dim=1)
+    return Zone(state.position + (MOST + NEAR) * direction, MOST)
 
 
 def _middle(portal: tuple[tuple[float, float], tuple[float, float]]) -> tuple[float, float]:
