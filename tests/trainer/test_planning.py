@@ -90,7 +90,9 @@ def test_goal_distances_by_hand():
     ):
         assert float(GoalDistance(goal, at, norm)(path, actions)) == pytest.approx(value)
     assert float(ControlCost(2.0)(path, actions)) == 3.0
-    mixed = 2 * GoalDistance(goal, "end") + ControlCost() * 4 + (lambda path, actions: path[..., 0, 0])
+    mixed = (
+        2 * GoalDistance(goal, "end") + ControlCost() * 4 + (lambda path, actions: path[..., 0, 0])
+    )
     assert float(mixed(path, actions)) == pytest.approx(20 + 6 + 3)
     assert float(to_goal(goal)(path, actions)) == pytest.approx(10 + 0.003 * 16)
 
@@ -191,7 +193,7 @@ def test_the_plan_is_the_best_candidate_that_was_rolled_out(name):
 
 @each_planner
 def test_each_planner_minimises_a_known_energy(name):
-    """Without walls and with one action for each step, the best plan is to go straight to the goal."""
+    """Without walls and with one action for each step, the best plan goes straight to the goal."""
     goal = torch.tensor([[8.0, -6.0], [2.0, 2.0]])
     fine = {"colour": 0.0, "least": 0.02} if name in ("CEM", "ICEM", "MPPI") else {}
     fine |= {"deviation": 0.2} if name == "MPPI" else {}
@@ -323,7 +325,9 @@ def test_effort_grows_with_the_difficulty(wall):
     model = TrueModel(world)
     thinking = episodes(model, world, ICEM(effort=Effort()), seeds(50), arrival=near, keep=False)
     assert int(thinking.success.sum()) >= 48
-    assert int(thinking.success.sum()) >= int(followed(world, policies.straight, seeds(50)).sum()) + 20
+    assert (
+        int(thinking.success.sum()) >= int(followed(world, policies.straight, seeds(50)).sum()) + 20
+    )
     assert rank_correlation(thinking.iterations, thinking.distance) >= 0.6
     planner = ICEM()
     plans = 200 // planner.interval

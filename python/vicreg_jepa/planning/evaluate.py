@@ -90,10 +90,10 @@ def episodes(
     """Run an episode for each seed, int64 [N], with a plan every `interval` steps.
 
     energy, arrival: functions of the goal's latents [N, D]. delay: the planner and the shield see
-    the state as it was so many steps ago. probe: reads positions [N, 2] from latents for the shield;
-    without it the shield sees the true ones. keep: whether the result has the plans. Success is judged
-    after the last step, by world.success. The shield, if any, stands between the plan and
-    world.step, and may raise NoSafeAction.
+    the state as it was so many steps ago. probe: reads positions [N, 2] from latents for the
+    shield; without it the shield sees the true ones. keep: whether the result has the plans.
+    Success is judged after the last step, by world.success. The shield, if any, stands between the
+    plan and world.step, and may raise NoSafeAction.
     """
     checks.shaped("seeds", seeds, None)
     checks.whole("steps", steps, 1)
