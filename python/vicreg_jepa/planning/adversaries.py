@@ -266,6 +266,6 @@ def table(trials: list[Trial]) -> str:
     for each in trials:
         lines.append(
             f"| {each.adversary} | {each.form} | {each.episodes} | {each.violations} | "
-            f"{each.clearance:.2f} | {each.success} | {each.steps:.0f} |"
+            f"{each.clearance:.3f} | {each.success} | {each.steps:.0f} |"
         )
     return "\n".join(lines)

@@ -53,18 +53,18 @@ class Effort:
     planner are the budget.
     """
 
-    horizon: int = 4
-    growth: int = 2
+    horizon: int = 3
+    growth: float = 4 / 3
     every: int = 2
 
     def __post_init__(self) -> None:
         checks.whole("horizon", self.horizon, 1)
-        checks.whole("growth", self.growth, 1)
+        checks.number("growth", self.growth, 1.0)
         checks.whole("every", self.every, 1)
 
     def horizon_at(self, iteration: int, most: int) -> int:
-        # 64 doublings exceed any horizon.
-        return min(most, self.horizon * self.growth ** min(iteration // self.every, 64))
+        grown = self.horizon * self.growth ** (iteration // self.every)
+        return min(most, int(grown))
 
 
 def box(actions: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Planner(ABC):
     horizon: int = 16
     repeat: int = 5
     candidates: int = 256
-    iterations: int = 8
+    iterations: int = 16
     interval: int = 10
     warm: bool = True
     effort: Effort | None = None
