@@ -75,6 +75,7 @@ def cost(model: LatentModel, start: Tensor, energy: EnergyLike, actions: Tensor)
 
 def stable_worldmodel() -> Peer:
     """Its CEMSolver, with all environments in one of its batches."""
+    from gymnasium.spaces import Box
     from stable_worldmodel.solver.cem import CEMSolver
 
     def search(model: LatentModel, start: Tensor, energy: EnergyLike, seed: int) -> Tensor:
@@ -90,7 +91,7 @@ def stable_worldmodel() -> Peer:
             seed=seed,
         )
         solver.configure(
-            action_space=SimpleNamespace(shape=(len(start), model.actions)),
+            action_space=Box(-1, 1, (len(start), model.actions)),
             n_envs=len(start),
             config=SimpleNamespace(action_block=1, horizon=BUDGET["horizon"]),
         )
