@@ -31,9 +31,9 @@ ELITES, INTERVAL, THRESHOLD = 24, 20, 2.0
 
 @dataclass(frozen=True)
 class Peer:
-    """Another package's CEM: search(model, start, energy, seed) gives actions [B, H, A]."""
+    """Another package's CEM: search(model, start, energy, seed, former) gives actions [B, H, A]."""
 
-    search: Callable[[LatentModel, Tensor, EnergyLike, int], Tensor]
+    search: Callable[[LatentModel, Tensor, EnergyLike, int, Tensor | None], Tensor]
 
     interval = INTERVAL
 
@@ -41,7 +41,8 @@ class Peer:
         return actions.repeat_interleave(BUDGET["repeat"], dim=-2)
 
     def shifted(self, actions: Tensor, steps: int) -> Tensor:
-        return actions
+        gone = steps // BUDGET["repeat"]
+        return torch.cat([actions[:, gone:], torch.zeros_like(actions[:, :gone])], dim=1)
 
     def plan(
         self,
@@ -53,7 +54,7 @@ class Peer:
         former: Tensor | None = None,
         arrival: Arrival | None = None,
     ) -> Plan:
-        actions = self.search(model, start, energy, int(torch.as_tensor(time).max()))
+        actions = self.search(model, start, energy, int(torch.as_tensor(time).max()), former)
         count, steps = len(start), BUDGET["horizon"] * BUDGET["repeat"]
         iterations = torch.full_like(seed, BUDGET["iterations"])
         return Plan(
@@ -78,7 +79,13 @@ def stable_worldmodel() -> Peer:
     from gymnasium.spaces import Box
     from stable_worldmodel.solver.cem import CEMSolver
 
-    def search(model: LatentModel, start: Tensor, energy: EnergyLike, seed: int) -> Tensor:
+    def search(
+        model: LatentModel,
+        start: Tensor,
+        energy: EnergyLike,
+        seed: int,
+        former: Tensor | None,
+    ) -> Tensor:
         costs = SimpleNamespace(
             get_cost=lambda info, actions: cost(model, info["start"][:, 0], energy, actions)
         )
@@ -95,16 +102,22 @@ def stable_worldmodel() -> Peer:
             n_envs=len(start),
             config=SimpleNamespace(action_block=1, horizon=BUDGET["horizon"]),
         )
-        return solver.solve({"start": start})["actions"]
+        return solver.solve({"start": start}, former)["actions"]
 
     return Peer(search)
 
 
 def eb_jepa() -> Peer:
-    """Its CEMPlanner, which plans for one environment, called for each."""
+    """Its CEMPlanner, which plans for one environment and takes no former plan, called for each."""
     from eb_jepa.planning import CEMPlanner
 
-    def search(model: LatentModel, start: Tensor, energy: EnergyLike, seed: int) -> Tensor:
+    def search(
+        model: LatentModel,
+        start: Tensor,
+        energy: EnergyLike,
+        seed: int,
+        former: Tensor | None,
+    ) -> Tensor:
         torch.manual_seed(seed)
         found = []
         for number in range(len(start)):

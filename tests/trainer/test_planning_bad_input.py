@@ -73,7 +73,7 @@ def guard():
             "least: got 0.5, takes 0 or more, at most 0.25",
         ),
         (lambda: Effort(horizon=0), "horizon: got 0, takes 1 or more"),
-        (lambda: Effort(growth=1.5), "growth: got 1.5, takes an integer"),
+        (lambda: Effort(growth=0.5), "growth: got 0.5, takes 1 or more"),
         (lambda: Effort(every=0), "every: got 0, takes 1 or more"),
         (lambda: plan(start=START[0]), r"start: got shape \[4\], takes \[any, any\]"),
         (lambda: plan(seed=torch.arange(3)), r"seed: got shape \[3\], takes \[2\]"),

@@ -240,7 +240,7 @@ class _Search:
     def evaluate(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(paths [B, K, H * repeat, D], energies [B, K], their gradients or None)."""
         differentiate = self.planner.differentiates
-        with torch.set_grad_enabled(differentiate):
+        with torch.enable_grad() if differentiate else torch.inference_mode():
             actions = actions.detach().requires_grad_(differentiate)
             every = self.planner.held(actions)
             path = self.model.rollout(self.start, every)
