@@ -19,7 +19,9 @@ class Stream(IntEnum):
     POLICY = 4
     PHASE = 5
     JITTER = 6
-    WINDOW = 7  # where in an episode a window begins
+    PLAN = 7  # the candidates of planners
+    ZONE = 8  # forbidden zones
+    WINDOW = 9  # where in an episode a window begins
 
 
 def uniform(seed: Tensor, stream: Stream, time: Tensor | int, count: int) -> Tensor:

@@ -42,6 +42,10 @@ class Maze(World):
     def size(self) -> int:
         return self.cells * PITCH + THICK
 
+    @property
+    def layout_shape(self) -> tuple[int, ...]:
+        return (self.cells, self.cells, 2)
+
     def reset(self, seeds: Tensor) -> State:
         count = self.cells**2
         u = draws.uniform(seeds, Stream.PLACES, 0, 6)

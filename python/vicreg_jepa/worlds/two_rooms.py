@@ -44,6 +44,10 @@ class TwoRooms(World):
     def size(self) -> int:
         return SIZE
 
+    @property
+    def layout_shape(self) -> tuple[int, ...]:
+        return (2,)
+
     def reset(self, seeds: Tensor) -> State:
         if self.wall == "fixed":
             layout = torch.tensor(FIXED, device=seeds.device).expand(len(seeds), 2)

@@ -72,6 +72,11 @@ class World(ABC):
     def size(self) -> int:
         """The image has size x size pixels."""
 
+    @property
+    @abstractmethod
+    def layout_shape(self) -> tuple[int, ...]:
+        """The shape of the layout of one environment."""
+
     @abstractmethod
     def reset(self, seeds: Tensor) -> State:
         """The first states of episodes. Each depends only on its own seed; seeds: int64 [N]."""

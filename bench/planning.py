@@ -1,0 +1,196 @@
+"""Planning beside the CEM of stable-worldmodel and of eb_jepa: the same true dynamics, energy and
+budget, in the same episodes, interleaved.
+
+    python -m bench.planning --environments 1 8 64
+
+A peer that cannot be imported is left out, and the output says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from vicreg_jepa.planning.energies import Arrival, EnergyLike
+from vicreg_jepa.planning.evaluate import Plans, Result, episodes
+from vicreg_jepa.planning.model import LatentModel, TrueModel
+from vicreg_jepa.planning.planner import Effort, Plan
+from vicreg_jepa.planning.planners import CEM, ICEM
+from vicreg_jepa.worlds.two_rooms import TwoRooms
+
+BUDGET: dict[str, Any] = {"horizon": 16, "repeat": 5, "candidates": 128, "iterations": 10}
+ELITES, INTERVAL, THRESHOLD = 24, 20, 2.0
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another package's CEM: search(model, start, energy, seed, former) gives actions [B, H, A]."""
+
+    search: Callable[[LatentModel, Tensor, EnergyLike, int, Tensor | None], Tensor]
+
+    interval = INTERVAL
+
+    def held(self, actions: Tensor) -> Tensor:
+        return actions.repeat_interleave(BUDGET["repeat"], dim=-2)
+
+    def shifted(self, actions: Tensor, steps: int) -> Tensor:
+        gone = steps // BUDGET["repeat"]
+        return torch.cat([actions[:, gone:], torch.zeros_like(actions[:, :gone])], dim=1)
+
+    def plan(
+        self,
+        model: LatentModel,
+        start: Tensor,
+        energy: EnergyLike,
+        seed: Tensor,
+        time: Tensor | int = 0,
+        former: Tensor | None = None,
+        arrival: Arrival | None = None,
+    ) -> Plan:
+        actions = self.search(model, start, energy, int(torch.as_tensor(time).max()), former)
+        count, steps = len(start), BUDGET["horizon"] * BUDGET["repeat"]
+        iterations = torch.full_like(seed, BUDGET["iterations"])
+        return Plan(
+            actions=actions.clamp(-1, 1),
+            energy=start.new_zeros(count),
+            arrived=torch.zeros_like(seed, dtype=torch.bool),
+            iterations=iterations,
+            rollout_steps=iterations * BUDGET["candidates"] * steps,
+            history=start.new_zeros(count, 0),
+            path=start[:, None],
+        )
+
+
+def cost(model: LatentModel, start: Tensor, energy: EnergyLike, actions: Tensor) -> Tensor:
+    """[B, K]: the energies of actions [B, K, H, A], which are clamped and held."""
+    held = actions.clamp(-1, 1).repeat_interleave(BUDGET["repeat"], dim=2)
+    return energy(model.rollout(start, held), held)
+
+
+def stable_worldmodel() -> Peer:
+    """Its CEMSolver, with all environments in one of its batches."""
+    from gymnasium.spaces import Box
+    from stable_worldmodel.solver.cem import CEMSolver
+
+    def search(
+        model: LatentModel,
+        start: Tensor,
+        energy: EnergyLike,
+        seed: int,
+        former: Tensor | None,
+    ) -> Tensor:
+        costs = SimpleNamespace(
+            get_cost=lambda info, actions: cost(model, info["start"][:, 0], energy, actions)
+        )
+        solver = CEMSolver(
+            costs,
+            batch_size=len(start),
+            num_samples=BUDGET["candidates"],
+            n_steps=BUDGET["iterations"],
+            topk=ELITES,
+            seed=seed,
+        )
+        solver.configure(
+            action_space=Box(-1, 1, (len(start), model.actions)),
+            n_envs=len(start),
+            config=SimpleNamespace(action_block=1, horizon=BUDGET["horizon"]),
+        )
+        return solver.solve({"start": start}, former)["actions"]
+
+    return Peer(search)
+
+
+def eb_jepa() -> Peer:
+    """Its CEMPlanner, which plans for one environment and takes no former plan, called for each."""
+    from eb_jepa.planning import CEMPlanner
+
+    def search(
+        model: LatentModel,
+        start: Tensor,
+        energy: EnergyLike,
+        seed: int,
+        former: Tensor | None,
+    ) -> Tensor:
+        torch.manual_seed(seed)
+        found = []
+        for number in range(len(start)):
+            row = torch.tensor([number])
+            one = energy.rows(row)  # type: ignore[attr-defined]
+            planner = CEMPlanner(
+                lambda first, actions, one=one: cost(  # actions: [K, A, H]
+                    model, first, one, actions.transpose(1, 2)[None]
+                )[0],
+                n_iters=BUDGET["iterations"],
+                num_samples=BUDGET["candidates"],
+                plan_length=BUDGET["horizon"],
+                action_dim=model.actions,
+                num_elites=ELITES,
+                decode_each_iteration=False,
+            )
+            planner.set_objective(lambda energies: energies)
+            found.append(planner.plan(start[row]).actions)
+        return torch.stack(found)
+
+    return Peer(search)
+
+
+def contenders() -> dict[str, Plans]:
+    found: dict[str, Plans] = {
+        "ours, CEM": CEM(elites=ELITES, interval=INTERVAL, **BUDGET),
+        "ours, ICEM with effort": ICEM(
+            elites=ELITES, interval=INTERVAL, effort=Effort(every=1), **BUDGET
+        ),
+    }
+    for name, peer in (("stable-worldmodel, CEM", stable_worldmodel), ("eb_jepa, CEM", eb_jepa)):
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                found[name] = peer()
+        except ImportError as error:
+            print(f"left out: {name} ({error})")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--environments", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=200)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    world = TwoRooms()
+    plans = contenders()
+    for count in options.environments:
+        results: dict[str, list[Result]] = {name: [] for name in plans}
+        for number in range(options.rounds):
+            seeds = torch.arange(number * count, (number + 1) * count)
+            for name, planner in plans.items():
+                with contextlib.redirect_stdout(io.StringIO()):
+                    result = episodes(
+                        TrueModel(world),
+                        world,
+                        planner,
+                        seeds,
+                        steps=options.steps,
+                        arrival=lambda goal: Arrival(goal, THRESHOLD),
+                        keep=False,
+                    )
+                results[name].append(result)
+        for name, some in results.items():
+            times = sorted(result.milliseconds for result in some)
+            success = sum(int(result.success.sum()) for result in some)
+            print(
+                f"{count} environments | {name} | {times[len(times) // 2]:.0f} ms an environment | "
+                f"success {success} of {count * options.rounds}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

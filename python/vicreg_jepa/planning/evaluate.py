@@ -1,0 +1,173 @@
+"""Episodes of model predictive control, many environments at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from vicreg_jepa.planning import checks
+from vicreg_jepa.planning.energies import Arrival, EnergyLike, to_goal
+from vicreg_jepa.planning.guardrails import Constraint
+from vicreg_jepa.planning.model import LatentModel, observe
+from vicreg_jepa.planning.planner import Plan
+from vicreg_jepa.planning.shield import Shield
+from vicreg_jepa.worlds.world import REACHED, STEPS, State, World
+
+
+class Plans(Protocol):
+    """What episodes need of a planner; see Planner for the meaning."""
+
+    @property
+    def interval(self) -> int: ...
+    def held(self, actions: Tensor) -> Tensor: ...
+    def shifted(self, actions: Tensor, steps: int) -> Tensor: ...
+    def plan(
+        self,
+        model: LatentModel,
+        start: Tensor,
+        energy: EnergyLike,
+        seed: Tensor,
+        time: Tensor | int = 0,
+        former: Tensor | None = None,
+        arrival: Arrival | None = None,
+    ) -> Plan: ...
+
+
+@dataclass
+class Result:
+    """What happened in N episodes of T steps.
+
+    success: bool [N], at the last step. distance: float64 [N], the length of the shortest path
+    from the start to the goal, in pixels. goal: [N, 2]. iterations, rollout_steps: int64 [N], of
+    all plans of the episode. positions: [N, T + 1, 2] and actions: [N, T, A], as executed.
+    milliseconds: of wall time for each environment, planning alone. changed: int64 [N], the steps
+    in which the shield did not execute the planned action. plans: those made, in order, one every
+    `interval` steps.
+    """
+
+    success: Tensor
+    distance: Tensor
+    goal: Tensor
+    iterations: Tensor
+    rollout_steps: Tensor
+    positions: Tensor
+    actions: Tensor
+    milliseconds: float
+    changed: Tensor
+    plans: list[Plan] = field(default_factory=list)
+
+    def steps(self) -> Tensor:
+        """int64 [N]: the first step after which the goal is reached; T + 1 if it never is."""
+        far = torch.linalg.vector_norm(self.positions - self.goal[:, None], dim=2) > REACHED
+        return far.long().cumprod(dim=1).sum(dim=1)
+
+    def clearance(self, constraint: Constraint) -> Tensor:
+        """[N]: the least clearance of all executed positions; negative is a violation."""
+        count, steps = self.positions.shape[:2]
+        which = torch.arange(count, device=self.positions.device).repeat_interleave(steps)
+        clearance = constraint.rows(which).at(self.positions.flatten(0, 1))
+        return clearance.view(count, steps).amin(dim=1)
+
+
+def episodes(
+    model: LatentModel,
+    world: World,
+    planner: Plans,
+    seeds: Tensor,
+    steps: int = STEPS,
+    shield: Shield | None = None,
+    energy: Callable[[Tensor], EnergyLike] = to_goal,
+    arrival: Callable[[Tensor], Arrival] | None = None,
+    delay: int = 0,
+    probe: Callable[[Tensor], Tensor] | None = None,
+    keep: bool = True,
+) -> Result:
+    """Run an episode for each seed, int64 [N], with a plan every `interval` steps.
+
+    energy, arrival: functions of the goal's latents [N, D]. delay: the planner and the shield see
+    the state as it was so many steps ago. probe: reads positions [N, 2] from latents for the
+    shield; without it the shield sees the true ones. keep: whether the result has the plans.
+    Success is judged after the last step, by world.success. The shield, if any, stands between the
+    plan and world.step, and may raise NoSafeAction.
+    """
+    checks.shaped("seeds", seeds, None)
+    checks.whole("steps", steps, 1)
+    checks.whole("delay", delay, 0)
+    state = world.reset(seeds)
+    goal = observe(model, world, world.at(state, state.goal))
+    minimised = energy(goal)
+    arrives = None if arrival is None else arrival(goal)
+
+    def seen_by_shield(seen: State) -> Tensor:
+        return seen.position if probe is None else probe(observe(model, world, seen))
+
+    guard = None
+    if shield is not None:
+        guard = shield.begin(world, seen_by_shield(state), state.layout)
+    states, actions = [state], []
+    zeros = torch.zeros_like(seeds)
+    iterations, rollout_steps, changed = zeros, zeros, zeros
+    plans: list[Plan] = []
+    former, coming, seconds = None, torch.empty(0), 0.0
+    for step in range(steps):
+        seen = states[max(0, step - delay)]
+        place = step % planner.interval
+        if place == 0:
+            latents = observe(model, world, seen)
+            begun = time.perf_counter()
+            plan = planner.plan(model, latents, minimised, seeds, step, former, arrives)
+            seconds += time.perf_counter() - begun
+            coming = planner.held(plan.actions)
+            former = planner.shifted(plan.actions, planner.interval)
+            iterations = iterations + plan.iterations
+            rollout_steps = rollout_steps + plan.rollout_steps
+            if keep:
+                plans.append(plan)
+        action = coming[:, place]
+        if guard is not None:
+            wanted = action
+            action = guard.act(wanted, seen_by_shield(seen))
+            changed = changed + (action != wanted.clamp(-1, 1)).any(dim=1)
+        state = world.step(state, action)
+        states.append(state)
+        actions.append(action.clamp(-1, 1))
+    return Result(
+        success=world.success(state),
+        distance=world.distance(states[0]),
+        goal=state.goal,
+        iterations=iterations,
+        rollout_steps=rollout_steps,
+        positions=torch.stack([each.position for each in states], dim=1),
+        actions=torch.stack(actions, dim=1),
+        milliseconds=1000 * seconds / len(seeds),
+        changed=changed,
+        plans=plans,
+    )
+
+
+def followed(world: World, policy: Callable[[World, State], Tensor], seeds: Tensor) -> Tensor:
+    """bool [N]: the success of a policy at the last step, the control of a planner."""
+    state = world.reset(seeds)
+    for _ in range(STEPS):
+        state = world.step(state, policy(world, state))
+    return world.success(state)
+
+
+def rank_correlation(first: Tensor, second: Tensor) -> float:
+    """Spearman's rank correlation of [N] and [N], with mean ranks for ties; NaN if one of them is
+    constant.
+    """
+    a, b = (_ranks(value.double()) for value in (first, second))
+    a, b = a - a.mean(), b - b.mean()
+    return float((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt())
+
+
+def _ranks(value: Tensor) -> Tensor:
+    less = (value[None, :] < value[:, None]).sum(dim=1)
+    equal = (value[None, :] == value[:, None]).sum(dim=1)
+    return less + (equal - 1) / 2

@@ -1,0 +1,100 @@
+"""Constraints as terms of an energy: the soft forms, which the shield is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vicreg_jepa.planning import checks
+from vicreg_jepa.planning.energies import Arrival, Energy, EnergyLike, energy_of
+from vicreg_jepa.planning.guardrails import Constraint
+from vicreg_jepa.planning.model import LatentModel
+from vicreg_jepa.planning.planner import Plan, Planner
+
+
+@dataclass(frozen=True)
+class Penalty(Energy):
+    """weight times the violations along the path, in pixels, summed over the horizon. weight: a
+    number, or [B]. Positions are the first two numbers of a latent.
+    """
+
+    constraint: Constraint
+    weight: Tensor | float = 10.0
+
+    def __call__(self, path: Tensor, actions: Tensor) -> Tensor:
+        weight = torch.as_tensor(self.weight, device=path.device)
+        return weight.view(-1, 1) * violations(self.constraint, path).sum(dim=2)
+
+    def rows(self, which: Tensor) -> Penalty:
+        weight = self.weight
+        if isinstance(weight, Tensor) and weight.dim():
+            weight = weight[which]
+        return Penalty(self.constraint.rows(which), weight)
+
+
+def violations(constraint: Constraint, path: Tensor) -> Tensor:
+    """[B, K, H]: how far each position of paths [B, K, H, D] violates a constraint, in pixels."""
+    count, candidates, steps, _ = path.shape
+    which = torch.arange(count, device=path.device).repeat_interleave(candidates * steps)
+    clearance = constraint.rows(which).at(path[..., :2].reshape(-1, 2))
+    return (-clearance).clamp(min=0).view(count, candidates, steps)
+
+
+@dataclass(frozen=True)
+class Lagrangian:
+    """A planner with a multiplier for a constraint, by dual ascent: plan, raise the multiplier by
+    rate times the plan's violation, and plan again from that plan.
+    """
+
+    planner: Planner
+    constraint: Constraint
+    rounds: int = 3
+    rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks.whole("rounds", self.rounds, 1)
+        checks.number("rate", self.rate, open_low=True)
+
+    @property
+    def interval(self) -> int:
+        return self.planner.interval
+
+    def held(self, actions: Tensor) -> Tensor:
+        return self.planner.held(actions)
+
+    def shifted(self, actions: Tensor, steps: int) -> Tensor:
+        return self.planner.shifted(actions, steps)
+
+    def plan(
+        self,
+        model: LatentModel,
+        start: Tensor,
+        energy: EnergyLike,
+        seed: Tensor,
+        time: Tensor | int = 0,
+        former: Tensor | None = None,
+        arrival: Arrival | None = None,
+    ) -> Plan:
+        multiplier = start.new_zeros(len(start))
+        plans: list[Plan] = []
+        for _ in range(self.rounds):
+            total = energy_of(energy) + Penalty(self.constraint, multiplier)
+            plan = self.planner.plan(model, start, total, seed, time, former, arrival)
+            plans.append(plan)
+            path = plan.path.nan_to_num(nan=0.0)[:, None]
+            broken = violations(self.constraint, path)[:, 0]
+            broken = torch.where(torch.isnan(plan.path[..., 0]), 0.0, broken)
+            multiplier = multiplier + self.rate * broken.sum(dim=1)
+            former = plan.actions
+        last = plans[-1]
+        return Plan(
+            last.actions,
+            last.energy,
+            last.arrived,
+            torch.stack([plan.iterations for plan in plans]).sum(dim=0),
+            torch.stack([plan.rollout_steps for plan in plans]).sum(dim=0),
+            torch.cat([plan.history for plan in plans], dim=1),
+            last.path,
+        )

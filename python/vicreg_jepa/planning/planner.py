@@ -1,0 +1,330 @@
+"""The loop that all planners share: propose candidates, roll them out, keep the best, stop."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vicreg_jepa.planning import checks
+from vicreg_jepa.planning.energies import Arrival, Energy, EnergyLike, energy_of, evaluated
+from vicreg_jepa.planning.model import LatentModel
+from vicreg_jepa.planning.noise import Draws
+
+Rows = dict[str, Tensor]  # what a planner knows of each environment and action: [B, H, ...] each
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Plans of B environments.
+
+    actions: [B, H, A], each to be held for `repeat` steps of the world; energy: [B], infinite if no
+    candidate had a finite one, and then the actions are 0; arrived: bool [B], whether the plan is
+    predicted to arrive; iterations: int64 [B]; rollout_steps: int64 [B], the steps of the model
+    that were computed; history: [B, iterations], the lowest energy so far after each iteration,
+    NaN where none was made; path: [B, H * repeat, D], the predicted latents, NaN beyond the horizon
+    that was planned.
+    """
+
+    actions: Tensor
+    energy: Tensor
+    arrived: Tensor
+    iterations: Tensor
+    rollout_steps: Tensor
+    history: Tensor
+    path: Tensor
+
+    @property
+    def finite(self) -> Tensor:
+        """bool [B]: whether any candidate had a finite energy."""
+        return torch.isfinite(self.energy)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Effort that grows with the difficulty: an environment stops when arrival is predicted.
+
+    The horizon begins with `horizon` actions and is multiplied by `growth` after every `every`
+    iterations, up to the planner's own; then the search begins anew. Before the first iteration the
+    former plan is rolled out, and kept if it is still predicted to arrive. The iterations of the
+    planner are the budget.
+    """
+
+    horizon: int = 3
+    growth: float = 4 / 3
+    every: int = 2
+
+    def __post_init__(self) -> None:
+        checks.whole("horizon", self.horizon, 1)
+        checks.number("growth", self.growth, 1.0)
+        checks.whole("every", self.every, 1)
+
+    def horizon_at(self, iteration: int, most: int) -> int:
+        grown = self.horizon * self.growth ** (iteration // self.every)
+        return min(most, int(grown))
+
+
+def box(actions: Tensor) -> Tensor:
+    """The projection of actions to [-1, 1]."""
+    return actions.clamp(-1, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planner(ABC):
+    """A planner: its fields are its settings, its methods work on B environments at once.
+
+    horizon: actions of a plan. repeat: steps of the world for which each is held. candidates:
+    action sequences of an iteration. iterations: of a plan; with effort, at most. interval: steps
+    of the world from one plan to the next, a multiple of `repeat`, at most horizon * repeat.
+    warm: whether a plan begins with the former one, shifted. project: maps any actions to allowed
+    ones.
+    """
+
+    horizon: int = 16
+    repeat: int = 5
+    candidates: int = 256
+    iterations: int = 16
+    interval: int = 10
+    warm: bool = True
+    effort: Effort | None = None
+    project: Callable[[Tensor], Tensor] = box
+
+    differentiates = False  # whether `updated` takes the gradients of the energies
+
+    def __post_init__(self) -> None:
+        for name in ("horizon", "repeat", "candidates", "iterations", "interval"):
+            checks.whole(name, getattr(self, name), 1)
+        if self.interval % self.repeat or self.interval > self.horizon * self.repeat:
+            raise ValueError(
+                f"interval: got {self.interval}, takes a multiple of repeat ({self.repeat}) "
+                f"up to horizon * repeat ({self.horizon * self.repeat})"
+            )
+
+    @abstractmethod
+    def begun(self, mean: Tensor, draws: Draws) -> Rows:
+        """What is known before the first iteration, around the actions `mean`, [B, H, A]."""
+
+    @abstractmethod
+    def proposed(self, rows: Rows, draws: Draws, iteration: int) -> Tensor:
+        """Candidates [B, K, H, A]."""
+
+    @abstractmethod
+    def updated(
+        self, rows: Rows, actions: Tensor, energies: Tensor, gradient: Tensor | None, step: int
+    ) -> Rows:
+        """What is known after an iteration. actions: [B, K, H, A]; energies: [B, K], finite or
+        +inf; gradient: as actions, if `differentiates`; step: the number of the iteration.
+        """
+
+    def shifted(self, actions: Tensor, steps: int) -> Tensor:
+        """The plan [B, H, A] that is left after some steps of the world, with 0 at its end."""
+        gone = min(steps // self.repeat, self.horizon)
+        return torch.cat([actions[:, gone:], torch.zeros_like(actions[:, :gone])], dim=1)
+
+    def held(self, actions: Tensor) -> Tensor:
+        """Actions for each step of the world, [..., H * repeat, A], of a plan [..., H, A]."""
+        return actions.repeat_interleave(self.repeat, dim=-2)
+
+    def plan(
+        self,
+        model: LatentModel,
+        start: Tensor,
+        energy: EnergyLike,
+        seed: Tensor,
+        time: Tensor | int = 0,
+        former: Tensor | None = None,
+        arrival: Arrival | None = None,
+    ) -> Plan:
+        """Plan from the latents `start`, [B, D].
+
+        seed: int64 [B]; time: int64 [B], or an integer for all. They determine all random
+        numbers. former: a former plan [B, H, A], shifted to now. Raises ValueError for arguments of
+        other shapes, and if there is effort and no arrival.
+        """
+        self._check(model, start, seed, former, arrival)
+        count, device = len(start), start.device
+        time = torch.as_tensor(time, dtype=torch.int64, device=device).expand(count)
+        if former is None or not self.warm:
+            former = start.new_zeros(count, self.horizon, model.actions)
+        mean = self.project(former)
+        search = _Search(self, model, start, energy_of(energy), Draws(seed, time), arrival, mean)
+        if self.effort is not None and self.warm:
+            search.check_former()
+        for iteration in range(self.iterations):
+            if not len(search.index):
+                break
+            search.iterate(iteration)
+        return search.finished()
+
+    def _check(
+        self,
+        model: LatentModel,
+        start: Tensor,
+        seed: Tensor,
+        former: Tensor | None,
+        arrival: Arrival | None,
+    ) -> None:
+        checks.shaped("start", start, None, None)
+        checks.shaped("seed", seed, len(start))
+        if seed.dtype != torch.int64:
+            raise ValueError(f"seed: got {seed.dtype}, takes torch.int64")
+        if former is not None:
+            checks.shaped("former", former, len(start), self.horizon, model.actions)
+            checks.finite("former", former)
+        if self.effort is not None and arrival is None:
+            raise ValueError("arrival: got None, takes an Arrival, since the planner has an effort")
+
+
+@dataclass(frozen=True)
+class _Best:
+    """The best plans so far: fields as in Plan."""
+
+    actions: Tensor
+    energy: Tensor
+    arrived: Tensor
+    path: Tensor
+
+    def rows(self, which: Tensor) -> _Best:
+        return _Best(self.actions[which], self.energy[which], self.arrived[which], self.path[which])
+
+    def better(self, energy: Tensor, arrived: Tensor, actions: Tensor, path: Tensor) -> _Best:
+        """With other plans, perhaps of a shorter horizon, where their energy is lower."""
+        better = energy < self.energy
+        each = better[:, None, None]
+        horizon, steps = actions.shape[1], path.shape[1]
+        return _Best(
+            torch.cat(
+                [torch.where(each, actions, self.actions[:, :horizon]), self.actions[:, horizon:]],
+                dim=1,
+            ),
+            torch.where(better, energy, self.energy),
+            torch.where(better, arrived, self.arrived),
+            torch.cat([torch.where(each, path, self.path[:, :steps]), self.path[:, steps:]], dim=1),
+        )
+
+
+class _Search:
+    """The search for one batch of plans. `index` holds the environments that are still searching;
+    all other tensors have a row for each of these. `plan` has the rows of all environments.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        model: LatentModel,
+        start: Tensor,
+        energy: Energy,
+        draws: Draws,
+        arrival: Arrival | None,
+        mean: Tensor,
+    ) -> None:
+        count, steps = len(start), planner.horizon * planner.repeat
+        self.planner, self.model, self.energy, self.arrival = planner, model, energy, arrival
+        self.index = torch.arange(count, device=start.device)
+        self.start, self.draws, self.mean = start, draws, mean
+        self.rows = planner.begun(mean, draws)
+        self.plan = Plan(
+            actions=torch.zeros_like(mean),
+            energy=start.new_full((count,), torch.inf),
+            arrived=torch.zeros(count, dtype=torch.bool, device=start.device),
+            iterations=torch.zeros(count, dtype=torch.int64, device=start.device),
+            rollout_steps=torch.zeros(count, dtype=torch.int64, device=start.device),
+            history=start.new_full((count, planner.iterations), torch.nan),
+            path=start.new_full((count, steps, start.shape[1]), torch.nan),
+        )
+        self._forget(planner.horizon)
+
+    def evaluate(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(paths [B, K, H * repeat, D], energies [B, K], their gradients or None)."""
+        differentiate = self.planner.differentiates
+        with torch.enable_grad() if differentiate else torch.inference_mode():
+            actions = actions.detach().requires_grad_(differentiate)
+            every = self.planner.held(actions)
+            path = self.model.rollout(self.start, every)
+            energies = evaluated(self.energy, path, every)
+            gradient = None
+            if differentiate:
+                finite = energies.where(torch.isfinite(energies), 0.0)
+                if finite.requires_grad:
+                    (gradient,) = torch.autograd.grad(finite.sum(), actions)
+                else:
+                    gradient = torch.zeros_like(actions)
+        self.plan.rollout_steps[self.index] += every.shape[1] * every.shape[2]
+        return path.detach(), energies.detach(), gradient
+
+    def check_former(self) -> None:
+        """Keep the former plan where it is predicted to arrive."""
+        path, energies, _ = self.evaluate(self.mean[:, None])
+        self._keep(self.mean[:, None], path, energies)
+        self._leave()
+
+    def iterate(self, iteration: int) -> None:
+        planner = self.planner
+        effort, horizon = planner.effort, planner.horizon
+        if effort is not None:
+            horizon = effort.horizon_at(iteration, horizon)
+        if horizon != self.horizon:
+            # Energies of different horizons cannot be compared, and a short plan that did not
+            # arrive often leads into a dead end: begin anew.
+            self._forget(horizon)
+            self.rows = planner.begun(self.mean, self.draws)
+        seen = {name: value[:, :horizon] for name, value in self.rows.items()}
+        actions = planner.project(planner.proposed(seen, self.draws, iteration))
+        path, energies, gradient = self.evaluate(actions)
+        self._keep(actions, path, energies)
+        self.plan.iterations[self.index] += 1
+        self.plan.history[self.index, iteration] = self.best.energy
+        seen = planner.updated(seen, actions, energies, gradient, iteration)
+        self.rows = {
+            name: torch.cat([value, self.rows[name][:, horizon:]], dim=1)
+            for name, value in seen.items()
+        }
+        if effort is not None:
+            self._leave()
+
+    def finished(self) -> Plan:
+        self._write(slice(None))
+        return self.plan
+
+    def _forget(self, horizon: int) -> None:
+        """Look anew for the best plan, of another horizon."""
+        count, (_, steps, size) = len(self.index), self.plan.path.shape
+        self.horizon = horizon
+        self.best = _Best(
+            actions=torch.zeros_like(self.mean),
+            energy=self.start.new_full((count,), torch.inf),
+            arrived=torch.zeros(count, dtype=torch.bool, device=self.start.device),
+            path=self.start.new_full((count, steps, size), torch.nan),
+        )
+
+    def _keep(self, actions: Tensor, path: Tensor, energies: Tensor) -> None:
+        """Keep the best candidate of each environment, where it is better than the best so far."""
+        energy, place = energies.min(dim=1)
+        rows = torch.arange(len(place), device=place.device)
+        chosen = path[rows, place]
+        arrived = torch.zeros_like(self.best.arrived)
+        if self.arrival is not None:
+            arrived = self.arrival(chosen)
+        self.best = self.best.better(energy, arrived, actions[rows, place], chosen)
+
+    def _write(self, which: Tensor | slice) -> None:
+        where = self.index[which]
+        for name in ("actions", "energy", "arrived", "path"):
+            getattr(self.plan, name)[where] = getattr(self.best, name)[which]
+
+    def _leave(self) -> None:
+        """Write the plans that arrive, and take their environments out of the batch."""
+        done = self.best.arrived
+        if not bool(done.any()):
+            return
+        self._write(done.nonzero()[:, 0])
+        stay = (~done).nonzero()[:, 0]
+        self.index, self.start, self.mean = self.index[stay], self.start[stay], self.mean[stay]
+        self.draws, self.energy = self.draws.rows(stay), self.energy.rows(stay)
+        if self.arrival is not None:
+            self.arrival = self.arrival.rows(stay)
+        self.rows = {name: value[stay] for name, value in self.rows.items()}
+        self.best = self.best.rows(stay)
