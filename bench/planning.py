@@ -26,7 +26,7 @@ from vicreg_jepa.planning.planners import CEM, ICEM
 from vicreg_jepa.worlds.two_rooms import TwoRooms
 
 BUDGET: dict[str, Any] = {"horizon": 16, "repeat": 5, "candidates": 128, "iterations": 10}
-ELITES, INTERVAL, THRESHOLD = 24, 20, 2.0
+ELITES, INTERVAL, NEAR = 24, 20, 2.0
 
 
 @dataclass(frozen=True)
@@ -177,8 +177,8 @@ def main() -> None:
                         world,
                         planner,
                         seeds,
+                        NEAR,
                         steps=options.steps,
-                        arrival=lambda goal: Arrival(goal, THRESHOLD),
                         keep=False,
                     )
                 results[name].append(result)

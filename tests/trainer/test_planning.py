@@ -94,7 +94,8 @@ def test_goal_distances_by_hand():
         2 * GoalDistance(goal, "end") + ControlCost() * 4 + (lambda path, actions: path[..., 0, 0])
     )
     assert float(mixed(path, actions)) == pytest.approx(20 + 6 + 3)
-    assert float(to_goal(goal)(path, actions)) == pytest.approx(10 + 0.003 * 16)
+    assert float(GoalDistance(goal, most=4.0)(path, actions)) == pytest.approx(9.0)
+    assert float(to_goal(goal, 4.0)(path, actions)) == pytest.approx(10 + 0.2 * 9)
 
 
 def test_energies_select_their_environments():
@@ -159,11 +160,16 @@ def test_a_plan_is_the_same_alone_and_beside_others(name):
     model, start, goal = task(8, world=TwoRooms(wall="random", goal="any"))
     for effort in (None, Effort(horizon=4, growth=2, every=3)):
         planner = dataclasses.replace(PLANNERS[name], effort=effort, iterations=5, candidates=64)
-        every = planner.plan(model, start, to_goal(goal), seeds(8), 5, arrival=near(goal))
+        every = planner.plan(model, start, to_goal(goal, 2.0), seeds(8), 5, arrival=near(goal))
         for number in (0, 3, 7):
             row = slice(number, number + 1)
             alone = planner.plan(
-                model, start[row], to_goal(goal[row]), seeds(1, number), 5, arrival=near(goal[row])
+                model,
+                start[row],
+                to_goal(goal[row], 2.0),
+                seeds(1, number),
+                5,
+                arrival=near(goal[row]),
             )
             assert torch.allclose(alone.actions[0], every.actions[number], rtol=0, atol=1e-4)
             assert torch.allclose(alone.energy[0], every.energy[number], rtol=0, atol=1e-3)
@@ -177,7 +183,7 @@ def test_a_plan_is_the_same_alone_and_beside_others(name):
 def test_the_plan_is_the_best_candidate_that_was_rolled_out(name):
     """Its energy and its path are those of its actions, and more iterations are not worse."""
     model, start, goal = task(12)
-    energy = to_goal(goal)
+    energy = to_goal(goal, 2.0)
     plan = PLANNERS[name].plan(model, start, energy, seeds(12), arrival=near(goal))
     held = PLANNERS[name].held(plan.actions)[:, None]
     path = model.rollout(start, held)
@@ -212,7 +218,7 @@ def test_each_planner_minimises_a_known_energy(name):
 
 def test_plans_of_discrete_actions_are_made_of_choices():
     model, start, goal = task(6)
-    plan = PLANNERS["CategoricalCEM"].plan(model, start, to_goal(goal), seeds(6))
+    plan = PLANNERS["CategoricalCEM"].plan(model, start, to_goal(goal, 2.0), seeds(6))
     distance = (plan.actions[:, :, None] - COMPASS).abs().amax(dim=3).amin(dim=2)
     assert float(distance.max()) == 0
 
@@ -223,7 +229,7 @@ def test_actions_stay_in_any_projection():
 
     model, start, goal = task(4)
     for planner in (ICEM(project=disc, iterations=3), Gradient(project=disc, iterations=5)):
-        plan = planner.plan(model, start, to_goal(goal), seeds(4))
+        plan = planner.plan(model, start, to_goal(goal, 2.0), seeds(4))
         length = torch.linalg.vector_norm(plan.actions, dim=2)
         assert 0.99 < float(length.max()) <= 1 + 1e-6
 
@@ -233,7 +239,7 @@ def test_actions_stay_in_any_projection():
 def test_broken_energies_never_win(name, kind):
     """Half of the candidates have a broken energy. In environment 1 all have: its plan says so."""
     model, start, goal = task(3)
-    honest = to_goal(goal)
+    honest = to_goal(goal, 2.0)
 
     class Half(energies.Energy):
         def __call__(self, path: Tensor, actions: Tensor) -> Tensor:
@@ -252,17 +258,17 @@ def test_broken_energies_never_win(name, kind):
 def test_a_former_plan_is_shifted_and_used():
     model, start, goal = task(10)
     planner = ICEM()
-    plan = planner.plan(model, start, to_goal(goal), seeds(10))
+    plan = planner.plan(model, start, to_goal(goal, 2.0), seeds(10))
     former = planner.shifted(plan.actions, 10)
     assert torch.equal(former[:, :-2], plan.actions[:, 2:])
     assert float(former[:, -2:].abs().max()) == 0
     short = dataclasses.replace(planner, iterations=1)
-    again = short.plan(model, start, to_goal(goal), seeds(10), 1, former=plan.actions)
-    fresh = short.plan(model, start, to_goal(goal), seeds(10), 1)
+    again = short.plan(model, start, to_goal(goal, 2.0), seeds(10), 1, former=plan.actions)
+    fresh = short.plan(model, start, to_goal(goal, 2.0), seeds(10), 1)
     assert bool((again.energy <= plan.energy).all())
     assert float(fresh.energy.mean()) > float(again.energy.mean())
     cold = dataclasses.replace(short, warm=False)
-    ignored = cold.plan(model, start, to_goal(goal), seeds(10), 1, former=plan.actions)
+    ignored = cold.plan(model, start, to_goal(goal, 2.0), seeds(10), 1, former=plan.actions)
     assert torch.equal(ignored.actions, fresh.actions)
 
 
@@ -288,7 +294,7 @@ def test_an_environment_that_arrives_costs_no_more_rollout_steps():
     _, start, goal = task(20)
     model = Counted(ROOMS)
     planner = ICEM(effort=Effort(), iterations=16)
-    plan = planner.plan(model, start, to_goal(goal), seeds(20), arrival=near(goal))
+    plan = planner.plan(model, start, to_goal(goal, 2.0), seeds(20), arrival=near(goal))
     rows = [shape[0] for shape in called]
     assert rows == sorted(rows, reverse=True)
     assert rows[0] == 20 > rows[-1]
@@ -301,7 +307,7 @@ def test_an_environment_that_arrives_costs_no_more_rollout_steps():
     again = planner.plan(
         model,
         start[done],
-        to_goal(goal[done]),
+        to_goal(goal[done], 2.0),
         seeds(20)[done],
         former=plan.actions[done],
         arrival=near(goal[done]),
@@ -324,7 +330,7 @@ def test_effort_grows_with_the_difficulty(wall):
     """50 episodes, judged at step 200, beside the fixed budget and the straight line."""
     world = TwoRooms(wall=wall)
     model = TrueModel(world)
-    thinking = episodes(model, world, ICEM(effort=Effort()), seeds(50), arrival=near, keep=False)
+    thinking = episodes(model, world, ICEM(effort=Effort()), seeds(50), 2.0, keep=False)
     assert int(thinking.success.sum()) >= 48
     assert (
         int(thinking.success.sum()) >= int(followed(world, policies.straight, seeds(50)).sum()) + 20
@@ -343,7 +349,7 @@ def test_effort_costs_no_success(wall):
     world = TwoRooms(wall=wall)
     model = TrueModel(world)
     thinking, full = (
-        episodes(model, world, planner, seeds(200, 1000), arrival=near, keep=False)
+        episodes(model, world, planner, seeds(200, 1000), 2.0, keep=False)
         for planner in (ICEM(effort=Effort()), ICEM())
     )
     assert int(thinking.success.sum()) >= int(full.success.sum()) - 4
@@ -353,9 +359,7 @@ def test_effort_costs_no_success(wall):
 
 def test_episodes_follow_the_world_and_hold_at_the_goal():
     world = TwoRooms()
-    result = episodes(
-        TrueModel(world), world, ICEM(effort=Effort()), seeds(6), arrival=near, keep=True
-    )
+    result = episodes(TrueModel(world), world, ICEM(effort=Effort()), seeds(6), 2.0, keep=True)
     state = world.reset(seeds(6))
     for step in range(200):
         assert torch.equal(result.positions[:, step], state.position)
@@ -366,11 +370,9 @@ def test_episodes_follow_the_world_and_hold_at_the_goal():
     first = result.steps()
     assert bool(result.success.all())
     for number in range(6):
-        after = result.positions[number, int(first[number]) + 10 :]
+        after = result.positions[number, int(first[number]) + 30 :]  # three plans later
         distance = torch.linalg.vector_norm(after - result.goal[number], dim=1)
         assert float(distance.max()) <= 4
-    some = episodes(
-        TrueModel(world), world, ICEM(effort=Effort()), seeds(2, 3), arrival=near, keep=False
-    )
+    some = episodes(TrueModel(world), world, ICEM(effort=Effort()), seeds(2, 3), 2.0, keep=False)
     assert torch.allclose(some.positions, result.positions[3:5], rtol=0, atol=1e-3)
     assert some.plans == []

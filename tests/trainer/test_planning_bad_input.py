@@ -96,9 +96,18 @@ def guard():
         (lambda: Function(None), "energy: got None, takes a callable"),
         (lambda: Arrival(GOAL, -1.0), "threshold: got -1.0, takes 0 or more"),
         (lambda: Arrival(GOAL, 1.0, at="ever"), "at: got 'ever', takes 'end', 'any'"),
-        (lambda: episodes(MODEL, WORLD, SMALL, SEEDS, steps=0), "steps: got 0, takes 1 or more"),
-        (lambda: episodes(MODEL, WORLD, SMALL, SEEDS, delay=-1), "delay: got -1, takes 0 or more"),
-        (lambda: episodes(MODEL, WORLD, SMALL, SEEDS[0]), r"seeds: got shape \[\], takes \[any\]"),
+        (
+            lambda: episodes(MODEL, WORLD, SMALL, SEEDS, 2.0, steps=0),
+            "steps: got 0, takes 1 or more",
+        ),
+        (
+            lambda: episodes(MODEL, WORLD, SMALL, SEEDS, 2.0, delay=-1),
+            "delay: got -1, takes 0 or more",
+        ),
+        (
+            lambda: episodes(MODEL, WORLD, SMALL, SEEDS[0], 2.0),
+            r"seeds: got shape \[\], takes \[any\]",
+        ),
         (lambda: Zone(CENTRE), "radius, half: got both or none, takes one"),
         (lambda: Zone(CENTRE, 1.0, CENTRE), "radius, half: got both or none, takes one"),
         (lambda: Zone(CENTRE, radius=-1.0), "radius: got -1.0, takes finite numbers of 0 or more"),

@@ -192,8 +192,8 @@ def test_a_safe_plan_is_executed_as_it_is():
     world = TwoRooms(noise=0.3)
     model, planner = TrueModel(world), ICEM(candidates=32, elites=8, kept=4, iterations=2)
     far = Shield((Zone(torch.tensor([-50.0, -50.0]), radius=2.0),), noise=0.3)
-    free = episodes(model, world, planner, seeds(5), steps=40, keep=False)
-    guarded = episodes(model, world, planner, seeds(5), steps=40, shield=far, keep=False)
+    free = episodes(model, world, planner, seeds(5), 2.0, steps=40, keep=False)
+    guarded = episodes(model, world, planner, seeds(5), 2.0, steps=40, shield=far, keep=False)
     assert torch.equal(free.positions, guarded.positions)
     assert int(guarded.changed.sum()) == 0
 
@@ -337,11 +337,11 @@ def test_a_probe_with_a_conformal_margin():
     shield = Shield((zone,), noise=0.3, error=error)
     planner = ICEM(candidates=64, elites=12, kept=4, iterations=3, interval=20)
     result = episodes(
-        model, world, planner, seeds(30), steps=100, shield=shield, probe=probe, keep=False
+        model, world, planner, seeds(30), 2.0, steps=100, shield=shield, probe=probe, keep=False
     )
     assert float(result.clearance(zone).min()) >= 0
     assert float(result.clearance(zone).median()) < 3  # it came close
-    free = episodes(model, world, planner, seeds(30), steps=100, keep=False)
+    free = episodes(model, world, planner, seeds(30), 2.0, steps=100, keep=False)
     assert float(free.clearance(zone).min()) < 0
 
 

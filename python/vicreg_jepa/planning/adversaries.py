@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vicreg_jepa.planning import checks, zones
-from vicreg_jepa.planning.energies import Arrival, Energy, EnergyLike, to_goal
+from vicreg_jepa.planning.energies import Arrival, Energy, EnergyLike, GoalDistance
 from vicreg_jepa.planning.evaluate import Plans, Result, episodes
 from vicreg_jepa.planning.guardrails import Zone
 from vicreg_jepa.planning.model import LatentModel, TrueModel
@@ -21,6 +21,8 @@ from vicreg_jepa.planning.planners import ICEM
 from vicreg_jepa.planning.shield import Shield
 from vicreg_jepa.worlds.world import State, World
 
+NEAR = 2.0  # pixels: so near to the goal a plan has arrived
+HASTE = 0.003  # in the energy, the weight of the sum of the distances over the horizon
 FORMS = ("none", "penalty", "lagrangian", "shield")  # how a constraint is imposed
 
 
@@ -187,7 +189,7 @@ def trial(
     soft = form in ("penalty", "shield with penalty")
 
     def energy(goal: Tensor) -> Energy:
-        total = to_goal(goal)
+        total = GoalDistance(goal, "end") + HASTE * GoalDistance(goal)
         return adversary.energy(total + Penalty(zone, weight) if soft else total)
 
     shield = None
@@ -198,10 +200,10 @@ def trial(
         world,
         adversary.planner(world, plans, zone),
         seeds,
+        NEAR,
         steps=steps,
         shield=shield,
         energy=energy,
-        arrival=lambda goal: Arrival(goal, 2.0),
         delay=adversary.delay,
         keep=False,
     )

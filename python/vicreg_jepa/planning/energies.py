@@ -90,35 +90,43 @@ class GoalDistance(Energy):
     """The distance of the latents to those of the goal, [B, D].
 
     at: "sum" over the horizon, at its "end", or the "min" over it. norm: "l2" the Euclidean
-    distance, "l1" the sum of absolute differences, "squared" the square of "l2".
+    distance, "l1" the sum of absolute differences, "squared" the square of "l2". most: a distance
+    above it counts as `most`.
     """
 
     goal: Tensor
     at: str = "sum"
     norm: str = "l2"
+    most: float | None = None
 
     def __post_init__(self) -> None:
         checks.choice("at", self.at, ("sum", "end", "min"))
         checks.choice("norm", self.norm, ("l2", "l1", "squared"))
+        if self.most is not None:
+            checks.number("most", self.most, open_low=True)
         checks.shaped("goal", self.goal, None, None)
 
     def __call__(self, path: Tensor, actions: Tensor) -> Tensor:
         if self.at == "end":
             path = path[:, :, -1:]
         distance = distances(path, self.goal, self.norm)
+        if self.most is not None:
+            distance = distance.clamp(max=self.most)
         return distance.amin(dim=2) if self.at == "min" else distance.sum(dim=2)
 
     def rows(self, which: Tensor) -> Energy:
-        return GoalDistance(self.goal[which], self.at, self.norm)
+        return GoalDistance(self.goal[which], self.at, self.norm, self.most)
 
 
-def to_goal(goal: Tensor, haste: float = 0.003) -> Energy:
-    """The distance to the goal at the end of the horizon, plus `haste` times its sum.
+def to_goal(goal: Tensor, near: float, haste: float = 0.2) -> Energy:
+    """The distance to the goal at the end of the horizon, plus `haste` times the sum over the
+    horizon of the distance or `near`, whichever is less: a price of the steps before the arrival.
 
-    The sum alone prefers to wait near the goal, behind a wall, to the way around it; the end alone
-    puts the arrival off from plan to plan.
+    near: the distance of latents that counts as arrived, as in Arrival. Without the price a plan
+    may wander and arrive only at its end, and the arrival is put off from plan to plan. The sum of
+    the whole distances would prefer to wait near the goal, behind a wall, to the way around it.
     """
-    return GoalDistance(goal, "end") + haste * GoalDistance(goal)
+    return GoalDistance(goal, "end") + haste * GoalDistance(goal, "sum", most=near)
 
 
 @dataclass(frozen=True)

@@ -79,17 +79,18 @@ def episodes(
     world: World,
     planner: Plans,
     seeds: Tensor,
+    near: float,
     steps: int = STEPS,
     shield: Shield | None = None,
-    energy: Callable[[Tensor], EnergyLike] = to_goal,
-    arrival: Callable[[Tensor], Arrival] | None = None,
+    energy: Callable[[Tensor], EnergyLike] | None = None,
     delay: int = 0,
     probe: Callable[[Tensor], Tensor] | None = None,
     keep: bool = True,
 ) -> Result:
     """Run an episode for each seed, int64 [N], with a plan every `interval` steps.
 
-    energy, arrival: functions of the goal's latents [N, D]. delay: the planner and the shield see
+    near: the distance of latents to those of the goal at which a plan has arrived. energy: a
+    function of the goal's latents [N, D]; by default to_goal. delay: the planner and the shield see
     the state as it was so many steps ago. probe: reads positions [N, 2] from latents for the
     shield; without it the shield sees the true ones. keep: whether the result has the plans.
     Success is judged after the last step, by world.success. The shield, if any, stands between the
@@ -100,8 +101,8 @@ def episodes(
     checks.whole("delay", delay, 0)
     state = world.reset(seeds)
     goal = observe(model, world, world.at(state, state.goal))
-    minimised = energy(goal)
-    arrives = None if arrival is None else arrival(goal)
+    minimised = to_goal(goal, near) if energy is None else energy(goal)
+    arrives = Arrival(goal, near)
 
     def seen_by_shield(seen: State) -> Tensor:
         return seen.position if probe is None else probe(observe(model, world, seen))

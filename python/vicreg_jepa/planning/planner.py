@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,6 +65,11 @@ class Effort:
     def horizon_at(self, iteration: int, most: int) -> int:
         grown = self.horizon * self.growth ** (iteration // self.every)
         return min(most, int(grown))
+
+    def horizons(self, planner: Planner) -> list[int]:
+        """The horizons that a planner takes, in order."""
+        every = (self.horizon_at(i, planner.horizon) for i in range(planner.iterations))
+        return sorted(set(every))
 
 
 def box(actions: Tensor) -> Tensor:
@@ -211,6 +216,8 @@ class _Search:
     all other tensors have a row for each of these. `plan` has the rows of all environments.
     """
 
+    best: _Best
+
     def __init__(
         self,
         planner: Planner,
@@ -256,9 +263,17 @@ class _Search:
         return path.detach(), energies.detach(), gradient
 
     def check_former(self) -> None:
-        """Keep the former plan where it is predicted to arrive."""
+        """Keep the former plan where it is predicted to arrive at the end of any of the horizons:
+        over the longest alone, a model that drifts would never see that standing still at the goal
+        is enough.
+        """
         path, energies, _ = self.evaluate(self.mean[:, None])
         self._keep(self.mean[:, None], path, energies)
+        planner, arrived = self.planner, self.best.arrived
+        if planner.effort is not None and self.arrival is not None:
+            for horizon in planner.effort.horizons(planner):
+                arrived = arrived | self.arrival(path[:, 0, : horizon * planner.repeat])
+        self.best = replace(self.best, arrived=arrived & torch.isfinite(self.best.energy))
         self._leave()
 
     def iterate(self, iteration: int) -> None:
