@@ -12,7 +12,7 @@ from vicreg_jepa.worlds import store
 from vicreg_jepa.worlds.collect import collect
 from vicreg_jepa.worlds.two_rooms import TwoRooms
 
-WORDS = ["training.batch=6", "data.window=3", "data.length=12", "loss.unroll=2"]
+WORDS = ["training.batch=6", "data.window=3", "data.length=12", "loss.unroll=2", "loss.pairs=2"]
 WHOLE = Share()
 
 

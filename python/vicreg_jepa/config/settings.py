@@ -135,10 +135,11 @@ class Loss(Settings):
 
     The loss of world models is the sum of its terms by weight: prediction (squared, of the latents
     of `unroll` steps that are predicted from the first frame of a window), one_step (of each
-    frame's next latent from the true ones), variance and covariance over the batch at each time,
-    time_variance and time_covariance over the frames of each window, similarity (the squared
-    difference of consecutive latents), inverse (the squared error of the action that is predicted
-    from two consecutive latents), sigreg.
+    frame's next latent from the true ones), variance and covariance over the batch and all encoded
+    frames, time_variance and time_covariance of the deviations from each window's mean, similarity
+    (the squared difference of consecutive latents), inverse (the squared error of the action that
+    is predicted from two consecutive latents), sigreg. pairs: encode so many pairs of consecutive
+    frames of each window instead of all its frames, the first pair and others at random.
     """
 
     invariance: NonNegative = 25.0
@@ -158,6 +159,7 @@ class Loss(Settings):
     similarity: NonNegative = 1.0
     inverse: NonNegative = 1.0
     unroll: Positive = 8
+    pairs: Annotated[int, Field(ge=0)] = 0
 
 
 class Optimizer(Settings):

@@ -96,6 +96,11 @@ class TrajectoryMethod(Method, Protocol):
         windows; its mean over ranks is the loss of the whole batch.
         """
 
+    def prepare(self, frames: Tensor) -> None:
+        """Initialise from frames uint8 [N, H, W, C], which are the same on all ranks, before the
+        first step.
+        """
+
     def encode(self, frames: Tensor) -> Tensor:
         """Latents [B, D] of frames uint8 [B, H, W, C]."""
 
@@ -109,7 +114,7 @@ COMMON = ("forward", "after_step", "features", "exported")
 PARTS = {
     "views": (*COMMON, "views", "loss"),
     "tokens": (*COMMON, "draw"),
-    "trajectories": (*COMMON, "encode", "rollout"),
+    "trajectories": (*COMMON, "prepare", "encode", "rollout"),
 }
 VIDEO_PARTS = ("contexts", "tokens", "foreseen", "targets")
 
@@ -150,6 +155,7 @@ METHOD_SETTINGS = (
     "loss.similarity",
     "loss.inverse",
     "loss.unroll",
+    "loss.pairs",
     "optimizer.momentum",
     "training.checkpointing",
 )

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from vicreg_jepa.config.settings import Config
 
 
+TIME_MARGIN = 0.3  # the deviation over the frames of a window that time_variance asks for
+LEAST = 1e-4  # of the variances of the components to the largest, in `whiten`
+
+
 @dataclass(frozen=True)
 class Weights:
     """The weights of the loss's terms; a term of weight 0 is not computed."""
@@ -48,7 +52,8 @@ class World(nn.Module):
     """encoder: frames float [N, C, H, W] in [0, 1] -> latents [N, D]. action_encoder: actions
     [..., A] -> [..., E]. predictor: of latents. inverse: [..., 2 D] of consecutive latents -> the
     action [..., A] between them; None without that term. unroll: the steps of an unrolled
-    prediction. slices: the random directions of SIGReg. actions: A.
+    prediction. pairs: the pairs of consecutive frames of a window that are encoded; 0: all frames.
+    slices: the random directions of SIGReg. actions: A. channels: C.
 
     In training mode `step` counts the optimizer's steps; SIGReg's random directions depend on it.
     """
@@ -65,20 +70,40 @@ class World(nn.Module):
         *,
         actions: int,
         weights: Weights,
+        channels: int,
         unroll: int = 8,
+        pairs: int = 0,
         slices: int = 1024,
     ) -> None:
         super().__init__()
         self.encoder, self.action_encoder, self.predictor = encoder, action_encoder, predictor
         self.inverse, self.kernels, self.actions = inverse, kernels, actions
-        self.weights, self.steps, self.slices = weights, unroll, slices
+        self.weights, self.steps, self.pairs, self.slices = weights, unroll, pairs, slices
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("deviation", torch.ones(channels, 1, 1))
+
+    @torch.no_grad()
+    def prepare(self, frames: Tensor) -> None:
+        """Set the mean and the deviation of each channel, and the last layer of the encoder so that
+        the latents of these frames, uint8 [N, H, W, C], are white.
+
+        The frames of a world are almost equal, so that latents of random weights are, too: the
+        gradient of the variance term would be lost among the others'. (Initialisation from data as
+        in Mishkin and Matas, 2016, arXiv:1511.06422.)
+        """
+        scaled = _scaled(frames)
+        self.mean.copy_(scaled.mean(dim=(0, 2, 3))[:, None, None])
+        spread = scaled.transpose(0, 1).flatten(1).std(dim=1)
+        self.deviation.copy_(torch.where(spread > 0, spread, 1.0)[:, None, None])
+        features = self.encoder.features((scaled - self.mean) / self.deviation).double()
+        whiten(self.encoder.head, features)
 
     def encode(self, frames: Tensor) -> Tensor:
         """Latents [B, D] of frames uint8 [B, H, W, C]. Raises ValueError for another dtype."""
         if frames.dtype != torch.uint8:
             raise ValueError(f"frames: got {frames.dtype}, takes torch.uint8, 0 to 255")
-        return self.encoder(frames.movedim(-1, 1).float() / 255.0)
+        return self.encoder((_scaled(frames) - self.mean) / self.deviation)
 
     def rollout(self, start: Tensor, actions: Tensor) -> Tensor:
         """The predicted latents [B, K, H, D] after latents `start` [B, D], for K candidate
@@ -106,36 +131,59 @@ class World(nn.Module):
     ) -> dict[str, Tensor]:
         """The terms whose weight is not 0, by the names of their weights, without the weights."""
         weights = self.weights
-        z = self.encode(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])  # [B, T + 1, D]
+        times = self.times(actions.shape[1])
+        chosen = frames[:, times] if self.pairs else frames
+        z = self.encode(chosen.flatten(0, 1)).unflatten(0, chosen.shape[:2])  # [B, F, D]
         embedded = self.action_encoder(actions)
         terms = {}
-        unrolled = self.predictor.unroll(z[:, :1], embedded[:, : self.steps])
-        z = z.float()
-        terms["prediction"] = F.mse_loss(unrolled.float(), z[:, 1 : self.steps + 1])
+        unrolled = self.predictor.unroll(z[:, :1], embedded[:, : self.steps]).float()
+        if self.pairs:  # each pair by itself: [B * pairs, 1, ...]
+            before, after = z.unflatten(1, (-1, 2)).flatten(0, 1).split(1, dim=1)
+            acted, embedded = (x[:, times[::2]].flatten(0, 1)[:, None] for x in (actions, embedded))
+        else:
+            before, after, acted = z[:, :-1], z[:, 1:], actions
+        reached = [(place, time) for place, time in enumerate(times) if 0 < time <= self.steps]
+        places, steps = zip(*reached, strict=True)
+        wanted = z[:, list(places)].float()
+        terms["prediction"] = F.mse_loss(unrolled[:, [time - 1 for time in steps]], wanted)
         if weights.one_step:
-            following = self.predictor.one_step(z[:, :-1], embedded)
-            terms["one_step"] = F.mse_loss(following.float(), z[:, 1:])
+            following = self.predictor.one_step(before, embedded).float()
+            terms["one_step"] = F.mse_loss(following, after.float())
         if weights.similarity:
-            terms["similarity"] = F.mse_loss(z[:, 1:], z[:, :-1])
+            terms["similarity"] = F.mse_loss(after.float(), before.float())
         if self.inverse is not None:
-            pairs = torch.cat((z[:, :-1], z[:, 1:]), dim=-1)
-            terms["inverse"] = F.mse_loss(self.inverse(pairs).float(), actions)
-        return terms | self._spread(z, process_group)
+            action = self.inverse(torch.cat((before, after), dim=-1)).float()
+            terms["inverse"] = F.mse_loss(action, acted)
+        return terms | self._spread(z.float(), process_group)
+
+    def times(self, actions: int) -> list[int]:
+        """The numbers of the frames of a window that are encoded, from the first one on: all, or
+        the first pair of consecutive frames and one pair from each of pairs - 1 equal parts of the
+        rest, the same in the windows of a step and on all ranks.
+        """
+        if not self.pairs:
+            return list(range(actions + 1))
+        generator = torch.Generator().manual_seed(int(self.step))
+        edges = torch.linspace(1, actions, self.pairs)
+        u = torch.rand(self.pairs - 1, generator=generator)
+        firsts = (edges[:-1] + u * edges.diff()).long().clamp(max=actions - 1).tolist()
+        return [time + next_one for time in (0, *firsts) for next_one in (0, 1)]
 
     def _spread(self, z: Tensor, process_group: Any) -> dict[str, Tensor]:
-        """The terms against collapse of latents [B, T + 1, D]."""
+        """The terms against collapse of latents [B, F, D]."""
         weights = self.weights
         terms: dict[str, Tensor] = {}
-        by_time = z.transpose(0, 1)  # the batch's rows at each time
-        # The rows of a window are on one rank.
-        for prefix, rows, group in (("", by_time, process_group), ("time_", z, None)):
+        # The unbiased variance over the frames of a window is F / (F - 1) times the mean square.
+        unbiased = (z.shape[1] / (z.shape[1] - 1)) ** 0.5
+        moved = (z - z.mean(dim=1, keepdim=True)) * (unbiased / TIME_MARGIN)
+        for prefix, rows in (("", z), ("time_", moved)):
             names = [f"{prefix}variance", f"{prefix}covariance"]
             if any(getattr(weights, name) for name in names):
-                both = self.kernels.variance_covariance(rows, group)
+                both = self.kernels.variance_covariance(rows.flatten(0, 1), process_group)
                 terms |= {n: z for n, z in zip(names, both, strict=True) if getattr(weights, n)}
         if weights.sigreg:
             terms["sigreg"] = self.kernels.sigreg(
-                by_time, self.slices, int(self.step), process_group
+                z.transpose(0, 1), self.slices, int(self.step), process_group
             )
         return terms
 
@@ -148,6 +196,25 @@ class World(nn.Module):
 
     def exported(self) -> tuple[str, nn.Module]:
         return "encoder", self.encoder
+
+
+def _scaled(frames: Tensor) -> Tensor:
+    """float32 [N, C, H, W] in [0, 1] of frames uint8 [N, H, W, C]."""
+    return frames.movedim(-1, 1).float() / 255.0
+
+
+@torch.no_grad()
+def whiten(layer: nn.Linear, features: Tensor) -> None:
+    """Set a linear layer so that its outputs for these features, [N, inputs], are the leading
+    principal components, white and rotated at random.
+    """
+    outputs = layer.out_features
+    values, vectors = torch.linalg.eigh(torch.cov(features.T))
+    values, vectors = values[-outputs:], vectors[:, -outputs:]
+    rotation = torch.linalg.qr(torch.randn(outputs, outputs, dtype=torch.float64))[0]
+    weight = rotation.to(vectors) @ (vectors / values.clamp(min=LEAST * values[-1]).sqrt()).T
+    layer.weight.copy_(weight)
+    layer.bias.copy_(-weight @ features.mean(dim=0))
 
 
 def _encoder(config: Config, kernels: Kernels, channels: int) -> nn.Module:
@@ -183,7 +250,7 @@ def build(config: Config, kernels: Kernels, channels: int) -> World:
     weights = Weights(**{name: getattr(loss, name) for name in Weights.__dataclass_fields__})
     return World(
         encoder, embed, predictor, inverse, kernels, actions=data.actions, weights=weights,
-        unroll=loss.unroll, slices=loss.slices,
+        channels=channels, unroll=loss.unroll, pairs=loss.pairs, slices=loss.slices,
     )  # fmt: skip
 
 
@@ -202,6 +269,11 @@ def check(config: Config) -> None:
     if loss.unroll > data.window:
         raise ValueError(
             f"loss.unroll: got {loss.unroll}, takes at most data.window, {data.window} actions"
+        )
+    if loss.pairs == 1 or loss.pairs > data.window:
+        raise ValueError(
+            f"loss.pairs: got {loss.pairs}, takes 0 for all frames, or 2 to data.window, "
+            f"{data.window}"
         )
     if model.encoder == "vit" and model.keypoints:
         raise ValueError(
@@ -234,6 +306,7 @@ def check(config: Config) -> None:
 SETTINGS = (
     *(f"loss.{name}" for name in Weights.__dataclass_fields__),
     "loss.unroll",
+    "loss.pairs",
     "loss.slices",
     "model.latent",
     "model.keypoints",

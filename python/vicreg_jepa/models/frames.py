@@ -14,13 +14,20 @@ from torch import Tensor, nn
 from vicreg_jepa.models.vit import Attend, ViT
 
 KEYPOINT_MAP = 2  # keypoints are read from the map after so many convolutions
+HIDDEN = 256  # the width of the hidden layer of ConvFrames
 
 
 class ConvFrames(nn.Module):
-    """3 x 3 convolutions of stride 2 with GELU and without batch norm, then a linear layer.
+    """3 x 3 convolutions of stride 2 with GELU and without batch norm, a hidden layer of the whole
+    last map, and a linear layer.
 
     size: the edge H = W of a frame, at least 16. dim: the channels of the last maps. keypoints: a
-    number of points whose coordinates also enter the linear layer; 0: none.
+    number of points; their coordinates enter the hidden layer and, past it, the linear one; 0:
+    none.
+
+    torch's default initialisation halves the signal at each convolution, so that training begins
+    with the keypoints. With weights that keep the signal's size, the leading components of the
+    features are functions of the largest thing alone, a wall, and what is small is learned late.
     """
 
     def __init__(self, channels: int, size: int, dim: int, latent: int, keypoints: int = 0) -> None:
@@ -38,19 +45,21 @@ class ConvFrames(nn.Module):
         for _ in self.convolutions:
             edge = (edge + 1) // 2
         self.keypoints = Keypoints(widths[KEYPOINT_MAP], keypoints) if keypoints else None
-        self.head = nn.Linear(dim * edge * edge + 2 * keypoints, latent)
-        for part in self.convolutions:
-            # torch's default halves the signal at each convolution.
-            nn.init.kaiming_normal_(part.weight)
-            nn.init.zeros_(part.bias)
+        self.hidden = nn.Linear(dim * edge * edge + 2 * keypoints, HIDDEN)
+        self.head = nn.Linear(HIDDEN + 2 * keypoints, latent)
 
-    def forward(self, frames: Tensor) -> Tensor:
+    def features(self, frames: Tensor) -> Tensor:
+        """The input of the last linear layer, [N, features]."""
         x, points = frames, []
         for depth, convolution in enumerate(self.convolutions, start=1):
             x = nn.functional.gelu(convolution(x))
             if depth == KEYPOINT_MAP and self.keypoints is not None:
                 points.append(self.keypoints(x))
-        return self.head(torch.cat([x.flatten(1), *points], dim=1))
+        hidden = nn.functional.gelu(self.hidden(torch.cat([x.flatten(1), *points], dim=1)))
+        return torch.cat([hidden, *points], dim=1)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return self.head(self.features(frames))
 
 
 class Keypoints(nn.Module):
@@ -59,16 +68,19 @@ class Keypoints(nn.Module):
     arXiv:1504.00702).
     """
 
+    SHARPNESS = 3.0  # of the distributions at the beginning
+
     def __init__(self, channels: int, points: int) -> None:
         super().__init__()
-        self.scores = nn.Conv2d(channels, points, 1)
+        self.scores = nn.Conv2d(channels, points, 3, padding=1)
 
     def forward(self, maps: Tensor) -> Tensor:
-        scores = self.scores(maps).float()
+        scores = self.SHARPNESS * self.scores(maps)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         shares = scores.flatten(2).softmax(dim=-1).view_as(scores)
         height, width = scores.shape[2:]
-        x = torch.linspace(-1, 1, width, device=maps.device)
-        y = torch.linspace(-1, 1, height, device=maps.device)
+        x = torch.linspace(-1, 1, width, device=maps.device, dtype=shares.dtype)
+        y = torch.linspace(-1, 1, height, device=maps.device, dtype=shares.dtype)
         return torch.cat((shares.sum(dim=2) @ x, shares.sum(dim=3) @ y), dim=1)
 
 
@@ -97,9 +109,12 @@ class ViTFrames(nn.Module):
         self.vit = ViT((channels, 1, extent, extent), (1, patch, patch), dim, depth, heads)
         self.head = nn.Linear(dim * self.vit.grid.tokens, latent)
 
-    def forward(self, frames: Tensor) -> Tensor:
+    def features(self, frames: Tensor) -> Tensor:
+        """The input of the last linear layer, [N, features]."""
         missing = (0, self.missing) * 2
         if self.missing:
             frames = nn.functional.pad(frames, missing, mode="replicate")
-        tokens = self.vit.run(self.vit.embed(frames), self.attend)
-        return self.head(tokens.flatten(1))
+        return self.vit.run(self.vit.embed(frames), self.attend).flatten(1)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return self.head(self.features(frames))

@@ -23,6 +23,8 @@ from vicreg_jepa.training import checkpoint, locking, rank_failure, stopping
 from vicreg_jepa.training.log import Log, SpreadMonitor
 from vicreg_jepa.training.trainer import Trainer, bfloat16_is_slow
 
+PREPARED = 512  # frames that a method of trajectories is initialised from
+
 
 def train(settings: Config, folder: Path) -> int:
     """Train to the last step, from the folder's newest checkpoint if there is one; return the step.
@@ -54,6 +56,8 @@ def _train(settings: Config, folder: Path, process: Ranks, stop: stopping.Stop) 
     """
     source = in_turn(process, lambda: sources.source(settings))
     method = build.method(settings, source.channels).train()
+    if settings.is_of_trajectories:
+        method.prepare(source.sample(PREPARED))
     trainer = Trainer(settings, method, process, folder)
     step = trainer.resume()
     if process.rank == 0:
