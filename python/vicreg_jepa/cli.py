@@ -1,4 +1,4 @@
-"""`vicreg-jepa train | probe | surprise | compare | export | collect`."""
+"""`vicreg-jepa train | probe | surprise | compare | export | collect | plan | drift`."""
 
 from __future__ import annotations
 
@@ -39,6 +39,18 @@ def parser() -> argparse.ArgumentParser:
     five = commands.add_parser("export", help="write a run's encoder as safetensors")
     five.add_argument("run", type=Path)
     five.add_argument("file", type=Path)
+    seven = commands.add_parser("plan", help="plan with runs of a world model, beside controls")
+    seven.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="runs on the same world")
+    seven.add_argument("--output", type=Path, help="folder of the pictures; default RUN/plan")
+    seven.add_argument("--episodes", type=integer(4), default=50)
+    seven.add_argument("--full", action="store_true", help="also the first with its whole budget")
+    eight = commands.add_parser("drift", help="the error of a world model over its rollouts")
+    eight.add_argument("run", type=Path)
+    eight.add_argument("--output", type=Path, help="folder of the picture; default RUN/drift")
+    eight.add_argument(
+        "--beside", type=Path, nargs="+", default=[], metavar="RUN", help="runs to compare with"
+    )
+    eight.add_argument("--walks", type=integer(1), default=200)
     six = commands.add_parser("collect", help="play a world and write its trajectories")
     six.add_argument("world", help="TwoRooms, Maze, or the name of gymnasium's environment")
     six.add_argument("settings", nargs="*", metavar="key=value", help="wall=random noise=0.1 ...")
@@ -183,6 +195,71 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from vicreg_jepa import config
+    from vicreg_jepa.files.output import writing
+    from vicreg_jepa.planning import figure, report
+    from vicreg_jepa.training.run import restore
+
+    runs, worlds = [], []
+    for run in options.runs:
+        settings, method, step = restore(run)
+        worlds.append(report.world_of(settings))
+        runs.append((f"{run.name}, step {step}", method))
+        if worlds[-1] != worlds[0]:
+            raise config.ConfigError(f"run: {run} has {worlds[-1]}, takes that of the first run")
+    output = options.output or options.runs[0] / "plan"
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+    rows, first = report.measured(runs, worlds[0], options.episodes, options.full)
+    report.write(rows, output)
+    print(report.table(rows))
+    seeds, (_, method), interval = (
+        report.seeds_of(options.episodes),
+        runs[0],
+        report.planner().interval,
+    )
+    figure.draw(method, worlds[0], seeds, first, interval, output / "episodes.png")
+    longest = figure.chosen(first)[-1]
+    figure.animate(method, worlds[0], seeds, first, longest, interval, output / "episode.gif")
+    print(f"pictures of episodes: {output}")
+    failed = report.verdict(rows)
+    for words in failed:
+        print(f"failed: {words}")
+    return 1 if failed else 0
+
+
+def _drift(options: argparse.Namespace) -> int:
+    import json
+    from dataclasses import asdict
+
+    from vicreg_jepa import config
+    from vicreg_jepa.evaluation import drift
+    from vicreg_jepa.files import output
+    from vicreg_jepa.planning.report import world_of
+    from vicreg_jepa.training.run import restore
+
+    folder = options.output or options.run / "drift"
+    with output.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    drifts, world = [], None
+    for run in (options.run, *options.beside):
+        settings, method, step = restore(run)
+        world = world or world_of(settings)
+        if world_of(settings) != world:
+            raise config.ConfigError(f"--beside: {run} has another world than {options.run}")
+        name = f"{settings.method}, step {step}"
+        drifts.append(drift.measured(name, settings, method, world, options.walks))
+    assert world is not None
+    drifts.append(drift.still(world, options.walks))
+    print(drift.table(drifts))
+    drift.draw(drifts, folder / "drift.png")
+    text = json.dumps([asdict(one) for one in drifts], indent=1) + "\n"
+    output.replace(folder / "drift.json", text.encode())
+    print(f"the picture: {folder / 'drift.png'}")
+    return 0
+
+
 def _collect(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
@@ -214,4 +291,6 @@ COMMANDS = {
     "compare": _compare,
     "export": _export,
     "collect": _collect,
+    "plan": _plan,
+    "drift": _drift,
 }

@@ -120,7 +120,10 @@ class Speechless(nn.Module):
         ({"learns": "pixels"}, "learns: got 'pixels', takes 'views' or 'tokens'"),
         ({"data": "sound"}, "data: got 'sound', takes 'images' or 'videos' or 'trajectories'"),
         ({"data": "trajectories"}, "'trajectories' with learns='views', takes 'trajectories' for"),
-        ({"data": "trajectories", "learns": "trajectories"}, "Whitened lacks encode, rollout"),
+        (
+            {"data": "trajectories", "learns": "trajectories"},
+            "Whitened lacks prepare, encode, rollout",
+        ),
         ({"data": "videos"}, "data: got 'videos' with learns='views', takes learns='tokens'"),
         ({"data": "videos", "learns": "tokens"}, "lacks draw, contexts, tokens, foreseen, targets"),
         (

@@ -66,6 +66,9 @@ def settings(method: str, steps: int = 6, **training):
         values |= {"data": dict(WORLD["data"]), "model": dict(WORLD["model"])}
         values["loss"] = dict(WORLD["loss"])
         values["training"] |= {"batch": 8}
+    if method == "world_pixels":
+        values["model"] = {"encoder": "conv", "dim": 8, "action_dim": 8, "predictor_dim": 32}
+        values["loss"] = {"unroll": 3}
     return config.parse(values)
 
 

@@ -416,8 +416,7 @@ def test_frames_of_another_dtype_are_refused():
     [
         (["loss.prediction=0"], "loss.prediction: got 0, world takes more"),
         (["loss.unroll=33"], "loss.unroll: got 33, takes at most data.window, 32 actions"),
-        (["loss.pairs=1"], "loss.pairs: got 1, takes 0 for all frames, or 2 to data.window, 32"),
-        (["loss.pairs=33"], "loss.pairs: got 33, takes 0 for all frames, or 2 to data.window"),
+        (["loss.pairs=33"], "loss.pairs: got 33, takes 0 for all frames, or at most data.w"),
         (["data.length=8"], "data: length: got 8, takes at least window, 32"),
         (["model.history=2"], "model.history: got 2, but it is used by model.predictor 'transf"),
         (["model.encoder=vit", "model.keypoints=3"], "keypoints: got 3, but it is used by model"),

@@ -100,16 +100,19 @@ def ridge(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     return out
 
 
-def perceptron(x: Tensor, y: Tensor, z: Tensor, seed: int) -> Tensor:
+def perceptron(
+    x: Tensor, y: Tensor, z: Tensor, seed: int, steps: int | None = None, batch: int = BATCH
+) -> Tensor:
     """The same by an MLP of two hidden layers, trained by AdamW with a cosine schedule."""
+    steps = STEPS if steps is None else steps
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = mlp(x.shape[1], HIDDEN, HIDDEN, y.shape[1])
         optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=DECAY)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         goal = y.float()
-        for _ in range(STEPS):
-            rows = torch.randint(len(x), (BATCH,))
+        for _ in range(steps):
+            rows = torch.randint(len(x), (batch,))
             loss = nn.functional.mse_loss(network(x[rows]), goal[rows])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -13,6 +13,7 @@ from vicreg_jepa.methods import (
     vjepa,
     vjepa_causal,
     world,
+    world_pixels,
 )
 from vicreg_jepa.methods.base import METHODS, MethodKind, register
 
@@ -28,4 +29,5 @@ __all__ = [
     "vjepa",
     "vjepa_causal",
     "world",
+    "world_pixels",
 ]

@@ -270,9 +270,9 @@ def check(config: Config) -> None:
         raise ValueError(
             f"loss.unroll: got {loss.unroll}, takes at most data.window, {data.window} actions"
         )
-    if loss.pairs == 1 or loss.pairs > data.window:
+    if loss.pairs > data.window:
         raise ValueError(
-            f"loss.pairs: got {loss.pairs}, takes 0 for all frames, or 2 to data.window, "
+            f"loss.pairs: got {loss.pairs}, takes 0 for all frames, or at most data.window, "
             f"{data.window}"
         )
     if model.encoder == "vit" and model.keypoints:

@@ -1,0 +1,191 @@
+"""`vicreg-jepa plan` and `vicreg-jepa drift`, from a run to the table and the pictures; and the
+world model of pixels, their control.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from vicreg_jepa import cli, config
+from vicreg_jepa.evaluation import drift
+from vicreg_jepa.methods import build
+from vicreg_jepa.planning import figure, report
+from vicreg_jepa.planning.evaluate import followed
+from vicreg_jepa.planning.model import TrueModel
+from vicreg_jepa.planning.planner import Effort
+from vicreg_jepa.planning.planners import ICEM
+from vicreg_jepa.training.run import restore
+from vicreg_jepa.worlds.policies import straight, walk
+from vicreg_jepa.worlds.two_rooms import TwoRooms
+
+SMALL = [
+    "model.dim=8", "model.keypoints=4", "model.predictor_dim=32", "training.batch=8",
+    "training.steps=2", "training.save_every=2", "data.window=6", "loss.unroll=4",
+]  # fmt: skip
+OF_LATENTS = [*SMALL, "loss.pairs=2", "model.latent=8"]
+
+
+@pytest.fixture(autouse=True)
+def small_probe(monkeypatch):
+    monkeypatch.setattr(drift, "FITTED", 2000)
+    monkeypatch.setattr(drift, "PROBE_STEPS", 800)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for recipe, words in (("world_two_rooms", OF_LATENTS), ("world_two_rooms_pixels", SMALL)):
+        assert cli.main(["train", recipe, *words, "--output", str(folder / recipe)]) == 0
+    return folder
+
+
+class Position:
+    """A model of two rooms that is right: its latents are the dot's position, read from frames."""
+
+    actions = 2
+
+    def encode(self, frames: Tensor) -> Tensor:
+        pixels = frames.movedim(-1, 1).float().flatten(1) / 255
+        return drift.centre(pixels, (2, 65, 65))
+
+    def rollout(self, start: Tensor, actions: Tensor) -> Tensor:
+        layout = TwoRooms().reset(torch.zeros(1, dtype=torch.int64)).layout
+        known = torch.cat([start, layout.float().expand(len(start), -1)], dim=1)
+        return TrueModel(TwoRooms()).rollout(known, actions)[..., :2]
+
+
+# ------------------------------------------------------------------------------ plan
+
+
+def test_plan_writes_its_table_and_pictures_and_fails_an_untrained_model(runs, capsys, monkeypatch):
+    monkeypatch.setattr(report, "planner", lambda: ICEM(candidates=8, elites=4, kept=2,
+                                                        iterations=2, effort=Effort()))  # fmt: skip
+    run, output = runs / "world_two_rooms", runs / "pictures"
+    assert cli.main(["plan", str(run), "--episodes", "4", "--full", "--output", str(output)]) == 1
+    out = capsys.readouterr().out
+    rows = {row["name"]: row for row in json.loads((output / "plan.json").read_text())}
+    assert list(rows) == ["walk", "straight", "expert", "true dynamics", "world_two_rooms, step 2",
+                          "world_two_rooms, step 2, full budget"]  # fmt: skip
+    assert rows["expert"]["success"] == 4
+    for name, row in rows.items():
+        assert f"{row['success']} of 4" in next(line for line in out.splitlines() if name in line)
+    assert "failed: world_two_rooms, step 2:" in out
+    with Image.open(output / "episodes.png") as picture:
+        assert picture.width > 800
+    with Image.open(output / "episode.gif") as film:
+        assert film.n_frames > 10
+
+
+def test_plan_takes_runs_on_one_world(runs, capsys):
+    other = runs / "random"
+    words = [*OF_LATENTS, "--output", str(other)]
+    assert cli.main(["train", "world_two_rooms_random", *words]) == 0
+    assert cli.main(["plan", str(runs / "world_two_rooms"), str(other)]) == 2
+    assert "takes that of the first run" in capsys.readouterr().err
+
+
+def test_a_good_model_passes_and_walking_straight_does_not():
+    rows, result = report.measured([("position", Position())], TwoRooms(), 10, full=True)
+    found = {row.name: row for row in rows}
+    assert found["straight"].success == int(
+        followed(TwoRooms(), straight, report.seeds_of(10)).sum()
+    )
+    assert found["position"].success >= 9
+    assert found["position"].rollout_steps < found["position, full budget"].rollout_steps
+    assert report.verdict(rows) == []
+    poor = report.Row("poor", 10, found["straight"].success + 1, 1.0, 1.0, 0.0, 1.0)
+    assert report.verdict([*rows, poor])[0].startswith("poor: ")
+    place = figure.decoded(
+        Position(), TwoRooms(), TwoRooms().reset(report.seeds_of(1)), result.positions[0, :5]
+    )
+    assert torch.linalg.vector_norm(place - result.positions[0, :5], dim=1).max() < figure.GRID
+
+
+def test_the_length_of_a_step_is_that_of_walks():
+    """An action is uniform in [-1, 1]^2 and 2 pixels long: about 1.5 pixels."""
+    assert report.step_length(Position(), TwoRooms()) == pytest.approx(1.4, abs=0.15)
+
+
+# ------------------------------------------------------------------------------ drift
+
+
+def test_drift_writes_its_table_and_picture(runs, capsys, monkeypatch):
+    monkeypatch.setattr(drift, "FITTED", 200)  # untrained latents tell nothing
+    monkeypatch.setattr(drift, "PROBE_STEPS", 20)
+    run, beside = (str(runs / name) for name in ("world_two_rooms", "world_two_rooms_pixels"))
+    assert cli.main(["drift", run, "--beside", beside, "--walks", "6"]) == 0
+    out = capsys.readouterr().out
+    assert "leaves 36.770% after 1,000 steps and 0.005% after 10,000" in out
+    rows = json.loads((runs / "world_two_rooms" / "drift" / "drift.json").read_text())
+    assert [row["name"] for row in rows] == ["world, step 2", "world_pixels, step 2",
+                                             "standing still"]  # fmt: skip
+    assert all(len(row["mean"]) == len(row["median"]) == drift.STEPS for row in rows)
+    assert (runs / "world_two_rooms" / "drift" / "drift.png").exists()
+
+
+def test_a_right_model_does_not_drift():
+    settings = config.load("world_two_rooms")
+    found = drift.measured("right", settings, Position(), TwoRooms(), 4)
+    still = drift.still(TwoRooms(), 4)
+    assert max(found.mean) < 0.5 + found.read
+    assert still.mean[31] > 5
+
+
+def test_the_centre_of_a_dot_is_its_position():
+    world = TwoRooms()
+    state = world.reset(torch.arange(20))
+    pixels = world.render(state).movedim(-1, 1).float().flatten(1) / 255
+    torch.testing.assert_close(drift.centre(pixels, (2, 65, 65)), state.position, rtol=0, atol=0.05)
+
+
+# ------------------------------------------------------------------------------ pixels
+
+
+def test_pixels_are_predicted_from_predicted_pixels(runs):
+    _, method, _ = restore(runs / "world_two_rooms_pixels")
+    frames = TwoRooms().render(TwoRooms().reset(torch.arange(3)))
+    start, actions = method.encode(frames), 2 * torch.rand(3, 2, 4, 2) - 1
+    with torch.no_grad():
+        path = method.rollout(start, actions)
+        embedded = method.action_encoder(actions[1, 1])
+        pixels = start[1:2]
+        for step in range(4):
+            pixels = method.following(pixels, embedded[step : step + 1]).clamp(0, 1)
+            torch.testing.assert_close(path[1, 1, step], pixels[0], rtol=1e-4, atol=1e-5)
+    assert path.shape == (3, 2, 4, 2 * 65 * 65)
+
+
+def test_the_control_has_as_many_parameters_and_steps():
+    both = [config.load(name) for name in ("world_two_rooms", "world_two_rooms_pixels")]
+    assert both[0].training == both[1].training
+    sizes = [sum(p.numel() for p in build.method(one, 2).parameters()) for one in both]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
+
+
+# ------------------------------------------------------------------------------ a small world model
+
+
+def test_a_short_training_predicts_and_plans(tmp_path):
+    """The whole chain in little: 150 steps from pixels, against no training and standing still."""
+    words = ["training.steps=150", "training.save_every=150", "--output", str(tmp_path / "run")]
+    assert cli.main(["train", "world_two_rooms", *words]) == 0
+    settings, method, _ = restore(tmp_path / "run")
+    untrained = build.method(settings, 2).eval()
+    world = TwoRooms()
+    off, none = (drift.measured("", settings, each, world, 40).mean for each in (method, untrained))
+    still = drift.still(world, 40).mean
+    for step in (4, 8, 16):
+        assert off[step - 1] < 0.6 * min(still[step - 1], none[step - 1])
+    seeds = torch.arange(8)
+    planner = ICEM(horizon=12, candidates=48, elites=8, iterations=8, effort=Effort())
+    near = report.NEAR * report.step_length(method, world)
+    result = report.planned(method, world, planner, seeds, near)
+    gone = torch.linalg.vector_norm(result.positions[:, -1] - result.goal, dim=1)
+    began = torch.linalg.vector_norm(result.positions[:, 0] - result.goal, dim=1)
+    walked = followed(world, walk, seeds)
+    assert int(result.success.sum()) >= int(walked.sum()) + 2
+    assert gone.mean() < 0.6 * began.mean()
