@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
-.PHONY: setup demo physics test fuzz soak audit lint bench gpu gpu-bench gpu-check gpu-packages docs clean help
+.PHONY: setup demo physics world test fuzz soak audit lint bench gpu gpu-bench gpu-check gpu-packages docs clean help
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,17 @@ physics: setup ## train the physics models in full and measure their surprise: h
 	$(BIN)/vicreg-jepa train vjepa_causal_physics --output runs/vjepa_causal_physics
 	$(BIN)/vicreg-jepa train pixels_physics --output runs/pixels_physics
 	$(BIN)/vicreg-jepa surprise runs/vjepa_causal_physics --beside runs/pixels_physics
+
+# Two trainings side by side, one core each; runs that are there are resumed.
+TRAIN_WORLD = OMP_NUM_THREADS=1 $(BIN)/vicreg-jepa train
+
+world: setup ## train world models, plan with them, measure their drift: half an hour
+	$(TRAIN_WORLD) world_two_rooms_random --output runs/world_random 2> /dev/null & random=$$!; \
+	$(TRAIN_WORLD) world_two_rooms --output runs/world && \
+	$(TRAIN_WORLD) world_two_rooms_pixels --output runs/world_pixels && wait $$random
+	$(BIN)/vicreg-jepa plan runs/world
+	$(BIN)/vicreg-jepa plan runs/world_random
+	$(BIN)/vicreg-jepa drift runs/world --beside runs/world_pixels
 
 test: setup ## run all tests that end within 10 minutes
 	$(BIN)/python -m pytest -m "not gpu and not thorough" -n 2 --dist loadfile \
