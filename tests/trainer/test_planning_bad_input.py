@@ -105,6 +105,14 @@ def guard():
             "delay: got -1, takes 0 or more",
         ),
         (
+            lambda: episodes(MODEL, WORLD, SMALL, SEEDS, 2.0, shield=Shield((ZONE,)), delay=1),
+            "delay: got 1, takes that of the shield, 0",
+        ),
+        (
+            lambda: episodes(MODEL, WORLD, SMALL, SEEDS, 2.0, shield=Shield((ZONE,), delay=2)),
+            "delay: got 0, takes that of the shield, 2",
+        ),
+        (
             lambda: episodes(MODEL, WORLD, SMALL, SEEDS[0], 2.0),
             r"seeds: got shape \[\], takes \[any\]",
         ),
