@@ -7,12 +7,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from vicreg_jepa import cli, config
 from vicreg_jepa.compare import memory
 from vicreg_jepa.distributed.ranks import Ranks
 from vicreg_jepa.evaluation import state_probe, world_report
 from vicreg_jepa.methods import build
+from vicreg_jepa.methods.world import whiten
 from vicreg_jepa.models.dynamics import GRUDynamics, MLPDynamics
 from vicreg_jepa.models.dynamics_transformer import ConditionedBlock, TransformerDynamics
 from vicreg_jepa.models.frames import ConvFrames, Keypoints, ViTFrames
@@ -331,6 +332,35 @@ def test_latents_begin_white():
     torch.testing.assert_close(z.mean(dim=0), torch.zeros(16), rtol=0, atol=1e-3)
     assert z.std(dim=0).max() < 1.01
     assert z.std(dim=0).mean() > 0.5
+
+
+def test_more_features_than_frames_are_white_without_their_covariance(monkeypatch):
+    """The tokens of a ViT are thousands of features, whose covariance takes minutes."""
+    torch.manual_seed(0)
+    features = torch.randn(40, 300, dtype=torch.float64) * torch.linspace(1, 3, 300).double()
+    layer, other = nn.Linear(300, 8).double(), nn.Linear(300, 8).double()
+    whiten(other, torch.cat([features] * 10))  # more frames: by the covariance
+    monkeypatch.delattr(torch.linalg, "eigh")
+    whiten(layer, features)
+    with torch.no_grad():
+        z, same = layer(features), other(features)
+    torch.testing.assert_close(torch.cov(z.T), torch.eye(8).double(), rtol=0, atol=1e-9)
+    # The same components: one is a rotation of the other.
+    turned = torch.linalg.lstsq(z, same).solution
+    torch.testing.assert_close(z @ turned, same, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("features", "latent", "message"),
+    [
+        (torch.rand(40, 6), 8, "model.latent: got 8, takes at most the encoder's 6 features"),
+        (torch.ones(40, 6), 4, "frames: got 40 whose features are the same"),
+        (torch.rand(1, 6), 4, "frames: got 1 whose features are the same"),
+    ],
+)
+def test_latents_that_cannot_be_white_are_refused(features, latent, message):
+    with pytest.raises(ValueError, match=message):
+        whiten(nn.Linear(6, latent).double(), features.double())
 
 
 def test_sigreg_is_new_in_each_step_and_a_term_of_weight_0_is_not_computed():

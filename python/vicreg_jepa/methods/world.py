@@ -206,10 +206,23 @@ def _scaled(frames: Tensor) -> Tensor:
 @torch.no_grad()
 def whiten(layer: nn.Linear, features: Tensor) -> None:
     """Set a linear layer so that its outputs for these features, [N, inputs], are the leading
-    principal components, white and rotated at random.
+    principal components, white and rotated at random. Components past the rank of the features
+    are as weak as the weakest that is kept. Raises ValueError for more outputs than inputs, and for
+    features that are all the same.
     """
-    outputs = layer.out_features
-    values, vectors = torch.linalg.eigh(torch.cov(features.T))
+    (rows, inputs), outputs = features.shape, layer.out_features
+    if outputs > inputs:
+        raise ValueError(
+            f"model.latent: got {outputs}, takes at most the encoder's {inputs} features"
+        )
+    centred = features - features.mean(dim=0)
+    if not bool(centred.any()):
+        raise ValueError(f"frames: got {rows} whose features are the same, takes different ones")
+    if inputs > rows >= outputs:  # the same components, from the smaller of the two products
+        vectors, lengths, _ = torch.linalg.svd(centred.T, full_matrices=False)
+        values, vectors = lengths.square().flip(0) / (rows - 1), vectors.flip(1)
+    else:
+        values, vectors = torch.linalg.eigh(torch.cov(features.T))
     values, vectors = values[-outputs:], vectors[:, -outputs:]
     rotation = torch.linalg.qr(torch.randn(outputs, outputs, dtype=torch.float64))[0]
     weight = rotation.to(vectors) @ (vectors / values.clamp(min=LEAST * values[-1]).sqrt()).T
