@@ -382,6 +382,16 @@ def test_episodes_follow_the_world_and_hold_at_the_goal():
     assert some.plans == []
 
 
+@pytest.mark.parametrize("planner", [CEM, MPPI])
+def test_one_candidate_is_the_former_plan(planner):
+    small = planner(horizon=2, repeat=1, interval=1, candidates=1, elites=1, iterations=2)
+    model = TrueModel(ROOMS)
+    start = model.observe(ROOMS.reset(seeds(3)))
+    former = torch.rand(3, 2, 2)
+    plan = small.plan(model, start, GoalDistance(start), seeds(3), former=former)
+    torch.testing.assert_close(plan.actions, former)
+
+
 def test_the_examples_of_the_page_run():
     page = Path(__file__).parents[2] / "docs" / "planning.md"
     code = "from typing import Protocol\n"

@@ -97,6 +97,11 @@ def episodes(
     plan and world.step, and may raise NoSafeAction.
     """
     checks.shaped("seeds", seeds, None)
+    if seeds.dtype != torch.int64 or not len(seeds):
+        raise ValueError(
+            f"seeds: got {len(seeds)} of {seeds.dtype}, takes one or more of torch.int64"
+        )
+    checks.number("near", near, open_low=True)
     checks.whole("steps", steps, 1)
     checks.whole("delay", delay, 0)
     if shield is not None and shield.delay != delay:
