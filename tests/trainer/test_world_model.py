@@ -450,6 +450,7 @@ def test_frames_of_another_dtype_are_refused():
         (["data.length=8"], "data: length: got 8, takes at least window, 32"),
         (["model.history=2"], "model.history: got 2, but it is used by model.predictor 'transf"),
         (["model.encoder=vit", "model.keypoints=3"], "keypoints: got 3, but it is used by model"),
+        (["model.encoder=vit", "model.keypoints=0"], "model.heads: got 4 for dim 32, takes a div"),
         (["model.predictor=transformer", "model.predictor_heads=5"], "predictor_heads: got 5 for"),
         (["model.predictor=transformer", "model.latent_tokens=3"], "takes a divisor of model.lat"),
         (["training.accumulate=2"], "training.accumulate: got 2, world takes 1: its terms need"),
@@ -462,6 +463,18 @@ def test_frames_of_another_dtype_are_refused():
 def test_wrong_settings_are_named(words, message):
     with pytest.raises(config.ConfigError, match=message):
         config.load("world_two_rooms", words)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "word", "message"),
+    [
+        ("ijepa_digits", "model.heads=3", "model.heads: got 3 for dim 64, takes a divisor"),
+        ("vjepa_physics", "model.predictor_heads=8", "model.predictor_heads: got 8 for predictor_"),
+    ],
+)
+def test_heads_that_do_not_fit_are_named_by_their_setting(recipe, word, message):
+    with pytest.raises(config.ConfigError, match=message):
+        config.load(recipe, [word])
 
 
 # ------------------------------------------------------------------------------ probes

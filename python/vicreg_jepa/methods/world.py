@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vicreg_jepa.methods.base import MethodKind, register
+from vicreg_jepa.methods.base import MethodKind, check_heads, register
 from vicreg_jepa.models.dynamics import Dynamics, GRUDynamics, MLPDynamics
 from vicreg_jepa.models.dynamics_transformer import TransformerDynamics
 from vicreg_jepa.models.frames import ConvFrames, ViTFrames
@@ -269,7 +269,6 @@ def build(config: Config, kernels: Kernels, channels: int) -> World:
 
 # The settings that only the transformer takes.
 OF_TRANSFORMER = ("predictor_heads", "latent_tokens", "history")
-LEAST_HEAD, MOST_HEAD, HEAD_STEP = 16, 128, 8  # masked_attention's head dims
 
 
 def check(config: Config) -> None:
@@ -307,13 +306,7 @@ def check(config: Config) -> None:
             f"model.latent_tokens: got {model.latent_tokens}, takes a divisor of model.latent, "
             f"{model.latent}"
         )
-    head, rest = divmod(model.predictor_dim, model.predictor_heads)
-    if rest or head % HEAD_STEP or not LEAST_HEAD <= head <= MOST_HEAD:
-        raise ValueError(
-            f"model.predictor_heads: got {model.predictor_heads} for predictor_dim "
-            f"{model.predictor_dim}, takes heads of a multiple of {HEAD_STEP} from {LEAST_HEAD} to "
-            f"{MOST_HEAD}"
-        )
+    check_heads(model, "predictor_heads", "predictor_dim")
 
 
 SETTINGS = (
