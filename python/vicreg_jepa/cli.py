@@ -205,7 +205,7 @@ def _plan(options: argparse.Namespace) -> int:
     for run in options.runs:
         settings, method, step = restore(run)
         worlds.append(report.world_of(settings))
-        runs.append((f"{run.name}, step {step}", method))
+        runs.append((f"{run.resolve().name}, step {step}", method))
         if worlds[-1] != worlds[0]:
             raise config.ConfigError(f"run: {run} has {worlds[-1]}, takes that of the first run")
     output = options.output or options.runs[0] / "plan"
@@ -214,14 +214,13 @@ def _plan(options: argparse.Namespace) -> int:
     rows, first = report.measured(runs, worlds[0], options.episodes, options.full)
     report.write(rows, output)
     print(report.table(rows))
-    seeds, (_, method), interval = (
-        report.seeds_of(options.episodes),
-        runs[0],
-        report.planner().interval,
-    )
-    figure.draw(method, worlds[0], seeds, first, interval, output / "episodes.png")
-    longest = figure.chosen(first)[-1]
-    figure.animate(method, worlds[0], seeds, first, longest, interval, output / "episode.gif")
+    seeds, interval = report.seeds_of(options.episodes), report.planner().interval
+    method, longest = runs[0][1], figure.chosen(first)[-1]
+    picture, film = output / "episodes.png", output / "episode.gif"
+    with writing(picture):
+        figure.draw(method, worlds[0], seeds, first, interval, picture)
+    with writing(film):
+        figure.animate(method, worlds[0], seeds, first, longest, interval, film)
     print(f"pictures of episodes: {output}")
     failed = report.verdict(rows)
     for words in failed:
@@ -230,7 +229,6 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _drift(options: argparse.Namespace) -> int:
-    import json
     from dataclasses import asdict
 
     from vicreg_jepa import config
@@ -239,23 +237,23 @@ def _drift(options: argparse.Namespace) -> int:
     from vicreg_jepa.planning.report import world_of
     from vicreg_jepa.training.run import restore
 
+    runs = [restore(run) for run in (options.run, *options.beside)]
+    world = world_of(runs[0][0])
+    for run, (settings, _, _) in zip(options.beside, runs[1:], strict=True):
+        if world_of(settings) != world:
+            raise config.ConfigError(f"--beside: {run} has another world than {options.run}")
     folder = options.output or options.run / "drift"
     with output.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    drifts, world = [], None
-    for run in (options.run, *options.beside):
-        settings, method, step = restore(run)
-        world = world or world_of(settings)
-        if world_of(settings) != world:
-            raise config.ConfigError(f"--beside: {run} has another world than {options.run}")
-        name = f"{settings.method}, step {step}"
-        drifts.append(drift.measured(name, settings, method, world, options.walks))
-    assert world is not None
+    drifts = [
+        drift.measured(f"{settings.method}, step {step}", settings, method, world, options.walks)
+        for settings, method, step in runs
+    ]
     drifts.append(drift.still(world, options.walks))
+    output.replace_json(folder / "drift.json", [asdict(one) for one in drifts])
     print(drift.table(drifts))
-    drift.draw(drifts, folder / "drift.png")
-    text = json.dumps([asdict(one) for one in drifts], indent=1) + "\n"
-    output.replace(folder / "drift.json", text.encode())
+    with output.writing(folder / "drift.png"):
+        drift.draw(drifts, folder / "drift.png")
     print(f"the picture: {folder / 'drift.png'}")
     return 0
 

@@ -5,6 +5,10 @@ beside others, thinks longer where the way is longer, and never prefers a broken
 from __future__ import annotations
 
 import dataclasses
+import textwrap
+from itertools import groupby
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -376,3 +380,25 @@ def test_episodes_follow_the_world_and_hold_at_the_goal():
     some = episodes(TrueModel(world), world, ICEM(effort=Effort()), seeds(2, 3), 2.0, keep=False)
     assert torch.allclose(some.positions, result.positions[3:5], rtol=0, atol=1e-3)
     assert some.plans == []
+
+
+@pytest.mark.parametrize("planner", [CEM, MPPI])
+def test_one_candidate_is_the_former_plan(planner):
+    small = planner(horizon=2, repeat=1, interval=1, candidates=1, elites=1, iterations=2)
+    model = TrueModel(ROOMS)
+    start = model.observe(ROOMS.reset(seeds(3)))
+    former = torch.rand(3, 2, 2)
+    plan = small.plan(model, start, GoalDistance(start), seeds(3), former=former)
+    torch.testing.assert_close(plan.actions, former)
+
+
+def test_the_examples_of_the_page_run():
+    page = Path(__file__).parents[2] / "docs" / "planning.md"
+    code = "from typing import Protocol\n"
+    for indented, lines in groupby(page.read_text().splitlines(), lambda x: x[:4] in ("    ", "")):
+        if indented:
+            code += textwrap.dedent("\n".join(lines)) + "\n"
+    found: dict[str, Any] = {}
+    exec(compile(code.replace("arange(50)", "arange(3)"), str(page), "exec"), found)
+    assert found["result"].success.all()
+    assert found["result"].clearance(found["zone"]).min() >= 0

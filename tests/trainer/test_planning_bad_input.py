@@ -13,6 +13,7 @@ from vicreg_jepa.planning.energies import (
     GoalDistance,
     Weighted,
     energy_of,
+    to_goal,
 )
 from vicreg_jepa.planning.evaluate import episodes
 from vicreg_jepa.planning.guardrails import Clearance, Distance, Speed, Zone
@@ -89,9 +90,31 @@ def guard():
         (lambda: GoalDistance(GOAL, at="start"), "at: got 'start', takes 'sum', 'end', 'min'"),
         (lambda: GoalDistance(GOAL, norm="l3"), "norm: got 'l3', takes 'l2', 'l1', 'squared'"),
         (lambda: GoalDistance(GOAL[0]), r"goal: got shape \[4\], takes \[any, any\]"),
+        (lambda: plan(energy=GoalDistance(GOAL[:1])), r"goal: got shape \[1, 4\], takes \[2, 4\]"),
+        (
+            lambda: plan(CEM(effort=Effort()), arrival=Arrival(GOAL[:1], 1.0)),
+            r"goal: got shape \[1, 4\], takes \[2, 4\]",
+        ),
         (lambda: GoalDistance([1.0]), "goal: got list, takes a tensor"),
         (lambda: ControlCost(-1.0), "weight: got -1.0, takes 0 or more"),
         (lambda: Weighted(ControlCost(), NAN), "weight: got nan, takes 0 or more"),
+        (lambda: CEM(effort=3), "effort: got 3, takes an Effort or None"),
+        (lambda: CEM(project=None), "project: got None, takes a callable of actions"),
+        (lambda: plan(time=torch.arange(3)), r"time: got shape \[3\], takes \[2\]"),
+        (lambda: to_goal(GOAL, 0.0), "near: got 0.0, takes more than 0"),
+        (lambda: to_goal(GOAL, 2.0, haste=-1.0), "haste: got -1.0, takes 0 or more"),
+        (
+            lambda: episodes(MODEL, WORLD, SMALL, SEEDS, NAN),
+            "near: got nan, takes more than 0",
+        ),
+        (
+            lambda: episodes(MODEL, WORLD, SMALL, SEEDS[:0], 2.0),
+            "seeds: got 0 of torch.int64, takes one or more of torch.int64",
+        ),
+        (
+            lambda: episodes(MODEL, WORLD, SMALL, SEEDS.float(), 2.0),
+            "seeds: got 2 of torch.float32, takes one or more of torch.int64",
+        ),
         (lambda: energy_of(3), "energy: got 3, takes a callable"),
         (lambda: Function(None), "energy: got None, takes a callable"),
         (lambda: Arrival(GOAL, -1.0), "threshold: got -1.0, takes 0 or more"),
@@ -105,6 +128,14 @@ def guard():
             "delay: got -1, takes 0 or more",
         ),
         (
+            lambda: episodes(MODEL, WORLD, SMALL, SEEDS, 2.0, shield=Shield((ZONE,)), delay=1),
+            "delay: got 1, takes that of the shield, 0",
+        ),
+        (
+            lambda: episodes(MODEL, WORLD, SMALL, SEEDS, 2.0, shield=Shield((ZONE,), delay=2)),
+            "delay: got 0, takes that of the shield, 2",
+        ),
+        (
             lambda: episodes(MODEL, WORLD, SMALL, SEEDS[0], 2.0),
             r"seeds: got shape \[\], takes \[any\]",
         ),
@@ -115,6 +146,28 @@ def guard():
         (lambda: Zone((1.0, 2.0), radius=1.0), r"centre: got \(1.0, 2.0\), takes a tensor"),
         (lambda: Zone(CENTRE, half=-CENTRE * 0 - 1), r"half: got \[-1.0, -1.0\], takes finite"),
         (lambda: Zone(CENTRE, radius=1.0, margin=-1), "margin: got -1, takes 0 or more"),
+        (
+            lambda: Zone(torch.zeros(3, 2), radius=1.0).at(STATE.position),
+            "centre: got 3 rows, takes one for each of 2",
+        ),
+        (
+            lambda: Shield((Zone(torch.zeros(1, 2), radius=1.0),)).begin(
+                WORLD, STATE.position, STATE.layout
+            ),
+            "centre: got 1 rows, takes one for each of 2",
+        ),
+        (
+            lambda: Zone(CENTRE, half=torch.ones(1, 2)).at(STATE.position),
+            "half: got 1 rows, takes one for each of 2",
+        ),
+        (
+            lambda: Zone(CENTRE, radius=torch.ones(1)).at(STATE.position),
+            "radius: got 1 rows, takes one for each of 2",
+        ),
+        (
+            lambda: Distance(torch.zeros(1, 2), 1.0).at(STATE.position),
+            "place: got 1 rows, takes one for each of 2",
+        ),
         (lambda: Distance(CENTRE, 0.0), "most: got 0.0, takes more than 0"),
         (lambda: Distance(torch.zeros(3), 1.0), "place: got .*, takes a tensor"),
         (lambda: Speed(NAN), "most: got nan, takes more than 0"),
@@ -144,6 +197,10 @@ def guard():
             "observed: got values that are not finite",
         ),
         (lambda: Lagrangian(SMALL, ZONE, rounds=0), "rounds: got 0, takes 1 or more"),
+        (
+            lambda: Lagrangian(CEM(effort=Effort()), ZONE),
+            "planner: got one with an effort, takes one without",
+        ),
         (lambda: Lagrangian(SMALL, ZONE, rate=0.0), "rate: got 0.0, takes more than 0"),
         (lambda: conformal.quantile(torch.zeros(3, 2), 0.5), r"scores: got shape \[3, 2\]"),
         (lambda: conformal.quantile(torch.tensor([NAN]), 0.5), "scores: got NaN"),

@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from matplotlib import pyplot
 from PIL import Image
 from torch import Tensor
 from vicreg_jepa import cli, config
@@ -67,10 +68,13 @@ def test_plan_writes_its_table_and_pictures_and_fails_an_untrained_model(runs, c
     run, output = runs / "world_two_rooms", runs / "pictures"
     assert cli.main(["plan", str(run), "--episodes", "4", "--full", "--output", str(output)]) == 1
     out = capsys.readouterr().out
-    rows = {row["name"]: row for row in json.loads((output / "plan.json").read_text())}
+    text = (output / "plan.json").read_text()
+    rows = {row["name"]: row for row in json.loads(text, parse_constant=pytest.fail)}
     assert list(rows) == ["walk", "straight", "expert", "true dynamics", "world_two_rooms, step 2",
                           "world_two_rooms, step 2, full budget"]  # fmt: skip
     assert rows["expert"]["success"] == 4
+    # With the whole budget all episodes have as many iterations: there is no correlation.
+    assert rows["world_two_rooms, step 2, full budget"]["rank"] is None
     for name, row in rows.items():
         assert f"{row['success']} of 4" in next(line for line in out.splitlines() if name in line)
     assert "failed: world_two_rooms, step 2:" in out
@@ -105,6 +109,42 @@ def test_a_good_model_passes_and_walking_straight_does_not():
     assert torch.linalg.vector_norm(place - result.positions[0, :5], dim=1).max() < figure.GRID
 
 
+@pytest.mark.parametrize(
+    ("episodes", "straight_has", "success", "takes"),
+    [
+        (50, 10, 20, None),
+        (50, 10, 19, "takes 20 or more: straight has 10"),
+        (6, 1, 3, None),
+        (6, 1, 2, "takes 3 or more: straight has 1"),  # 2.2
+        (4, 3, 4, None),
+        (4, 4, 4, "but straight has 4, too many for a margin of 20%"),
+    ],
+)
+def test_a_verdict_says_what_would_do(episodes, straight_has, success, takes):
+    rows = [
+        report.Row("straight", episodes, straight_has),
+        report.Row("model", episodes, success, 1.0, 1.0, 0.0, 1.0),
+    ]
+    found = report.verdict(rows)
+    assert found == [] if takes is None else takes in found[0]
+
+
+@pytest.mark.parametrize("picture", ["draw", "animate"])
+def test_a_picture_that_cannot_be_written_is_named(runs, capsys, monkeypatch, picture):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, "planner", lambda: ICEM(candidates=8, elites=4, kept=2,
+                                                        iterations=1, effort=Effort()))  # fmt: skip
+    monkeypatch.setattr(figure, "draw", lambda *args: None)
+    monkeypatch.setattr(figure, picture, full)
+    output = runs / "full"
+    assert cli.main(["plan", str(runs / "world_two_rooms"), "--episodes", "4",
+                     "--output", str(output)]) == 2  # fmt: skip
+    name = {"draw": "episodes.png", "animate": "episode.gif"}[picture]
+    assert f"{output / name}: cannot be written" in capsys.readouterr().err
+
+
 def test_the_length_of_a_step_is_that_of_walks():
     """An action is uniform in [-1, 1]^2 and 2 pixels long: about 1.5 pixels."""
     assert report.step_length(Position(), TwoRooms()) == pytest.approx(1.4, abs=0.15)
@@ -125,6 +165,27 @@ def test_drift_writes_its_table_and_picture(runs, capsys, monkeypatch):
                                              "standing still"]  # fmt: skip
     assert all(len(row["mean"]) == len(row["median"]) == drift.STEPS for row in rows)
     assert (runs / "world_two_rooms" / "drift" / "drift.png").exists()
+
+
+def test_drift_reads_all_runs_before_it_writes_or_measures(runs, capsys, monkeypatch):
+    monkeypatch.delattr(drift, "measured")
+    absent = runs / "absent"
+    assert cli.main(["drift", str(absent)]) == 2
+    assert not absent.exists()
+    run = runs / "world_two_rooms"
+    assert cli.main(["drift", str(run), "--beside", str(absent)]) == 2
+    assert f"{absent}: holds no checkpoint" in capsys.readouterr().err
+
+
+def test_the_picture_of_a_drift_has_a_line_for_every_run(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    steps = [1.0] * drift.STEPS
+    drift.draw([drift.Drift(f"run {n}", steps, steps, 0.5) for n in range(7)], tmp_path / "x.png")
+    (axis,) = figures[0].axes
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == [
+        f"run {n}" for n in range(7)
+    ]
 
 
 def test_a_right_model_does_not_drift():

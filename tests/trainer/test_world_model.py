@@ -7,12 +7,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from vicreg_jepa import cli, config
 from vicreg_jepa.compare import memory
 from vicreg_jepa.distributed.ranks import Ranks
 from vicreg_jepa.evaluation import state_probe, world_report
 from vicreg_jepa.methods import build
+from vicreg_jepa.methods.world import whiten
 from vicreg_jepa.models.dynamics import GRUDynamics, MLPDynamics
 from vicreg_jepa.models.dynamics_transformer import ConditionedBlock, TransformerDynamics
 from vicreg_jepa.models.frames import ConvFrames, Keypoints, ViTFrames
@@ -333,6 +334,35 @@ def test_latents_begin_white():
     assert z.std(dim=0).mean() > 0.5
 
 
+def test_more_features_than_frames_are_white_without_their_covariance(monkeypatch):
+    """The tokens of a ViT are thousands of features, whose covariance takes minutes."""
+    torch.manual_seed(0)
+    features = torch.randn(40, 300, dtype=torch.float64) * torch.linspace(1, 3, 300).double()
+    layer, other = nn.Linear(300, 8).double(), nn.Linear(300, 8).double()
+    whiten(other, torch.cat([features] * 10))  # more frames: by the covariance
+    monkeypatch.delattr(torch.linalg, "eigh")
+    whiten(layer, features)
+    with torch.no_grad():
+        z, same = layer(features), other(features)
+    torch.testing.assert_close(torch.cov(z.T), torch.eye(8).double(), rtol=0, atol=1e-9)
+    # The same components: one is a rotation of the other.
+    turned = torch.linalg.lstsq(z, same).solution
+    torch.testing.assert_close(z @ turned, same, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("features", "latent", "message"),
+    [
+        (torch.rand(40, 6), 8, "model.latent: got 8, takes at most the encoder's 6 features"),
+        (torch.ones(40, 6), 4, "frames: got 40 whose features are the same"),
+        (torch.rand(1, 6), 4, "frames: got 1 whose features are the same"),
+    ],
+)
+def test_latents_that_cannot_be_white_are_refused(features, latent, message):
+    with pytest.raises(ValueError, match=message):
+        whiten(nn.Linear(6, latent).double(), features.double())
+
+
 def test_sigreg_is_new_in_each_step_and_a_term_of_weight_0_is_not_computed():
     off = dict.fromkeys(("one_step", "variance", "covariance", "similarity", "inverse"), 0.0) | {
         "time_variance": 0.0,
@@ -420,6 +450,7 @@ def test_frames_of_another_dtype_are_refused():
         (["data.length=8"], "data: length: got 8, takes at least window, 32"),
         (["model.history=2"], "model.history: got 2, but it is used by model.predictor 'transf"),
         (["model.encoder=vit", "model.keypoints=3"], "keypoints: got 3, but it is used by model"),
+        (["model.encoder=vit", "model.keypoints=0"], "model.heads: got 4 for dim 32, takes a div"),
         (["model.predictor=transformer", "model.predictor_heads=5"], "predictor_heads: got 5 for"),
         (["model.predictor=transformer", "model.latent_tokens=3"], "takes a divisor of model.lat"),
         (["training.accumulate=2"], "training.accumulate: got 2, world takes 1: its terms need"),
@@ -432,6 +463,18 @@ def test_frames_of_another_dtype_are_refused():
 def test_wrong_settings_are_named(words, message):
     with pytest.raises(config.ConfigError, match=message):
         config.load("world_two_rooms", words)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "word", "message"),
+    [
+        ("ijepa_digits", "model.heads=3", "model.heads: got 3 for dim 64, takes a divisor"),
+        ("vjepa_physics", "model.predictor_heads=8", "model.predictor_heads: got 8 for predictor_"),
+    ],
+)
+def test_heads_that_do_not_fit_are_named_by_their_setting(recipe, word, message):
+    with pytest.raises(config.ConfigError, match=message):
+        config.load(recipe, [word])
 
 
 # ------------------------------------------------------------------------------ probes

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def draw(drifts: Sequence[Drift], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for drift, colour in zip(drifts, COLOURS, strict=False):
+    for drift, colour in zip(drifts, cycle(COLOURS), strict=False):
         axis.plot(range(1, STEPS + 1), drift.mean, color=colour, label=drift.name)
         if drift.read:
             axis.axhline(drift.read, color=colour, linewidth=0.8, linestyle=":")

@@ -5,11 +5,14 @@ atomically.
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ANOTHER = "make it writable, or give another --output"
 ADVICE = {
@@ -60,3 +63,16 @@ def replace(path: Path, content: bytes) -> None:
             os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def replace_json(path: Path, value: Any) -> None:
+    """The same with a value as JSON, which has no NaN and no infinity: those become null."""
+    replace(path, (json.dumps(_finite(value), indent=1, allow_nan=False) + "\n").encode())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -20,7 +20,7 @@ from vicreg_jepa.models.masks import Masks
 from vicreg_jepa.ops.choose import Kernels
 
 if TYPE_CHECKING:
-    from vicreg_jepa.config.settings import Config
+    from vicreg_jepa.config.settings import Config, Model
 
 
 class Method(Protocol):
@@ -250,6 +250,22 @@ def find(name: str) -> MethodKind:
 def _has(method: type[nn.Module], part: str) -> bool:
     # torch gives every module a `forward` that raises.
     return getattr(method, part, None) not in (None, getattr(nn.Module, part, None))
+
+
+LEAST_HEAD, MOST_HEAD, HEAD_STEP = 16, 128, 8  # masked_attention's head dims
+
+
+def check_heads(model: Model, heads: str, dim: str) -> None:
+    """Raises ValueError that names the setting if the heads of a transformer, of these two
+    settings, have a dim that masked_attention does not take.
+    """
+    number, width = getattr(model, heads), getattr(model, dim)
+    head, rest = divmod(width, number)
+    if rest or head % HEAD_STEP or not LEAST_HEAD <= head <= MOST_HEAD:
+        raise ValueError(
+            f"model.{heads}: got {number} for {dim} {width}, takes a divisor that leaves heads of "
+            f"a multiple of {HEAD_STEP} from {LEAST_HEAD} to {MOST_HEAD}"
+        )
 
 
 def taken_by() -> dict[str, tuple[str, ...]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vicreg_jepa.methods.base import MethodKind, register
+from vicreg_jepa.methods.base import MethodKind, check_heads, register
 from vicreg_jepa.models.dynamics import Dynamics, GRUDynamics, MLPDynamics
 from vicreg_jepa.models.dynamics_transformer import TransformerDynamics
 from vicreg_jepa.models.frames import ConvFrames, ViTFrames
@@ -206,10 +206,23 @@ def _scaled(frames: Tensor) -> Tensor:
 @torch.no_grad()
 def whiten(layer: nn.Linear, features: Tensor) -> None:
     """Set a linear layer so that its outputs for these features, [N, inputs], are the leading
-    principal components, white and rotated at random.
+    principal components, white and rotated at random. Components past the rank of the features
+    are as weak as the weakest that is kept. Raises ValueError for more outputs than inputs, and for
+    features that are all the same.
     """
-    outputs = layer.out_features
-    values, vectors = torch.linalg.eigh(torch.cov(features.T))
+    (rows, inputs), outputs = features.shape, layer.out_features
+    if outputs > inputs:
+        raise ValueError(
+            f"model.latent: got {outputs}, takes at most the encoder's {inputs} features"
+        )
+    centred = features - features.mean(dim=0)
+    if not bool(centred.any()):
+        raise ValueError(f"frames: got {rows} whose features are the same, takes different ones")
+    if inputs > rows >= outputs:  # the same components, from the smaller of the two products
+        vectors, lengths, _ = torch.linalg.svd(centred.T, full_matrices=False)
+        values, vectors = lengths.square().flip(0) / (rows - 1), vectors.flip(1)
+    else:
+        values, vectors = torch.linalg.eigh(torch.cov(features.T))
     values, vectors = values[-outputs:], vectors[:, -outputs:]
     rotation = torch.linalg.qr(torch.randn(outputs, outputs, dtype=torch.float64))[0]
     weight = rotation.to(vectors) @ (vectors / values.clamp(min=LEAST * values[-1]).sqrt()).T
@@ -256,7 +269,6 @@ def build(config: Config, kernels: Kernels, channels: int) -> World:
 
 # The settings that only the transformer takes.
 OF_TRANSFORMER = ("predictor_heads", "latent_tokens", "history")
-LEAST_HEAD, MOST_HEAD, HEAD_STEP = 16, 128, 8  # masked_attention's head dims
 
 
 def check(config: Config) -> None:
@@ -294,13 +306,7 @@ def check(config: Config) -> None:
             f"model.latent_tokens: got {model.latent_tokens}, takes a divisor of model.latent, "
             f"{model.latent}"
         )
-    head, rest = divmod(model.predictor_dim, model.predictor_heads)
-    if rest or head % HEAD_STEP or not LEAST_HEAD <= head <= MOST_HEAD:
-        raise ValueError(
-            f"model.predictor_heads: got {model.predictor_heads} for predictor_dim "
-            f"{model.predictor_dim}, takes heads of a multiple of {HEAD_STEP} from {LEAST_HEAD} to "
-            f"{MOST_HEAD}"
-        )
+    check_heads(model, "predictor_heads", "predictor_dim")
 
 
 SETTINGS = (

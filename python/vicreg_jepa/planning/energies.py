@@ -126,6 +126,8 @@ def to_goal(goal: Tensor, near: float, haste: float = 0.2) -> Energy:
     may wander and arrive only at its end, and the arrival is put off from plan to plan. The sum of
     the whole distances would prefer to wait near the goal, behind a wall, to the way around it.
     """
+    checks.number("near", near, open_low=True)
+    checks.number("haste", haste)
     return GoalDistance(goal, "end") + haste * GoalDistance(goal, "sum", most=near)
 
 
@@ -170,6 +172,7 @@ class Arrival:
 
 def distances(path: Tensor, goal: Tensor, norm: str) -> Tensor:
     """[B, K, H]: the distance of each latent of paths [B, K, H, D] to the goal [B, D]."""
+    checks.shaped("goal", goal, path.shape[0], path.shape[3])
     difference = path - goal[:, None, None]
     if norm == "l1":
         return difference.abs().sum(dim=3)

@@ -91,14 +91,21 @@ def episodes(
 
     near: the distance of latents to those of the goal at which a plan has arrived. energy: a
     function of the goal's latents [N, D]; by default to_goal. delay: the planner and the shield see
-    the state as it was so many steps ago. probe: reads positions [N, 2] from latents for the
-    shield; without it the shield sees the true ones. keep: whether the result has the plans.
-    Success is judged after the last step, by world.success. The shield, if any, stands between the
-    plan and world.step, and may raise NoSafeAction.
+    the state as it was so many steps ago, as stated in the shield. probe: reads positions [N, 2]
+    from latents for the shield; without it the shield sees the true ones. keep: whether the result
+    has the plans. Success is judged after the last step, by world.success. The shield, if any,
+    stands between the plan and world.step, and may raise NoSafeAction.
     """
     checks.shaped("seeds", seeds, None)
+    if seeds.dtype != torch.int64 or not len(seeds):
+        raise ValueError(
+            f"seeds: got {len(seeds)} of {seeds.dtype}, takes one or more of torch.int64"
+        )
+    checks.number("near", near, open_low=True)
     checks.whole("steps", steps, 1)
     checks.whole("delay", delay, 0)
+    if shield is not None and shield.delay != delay:
+        raise ValueError(f"delay: got {delay}, takes that of the shield, {shield.delay}")
     state = world.reset(seeds)
     goal = observe(model, world, world.at(state, state.goal))
     minimised = to_goal(goal, near) if energy is None else energy(goal)

@@ -84,6 +84,9 @@ class Zone(Constraint):
 
     def _gaps(self, box: Box) -> Tensor:
         """[N, 2]: the distance from the centre to the box along each axis."""
+        _fits("centre", self.centre, 2, box)
+        _fits("half", self.half, 2, box)
+        _fits("radius", self.radius, 1, box)
         return torch.maximum(box.low - self.centre, self.centre - box.high).clamp(min=0)
 
     def of(self, box: Box) -> Tensor:
@@ -117,6 +120,7 @@ class Distance(Constraint):
         return Distance(place, self.most)
 
     def of(self, box: Box) -> Tensor:
+        _fits("place", self.place, 2, box)
         far = torch.maximum(box.high - self.place, self.place - box.low)
         return self.most - torch.linalg.vector_norm(far, dim=1)
 
@@ -163,6 +167,13 @@ class Clearance(Constraint):
             raise ValueError(f"function: got {value!r}, takes a function that returns [N]")
         value = value - self.slope * torch.linalg.vector_norm((box.high - box.low) / 2, dim=1)
         return torch.where(torch.isnan(value), -torch.inf, value)
+
+
+def _fits(name: str, value: Tensor | float | None, dims: int, box: Box) -> None:
+    """A tensor of `dims` dimensions has a row for each of the environments."""
+    count = len(box.low)
+    if isinstance(value, Tensor) and value.dim() == dims and len(value) != count:
+        raise ValueError(f"{name}: got {len(value)} rows, takes one for each of {count}")
 
 
 def against(lean: Tensor, noise: float) -> Tensor:

@@ -31,7 +31,7 @@ class Draws:
         """float32 [B, *shape] in [2**-25, 1 - 2**-25]."""
         time = self.time * ROUNDS + iteration
         u = draws.uniform(self.seed, Stream.PLAN, time, math.prod(shape))
-        return (u + 2.0**-25).clamp(max=1 - 2.0**-24).view(-1, *shape)
+        return (u + 2.0**-25).clamp(max=1 - 2.0**-24).view(len(u), *shape)
 
     def normal(self, iteration: int, *shape: int) -> Tensor:
         """float32 [B, *shape], standard normal, by the inverse of its distribution function."""

@@ -54,6 +54,9 @@ class Lagrangian:
     rate: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.planner.effort is not None:
+            # It would keep the plan of the first round, which arrives, whatever the multiplier.
+            raise ValueError("planner: got one with an effort, takes one without")
         checks.whole("rounds", self.rounds, 1)
         checks.number("rate", self.rate, open_low=True)
 

@@ -102,6 +102,10 @@ class Planner(ABC):
     def __post_init__(self) -> None:
         for name in ("horizon", "repeat", "candidates", "iterations", "interval"):
             checks.whole(name, getattr(self, name), 1)
+        if self.effort is not None and not isinstance(self.effort, Effort):
+            raise ValueError(f"effort: got {self.effort!r}, takes an Effort or None")
+        if not callable(self.project):
+            raise ValueError(f"project: got {self.project!r}, takes a callable of actions")
         if self.interval % self.repeat or self.interval > self.horizon * self.repeat:
             raise ValueError(
                 f"interval: got {self.interval}, takes a multiple of repeat ({self.repeat}) "
@@ -149,7 +153,7 @@ class Planner(ABC):
         numbers. former: a former plan [B, H, A], shifted to now. Raises ValueError for arguments of
         other shapes, and if there is effort and no arrival.
         """
-        self._check(model, start, seed, former, arrival)
+        self._check(model, start, seed, time, former, arrival)
         count, device = len(start), start.device
         time = torch.as_tensor(time, dtype=torch.int64, device=device).expand(count)
         if former is None or not self.warm:
@@ -169,6 +173,7 @@ class Planner(ABC):
         model: LatentModel,
         start: Tensor,
         seed: Tensor,
+        time: Tensor | int,
         former: Tensor | None,
         arrival: Arrival | None,
     ) -> None:
@@ -176,6 +181,8 @@ class Planner(ABC):
         checks.shaped("seed", seed, len(start))
         if seed.dtype != torch.int64:
             raise ValueError(f"seed: got {seed.dtype}, takes torch.int64")
+        if not isinstance(time, int):
+            checks.shaped("time", time, len(start))
         if former is not None:
             checks.shaped("former", former, len(start), self.horizon, model.actions)
             checks.finite("former", former)
