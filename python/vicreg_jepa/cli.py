@@ -197,6 +197,7 @@ def _export(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     from vicreg_jepa import config
+    from vicreg_jepa.data.trajectories import world_of
     from vicreg_jepa.files.output import writing
     from vicreg_jepa.planning import figure, report
     from vicreg_jepa.training.run import restore
@@ -204,7 +205,7 @@ def _plan(options: argparse.Namespace) -> int:
     runs, worlds = [], []
     for run in options.runs:
         settings, method, step = restore(run)
-        worlds.append(report.world_of(settings))
+        worlds.append(world_of(settings))
         runs.append((f"{run.resolve().name}, step {step}", method))
         if worlds[-1] != worlds[0]:
             raise config.ConfigError(f"run: {run} has {worlds[-1]}, takes that of the first run")
@@ -232,9 +233,9 @@ def _drift(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from vicreg_jepa import config
+    from vicreg_jepa.data.trajectories import world_of
     from vicreg_jepa.evaluation import drift
     from vicreg_jepa.files import output
-    from vicreg_jepa.planning.report import world_of
     from vicreg_jepa.training.run import restore
 
     runs = [restore(run) for run in (options.run, *options.beside)]

@@ -220,6 +220,11 @@ def test_pixels_are_predicted_from_predicted_pixels(runs):
     assert path.shape == (3, 2, 4, 2 * 65 * 65)
 
 
+def test_the_control_has_no_op_to_choose_a_backend_for():
+    with pytest.raises(config.ConfigError, match="backend: got 'cpu', world_pixels takes none"):
+        config.load("world_two_rooms_pixels", ["backend=cpu"])
+
+
 def test_the_control_has_as_many_parameters_and_steps():
     both = [config.load(name) for name in ("world_two_rooms", "world_two_rooms_pixels")]
     assert both[0].training == both[1].training

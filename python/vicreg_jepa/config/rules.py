@@ -89,8 +89,8 @@ def _is_of_whole_batches(config: Config) -> None:
     training, method = config.training, config.method
     if training.accumulate > 1:
         raise ValueError(
-            f"training.accumulate: got {training.accumulate}, {method} takes 1: its terms need the "
-            "whole batch"
+            f"training.accumulate: got {training.accumulate}, {method} takes 1: a step on "
+            "trajectories takes the whole batch"
         )
     if training.compile:
         raise ValueError(f"training.compile: got {training.compile!r}, {method} takes false")

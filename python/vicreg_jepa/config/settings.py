@@ -33,8 +33,7 @@ class Data(Settings):
     (a folder that `vicreg-jepa collect` wrote). path: a folder; for tars also a pattern with
     {000..127}, {a,b} and *. test: the path of the held-out images; without it a fifth of the images
     is held out. size: the edge in pixels to which images and frames are resized; the frames of
-    trajectories must have it.
-    frames: the frames of a clip; stride: the
+    trajectories must have it. frames: the frames of a clip; stride: the
     distance between them in the video. decoder: of video files; auto is torchcodec if it can be
     loaded, else PyAV. workers: the processes that read. white: the value of white in images of more
     than 8 bits; the default is all bits for 16-bit images and 1 for floats. max_pixels: the largest

@@ -13,7 +13,7 @@ from vicreg_jepa.config import Config
 from vicreg_jepa.data.batches import Plan, Steps, Stream, loader, seed_for
 from vicreg_jepa.distributed.ranks import Share
 from vicreg_jepa.worlds import draws, store
-from vicreg_jepa.worlds.episodes import STEPPED, Episode, rollout
+from vicreg_jepa.worlds.episodes import STEPPED, Episode, rollout, stacked
 from vicreg_jepa.worlds.named import named
 from vicreg_jepa.worlds.policies import POLICIES
 from vicreg_jepa.worlds.world import ACTIONS, CHANNELS, State, World
@@ -51,8 +51,7 @@ class Simulation:
         states, actions = rollout(self.world, self.policy, self.world.reset(seeds), last)
         rows = torch.arange(len(numbers))[:, None]
         step = start[:, None] + torch.arange(self.window + 1)
-        every = (torch.stack(field, dim=1)[rows, step] for field in zip(*states, strict=True))
-        return State(*every), torch.stack(actions, dim=1)[rows, step[:, :-1]]
+        return stacked(states).rows((rows, step)), torch.stack(actions, dim=1)[rows, step[:, :-1]]
 
     def drawn(self, states: State) -> Tensor:
         """The frames uint8 [N, T + 1, H, W, C] of states [N, T + 1, ...]."""
@@ -177,13 +176,25 @@ def labelled(settings: Config, most: int) -> tuple[Labelled, Labelled]:
     return _frames(train, most - held_out), _frames(test, held_out)
 
 
-def _simulation(settings: Config, stream: Stream, window: int) -> Simulation:
+def world_of(settings: Config) -> World:
+    """The world of a run. Raises ValueError if it is not trained on one, or its settings are
+    wrong.
+    """
     data = settings.data
+    if not settings.is_of_trajectories or data.kind != "world":
+        raise ValueError(
+            f"run: got method {settings.method} on data.kind {data.kind!r}, takes a run with "
+            "data.kind 'world'"
+        )
     try:
-        world = named(data.world, **data.settings)
+        return named(data.world, **data.settings)
     except ValueError as error:
         name = str(error).partition(":")[0]
         raise ValueError(f"data.{'world' if name == 'world' else 'settings'}: {error}") from error
+
+
+def _simulation(settings: Config, stream: Stream, window: int) -> Simulation:
+    data, world = settings.data, world_of(settings)
     if data.policy not in POLICIES:
         raise ValueError(f"data.policy: got {data.policy!r}, takes {', '.join(POLICIES)}")
     _fits(settings, (world.size, world.size), ACTIONS)

@@ -20,9 +20,9 @@ from vicreg_jepa.config import Config
 from vicreg_jepa.data.trajectories import labelled
 from vicreg_jepa.evaluation import state_probe
 from vicreg_jepa.methods.world_pixels import WorldPixels
-from vicreg_jepa.worlds.episodes import episode_seed, rollout
-from vicreg_jepa.worlds.policies import walk
-from vicreg_jepa.worlds.world import State, World
+from vicreg_jepa.planning.model import encoded
+from vicreg_jepa.worlds.episodes import walks
+from vicreg_jepa.worlds.world import World
 
 COLLECTION = 2**20 + 2  # of the walks: no training has so large a seed
 STEPS = 90
@@ -41,25 +41,6 @@ class Drift:
     mean: list[float]
     median: list[float]
     read: float
-
-
-def walks(world: World, count: int) -> tuple[State, Tensor]:
-    """States [N, STEPS + 1, ...] and actions [N, STEPS, A] of held-out walks."""
-    seeds = torch.tensor([episode_seed(COLLECTION, number) for number in range(count)])
-    states, actions = rollout(world, walk, world.reset(seeds), STEPS)
-    every = State(*(torch.stack(field, dim=1) for field in zip(*states, strict=True)))
-    return every, torch.stack(actions, dim=1)
-
-
-@torch.no_grad()
-def encoded(model: Any, world: World, states: State) -> Tensor:
-    """Latents [N, T, D] of states [N, T, ...]."""
-    flat = State(*(field.flatten(0, 1) for field in states))
-    parts = [
-        model.encode(world.render(flat.rows(rows)))
-        for rows in torch.arange(len(flat.seed)).split(512)
-    ]
-    return torch.cat(parts).unflatten(0, states.seed.shape)
 
 
 def centre(pixels: Tensor, shape: Sequence[int]) -> Tensor:
@@ -93,7 +74,7 @@ def positions(settings: Config, model: Any, latents: Sequence[Tensor]) -> list[T
 
 def measured(name: str, settings: Config, model: Any, world: World, count: int) -> Drift:
     """The drift of a model over `count` walks."""
-    states, actions = walks(world, count)
+    states, actions = walks(world, COLLECTION, count, STEPS)
     true = encoded(model, world, states)
     with torch.no_grad():
         path = torch.cat([
@@ -110,7 +91,7 @@ def measured(name: str, settings: Config, model: Any, world: World, count: int) 
 
 def still(world: World, count: int) -> Drift:
     """The drift of "nothing moves"."""
-    states, _ = walks(world, count)
+    states, _ = walks(world, COLLECTION, count, STEPS)
     off = torch.linalg.vector_norm(states.position[:, 1:] - states.position[:, :1], dim=2)
     return Drift("standing still", off.mean(dim=0).tolist(),
                  off.median(dim=0).values.tolist(), 0.0)  # fmt: skip

@@ -156,6 +156,10 @@ def check(config: Config) -> None:
     """Check the settings that must fit together."""
     if config.model.encoder != "conv":
         raise ValueError(f"model.encoder: got {config.model.encoder!r}, world_pixels takes 'conv'")
+    if config.backend is not None:
+        raise ValueError(
+            f"backend: got {config.backend!r}, world_pixels takes none: it has no fused op"
+        )
     if config.loss.unroll > config.data.window:
         raise ValueError(
             f"loss.unroll: got {config.loss.unroll}, takes at most data.window, "

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from vicreg_jepa.worlds.world import ACTIONS, SPEED, State, World
 
+ENCODED = 512  # frames at once
+
 
 class LatentModel(Protocol):
     """A world model with latents of D dimensions."""
@@ -68,3 +70,12 @@ def observe(model: LatentModel, world: World, state: State) -> Tensor:
         return model.observe(state)
     with torch.no_grad():
         return model.encode(world.render(state))
+
+
+@torch.no_grad()
+def encoded(model: LatentModel, world: World, states: State) -> Tensor:
+    """Latents [N, T, D] of the rendered frames of states [N, T, ...], some at a time."""
+    flat = State(*(field.flatten(0, 1) for field in states))
+    rows = torch.arange(len(flat.seed)).split(ENCODED)
+    parts = [model.encode(world.render(flat.rows(some))) for some in rows]
+    return torch.cat(parts).unflatten(0, states.seed.shape)

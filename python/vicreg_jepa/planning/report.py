@@ -11,16 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vicreg_jepa.config import Config
 from vicreg_jepa.files import output
 from vicreg_jepa.planning.evaluate import Result, episodes, followed, rank_correlation
-from vicreg_jepa.planning.model import TrueModel
+from vicreg_jepa.planning.model import LatentModel, TrueModel, encoded
 from vicreg_jepa.planning.planner import Effort, Planner
 from vicreg_jepa.planning.planners import ICEM
-from vicreg_jepa.worlds.episodes import episode_seed, rollout
-from vicreg_jepa.worlds.named import named
+from vicreg_jepa.worlds.episodes import episode_seed, walks
 from vicreg_jepa.worlds.policies import expert, straight, walk
-from vicreg_jepa.worlds.world import State, World
+from vicreg_jepa.worlds.world import World
 
 COLLECTION = 2**20  # of the episodes that are planned: no training has so large a seed
 WALKS, WALKED = 128, 16  # held-out walks, and their steps, that measure the length of a step
@@ -46,31 +44,16 @@ class Row:
     milliseconds: float | None = None
 
 
-def world_of(settings: Config) -> World:
-    """The world of a run. Raises ValueError if it was not trained on one."""
-    if not settings.is_of_trajectories or settings.data.kind != "world":
-        raise ValueError(
-            f"run: got method {settings.method} on data.kind {settings.data.kind!r}, takes a run "
-            "with data.kind 'world'"
-        )
-    return named(settings.data.world, **settings.data.settings)
-
-
 def seeds_of(count: int) -> Tensor:
     """int64 [count]: the seeds of the episodes that are planned."""
     return torch.tensor([episode_seed(COLLECTION, number) for number in range(count)])
 
 
-def step_length(model: Any, world: World) -> float:
+def step_length(model: LatentModel, world: World) -> float:
     """The mean distance between the latents of consecutive frames of held-out walks."""
-    seeds = torch.tensor([episode_seed(COLLECTION + 1, number) for number in range(WALKS)])
-    states, _ = rollout(world, walk, world.reset(seeds), WALKED)
-    every = State(*(torch.cat(field) for field in zip(*states, strict=True)))
-    with torch.no_grad():
-        latents = torch.cat([model.encode(world.render(every.rows(rows))) for rows in
-                             torch.arange(len(every.seed)).split(512)])  # fmt: skip
-    path = latents.unflatten(0, (len(states), WALKS))
-    return float(torch.linalg.vector_norm(path[1:] - path[:-1], dim=2).mean())
+    states, _ = walks(world, COLLECTION + 1, WALKS, WALKED)
+    path = encoded(model, world, states)
+    return float(torch.linalg.vector_norm(path[:, 1:] - path[:, :-1], dim=2).mean())
 
 
 def planned(

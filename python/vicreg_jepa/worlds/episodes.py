@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vicreg_jepa.worlds.policies import Policy
+from vicreg_jepa.worlds.policies import Policy, walk
 from vicreg_jepa.worlds.world import State, World
 
 STEPPED = 1024  # environments at once
@@ -44,8 +44,8 @@ def play(
         numbers = range(start, min(start + STEPPED, first + episodes))
         seeds = torch.tensor([episode_seed(seed, number) for number in numbers])
         states, actions = rollout(world, policy, world.reset(seeds), length)
-        every = State(*(torch.stack(field, dim=1) for field in zip(*states, strict=True)))
-        acted, success = torch.stack(actions, dim=1), world.success(states[-1])
+        every, acted = stacked(states), torch.stack(actions, dim=1)
+        success = world.success(states[-1])
         for some in torch.arange(len(numbers)).split(DRAWN):
             yield from _drawn(world, every.rows(some), acted[some], success[some])
 
@@ -79,3 +79,17 @@ def rollout(
         states.append(state)
         actions.append(action)
     return states, actions
+
+
+def stacked(states: list[State]) -> State:
+    """The states of T steps as one, with fields [N, T, ...]."""
+    return State(*(torch.stack(field, dim=1) for field in zip(*states, strict=True)))
+
+
+def walks(world: World, collection: int, count: int, steps: int) -> tuple[State, torch.Tensor]:
+    """States [N, steps + 1, ...] and actions [N, steps, A] of random walks, the first `count`
+    episodes of a collection.
+    """
+    seeds = torch.tensor([episode_seed(collection, number) for number in range(count)])
+    states, actions = rollout(world, walk, world.reset(seeds), steps)
+    return stacked(states), torch.stack(actions, dim=1)
