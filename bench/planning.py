@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vicreg_jepa.planning.control import Plans
 from vicreg_jepa.planning.energies import Arrival, EnergyLike
-from vicreg_jepa.planning.evaluate import Plans, Result, episodes
+from vicreg_jepa.planning.evaluate import Result, episodes
 from vicreg_jepa.planning.model import LatentModel, TrueModel
 from vicreg_jepa.planning.planner import Effort, Plan
 from vicreg_jepa.planning.planners import CEM, ICEM

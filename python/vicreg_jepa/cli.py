@@ -44,6 +44,9 @@ def parser() -> argparse.ArgumentParser:
     seven.add_argument("--output", type=Path, help="folder of the pictures; default RUN/plan")
     seven.add_argument("--episodes", type=integer(4), default=50)
     seven.add_argument("--full", action="store_true", help="also the first with its whole budget")
+    seven.add_argument(
+        "--planner", nargs="+", default=[], metavar="key=value", help="horizon=12 repeat=5 ..."
+    )
     eight = commands.add_parser("drift", help="the error of a world model over its rollouts")
     eight.add_argument("run", type=Path)
     eight.add_argument("--output", type=Path, help="folder of the picture; default RUN/drift")
@@ -59,6 +62,8 @@ def parser() -> argparse.ArgumentParser:
     six.add_argument("--length", type=integer(1), default=90, help="actions of an episode")
     six.add_argument("--seed", type=integer(0), default=0, help="decides every episode")
     six.add_argument("--policy", default="walk", help="walk, uniform, still, expert or straight")
+    six.add_argument("--history", type=integer(1), default=1, help="frames that are stacked")
+    six.add_argument("--repeat", type=integer(1), default=1, help="steps that hold an action")
     return parser
 
 
@@ -196,37 +201,72 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from vicreg_jepa.files.output import writing
+    from vicreg_jepa.planning import report
+    from vicreg_jepa.training.run import restore
+    from vicreg_jepa.worlds.collect import parsed
+
+    planner = report.planner(parsed(options.planner))
+    restored = [(run, *restore(run)) for run in options.runs]
+    output = options.output or options.runs[0] / "plan"
+    simulated = restored[0][1].data.kind == "world"
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+    rows = (_plan_world if simulated else _plan_adapted)(options, restored, planner, output)
+    report.write(rows, output)
+    print(report.table(rows))
+    print(f"pictures of episodes: {output}")
+    failed = report.verdict(rows)
+    for words in failed:
+        print(f"failed: {words}")
+    return 1 if failed else 0
+
+
+def _plan_world(options: argparse.Namespace, restored: Any, planner: Any, output: Path) -> Any:
     from vicreg_jepa import config
     from vicreg_jepa.data.trajectories import world_of
     from vicreg_jepa.files.output import writing
     from vicreg_jepa.planning import figure, report
-    from vicreg_jepa.training.run import restore
 
     runs, worlds = [], []
-    for run in options.runs:
-        settings, method, step = restore(run)
+    for run, settings, method, step in restored:
         worlds.append(world_of(settings))
         runs.append((f"{run.resolve().name}, step {step}", method))
         if worlds[-1] != worlds[0]:
             raise config.ConfigError(f"run: {run} has {worlds[-1]}, takes that of the first run")
-    output = options.output or options.runs[0] / "plan"
-    with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
-    rows, first = report.measured(runs, worlds[0], options.episodes, options.full)
-    report.write(rows, output)
-    print(report.table(rows))
-    seeds, interval = report.seeds_of(options.episodes), report.planner().interval
+    rows, first = report.measured(runs, worlds[0], planner, options.episodes, options.full)
+    seeds, interval = report.seeds_of(options.episodes), planner.interval
     method, longest = runs[0][1], figure.chosen(first)[-1]
     picture, film = output / "episodes.png", output / "episode.gif"
     with writing(picture):
         figure.draw(method, worlds[0], seeds, first, interval, picture)
     with writing(film):
         figure.animate(method, worlds[0], seeds, first, longest, interval, film)
-    print(f"pictures of episodes: {output}")
-    failed = report.verdict(rows)
-    for words in failed:
-        print(f"failed: {words}")
-    return 1 if failed else 0
+    return rows
+
+
+def _plan_adapted(options: argparse.Namespace, restored: Any, planner: Any, output: Path) -> Any:
+    from vicreg_jepa import config
+    from vicreg_jepa.data.trajectories import collected
+    from vicreg_jepa.files.output import writing
+    from vicreg_jepa.planning import adapted_report
+
+    if options.full:
+        raise config.ConfigError("--full: takes runs with data.kind 'world'")
+    runs, described = [], []
+    for run, settings, method, step in restored:
+        described.append(collected(settings))
+        runs.append((f"{run.resolve().name}, step {step}", method))
+        if described[-1] != described[0]:
+            raise config.ConfigError(f"run: {run} has another environment than the first run")
+    make = adapted_report.maker(described[0])
+    rows, first = adapted_report.measured(runs, make, planner, options.episodes)
+    picture, film = output / "episodes.png", output / "episode.gif"
+    with writing(picture):
+        adapted_report.draw(first, described[0]["history"], picture)
+    with writing(film):
+        adapted_report.animate(first, described[0]["history"], film)
+    return rows
 
 
 def _drift(options: argparse.Namespace) -> int:
@@ -274,6 +314,8 @@ def _collect(options: argparse.Namespace) -> int:
             options.policy,
             parsed(options.settings),
             bar.update,
+            options.history,
+            options.repeat,
         )
     size = sum(path.stat().st_size for path in shards)
     print(

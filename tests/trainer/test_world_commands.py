@@ -14,7 +14,7 @@ from torch import Tensor
 from vicreg_jepa import cli, config
 from vicreg_jepa.evaluation import drift
 from vicreg_jepa.methods import build
-from vicreg_jepa.planning import figure, report
+from vicreg_jepa.planning import adapted, adapted_report, figure, report
 from vicreg_jepa.planning.evaluate import followed
 from vicreg_jepa.planning.model import TrueModel
 from vicreg_jepa.planning.planner import Effort
@@ -27,6 +27,7 @@ SMALL = [
     "model.dim=8", "model.keypoints=4", "model.predictor_dim=32", "training.batch=8",
     "training.steps=2", "training.save_every=2", "data.window=6", "loss.unroll=4",
 ]  # fmt: skip
+LITTLE = ["candidates=8", "elites=4", "kept=2", "iterations=2"]  # settings of the planner
 OF_LATENTS = [*SMALL, "loss.pairs=2", "model.latent=8"]
 
 
@@ -62,11 +63,10 @@ class Position:
 # ------------------------------------------------------------------------------ plan
 
 
-def test_plan_writes_its_table_and_pictures_and_fails_an_untrained_model(runs, capsys, monkeypatch):
-    monkeypatch.setattr(report, "planner", lambda: ICEM(candidates=8, elites=4, kept=2,
-                                                        iterations=2, effort=Effort()))  # fmt: skip
+def test_plan_writes_its_table_and_pictures_and_fails_an_untrained_model(runs, capsys):
     run, output = runs / "world_two_rooms", runs / "pictures"
-    assert cli.main(["plan", str(run), "--episodes", "4", "--full", "--output", str(output)]) == 1
+    words = ["--episodes", "4", "--full", "--output", str(output), "--planner", *LITTLE]
+    assert cli.main(["plan", str(run), *words]) == 1
     out = capsys.readouterr().out
     text = (output / "plan.json").read_text()
     rows = {row["name"]: row for row in json.loads(text, parse_constant=pytest.fail)}
@@ -93,7 +93,8 @@ def test_plan_takes_runs_on_one_world(runs, capsys):
 
 
 def test_a_good_model_passes_and_walking_straight_does_not():
-    rows, result = report.measured([("position", Position())], TwoRooms(), 10, full=True)
+    effort = report.planner()
+    rows, result = report.measured([("position", Position())], TwoRooms(), effort, 10, full=True)
     found = {row.name: row for row in rows}
     assert found["straight"].success == int(
         followed(TwoRooms(), straight, report.seeds_of(10)).sum()
@@ -129,18 +130,116 @@ def test_a_verdict_says_what_would_do(episodes, straight_has, success, takes):
     assert found == [] if takes is None else takes in found[0]
 
 
+def test_a_verdict_without_the_straight_line_takes_the_walk():
+    rows = [report.Row("walk", 10, 2), report.Row("model", 10, 3, 1.0, 1.0)]
+    assert report.verdict(rows) == ["model: 3 of 10, takes 4 or more: walk has 2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["speed=2"], "--planner: got 'speed', takes horizon, "),
+        (["effort=1"], "--planner: got 'effort', takes horizon, "),
+        (["horizon=0"], "horizon: got 0"),
+        (["interval=7"], "interval: got 7, takes a multiple of repeat"),
+    ],
+)
+def test_the_planner_takes_its_settings_alone(runs, capsys, words, message):
+    run = str(runs / "world_two_rooms")
+    assert cli.main(["plan", run, "--planner", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+# A world as any environment: of its state only `goal` and `success` in its info are used.
+
+
+@pytest.fixture(scope="module")
+def adapted_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapted")
+    words = ["--episodes", "4", "--length", "20", "--history", "2", "--repeat", "3"]
+    name = "vicreg_jepa/TwoRooms-v0"
+    assert cli.main(["collect", name, *words, "--output", str(folder / "walks")]) == 0
+    data = ["data={kind: trajectories, path: " + str(folder / "walks") + ", size: 65, window: 6}"]
+    words = [*data, *[word for word in OF_LATENTS if not word.startswith("data.")]]
+    assert cli.main(["train", "world_two_rooms", *words, "--output", str(folder / "run")]) == 0
+    return folder
+
+
+def test_plan_acts_in_any_environment(adapted_run, capsys):
+    folder = adapted_run
+    words = ["--episodes", "4", "--planner", *LITTLE]
+    assert cli.main(["plan", str(folder / "run"), *words]) == 1
+    rows = json.loads((folder / "run/plan/plan.json").read_text())
+    assert [row["name"] for row in rows] == ["walk", "run, step 2"]
+    assert rows[1]["rank"] is None
+    # 7 plans, each of at most 2 iterations.
+    assert 1 <= rows[1]["iterations"] <= 14
+    assert "failed: run, step 2:" in capsys.readouterr().out
+    with Image.open(folder / "run/plan/episodes.png") as picture:
+        assert picture.size == (9 * 132 - 4, 4 * 132 - 4)
+    with Image.open(folder / "run/plan/episode.gif") as film:
+        assert film.n_frames > 1
+
+
+class Seer:
+    """A model that is right, of two stacked frames of two rooms: it reads the newest."""
+
+    actions = 2
+
+    def __init__(self, held: int) -> None:
+        self.held = held
+
+    def encode(self, frames: Tensor) -> Tensor:
+        return Position().encode(frames[..., -2:])
+
+    def rollout(self, start: Tensor, actions: Tensor) -> Tensor:
+        held = actions.repeat_interleave(self.held, dim=2)
+        return Position().rollout(start, held)[:, :, self.held - 1 :: self.held]
+
+
+def test_a_right_model_succeeds_in_any_environment():
+    make = adapted_report.maker(
+        {"world": "vicreg_jepa/TwoRooms-v0", "settings": {}, "history": 2, "repeat": 2}
+    )
+    assert adapted_report.steps_of(make) == 100
+    seeds = torch.arange(6)
+    planner = report.planner({"repeat": 3, "interval": 6})
+    played, control = adapted.episodes(Seer(2), make, planner, seeds, 3.0, 100)
+    assert played.success.tolist() == [True] * 6
+    walked = adapted.followed(make, adapted.walk, seeds, 100)
+    assert not walked.success.all()
+    assert torch.equal(walked.goals, played.goals)
+    assert torch.equal(walked.frames[:, 0], played.frames[:, 0])
+    # Success is what the world says of the last frame.
+    state = TwoRooms().reset(seeds)
+    last = Seer(2).encode(played.frames[:, -1])
+    assert torch.linalg.vector_norm(last - state.goal, dim=1).max() < 4.1
+    assert control.iterations.min() >= 1
+
+
+def test_a_run_that_cannot_be_planned_with_says_why(adapted_run, tmp_path, capsys):
+    run = str(adapted_run / "run")
+    assert cli.main(["plan", run, "--full"]) == 2
+    assert "--full: takes runs with data.kind 'world'" in capsys.readouterr().err
+    described = {"world": "Pendulum-v1", "settings": {}, "policy": "walk", "seed": 0}
+    with pytest.raises(ValueError, match=r"^data.path: its trajectories do not name 'history'"):
+        adapted_report.maker(described)
+    (adapted_run / "walks").rename(adapted_run / "gone")
+    assert cli.main(["plan", run]) == 2
+    assert "walks" in capsys.readouterr().err
+    (adapted_run / "gone").rename(adapted_run / "walks")
+
+
 @pytest.mark.parametrize("picture", ["draw", "animate"])
 def test_a_picture_that_cannot_be_written_is_named(runs, capsys, monkeypatch, picture):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report, "planner", lambda: ICEM(candidates=8, elites=4, kept=2,
-                                                        iterations=1, effort=Effort()))  # fmt: skip
     monkeypatch.setattr(figure, "draw", lambda *args: None)
     monkeypatch.setattr(figure, picture, full)
     output = runs / "full"
     assert cli.main(["plan", str(runs / "world_two_rooms"), "--episodes", "4",
-                     "--output", str(output)]) == 2  # fmt: skip
+                     "--output", str(output), "--planner", *LITTLE]) == 2  # fmt: skip
     name = {"draw": "episodes.png", "animate": "episode.gif"}[picture]
     assert f"{output / name}: cannot be written" in capsys.readouterr().err
 

@@ -16,7 +16,15 @@ from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 from vicreg_jepa import cli
-from vicreg_jepa.worlds import adapter, environments, episodes, policies, store
+from vicreg_jepa.worlds import (
+    adapter,
+    collect,
+    environments,
+    episodes,
+    point_maze,
+    policies,
+    store,
+)
 from vicreg_jepa.worlds.named import named
 from vicreg_jepa.worlds.two_rooms import TwoRooms
 
@@ -164,6 +172,39 @@ def test_any_environment_with_a_picture():
     assert lamp.env.given[-1].dtype == np.float32
 
 
+def test_frames_are_stacked_and_actions_held():
+    lamp = adapter.Adapter(Lamp(), "picture", history=3, repeat=2)
+    first = lamp.reset(7)
+    assert first.frame.shape == (4, 4, 3)
+    assert (first.frame == 7).all()
+    seen = lamp.step(np.float32([-1, 0]))
+    assert seen.frame[0, 0].tolist() == [7, 7, 0]
+    assert (seen.reward, seen.ended, lamp.env.time) == (1.0, False, 2)
+    seen = lamp.step(np.float32([1, 0]))
+    assert seen.frame[0, 0].tolist() == [7, 0, 100]
+    assert seen.ended  # at the fourth step
+    assert (lamp.reset(9).frame == 9).all()
+    lamp = adapter.Adapter(Lamp(), "picture", repeat=3)
+    lamp.reset(0)
+    lamp.step(np.float32([0, 0]))
+    assert lamp.step(np.float32([0, 0])).reward == 0.5  # it ends within the hold
+    (episode,) = adapter.Adapter(Lamp(), "picture", history=2, repeat=2).play("walk", 1, 1, 9)
+    assert episode.frames.shape == (3, 4, 4, 2)
+    assert np.array_equal(episode.frames[1:, ..., 0], episode.frames[:-1, ..., 1])
+
+
+def test_a_task_is_what_the_info_says():
+    rooms = collect.adapted("vicreg_jepa/TwoRooms-v0", {}, history=2, repeat=1)
+    rooms.reset(3)
+    state = TwoRooms().reset(torch.tensor([3]))
+    goal = TwoRooms().render(TwoRooms().at(state, state.goal))[0].numpy()
+    assert np.array_equal(rooms.goal(), np.concatenate([goal, goal], axis=2))
+    assert not rooms.success()
+    rooms.env.unwrapped.state = state._replace(position=state.goal)
+    rooms.step(np.float32([0, 0]))
+    assert rooms.success()
+
+
 def test_collect_from_gymnasium(tmp_path, capsys):
     words = ["vicreg_jepa/TwoRooms-v0", "wall=random", "--episodes", "2", "--length", "5"]
     assert cli.main(["collect", *words, "--output", str(tmp_path / "rooms")]) == 0
@@ -194,6 +235,18 @@ def test_collect_from_gymnasium(tmp_path, capsys):
             r"frame: got float64 \[4, 4\], takes uint8",
         ),
         (lambda: adapter.Adapter(Lamp(), "picture").step(np.zeros(3)), "action: got shape"),
+        (lambda: adapter.Adapter(Lamp(), "picture", history=0), "history: got 0, takes an int"),
+        (lambda: adapter.Adapter(Lamp(), "picture", repeat=0), "repeat: got 0, takes an integer"),
+        (lambda: adapter.Adapter(Lamp(), "picture").goal(), "task: got None for"),
+        (lambda: adapter.Adapter(Lamp(), "picture").success(), "task: got None for"),
+        (
+            lambda: adapter.Adapter(Lamp(), "picture", task=collect.TASK_OF_INFO).goal(),
+            r"info: got \[\], takes 'goal' too",
+        ),
+        (
+            lambda: collect.collect("Maze", "never", 1, 1, 0, history=2),
+            "history: got 2, Maze takes 1",
+        ),
         (
             lambda: adapter.Adapter(Lamp(), "picture").step(np.float32([np.nan, 0])),
             "action: got values that are not finite",
@@ -224,7 +277,7 @@ def test_point_maze():
     import gymnasium_robotics
 
     gymnasium.register_envs(gymnasium_robotics)
-    maze = adapter.point_maze(gymnasium.make("PointMaze_UMaze-v3"))
+    maze = point_maze.point_maze(gymnasium.make("PointMaze_UMaze-v3"))
     (episode,) = maze.play("walk", seed=2, episodes=1, length=60)
     assert episode.frames.shape == (61, 64, 64, 2)
     dot = episode.frames[..., 0].astype(float)
@@ -237,6 +290,29 @@ def test_point_maze():
     assert np.ptp(episode.states["position"], axis=0).max() > 0.2
     walls = episode.frames[0, ..., 1] > 0
     assert not walls[y.astype(int), x.astype(int)].any()
+    # Its expert succeeds where the straight line does not.
+    held = point_maze.point_maze(gymnasium.make("PointMaze_Medium-v3"), history=2, repeat=5)
+    successes = {}
+    for control in ("straight", "expert"):
+        successes[control] = 0
+        for seed in range(6):
+            seen = held.reset(seed)
+            while not seen.ended:
+                seen = held.step(held.control(control))
+            successes[control] += held.success()
+    assert successes["expert"] == 6 > successes["straight"]
+
+
+def test_the_way_through_a_map():
+    rows = ["#####", "#..##", "##..#", "#...#", "#####"]
+    walls = np.array([[cell == "#" for cell in row] for row in rows])
+    nexts = point_maze.following(walls, (3, 1))
+    assert nexts[1, 1] == (1, 2)
+    assert nexts[1, 2] == (2, 2)
+    assert nexts[2, 2] == (3, 2)
+    assert nexts[2, 3] in ((2, 2), (3, 3))
+    assert (3, 1) not in nexts
+    assert len(nexts) == 6
 
 
 def test_minari(tmp_path, monkeypatch):

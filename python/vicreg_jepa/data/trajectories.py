@@ -193,6 +193,20 @@ def world_of(settings: Config) -> World:
         raise ValueError(f"data.{'world' if name == 'world' else 'settings'}: {error}") from error
 
 
+def collected(settings: Config) -> dict[str, Any]:
+    """What `collect` wrote of the origin of a run's trajectories: the world and its settings.
+    Raises ValueError if the run is of others, or the folder is gone.
+    """
+    data = settings.data
+    if not settings.is_of_trajectories or data.kind != "trajectories" or data.path is None:
+        raise ValueError(
+            f"run: got method {settings.method} on data.kind {data.kind!r}, takes a run on a "
+            "world, or on collected trajectories"
+        )
+    described = dict(store.Shards(data.path).settings)
+    return {name: described[name] for name in sorted(described) if name not in ("policy", "seed")}
+
+
 def _simulation(settings: Config, stream: Stream, window: int) -> Simulation:
     data, world = settings.data, world_of(settings)
     if data.policy not in POLICIES:

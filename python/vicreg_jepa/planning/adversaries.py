@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from vicreg_jepa.planning import checks, zones
+from vicreg_jepa.planning.control import Plans
 from vicreg_jepa.planning.energies import Arrival, Energy, EnergyLike, GoalDistance
-from vicreg_jepa.planning.evaluate import Plans, Result, episodes
+from vicreg_jepa.planning.evaluate import Result, episodes
 from vicreg_jepa.planning.guardrails import Zone
 from vicreg_jepa.planning.model import LatentModel, TrueModel
 from vicreg_jepa.planning.penalties import Lagrangian, Penalty

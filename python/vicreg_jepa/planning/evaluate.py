@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from vicreg_jepa.planning import checks
-from vicreg_jepa.planning.energies import Arrival, EnergyLike, to_goal
+from vicreg_jepa.planning.control import Control, Plans, check_seeds
+from vicreg_jepa.planning.energies import EnergyLike
 from vicreg_jepa.planning.guardrails import Constraint
 from vicreg_jepa.planning.model import LatentModel, observe
 from vicreg_jepa.planning.planner import Plan
 from vicreg_jepa.planning.shield import Shield
 from vicreg_jepa.worlds.world import REACHED, STEPS, State, World
-
-
-class Plans(Protocol):
-    """What episodes need of a planner; see Planner for the meaning."""
-
-    @property
-    def interval(self) -> int: ...
-    def held(self, actions: Tensor) -> Tensor: ...
-    def shifted(self, actions: Tensor, steps: int) -> Tensor: ...
-    def plan(
-        self,
-        model: LatentModel,
-        start: Tensor,
-        energy: EnergyLike,
-        seed: Tensor,
-        time: Tensor | int = 0,
-        former: Tensor | None = None,
-        arrival: Arrival | None = None,
-    ) -> Plan: ...
 
 
 @dataclass
@@ -96,11 +77,7 @@ def episodes(
     has the plans. Success is judged after the last step, by world.success. The shield, if any,
     stands between the plan and world.step, and may raise NoSafeAction.
     """
-    checks.shaped("seeds", seeds, None)
-    if seeds.dtype != torch.int64 or not len(seeds):
-        raise ValueError(
-            f"seeds: got {len(seeds)} of {seeds.dtype}, takes one or more of torch.int64"
-        )
+    check_seeds(seeds)
     checks.number("near", near, open_low=True)
     checks.whole("steps", steps, 1)
     checks.whole("delay", delay, 0)
@@ -108,8 +85,7 @@ def episodes(
         raise ValueError(f"delay: got {delay}, takes that of the shield, {shield.delay}")
     state = world.reset(seeds)
     goal = observe(model, world, world.at(state, state.goal))
-    minimised = to_goal(goal, near) if energy is None else energy(goal)
-    arrives = Arrival(goal, near)
+    control = Control(model, planner, seeds, goal, near, energy, keep)
 
     def seen_by_shield(seen: State) -> Tensor:
         return seen.position if probe is None else probe(observe(model, world, seen))
@@ -118,25 +94,10 @@ def episodes(
     if shield is not None:
         guard = shield.begin(world, seen_by_shield(state), state.layout)
     states, actions = [state], []
-    zeros = torch.zeros_like(seeds)
-    iterations, rollout_steps, changed = zeros, zeros, zeros
-    plans: list[Plan] = []
-    former, coming, seconds = None, torch.empty(0), 0.0
+    changed = torch.zeros_like(seeds)
     for step in range(steps):
         seen = states[max(0, step - delay)]
-        place = step % planner.interval
-        if place == 0:
-            latents = observe(model, world, seen)
-            begun = time.perf_counter()
-            plan = planner.plan(model, latents, minimised, seeds, step, former, arrives)
-            seconds += time.perf_counter() - begun
-            coming = planner.held(plan.actions)
-            former = planner.shifted(plan.actions, planner.interval)
-            iterations = iterations + plan.iterations
-            rollout_steps = rollout_steps + plan.rollout_steps
-            if keep:
-                plans.append(plan)
-        action = coming[:, place]
+        action = control.action(step, partial(observe, model, world, seen))
         if guard is not None:
             wanted = action
             action = guard.act(wanted, seen_by_shield(seen))
@@ -148,13 +109,13 @@ def episodes(
         success=world.success(state),
         distance=world.distance(states[0]),
         goal=state.goal,
-        iterations=iterations,
-        rollout_steps=rollout_steps,
+        iterations=control.iterations,
+        rollout_steps=control.rollout_steps,
         positions=torch.stack([each.position for each in states], dim=1),
         actions=torch.stack(actions, dim=1),
-        milliseconds=1000 * seconds / len(seeds),
+        milliseconds=control.milliseconds,
         changed=changed,
-        plans=plans,
+        plans=control.plans,
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,32 @@ from vicreg_jepa.worlds.policies import BLIND
 
 Frame = Callable[[Any, dict[str, Any]], NDArray[np.uint8]]
 States = Callable[[Any, dict[str, Any]], dict[str, Any]]
+Controller = Callable[[Any, dict[str, Any]], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be reached in an environment; all are functions of (observation, info).
+
+    goal: the frame at the goal. success: whether the goal is reached. controls: policies that
+    plans are compared with, by name, each with actions [A] in [-1, 1].
+    """
+
+    goal: Frame
+    success: Callable[[Any, dict[str, Any]], bool]
+    controls: dict[str, Controller] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an adapter has after a reset or a step. frame: uint8 [H, W, history * C]; states: the
+    true state by name; reward: the sum over the step, 0 after a reset.
+    """
+
+    frame: NDArray[np.uint8]
+    states: dict[str, NDArray[Any]]
+    reward: float = 0.0
+    ended: bool = False
 
 
 class Adapter:
@@ -23,40 +50,72 @@ class Adapter:
     env: its action space is a bounded Box of one dimension. frame: None, if the observation is the
     image; the name of the image in a dict observation; or a function of (observation, info) that
     draws the frame, for example with a `Raster`. states: a function of (observation, info) that
-    returns the true state by name. Frames are uint8 [H, W, C]. Raises ValueError if the spaces do
-    not fit.
+    returns the true state by name. task: what plans have to reach. history: the last frames that
+    are stacked along the channels, the newest last; what moves shows its velocity in two. repeat:
+    the steps of env for which an action is held; frames between them are not seen.
+
+    Frames are uint8 [H, W, history * C]. Raises ValueError if the spaces do not fit.
     """
 
     def __init__(
-        self, env: Any, frame: str | Frame | None = None, states: States | None = None
+        self,
+        env: Any,
+        frame: str | Frame | None = None,
+        states: States | None = None,
+        task: Task | None = None,
+        history: int = 1,
+        repeat: int = 1,
     ) -> None:
         space = env.action_space
         low, high = getattr(space, "low", None), getattr(space, "high", None)
         if low is None or high is None or low.ndim != 1 or not np.isfinite(high - low).all():
             raise ValueError(f"env: got actions {space}, takes a bounded Box of one dimension")
+        for name, value in (("history", history), ("repeat", repeat)):
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, takes an integer from 1")
         self.env, self.actions, self.kind = env, len(low), space.dtype
         self.middle, self.half = (high + low) / 2.0, (high - low) / 2.0
-        self.states = states
+        self.states, self.task, self.repeat = states, task, repeat
         self.frame = frame if callable(frame) else _taken(env.observation_space, frame)
+        self.frames: deque[NDArray[np.uint8]] = deque(maxlen=history)
+        self.observed: tuple[Any, dict[str, Any]] = (None, {})
 
-    def reset(self, seed: int) -> tuple[NDArray[np.uint8], dict[str, Any]]:
-        """(frame, true state) at the start of an episode."""
+    def reset(self, seed: int) -> Seen:
+        """Begin an episode; the frames before the first are taken to be like it."""
+        self.frames.clear()
         return self._seen(*self.env.reset(seed=seed))
 
-    def step(
-        self, action: NDArray[np.float32]
-    ) -> tuple[NDArray[np.uint8], dict[str, Any], float, bool]:
-        """(frame, true state, reward, whether the episode ended) after an action, which is clamped
-        to [-1, 1]. Raises ValueError if the action has another shape or is not finite.
+    def step(self, action: NDArray[np.float32]) -> Seen:
+        """Hold an action, clamped to [-1, 1], for `repeat` steps, or until the episode ends. Raises
+        ValueError if the action has another shape or is not finite.
         """
         if np.shape(action) != (self.actions,):
             raise ValueError(f"action: got shape {np.shape(action)}, takes {(self.actions,)}")
         if not np.isfinite(action).all():
             raise ValueError("action: got values that are not finite, takes [-1, 1]")
-        scaled = self.middle + self.half * np.clip(action, -1, 1)
-        observation, reward, terminated, truncated, info = self.env.step(scaled.astype(self.kind))
-        frame, states = self._seen(observation, info)
-        return frame, states, float(reward), bool(terminated or truncated)
+        scaled = (self.middle + self.half * np.clip(action, -1, 1)).astype(self.kind)
+        total = 0.0
+        for _ in range(self.repeat):
+            observation, reward, terminated, truncated, info = self.env.step(scaled)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        return self._seen(observation, info, total, bool(terminated or truncated))
+
+    def goal(self) -> NDArray[np.uint8]:
+        """The frame at the goal of an episode that has just been reset, at rest. Raises ValueError
+        without a task.
+        """
+        frame = _image(self._task().goal(*self.observed))
+        return np.concatenate([frame] * (self.frames.maxlen or 1), axis=2)
+
+    def success(self) -> bool:
+        """Whether the goal is reached now. Raises ValueError without a task."""
+        return bool(self._task().success(*self.observed))
+
+    def control(self, name: str) -> NDArray[np.float32]:
+        """The action [A] of a policy of the task in what is seen now."""
+        return np.asarray(self._task().controls[name](*self.observed), dtype=np.float32)
 
     def play(
         self, policy: str, seed: int, episodes: int, length: int, first: int = 0
@@ -69,31 +128,51 @@ class Adapter:
         for number in range(first, first + episodes):
             drawn = torch.tensor([episode_seed(seed, number)]).expand(length)
             actions = BLIND[policy](drawn, torch.arange(length), self.actions).numpy()
-            its_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-            frame, state = self.reset(its_seed)
-            frames, states, rewards = [frame], [state], []
+            its_seed = seed_of(seed, number)
+            every = [self.reset(its_seed)]
             for action in actions:
-                frame, state, reward, ended = self.step(action)
-                frames.append(frame)
-                states.append(state)
-                rewards.append(reward)
-                if ended:
+                every.append(self.step(action))
+                if every[-1].ended:
                     break
             yield Episode(
-                np.stack(frames),
-                actions[: len(rewards)],
-                {name: np.stack([state[name] for state in states]) for name in states[0]},
-                {"seed": its_seed, "rewards": rewards},
+                np.stack([seen.frame for seen in every]),
+                actions[: len(every) - 1],
+                {name: np.stack([seen.states[name] for seen in every]) for name in every[0].states},
+                {"seed": its_seed, "rewards": [seen.reward for seen in every[1:]]},
             )
 
+    def _task(self) -> Task:
+        if self.task is None:
+            raise ValueError(f"task: got None for {self.env}, takes a Task that has a goal")
+        return self.task
+
     def _seen(
-        self, observation: Any, info: dict[str, Any]
-    ) -> tuple[NDArray[np.uint8], dict[str, Any]]:
-        frame = np.array(self.frame(observation, info))  # a copy: some environments reuse the array
-        if frame.dtype != np.uint8 or frame.ndim != 3:
-            raise ValueError(f"frame: got {frame.dtype} {list(frame.shape)}, takes uint8 [H, W, C]")
-        found = {} if self.states is None else self.states(observation, info)
-        return frame, {name: np.array(value) for name, value in found.items()}
+        self, observation: Any, info: dict[str, Any], reward: float = 0.0, ended: bool = False
+    ) -> Seen:
+        self.observed = observation, info
+        frame = _image(self.frame(observation, info))
+        while len(self.frames) < (self.frames.maxlen or 1) - 1:
+            self.frames.append(frame)
+        self.frames.append(frame)
+        states = {} if self.states is None else self.states(observation, info)
+        return Seen(
+            np.concatenate(self.frames, axis=2),
+            {name: np.array(value) for name, value in states.items()},
+            reward,
+            ended,
+        )
+
+
+def seed_of(seed: int, number: int) -> int:
+    """The seed that episode `number` of a collection gives to the environment."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+
+
+def _image(frame: Any) -> NDArray[np.uint8]:
+    copied = np.array(frame)  # some environments reuse the array
+    if copied.dtype != np.uint8 or copied.ndim != 3:
+        raise ValueError(f"frame: got {copied.dtype} {list(copied.shape)}, takes uint8 [H, W, C]")
+    return copied
 
 
 def _taken(space: Any, name: str | None) -> Frame:
@@ -141,25 +220,3 @@ class Raster:
         distance = np.hypot(middle[None, :] - x, middle[:, None] - (self.size - y))
         frame[..., 0] = np.round(255 * np.clip(self.radius + 0.5 - distance, 0, 1))
         return frame
-
-
-def point_maze(env: Any, size: int = 64) -> Adapter:
-    """PointMaze of gymnasium-robotics, drawn from its position and map, without MuJoCo's renderer.
-
-    states: position and velocity.
-    """
-    maze = env.unwrapped.maze
-    walls = np.array([[cell == 1 for cell in row] for row in maze.maze_map])
-    half = maze.maze_size_scaling * np.array(walls.shape[::-1]) / 2.0
-    raster = Raster(-half, half, size, walls=walls)
-
-    def drawn(observation: Any, info: dict[str, Any]) -> NDArray[np.uint8]:
-        return raster(observation["achieved_goal"])
-
-    def states(observation: Any, info: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "position": observation["observation"][:2],
-            "velocity": observation["observation"][2:],
-        }
-
-    return Adapter(env, drawn, states)

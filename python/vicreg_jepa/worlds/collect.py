@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from vicreg_jepa.worlds import episodes, store
-from vicreg_jepa.worlds.adapter import Adapter
+from vicreg_jepa.worlds.adapter import Adapter, Task
 from vicreg_jepa.worlds.named import WORLDS, named
+from vicreg_jepa.worlds.point_maze import point_maze
 from vicreg_jepa.worlds.policies import BLIND, POLICIES
 
 
@@ -21,11 +22,14 @@ def collect(
     policy: str = "walk",
     settings: dict[str, Any] | None = None,
     done: Callable[[int], None] = lambda count: None,
+    history: int = 1,
+    repeat: int = 1,
 ) -> list[Path]:
     """Simulate and write `count` episodes of `length` actions; returns the paths of the shards.
 
-    world: TwoRooms, Maze, or the name of a gymnasium environment whose observation is an image.
-    Raises ValueError for bad arguments, before anything is written.
+    world: TwoRooms, Maze, or the name of a gymnasium environment whose observation is an image, or
+    of a PointMaze. history, repeat: of gymnasium environments; see Adapter. Raises ValueError for
+    bad arguments, before anything is written.
     """
     chosen = settings or {}
     for name, value in (("episodes", count), ("length", length)):
@@ -37,14 +41,45 @@ def collect(
     if policy not in takes:
         raise ValueError(f"policy: got {policy!r}, {world} takes {', '.join(takes)}")
     made: Iterator[episodes.Episode]
+    described: dict[str, Any] = {"world": world, "policy": policy, "seed": seed}
     if world in WORLDS:
+        for name, value in (("history", history), ("repeat", repeat)):
+            if value != 1:
+                raise ValueError(f"{name}: got {value}, {world} takes 1")
         its = named(world, **chosen)
         chosen = its.settings()
         made = episodes.play(its, POLICIES[policy], seed, count, length)
     else:
-        made = Adapter(_environment(world, chosen)).play(policy, seed, count, length)
-    described = {"world": world, "settings": chosen, "policy": policy, "seed": seed}
+        made = adapted(world, chosen, history, repeat).play(policy, seed, count, length)
+        described |= {"history": history, "repeat": repeat}
+    described["settings"] = chosen
     return store.write(output, made, described, done=done)
+
+
+def adapted(name: str, settings: dict[str, Any], history: int, repeat: int) -> Adapter:
+    """The adapter of a gymnasium environment whose observation is an image, or of a PointMaze. The
+    task of the former is what its info says: after a reset `goal`, the image at the goal, and then
+    `success`.
+    """
+    env = _environment(name, settings)
+    if "PointMaze" in name:
+        return point_maze(env, history=history, repeat=repeat)
+    return Adapter(env, task=TASK_OF_INFO, history=history, repeat=repeat)
+
+
+def _said(info: dict[str, Any], name: str) -> Any:
+    if name not in info:
+        raise ValueError(
+            f"info: got {list(info)}, takes {name!r} too: to be planned in, an environment says "
+            "`goal`, the image at the goal, after a reset, and `success` after each step"
+        )
+    return info[name]
+
+
+TASK_OF_INFO = Task(
+    goal=lambda observation, info: _said(info, "goal"),
+    success=lambda observation, info: bool(_said(info, "success")),
+)
 
 
 def _environment(name: str, settings: dict[str, Any]) -> Any:

@@ -1,0 +1,97 @@
+"""Model predictive control: when a plan is made, and which of its actions is next."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from vicreg_jepa.planning import checks
+from vicreg_jepa.planning.energies import Arrival, EnergyLike, to_goal
+from vicreg_jepa.planning.model import LatentModel
+from vicreg_jepa.planning.planner import Plan
+
+
+class Plans(Protocol):
+    """What episodes need of a planner; see Planner for the meaning."""
+
+    @property
+    def interval(self) -> int: ...
+    def held(self, actions: Tensor) -> Tensor: ...
+    def shifted(self, actions: Tensor, steps: int) -> Tensor: ...
+    def plan(
+        self,
+        model: LatentModel,
+        start: Tensor,
+        energy: EnergyLike,
+        seed: Tensor,
+        time: Tensor | int = 0,
+        former: Tensor | None = None,
+        arrival: Arrival | None = None,
+    ) -> Plan: ...
+
+
+class Control:
+    """Model predictive control of N environments: a plan every `interval` steps, whose actions are
+    executed until the next one.
+
+    goal: the latents [N, D] that are to be reached. near: the distance of latents at which a plan
+    has arrived. energy: a function of the goal's latents; by default to_goal. keep: whether `plans`
+    has the plans.
+    """
+
+    def __init__(
+        self,
+        model: LatentModel,
+        planner: Plans,
+        seeds: Tensor,
+        goal: Tensor,
+        near: float,
+        energy: Callable[[Tensor], EnergyLike] | None = None,
+        keep: bool = True,
+    ) -> None:
+        self.model, self.planner, self.seeds, self.keep = model, planner, seeds, keep
+        self.minimised = to_goal(goal, near) if energy is None else energy(goal)
+        self.arrives = Arrival(goal, near)
+        self.iterations = self.rollout_steps = torch.zeros_like(seeds)
+        self.plans: list[Plan] = []
+        self.former: Tensor | None = None
+        self.coming, self.seconds = torch.empty(0), 0.0
+
+    def action(self, step: int, latents: Callable[[], Tensor]) -> Tensor:
+        """The actions [N, A] of a step; latents: gives those of what is seen, [N, D], if a plan is
+        due.
+        """
+        place = step % self.planner.interval
+        if place == 0:
+            self._plan(step, latents())
+        return self.coming[:, place]
+
+    def _plan(self, step: int, latents: Tensor) -> None:
+        begun = time.perf_counter()
+        plan = self.planner.plan(
+            self.model, latents, self.minimised, self.seeds, step, self.former, self.arrives
+        )
+        self.seconds += time.perf_counter() - begun
+        self.coming = self.planner.held(plan.actions)
+        self.former = self.planner.shifted(plan.actions, self.planner.interval)
+        self.iterations = self.iterations + plan.iterations
+        self.rollout_steps = self.rollout_steps + plan.rollout_steps
+        if self.keep:
+            self.plans.append(plan)
+
+    @property
+    def milliseconds(self) -> float:
+        """Of wall time for each environment, planning alone."""
+        return 1000 * self.seconds / len(self.seeds)
+
+
+def check_seeds(seeds: Tensor) -> None:
+    checks.shaped("seeds", seeds, None)
+    if seeds.dtype != torch.int64 or not len(seeds):
+        raise ValueError(
+            f"seeds: got {len(seeds)} of {seeds.dtype}, takes one or more of torch.int64"
+        )
