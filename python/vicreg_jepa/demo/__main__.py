@@ -1,9 +1,10 @@
-"""Train on digits with the fused kernels and with plain PyTorch, then on physics videos.
+"""Train on digits with the fused kernels and with plain PyTorch, on physics videos, and on a world.
 
     python -m vicreg_jepa.demo --output runs/demo
 
 Prints a table of the speed, memory and parity of the fused kernels; then trains a V-JEPA on
-simulated videos and draws its surprise at an impossible one.
+simulated videos and draws its surprise at an impossible one; then trains a world model and plans
+with it.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from pathlib import Path
 
 from vicreg_jepa.cli_options import reported
 
-PARTS = ("digits", "physics")
+PARTS = ("digits", "physics", "world")
 
 
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         prog="python -m vicreg_jepa.demo",
-        description="VICReg on digits, fused against plain PyTorch; then a V-JEPA's surprise at "
-        "impossible physics.",
+        description="VICReg on digits, fused against plain PyTorch; a V-JEPA's surprise at "
+        "impossible physics; a world model that plans.",
     )
     add = options.add_argument
     add("--output", type=Path, default=Path("runs/demo"), help="a folder; %(default)s")
-    add("--only", choices=PARTS, help="one of the two parts")
+    add("--only", choices=PARTS, help="one of the three parts")
     add("overrides", nargs="*", metavar="key=value", help="with --only: its recipe's settings")
     return options
 
@@ -40,9 +41,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(chosen: argparse.Namespace) -> int:
-    from vicreg_jepa.demo import digits, physics
+    from vicreg_jepa.demo import digits, physics, world
 
-    for name, part in (("digits", digits), ("physics", physics)):
+    for name, part in (("digits", digits), ("physics", physics), ("world", world)):
         if chosen.only in (None, name):
             part.run(part.settings(chosen.output, chosen.overrides), chosen.output)
     return 0

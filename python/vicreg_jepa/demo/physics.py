@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from vicreg_jepa import config
-from vicreg_jepa.compare import compare, timing
 from vicreg_jepa.compare.memory import in_own_process
 from vicreg_jepa.config import Config
-from vicreg_jepa.methods import build
+from vicreg_jepa.demo import steps
 from vicreg_jepa.surprise import physics_test, report
 from vicreg_jepa.training import trainer
 from vicreg_jepa.training.run import restore, train
@@ -21,7 +18,6 @@ from vicreg_jepa.training.run import restore, train
 STEPS, VIDEOS = 700, 2000
 # Limit of the training. A slow machine does fewer steps, so that the demo ends in ten minutes.
 SECONDS = 210
-TIMED_STEPS = 3
 PROPERTY = "permanence"
 QUADRUPLETS = 10
 
@@ -40,32 +36,7 @@ def settings(output: Path, overrides: Sequence[str]) -> Config:
             print("this CPU has no instructions for bfloat16: training in float32", file=sys.stderr)
     if any(words.startswith("training.steps=") for words in overrides):
         return chosen
-    return fitted(chosen, in_own_process(seconds_of_a_step, config.describe(chosen)))
-
-
-def seconds_of_a_step(described: dict[str, Any]) -> float:
-    """The median time of some steps, after two warm-up steps and without reading videos."""
-    settings = config.parse(described)
-    batch, channels = compare.batch_of(settings)
-    with tempfile.TemporaryDirectory() as folder:
-        method = build.method(settings, channels).train()
-        steps = trainer.Trainer(settings, method, trainer.Ranks(), Path(folder))
-        action = {"step": lambda: steps.take(batch)}
-        seconds = timing.interleaved(action, steps.device, rounds=TIMED_STEPS)["step"]
-    return sorted(seconds)[TIMED_STEPS // 2]
-
-
-def fitted(settings: Config, seconds: float) -> Config:
-    """The settings with at most as many steps, of `seconds` each, as fit into SECONDS."""
-    steps = max(1, min(settings.training.steps, int(SECONDS / seconds)))
-    if steps < settings.training.steps:
-        print(
-            f"a step takes {seconds:.2f} s on this machine: training {steps} steps instead of "
-            f"{settings.training.steps}, about {SECONDS} s",
-            file=sys.stderr,
-        )
-    values = config.describe(settings)
-    return config.parse(values | {"training": values["training"] | {"steps": steps}})
+    return steps.fitted(chosen, SECONDS)
 
 
 def run(settings: Config, output: Path) -> None:
