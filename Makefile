@@ -29,7 +29,7 @@ $(VENV)/libraries: $(VENV)/packages $(SOURCES)
 
 setup: $(VENV)/libraries ## build the CPU library and install what the rest needs into .venv
 # Start fresh: an existing physics run would be resumed.
-demo: setup ## train VICReg on digits, fused against plain, and a V-JEPA on physics: 10 minutes
+demo: setup ## train VICReg on digits, a V-JEPA on physics, a world model that plans: 8 minutes
 	rm -rf runs/demo
 	$(BIN)/python -m vicreg_jepa.demo --output runs/demo
 

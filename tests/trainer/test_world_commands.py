@@ -176,7 +176,7 @@ def test_plan_acts_in_any_environment(adapted_run, capsys):
     assert 1 <= rows[1]["iterations"] <= 14
     assert "failed: run, step 2:" in capsys.readouterr().out
     with Image.open(folder / "run/plan/episodes.png") as picture:
-        assert picture.size == (9 * 132 - 4, 4 * 132 - 4)
+        assert picture.size == (9 * 132 + 80, 4 * 132 + 16)
     with Image.open(folder / "run/plan/episode.gif") as film:
         assert film.n_frames > 1
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from vicreg_jepa.planning import adapted
@@ -24,6 +24,7 @@ from vicreg_jepa.worlds.world import STEPS
 
 SHOWN, ROWS = 8, 4  # frames of an episode, and episodes, in the picture
 EDGE, GAP = 128, 4  # pixels of a frame in a picture, and between frames
+HEAD, NOTE, INK = 20, 80, (0, 0, 0)  # the titles above the frames, and the words behind them
 MILLISECONDS = 80  # of a frame of the GIF
 
 
@@ -109,17 +110,24 @@ def _chosen(played: Played) -> list[int]:
 
 
 def draw(played: Played, history: int, path: Path) -> None:
-    """A row for each of some episodes: the goal, then frames from the first to the last. Writes a
-    PNG.
+    """A row for each of some episodes: the goal, frames from the first to the last, and whether the
+    goal was reached. Writes a PNG.
     """
     times = torch.linspace(0, played.frames.shape[1] - 1, SHOWN).round().long()
     rows = []
     for number in _chosen(played):
         some = torch.cat([played.goals[number][None], played.frames[number, times]])
-        rows.append(_pasted(_coloured(some, history)))
-    sheet = Image.new("RGB", (rows[0].width, len(rows) * (EDGE + GAP) - GAP), "white")
-    for place, row in enumerate(rows):
-        sheet.paste(row, (0, place * (EDGE + GAP)))
+        rows.append((_pasted(_coloured(some, history)), bool(played.success[number])))
+    width = rows[0][0].width + GAP + NOTE
+    sheet = Image.new("RGB", (width, HEAD + len(rows) * (EDGE + GAP) - GAP), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for column, title in enumerate(["goal", *(f"step {time}" for time in times.tolist())]):
+        pen.text((column * (EDGE + GAP) + 4, 2), title, INK, font)
+    for place, (row, success) in enumerate(rows):
+        top = HEAD + place * (EDGE + GAP)
+        sheet.paste(row, (0, top))
+        pen.text((row.width + GAP, top + EDGE // 2 - 8), "reached" if success else "not reached",
+                 INK, font)  # fmt: skip
     sheet.save(path)
 
 
