@@ -1,7 +1,10 @@
-"""Planning beside the CEM of stable-worldmodel and of eb_jepa: the same true dynamics, energy and
-budget, in the same episodes, interleaved.
+"""Planning beside the CEM of stable-worldmodel and of eb_jepa: the same model, energy and budget,
+in the same episodes, interleaved.
 
     python -m bench.planning --environments 1 8 64
+    python -m bench.planning --run runs/world
+
+The model is the true dynamics, or that of a run of the trainer.
 
 A peer that cannot be imported is left out, and the output says so.
 """
@@ -13,21 +16,26 @@ import contextlib
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from vicreg_jepa.data.trajectories import world_of
+from vicreg_jepa.planning import report
 from vicreg_jepa.planning.control import Plans
 from vicreg_jepa.planning.energies import Arrival, EnergyLike
 from vicreg_jepa.planning.evaluate import Result, episodes
 from vicreg_jepa.planning.model import LatentModel, TrueModel
 from vicreg_jepa.planning.planner import Effort, Plan
 from vicreg_jepa.planning.planners import CEM, ICEM
+from vicreg_jepa.training.run import restore
 from vicreg_jepa.worlds.two_rooms import TwoRooms
+from vicreg_jepa.worlds.world import World
 
 BUDGET: dict[str, Any] = {"horizon": 16, "repeat": 5, "candidates": 128, "iterations": 10}
-ELITES, INTERVAL, NEAR = 24, 20, 2.0
+ELITES, INTERVAL = 24, 20
 
 
 @dataclass(frozen=True)
@@ -163,24 +171,25 @@ def main() -> None:
     parser.add_argument("--environments", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--run", type=Path, help="a trained world model; default: the true one")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    world = TwoRooms()
+    world: World = TwoRooms()
+    model: Any = TrueModel(world)
+    near = report.TRUE_NEAR
+    if options.run is not None:
+        settings, model, _ = restore(options.run)
+        world = world_of(settings)
+        near = report.NEAR * report.step_length(model, world)
     plans = contenders()
     for count in options.environments:
         results: dict[str, list[Result]] = {name: [] for name in plans}
         for number in range(options.rounds):
             seeds = torch.arange(number * count, (number + 1) * count)
             for name, planner in plans.items():
-                with contextlib.redirect_stdout(io.StringIO()):
+                with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
                     result = episodes(
-                        TrueModel(world),
-                        world,
-                        planner,
-                        seeds,
-                        NEAR,
-                        steps=options.steps,
-                        keep=False,
+                        model, world, planner, seeds, near, steps=options.steps, keep=False
                     )
                 results[name].append(result)
         for name, some in results.items():
