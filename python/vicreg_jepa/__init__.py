@@ -5,3 +5,19 @@ and surprise/ measure what was learned, compare/ times it, and demo/ shows all o
 data/, distributed/, ops/, models/ and files/; physics/ simulates videos,
 worlds/ simulates environments that take actions.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vicreg_jepa.training.export import Encoder
+
+
+def load_encoder(file: str | Path) -> Encoder:
+    """Load an encoder that `vicreg-jepa export` wrote; see training/export.py."""
+    from vicreg_jepa.training import export
+
+    return export.load_encoder(file)

@@ -39,6 +39,12 @@ def parser() -> argparse.ArgumentParser:
     five = commands.add_parser("export", help="write a run's encoder as safetensors")
     five.add_argument("run", type=Path)
     five.add_argument("file", type=Path)
+    five.add_argument(
+        "--format",
+        choices=("own", "timm"),
+        default="own",
+        help="own: for vicreg_jepa.load_encoder; timm: for its VisionTransformer, from a ViT",
+    )
     seven = commands.add_parser("plan", help="plan with runs of a world model, beside controls")
     seven.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="runs on the same world")
     seven.add_argument("--output", type=Path, help="folder of the pictures; default RUN/plan")
@@ -186,17 +192,9 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from safetensors.torch import save_file
+    from vicreg_jepa.training import export
 
-    from vicreg_jepa.files import output
-    from vicreg_jepa.training.run import restore
-
-    settings, method, step = restore(options.run)
-    part, network = method.exported()
-    tensors = {name: z.contiguous() for name, z in network.state_dict().items()}
-    with output.writing(options.file):
-        save_file(tensors, options.file, metadata={"method": settings.method, "step": str(step)})
-    print(f"{len(tensors)} tensors of the {part}: {options.file}")
+    print(export.write(options.run, options.file, options.format))
     return 0
 
 

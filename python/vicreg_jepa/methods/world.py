@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from vicreg_jepa.methods.base import MethodKind, check_heads, register
 from vicreg_jepa.models.dynamics import Dynamics, GRUDynamics, MLPDynamics
 from vicreg_jepa.models.dynamics_transformer import TransformerDynamics
-from vicreg_jepa.models.frames import ConvFrames, ViTFrames
+from vicreg_jepa.models.frames import ConvFrames, Frames, ViTFrames
 from vicreg_jepa.models.perceptron import mlp
 from vicreg_jepa.ops.choose import Kernels
 
@@ -53,7 +53,7 @@ class World(nn.Module):
     [..., A] -> [..., E]. predictor: of latents. inverse: [..., 2 D] of consecutive latents -> the
     action [..., A] between them; None without that term. unroll: the steps of an unrolled
     prediction. pairs: the pairs of consecutive frames of a window that are encoded; 0: all frames.
-    slices: the random directions of SIGReg. actions: A. channels: C.
+    slices: the random directions of SIGReg. actions: A.
 
     In training mode `step` counts the optimizer's steps; SIGReg's random directions depend on it.
     """
@@ -62,7 +62,7 @@ class World(nn.Module):
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: Frames,
         action_encoder: nn.Module,
         predictor: Dynamics,
         inverse: nn.Module | None,
@@ -70,7 +70,6 @@ class World(nn.Module):
         *,
         actions: int,
         weights: Weights,
-        channels: int,
         unroll: int = 8,
         pairs: int = 0,
         slices: int = 1024,
@@ -80,8 +79,6 @@ class World(nn.Module):
         self.inverse, self.kernels, self.actions = inverse, kernels, actions
         self.weights, self.steps, self.pairs, self.slices = weights, unroll, pairs, slices
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("mean", torch.zeros(channels, 1, 1))
-        self.register_buffer("deviation", torch.ones(channels, 1, 1))
 
     @torch.no_grad()
     def prepare(self, frames: Tensor) -> None:
@@ -93,17 +90,14 @@ class World(nn.Module):
         in Mishkin and Matas, 2016, arXiv:1511.06422.)
         """
         scaled = _scaled(frames)
-        self.mean.copy_(scaled.mean(dim=(0, 2, 3))[:, None, None])
-        spread = scaled.transpose(0, 1).flatten(1).std(dim=1)
-        self.deviation.copy_(torch.where(spread > 0, spread, 1.0)[:, None, None])
-        features = self.encoder.features((scaled - self.mean) / self.deviation).double()
-        whiten(self.encoder.head, features)
+        self.encoder.measure(scaled)
+        whiten(self.encoder.head, self.encoder.features(scaled).double())
 
     def encode(self, frames: Tensor) -> Tensor:
         """Latents [B, D] of frames uint8 [B, H, W, C]. Raises ValueError for another dtype."""
         if frames.dtype != torch.uint8:
             raise ValueError(f"frames: got {frames.dtype}, takes torch.uint8, 0 to 255")
-        return self.encoder((_scaled(frames) - self.mean) / self.deviation)
+        return self.encoder(_scaled(frames))
 
     def rollout(self, start: Tensor, actions: Tensor) -> Tensor:
         """The predicted latents [B, K, H, D] after latents `start` [B, D], for K candidate
@@ -230,7 +224,7 @@ def whiten(layer: nn.Linear, features: Tensor) -> None:
     layer.bias.copy_(-weight @ features.mean(dim=0))
 
 
-def _encoder(config: Config, kernels: Kernels, channels: int) -> nn.Module:
+def _encoder(config: Config, kernels: Kernels, channels: int) -> Frames:
     model, size = config.model, config.data.size
     if model.encoder == "conv":
         return ConvFrames(channels, size, model.dim, model.latent, model.keypoints)
@@ -263,7 +257,7 @@ def build(config: Config, kernels: Kernels, channels: int) -> World:
     weights = Weights(**{name: getattr(loss, name) for name in Weights.__dataclass_fields__})
     return World(
         encoder, embed, predictor, inverse, kernels, actions=data.actions, weights=weights,
-        channels=channels, unroll=loss.unroll, pairs=loss.pairs, slices=loss.slices,
+        unroll=loss.unroll, pairs=loss.pairs, slices=loss.slices,
     )  # fmt: skip
 
 

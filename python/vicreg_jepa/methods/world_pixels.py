@@ -76,16 +76,10 @@ class WorldPixels(nn.Module):
             actions,
             unroll,
         )
-        self.register_buffer("mean", torch.zeros(channels, 1, 1))
-        self.register_buffer("deviation", torch.ones(channels, 1, 1))
 
-    @torch.no_grad()
     def prepare(self, frames: Tensor) -> None:
         """Set the mean and the deviation of each channel of frames uint8 [N, H, W, C]."""
-        pixels = self.encode(frames).unflatten(1, self.shape)
-        self.mean.copy_(pixels.mean(dim=(0, 2, 3))[:, None, None])
-        spread = pixels.transpose(0, 1).flatten(1).std(dim=1)
-        self.deviation.copy_(torch.where(spread > 0, spread, 1.0)[:, None, None])
+        self.encoder.measure(self.encode(frames).unflatten(1, self.shape))
 
     def encode(self, frames: Tensor) -> Tensor:
         """float32 [B, C * H * W] of frames uint8 [B, H, W, C]. Raises ValueError for another
@@ -97,10 +91,9 @@ class WorldPixels(nn.Module):
 
     def following(self, pixels: Tensor, embedded: Tensor) -> Tensor:
         """The next frames [N, C * H * W] of frames, after embedded actions [N, E]."""
-        frames = pixels.unflatten(1, self.shape)
-        features = self.encoder.features((frames - self.mean) / self.deviation)
+        features = self.encoder.features(pixels.unflatten(1, self.shape))
         change = self.decoder(self.middle(torch.cat((features, embedded), dim=1)))
-        return pixels + (self.deviation * change).flatten(1)
+        return pixels + (self.encoder.deviation * change).flatten(1)
 
     def rollout(self, start: Tensor, actions: Tensor) -> Tensor:
         """Predicted frames [B, K, H, D] after frames `start` [B, D], for K candidate sequences of H
@@ -122,7 +115,7 @@ class WorldPixels(nn.Module):
         embedded, pixels, errors = self.action_encoder(actions), wanted[:, 0], []
         for step in range(self.steps):
             pixels = self.following(pixels, embedded[:, step])
-            off = (pixels - wanted[:, step + 1]).unflatten(1, self.shape) / self.deviation
+            off = (pixels - wanted[:, step + 1]).unflatten(1, self.shape) / self.encoder.deviation
             errors.append(off.float().square().mean())
         return torch.stack(errors).mean()
 
@@ -131,8 +124,7 @@ class WorldPixels(nn.Module):
 
     def features(self, frames: Tensor) -> Tensor:
         """[B, features] of frames uint8 [B, H, W, C], the input of a probe."""
-        pixels = self.encode(frames).unflatten(1, self.shape)
-        return self.encoder.features((pixels - self.mean) / self.deviation)
+        return self.encoder.features(self.encode(frames).unflatten(1, self.shape))
 
     def exported(self) -> tuple[str, nn.Module]:
         return "encoder", self.encoder

@@ -17,7 +17,31 @@ KEYPOINT_MAP = 2  # keypoints are read from the map after so many convolutions
 HIDDEN = 256  # the width of the hidden layer of ConvFrames
 
 
-class ConvFrames(nn.Module):
+class Frames(nn.Module):
+    """The base class. The channels are normalised by a mean and a deviation that `measure` sets,
+    and that are part of the network's state.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("deviation", torch.ones(channels, 1, 1))
+
+    @torch.no_grad()
+    def measure(self, frames: Tensor) -> None:
+        """Set the mean and the deviation of each channel to those of frames [N, C, H, W]."""
+        self.mean.copy_(frames.mean(dim=(0, 2, 3))[:, None, None])
+        spread = frames.transpose(0, 1).flatten(1).std(dim=1)
+        self.deviation.copy_(torch.where(spread > 0, spread, 1.0)[:, None, None])
+
+    def normalised(self, frames: Tensor) -> Tensor:
+        return (frames - self.mean) / self.deviation
+
+
+class ConvFrames(Frames):
     """3 x 3 convolutions of stride 2 with GELU and without batch norm, a hidden layer of the whole
     last map, and a linear layer.
 
@@ -31,7 +55,7 @@ class ConvFrames(nn.Module):
     """
 
     def __init__(self, channels: int, size: int, dim: int, latent: int, keypoints: int = 0) -> None:
-        super().__init__()
+        super().__init__(channels)
         if size < 16:
             raise ValueError(f"size: got {size}, takes at least 16 pixels")
         if dim < 4:
@@ -50,7 +74,7 @@ class ConvFrames(nn.Module):
 
     def features(self, frames: Tensor) -> Tensor:
         """The input of the last linear layer, [N, features]."""
-        x, points = frames, []
+        x, points = self.normalised(frames), []
         for depth, convolution in enumerate(self.convolutions, start=1):
             x = nn.functional.gelu(convolution(x))
             if depth == KEYPOINT_MAP and self.keypoints is not None:
@@ -84,7 +108,7 @@ class Keypoints(nn.Module):
         return torch.cat((shares.sum(dim=2) @ x, shares.sum(dim=3) @ y), dim=1)
 
 
-class ViTFrames(nn.Module):
+class ViTFrames(Frames):
     """A ViT and a linear layer of all its tokens. A frame whose edge is no multiple of the patch
     is enlarged at its right and lower edges, by repeating the last pixels.
 
@@ -103,7 +127,7 @@ class ViTFrames(nn.Module):
         patch: int,
         attend: Attend,
     ) -> None:
-        super().__init__()
+        super().__init__(channels)
         self.attend, self.missing = attend, -size % patch
         extent = size + self.missing
         self.vit = ViT((channels, 1, extent, extent), (1, patch, patch), dim, depth, heads)
@@ -111,7 +135,7 @@ class ViTFrames(nn.Module):
 
     def features(self, frames: Tensor) -> Tensor:
         """The input of the last linear layer, [N, features]."""
-        missing = (0, self.missing) * 2
+        frames, missing = self.normalised(frames), (0, self.missing) * 2
         if self.missing:
             frames = nn.functional.pad(frames, missing, mode="replicate")
         return self.vit.run(self.vit.embed(frames), self.attend).flatten(1)

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 import vicreg_kernels as vk
 
+# Pixels in [0, 1] are scaled to (x - CENTRE) / SCALE before the projection of patches.
+CENTRE, SCALE = 0.5, 0.25
+
 # (attention module, its normed input) -> its output
 Attend = Callable[[vk.MaskedAttention, Tensor], Tensor]
 
@@ -126,7 +129,7 @@ class PatchEmbed(nn.Module):
         """The patches, scaled for the projection: pixels in [0, 1] become centred about 0, with a
         scale at which a patch weighs as much as its position.
         """
-        return (self.patches(x) - 0.5) / 0.25
+        return (self.patches(x) - CENTRE) / SCALE
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pixels(x)  # as a product: it equals the convolution

@@ -1,0 +1,159 @@
+"""`vicreg-jepa export`, and what loads its files: vicreg_jepa.load_encoder, timm, plain torch."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from vicreg_jepa import cli, load_encoder
+from vicreg_jepa.data import batches, sources
+from vicreg_jepa.training.run import restore
+
+SMALL = ["training.steps=2", "training.batch=4", "training.save_every=2"]
+VIT = ["model.dim=32", "model.depth=2", "model.heads=2"]
+RUNS = {
+    "vicreg": ["vicreg_digits", "model.dim=16", "model.expander=[16,32]"],
+    "vicreg_vit": ["vicreg_digits", "model.encoder=vit", "model.expander=[16,32]", *VIT],
+    "ijepa": ["ijepa_digits", *VIT, "model.predictor_dim=32", "model.predictor_heads=2"],
+    "vjepa": ["vjepa_physics", *VIT, "model.predictor_dim=32", "model.predictor_heads=2",
+              "model.predictor_depth=1", "data.videos=4"],
+    "world": ["world_two_rooms", "model.dim=8", "model.keypoints=4", "model.latent=8",
+              "model.predictor_dim=16", "data.window=6", "loss.unroll=4", "loss.pairs=2"],
+    "world_pixels": ["world_two_rooms_pixels", "model.dim=8", "model.keypoints=4",
+                     "model.predictor_dim=16", "data.window=6"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("export")
+
+
+def trained(folder, name):
+    run = folder / name
+    if not run.exists():
+        words = list(RUNS[name])
+        if name == "vjepa":
+            words.append(f"data.path={folder / 'videos'}")
+        assert cli.main(["train", *words, *SMALL, "--output", str(run)]) == 0
+    return run
+
+
+def samples(settings, channels):
+    torch.manual_seed(1)
+    size = settings.data.size
+    if settings.is_of_trajectories:
+        return torch.randint(0, 256, (3, size, size, channels), dtype=torch.uint8)
+    shape = (settings.data.frames,) if settings.is_video else ()
+    return torch.rand(3, channels, *shape, size, size)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_loaded_encoder_gives_the_run_s_features(folder, name, tmp_path):
+    run, file = trained(folder, name), tmp_path / "encoder.safetensors"
+    assert cli.main(["export", str(run), str(file)]) == 0
+    settings, method, step = restore(run)
+    before = torch.random.get_rng_state()
+    encoder = load_encoder(file)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert (encoder.step, encoder.settings, encoder.training) == (step, settings, False)
+    seen = samples(settings, method.channels)
+    with torch.no_grad():
+        wanted = method.features(seen)
+        assert torch.equal(encoder(seen), wanted)
+    # The weights were loaded, and all of them: the encoder before the training differs.
+    state = encoder.state_dict()
+    assert {name.removeprefix("network.") for name in state} == set(load_file(file))
+    for tensor in state.values():
+        tensor.zero_()
+    with torch.no_grad():
+        assert not torch.equal(encoder(seen), wanted)
+
+
+OF_TORCHVISION = ("", ".ops", ".ops.misc", ".transforms", ".transforms.functional", ".datasets")
+
+
+@pytest.fixture
+def timm(monkeypatch):
+    """timm's module of ViTs. It imports torchvision, which its ViTs do not use; a stand-in will do."""
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed")
+    if importlib.util.find_spec("torchvision") is None:
+        before = set(sys.modules)
+        for name in (f"torchvision{part}" for part in OF_TORCHVISION):
+            stand_in = MagicMock(__path__=[], __spec__=importlib.machinery.ModuleSpec(name, None))
+            monkeypatch.setitem(sys.modules, name, stand_in)
+        module = importlib.import_module("timm.models.vision_transformer")
+        yield module
+        for name in set(sys.modules) - before:  # what was imported beside the stand-in
+            if name.partition(".")[0] == "timm":
+                del sys.modules[name]
+        return
+    yield importlib.import_module("timm.models.vision_transformer")
+
+
+@pytest.mark.parametrize("name", ["ijepa", "vicreg_vit"])
+def test_timm_gives_the_same_features(folder, name, tmp_path, timm):
+    run, file = trained(folder, name), tmp_path / "encoder.safetensors"
+    assert cli.main(["export", str(run), str(file), "--format", "timm"]) == 0
+    with safe_open(file, "pt") as opened:
+        arguments = json.loads(opened.metadata()["timm"])
+    vit = timm.VisionTransformer(**arguments).eval()
+    vit.load_state_dict(load_file(file))
+    settings, method, _ = restore(run)
+    seen = samples(settings, method.channels)
+    with torch.no_grad():
+        torch.testing.assert_close(vit(seen), method.features(seen), rtol=1e-4, atol=1e-5)
+
+
+def test_plain_torch_loads_a_conv_encoder(folder, tmp_path):
+    run, file = trained(folder, "vicreg"), tmp_path / "encoder.safetensors"
+    assert cli.main(["export", str(run), str(file)]) == 0
+    layers = []
+    for inward, outward, stride in ((1, 4, 1), (4, 8, 2), (8, 16, 1)):
+        layers += [torch.nn.Conv2d(inward, outward, 3, stride, 1, bias=False),
+                   torch.nn.BatchNorm2d(outward), torch.nn.GELU()]  # fmt: skip
+    plain = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()).eval()
+    plain.load_state_dict(load_file(file))
+    images, _ = sources.images(restore(run)[0])
+    seen = next(batches.in_order(images, 5, 0))
+    with torch.no_grad():
+        torch.testing.assert_close(plain(seen), restore(run)[1].features(seen))
+
+
+def test_only_vits_of_images_are_timm_s(folder, tmp_path, capsys):
+    for name in ("vicreg", "vjepa", "world"):
+        words = ["export", str(trained(folder, name)), str(tmp_path / "x"), "--format", "timm"]
+        assert cli.main(words) == 2
+        assert "--format: got 'timm', but the encoder of" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_other_files_are_refused(folder, tmp_path):
+    run, file = trained(folder, "ijepa"), tmp_path / "encoder.safetensors"
+    with pytest.raises(ValueError, match="^file: "):
+        load_encoder(tmp_path / "none")
+    (tmp_path / "text").write_text("no tensors")
+    with pytest.raises(ValueError, match="^file: .* is no intact safetensors file"):
+        load_encoder(tmp_path / "text")
+    save_file({"x": torch.zeros(1)}, tmp_path / "bare")
+    with pytest.raises(ValueError, match=r"^file: .* has the metadata \[\], takes a file of"):
+        load_encoder(tmp_path / "bare")
+    assert cli.main(["export", str(run), str(file), "--format", "timm"]) == 0
+    with pytest.raises(ValueError, match="without --format timm"):
+        load_encoder(file)
+    assert cli.main(["export", str(run), str(file)]) == 0
+    with safe_open(file, "pt") as opened:
+        about = opened.metadata()
+    tensors = load_file(file)
+    tensors.pop("norm.weight")
+    save_file(tensors, file, metadata=about)
+    with pytest.raises(ValueError, match="does not fit its configuration"):
+        load_encoder(file)
