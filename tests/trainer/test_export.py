@@ -82,7 +82,7 @@ OF_TORCHVISION = ("", ".ops", ".ops.misc", ".transforms", ".transforms.functiona
 
 @pytest.fixture
 def timm(monkeypatch):
-    """timm's module of ViTs. It imports torchvision, which its ViTs do not use; a stand-in will do."""
+    """timm's module of ViTs. It imports torchvision, which its ViTs do not use."""
     if importlib.util.find_spec("timm") is None:
         pytest.skip("timm is not installed")
     if importlib.util.find_spec("torchvision") is None:
