@@ -138,10 +138,10 @@ def test_only_vits_of_images_are_timm_s(folder, tmp_path, capsys):
 
 def test_other_files_are_refused(folder, tmp_path):
     run, file = trained(folder, "ijepa"), tmp_path / "encoder.safetensors"
-    with pytest.raises(ValueError, match="^file: "):
+    with pytest.raises(ValueError, match=r"^file: "):
         load_encoder(tmp_path / "none")
     (tmp_path / "text").write_text("no tensors")
-    with pytest.raises(ValueError, match="^file: .* is no intact safetensors file"):
+    with pytest.raises(ValueError, match=r"^file: .* is no intact safetensors file"):
         load_encoder(tmp_path / "text")
     save_file({"x": torch.zeros(1)}, tmp_path / "bare")
     with pytest.raises(ValueError, match=r"^file: .* has the metadata \[\], takes a file of"):

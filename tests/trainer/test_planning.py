@@ -396,8 +396,9 @@ def test_the_examples_of_the_page_run():
     page = Path(__file__).parents[2] / "docs" / "planning.md"
     code = "from typing import Protocol\n"
     for indented, lines in groupby(page.read_text().splitlines(), lambda x: x[:4] in ("    ", "")):
-        if indented:
-            code += textwrap.dedent("\n".join(lines)) + "\n"
+        block = textwrap.dedent("\n".join(lines))
+        if indented and not block.lstrip().startswith("vicreg-jepa"):
+            code += block + "\n"
     found: dict[str, Any] = {}
     exec(compile(code.replace("arange(50)", "arange(3)"), str(page), "exec"), found)
     assert found["result"].success.all()
