@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from vicreg_jepa.training.export import Encoder
+    from vicreg_jepa.training.encoder import Encoder
 
 
 def load_encoder(file: str | Path) -> Encoder:
-    """Load an encoder that `vicreg-jepa export` wrote; see training/export.py."""
-    from vicreg_jepa.training import export
+    """Load an encoder that `vicreg-jepa export` wrote; see training/encoder.py."""
+    from vicreg_jepa.training import encoder
 
-    return export.load_encoder(file)
+    return encoder.load_encoder(file)

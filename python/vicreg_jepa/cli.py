@@ -193,8 +193,9 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     from vicreg_jepa.training import export
+    from vicreg_jepa.training.run import restore
 
-    print(export.write(options.run, options.file, options.format))
+    print(export.write(*restore(options.run), options.file, options.format))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Writes a trained encoder into one safetensors file, and loads it from there."""
+"""Writes a trained encoder into one safetensors file."""
 
 from __future__ import annotations
 
@@ -6,50 +6,26 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vicreg_jepa import config
-from vicreg_jepa.files import listing, output
-from vicreg_jepa.methods import build
+from vicreg_jepa.files import output
 from vicreg_jepa.methods.networks import Pooled
 from vicreg_jepa.models.vit import CENTRE, SCALE, ViT
-from vicreg_jepa.training.run import restore
-
-FORMATS = ("own", "timm")
-KIND = "vicreg_jepa encoder"
+from vicreg_jepa.training.encoder import KIND
 
 
-class Encoder(nn.Module):
-    """A trained encoder. forward: images [B, C, H, W] or clips [B, C, F, H, W], floats in [0, 1],
-    or a world model's frames, uint8 [B, H, W, C] -> features [B, D], as probes see them.
-
-    network: the exported part of the method, with its weights; settings: the run's configuration;
-    step: the step of the training.
-    """
-
-    def __init__(self, method: nn.Module, settings: config.Config, step: int) -> None:
-        super().__init__()
-        self.network = method.exported()[1]
-        self.settings, self.step = settings, step
-        # Not registered: the rest of the method, such as the expander, was not exported.
-        self.methods = (method,)
-
-    def forward(self, samples: Tensor) -> Tensor:
-        return self.methods[0].features(samples)
-
-
-def write(run: Path, file: Path, form: str = "own") -> str:
-    """Write the encoder of a run's newest checkpoint; returns a sentence about it.
+def write(
+    settings: config.Config, method: nn.Module, step: int, file: Path, form: str = "own"
+) -> str:
+    """Write the encoder of a method, as `restore` gives it; returns a sentence about it.
 
     form: "own", for load_encoder: the tensors, and in the metadata the configuration. "timm", for
     timm's VisionTransformer: its names and shapes, and in the metadata its arguments; it takes
     images with values in [0, 1], and its features are the same. Raises ValueError for "timm", if
     the encoder is not a ViT of images.
     """
-    settings, method, step = restore(run)
     part, network = method.exported()
     if form == "timm":
         tensors, arguments = _timm(settings, network)
@@ -61,34 +37,6 @@ def write(run: Path, file: Path, form: str = "own") -> str:
     with output.writing(file):
         save_file({name: z.contiguous() for name, z in tensors.items()}, file, metadata=about)
     return f"{len(tensors)} tensors of the {part}: {file}"
-
-
-def load_encoder(file: str | Path) -> Encoder:
-    """Load what `vicreg-jepa export RUN FILE` wrote, on the CPU and in evaluation mode. Raises
-    ValueError if the file is another one, or damaged.
-    """
-    path = listing.regular(Path(file), "file")
-    try:
-        with safe_open(path, "pt") as opened:
-            about: dict[str, str] = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"file: {path} is no intact safetensors file ({error})") from error
-    if about.get("kind") != KIND or "config" not in about:
-        raise ValueError(
-            f"file: {path} has the metadata {sorted(about)}, takes a file of `vicreg-jepa export` "
-            "without --format timm"
-        )
-    settings = config.parse(json.loads(about["config"]))
-    with torch.random.fork_rng():  # building draws weights, which are replaced
-        method = build.method(settings, int(about["channels"]))
-    encoder = Encoder(method, settings, int(about["step"]))
-    try:
-        encoder.network.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"file: {path} does not fit its configuration ({error})") from error
-    method.eval()
-    return encoder.eval()
 
 
 def _timm(settings: config.Config, network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:

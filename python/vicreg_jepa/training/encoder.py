@@ -1,0 +1,63 @@
+"""A trained encoder from the file that `vicreg-jepa export` wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from vicreg_jepa import config
+from vicreg_jepa.files import listing
+from vicreg_jepa.methods import build
+
+KIND = "vicreg_jepa encoder"
+
+
+class Encoder(nn.Module):
+    """A trained encoder. forward: images [B, C, H, W] or clips [B, C, F, H, W], floats in [0, 1],
+    or a world model's frames, uint8 [B, H, W, C] -> features [B, D], as probes see them.
+
+    network: the exported part of the method, with its weights; settings: the run's configuration;
+    step: the step of the training.
+    """
+
+    def __init__(self, method: nn.Module, settings: config.Config, step: int) -> None:
+        super().__init__()
+        self.network = method.exported()[1]
+        self.settings, self.step = settings, step
+        # Not registered: the rest of the method, such as the expander, was not exported.
+        self.methods = (method,)
+
+    def forward(self, samples: Tensor) -> Tensor:
+        return self.methods[0].features(samples)
+
+
+def load_encoder(file: str | Path) -> Encoder:
+    """Load what `vicreg-jepa export RUN FILE` wrote, on the CPU and in evaluation mode. Raises
+    ValueError if the file is another one, or damaged.
+    """
+    path = listing.regular(Path(file), "file")
+    try:
+        with safe_open(path, "pt") as opened:
+            about: dict[str, str] = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"file: {path} is no intact safetensors file ({error})") from error
+    if about.get("kind") != KIND or "config" not in about:
+        raise ValueError(
+            f"file: {path} has the metadata {sorted(about)}, takes a file of `vicreg-jepa export` "
+            "without --format timm"
+        )
+    settings = config.parse(json.loads(about["config"]))
+    with torch.random.fork_rng():  # building draws weights, which are replaced
+        method = build.method(settings, int(about["channels"]))
+    encoder = Encoder(method, settings, int(about["step"]))
+    try:
+        encoder.network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"file: {path} does not fit its configuration ({error})") from error
+    method.eval()
+    return encoder.eval()
