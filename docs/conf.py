@@ -14,7 +14,7 @@ project = "vicreg-kernels"
 copyright = "the authors of vicreg-kernels"
 release = version = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton", "docstrings", "tables"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton", "docstrings", "lines", "tables"]
 exclude_patterns = ["figures", "extensions", "static"]
 
 # Markdown: `page.md#a-heading` as GitHub writes it; a link to no page, heading or file is a warning.

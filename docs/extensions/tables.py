@@ -1,6 +1,6 @@
 """Makes tables legible on a narrow screen: site.css shows each row there as a card of its own.
 
-For that every cell of a table of three or more columns begins with its column's heading, which
+For that every cell of a table of two or more columns begins with its column's heading, which
 wide screens hide, and the table says by its class how many columns it has.
 """
 
@@ -19,7 +19,7 @@ class Cards(SphinxPostTransform):
     def run(self, **kwargs: Any) -> None:
         for table in list(self.document.findall(nodes.table)):
             heads = [row for head in table.findall(nodes.thead) for row in head.findall(nodes.row)]
-            if len(heads) != 1 or len(heads[0]) < 3:
+            if len(heads) != 1 or len(heads[0]) < 2:
                 continue
             titles = [entry.astext() for entry in heads[0]]
             table["classes"].append("cards")

@@ -136,7 +136,7 @@ def test_every_page_is_linked():
     for page, link in (
         ("README.md", "docs/{}.md"),
         ("docs/index.md", "({}.md)"),
-        ("docs/index.md", "\n{}\n"),
+        ("docs/index.md", "<{}>\n"),
     ):
         text = (ROOT / page).read_text()
         assert [op for op in sorted(registry.OPS) if link.format(op) not in text] == [], page
