@@ -50,6 +50,14 @@ def inline(text: str) -> str:
     return "".join(parts) + plain(text[end:])
 
 
+def apart(text: str) -> tuple[str, list[tuple[str, str]]]:
+    """A paragraph whose sentences begin with `names:`: what stands before, and (names, text)."""
+    parts = re.split(r"(?:^|(?<=[.;]) )(?=[a-z_]\w*(?:, [a-z_]\w*)*: )", text)
+    head = parts.pop(0) if not ENTRY.match(parts[0]) else ""
+    found = entries([part for part in parts if part]) or []
+    return head, [(names, text.removesuffix(";")) for names, text in found]
+
+
 def blocks(lines: list[str]) -> Iterator[list[str]]:
     """Runs of lines without an empty one between them."""
     block: list[str] = []
@@ -96,7 +104,11 @@ def paragraphs(lines: list[str]) -> list[str]:
         elif found is not None and (len(found) > 1 or len(lines) == len(block)):
             out += definitions(found)
         else:
-            out.append(inline(" ".join(line.strip() for line in block)))
+            text = " ".join(line.strip() for line in block)
+            head, found = apart(text)
+            if len(found) < 2:
+                head, found = text, []
+            out += [inline(head), "", *definitions(found)]
         out.append("")
     return out
 
@@ -140,6 +152,14 @@ def process(app: Any, what: str, name: str, thing: Any, options: Any, lines: lis
     lines[:] = rendered([line.rstrip() for line in lines])
 
 
+def shorten(
+    app: Any, what: str, name: str, thing: Any, options: Any, signature: Any, returns: Any
+) -> Any:
+    """A default that has no text of its own as dots, or Sphinx reads no signature from it."""
+    return (signature or "").replace("<factory>", "...") or None, returns
+
+
 def setup(app: Any) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", process)
+    app.connect("autodoc-process-signature", shorten)
     return {"parallel_read_safe": True}
