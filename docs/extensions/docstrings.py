@@ -50,12 +50,19 @@ def inline(text: str) -> str:
     return "".join(parts) + plain(text[end:])
 
 
-def apart(text: str) -> tuple[str, list[tuple[str, str]]]:
-    """A paragraph whose sentences begin with `names:`: what stands before, and (names, text)."""
+def apart(text: str) -> tuple[str, list[tuple[str, str]], str]:
+    """A paragraph whose sentences begin with `names:`: what stands before, (names, text), and the
+    sentences after the last one's first.
+    """
     parts = re.split(r"(?:^|(?<=[.;]) )(?=[a-z_]\w*(?:, [a-z_]\w*)*: )", text)
     head = parts.pop(0) if not ENTRY.match(parts[0]) else ""
     found = entries([part for part in parts if part]) or []
-    return head, [(names, text.removesuffix(";")) for names, text in found]
+    found = [(names, text.removesuffix(";")) for names, text in found]
+    if len(found) < 2:
+        return text, [], ""
+    names, last = found.pop()
+    last, *tail = re.split(r"(?<=\.) (?=[A-Z])", last, maxsplit=1)
+    return head, [*found, (names, last)], "".join(tail)
 
 
 def blocks(lines: list[str]) -> Iterator[list[str]]:
@@ -79,8 +86,6 @@ def entries(lines: list[str]) -> list[tuple[str, str]] | None:
         elif found and line.startswith(" "):
             names, text = found[-1]
             found[-1] = (names, f"{text} {line.strip()}".strip())
-        elif found and found[-1][1] == "":
-            return None
         else:
             return None
     return found
@@ -104,11 +109,8 @@ def paragraphs(lines: list[str]) -> list[str]:
         elif found is not None and (len(found) > 1 or len(lines) == len(block)):
             out += definitions(found)
         else:
-            text = " ".join(line.strip() for line in block)
-            head, found = apart(text)
-            if len(found) < 2:
-                head, found = text, []
-            out += [inline(head), "", *definitions(found)]
+            head, some, tail = apart(" ".join(line.strip() for line in block))
+            out += [inline(head), "", *definitions(some), inline(tail)]
         out.append("")
     return out
 
