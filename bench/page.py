@@ -2,7 +2,7 @@
 
 python3 -m bench.page
 
-The page has, for each record that it shows, the lines `<!-- bench/results/DEVICE/OP.json -->` and
+The page has, for each record that it shows, the lines `<!-- bench/results/<device>/<op>.json -->` and
 `<!-- end -->`; what is between them is written anew.
 """
 

@@ -8,16 +8,23 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "python"), str(HERE / "extensions")]
 
-from vicreg_kernels.version import __version__
+from vicreg_kernels.version import __version__  # noqa: E402
 
 project = "vicreg-kernels"
 copyright = "the authors of vicreg-kernels"
 release = version = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton", "docstrings", "lines", "tables"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx_copybutton",
+    "docstrings",
+    "lines",
+    "tables",
+]
 exclude_patterns = ["figures", "extensions", "static"]
 
-# Markdown: `page.md#a-heading` as GitHub writes it; a link to no page, heading or file is a warning.
+# `page.md#a-heading` as GitHub writes it; a link to no page, heading or file is a warning.
 myst_heading_anchors = 4
 # Quotes in the text are often those of an argument's value.
 smartquotes = False

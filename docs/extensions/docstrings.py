@@ -1,9 +1,9 @@
 """Turns the docstrings of this library into reStructuredText for Sphinx's autodoc.
 
-A docstring has paragraphs; indented formulas; lists of `name: text`; and the sections Args, Returns,
-Raises, Shapes and Source, in any order, with their text below them or on the same line. Names in
-backticks become links where the reference has them, and `docs/<page>.md` a link to that page. All
-else is text: a star or an underscore in a formula means nothing to Sphinx.
+A docstring has paragraphs; indented formulas; lists of `name: text`; and the sections Args,
+Returns, Raises, Shapes and Source, in any order, with their text below them or on the same line.
+Names in backticks become links where the reference has them, and `docs/<page>.md` a link to that
+page. All else is text: a star or an underscore in a formula means nothing to Sphinx.
 """
 
 from __future__ import annotations
@@ -105,7 +105,11 @@ def paragraphs(lines: list[str]) -> list[str]:
     for block in blocks(lines):
         found = entries(block)
         if block[0].startswith("    "):
-            out += ["::", "", *(f"    {line}" for line in textwrap.dedent("\n".join(block)).split("\n"))]
+            out += [
+                "::",
+                "",
+                *(f"    {line}" for line in textwrap.dedent("\n".join(block)).split("\n")),
+            ]
         elif found is not None and (len(found) > 1 or len(lines) == len(block)):
             out += definitions(found)
         else:

@@ -1,4 +1,4 @@
-"""Every line of highlighted code in a span of its own, so that site.css can indent where it goes on."""
+"""Puts every line of highlighted code in a span, so that site.css can indent where it goes on."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Makes tables legible on a narrow screen: site.css shows each row there as a card of its own.
 
 For that every cell of a table of two or more columns begins with its column's heading, which
-wide screens hide. The class "many" tells tables of many columns, "short" those whose cells may stand
-side by side on a card.
+wide screens hide. The class "many" tells tables of many columns, "short" those whose cells may
+stand side by side on a card.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ class Cards(SphinxPostTransform):
             table["classes"].append("cards")
             if len(titles) > 7:
                 table["classes"].append("many")
-            cells = [entry for body in table.findall(nodes.tbody) for row in body for entry in row[1:]]
+            cells = [
+                entry for body in table.findall(nodes.tbody) for row in body for entry in row[1:]
+            ]
             if all(len(entry.astext()) < 16 for entry in cells):
                 table["classes"].append("short")
             for body in table.findall(nodes.tbody):

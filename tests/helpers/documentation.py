@@ -109,7 +109,9 @@ def _pieces(text: str) -> Iterator[tuple[int, str, str]]:
                 i += 1
             body = textwrap.dedent("\n".join(lines[begin + 1 : i]))
             yield begin + 2, fence[3] or ("text" if "{" in lines[begin] else ""), body
-        elif lines[i].startswith("    ") and (i == 0 or lines[i - 1].strip() == "" or lines[i - 1].endswith("-->")):
+        elif lines[i].startswith("    ") and (
+            i == 0 or lines[i - 1].strip() == "" or lines[i - 1].endswith("-->")
+        ):
             while i + 1 < len(lines) and (lines[i + 1].startswith("    ") or not lines[i + 1]):
                 i += 1
             yield begin + 1, "", textwrap.dedent("\n".join(lines[begin : i + 1])).rstrip()

@@ -101,7 +101,9 @@ def test_blocks_say_what_they_are():
     """A fence without a language, or an indented block, that looks like code and is taken for text
     is not tested.
     """
-    looks = re.compile(r"^(import |from \w[\w.]* import |\w+ = vk\.|vicreg-(jepa|kernels) [a-z])", re.M)
+    looks = re.compile(
+        r"^(import |from \w[\w.]* import |\w+ = vk\.|vicreg-(jepa|kernels) [a-z])", re.M
+    )
     assert [b.name for b in BLOCKS if b.kind == "text" and looks.search(b.text)] == []
 
 
@@ -145,7 +147,9 @@ def call_module(name: str, arguments: list[str]) -> None:
         name = "vicreg_jepa.cli"
     spec = importlib.util.find_spec(name)
     assert spec is not None, f"no module {name}"
-    module = importlib.import_module(f"{name}.__main__" if spec.submodule_search_locations else name)
+    module = importlib.import_module(
+        f"{name}.__main__" if spec.submodule_search_locations else name
+    )
     if not hasattr(module, "main"):
         return
     sys.argv = [name, *arguments]
@@ -227,7 +231,9 @@ def test_commands_parse(block, parsers):
 @pytest.mark.parametrize("name", PAGES)
 def test_commands_in_the_text_parse(name, parsers):
     """A command that is only named may leave out what it requires."""
-    text = re.sub(r"^```.*?^```|^    .*?$|<!--.*?-->", "", (ROOT / name).read_text(), flags=re.M | re.S)
+    text = re.sub(
+        r"^```.*?^```|^    .*?$|<!--.*?-->", "", (ROOT / name).read_text(), flags=re.M | re.S
+    )
     for code in re.findall(r"`([^`\n]+)`", text):
         line = code.replace("RECIPE", "vicreg_digits").replace("<op>", "adaln")
         if not documentation.COMMANDS.match(line) or " " not in line:
@@ -235,7 +241,8 @@ def test_commands_in_the_text_parse(name, parsers):
         try:
             check_command(line)
         except Refused as refused:
-            assert "the following arguments are required" in str(refused), f"{line}: {refused}"
+            if "the following arguments are required" not in str(refused):
+                pytest.fail(f"{line}: {refused}")
 
 
 def test_a_wrong_command_is_found(parsers):
@@ -278,7 +285,7 @@ assert x == 1
     found = documentation.blocks("page.md", text)
     kinds = [(block.line, block.kind, block.mark) for block in found]
     assert kinds[:2] == [(2, "python", ""), (5, "python", "")]
-    assert ("shell", "make test") == (found[-1].kind, found[-1].text)
+    assert (found[-1].kind, found[-1].text) == ("shell", "make test")
     assert found[-2].reason == "needs two machines"
     assert documentation.kind_of("", "r = Σ_j d_j² / N") == "text"
     with pytest.raises(ValueError, match="without a reason"):
@@ -294,11 +301,50 @@ def test_the_reference_has_every_public_name():
     assert "`vicreg_kernels.__version__`" in text
 
 
+def test_docstrings_keep_their_structure():
+    """What the site's extension makes of the parts of a docstring."""
+    path = ROOT / "docs" / "extensions" / "docstrings.py"
+    spec = importlib.util.spec_from_file_location("docstrings", path)
+    assert spec is not None
+    assert spec.loader is not None
+    docstrings = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(docstrings)
+    text = """\
+The loss `vicreg_loss` of x_i * y (docs/vicreg.md has the table),
+
+    loss = |x - y|_1
+
+Args:
+    x, y: [N, D]; the
+        views.
+    eps: added.
+
+Returns: x's shape. Raises: as `vicreg_terms`."""
+    assert [line for line in docstrings.rendered(text.split("\n")) if line] == [
+        r"The loss :py:obj:`vicreg_loss <vicreg_kernels.vicreg_loss>` of x\_i \* y "
+        "(:doc:`/vicreg` has the table),",
+        "::",
+        "    loss = |x - y|_1",
+        ":Arguments:",
+        "    ``x``, ``y``",
+        "        [N, D]; the views.",
+        "    ``eps``",
+        "        added.",
+        ":Returns:",
+        "    x's shape. Raises: as :py:obj:`vicreg_terms <vicreg_kernels.vicreg_terms>`.",
+    ]
+    head, found, tail = docstrings.apart("The state. a, b: float32. c: places; d: one. It moves.")
+    assert (head, tail) == ("The state.", "It moves.")
+    assert found == [("a, b", "float32."), ("c", "places"), ("d", "one.")]
+
+
 def test_the_results_are_those_of_the_records():
     text = page.PAGE.read_text(encoding="utf-8")
     assert page.written(text) == text, "run `python3 -m bench.page`"
     shown = {name for _, name, _ in page.SHOWN.findall(text)}
-    assert {str(path.relative_to(ROOT)) for path in ROOT.glob("bench/results/*/*.json")} - shown <= {
+    assert {
+        str(path.relative_to(ROOT)) for path in ROOT.glob("bench/results/*/*.json")
+    } - shown <= {
         "bench/results/cpu-amd-epyc-2-cores/host.json"  # docs/backends.md and docs/ema.md have it
     }
 
