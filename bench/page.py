@@ -2,8 +2,8 @@
 
 python3 -m bench.page
 
-The page has, for each record that it shows, the lines `<!-- bench/results/<device>/<op>.json -->` and
-`<!-- end -->`; what is between them is written anew.
+For each record that it shows the page has a line `<!-- bench/results/<device>/<op>.json -->` and a
+line `<!-- end -->`; what is between them is written anew.
 """
 
 from __future__ import annotations
