@@ -18,7 +18,7 @@ $(VENV)/packages: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)" "setuptools>=70.1" wheel
 	VICREG_KERNELS_BUILD=python $(BIN)/python -m pip install -q --disable-pip-version-check \
-	    --no-build-isolation -e ".[triton,trainer,worlds,test,lint]"
+	    --no-build-isolation -e ".[triton,trainer,worlds,test,lint,docs]"
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $(PEERS)
 	touch $@
 
@@ -98,9 +98,11 @@ gpu-check: ## with a GPU: sanitizers
 gpu-packages: ## before, with a network: fetch what the trainer needs on the GPU's machine
 	$(PYTHON) -m bench.gpu_packages
 
-docs: setup ## build the documentation
-	$(BIN)/python -m pip install -q --disable-pip-version-check mkdocs mkdocs-material
-	$(BIN)/mkdocs build --strict
+# Every warning is an error: a link to no page, heading or picture, a page that no list names.
+docs: setup ## build the documentation into site/
+	rm -rf site
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs site
+	@echo "site/index.html"
 
 clean: ## remove what was built
 	rm -rf build dist site runs .cache *.egg-info vicreg_kernels/*.so vicreg_kernels/build_report.json

@@ -153,9 +153,11 @@ def vicreg_loss(
 ) -> Tensor:
     """The VICReg loss of two views (Bardes, Ponce and LeCun, 2022, arXiv:2105.04906).
 
-    loss = w_i mean((x - y)^2) + w_v sum_views a mean_d relu(margin - sqrt(var_d + eps))
-         + w_c sum_views b sum_{i != j} C_ij^2, with C the unbiased covariance over the batch and
-    a, b the convention's factors (docs/vicreg.md has the table).
+    With C the unbiased covariance over the batch and a, b the convention's factors (docs/vicreg.md
+    has the table),
+
+        loss = w_i mean((x - y)^2) + w_v sum_views a mean_d relu(margin - sqrt(var_d + eps))
+             + w_c sum_views b sum_{i != j} C_ij^2
 
     Args:
         x, y: the two views' embeddings, [N, D], N >= 2; float32, bfloat16, float16 or float64, any
