@@ -28,8 +28,6 @@ from tests.helpers.documentation import PAGES, ROOT, Block
 
 BLOCKS = [block for name in PAGES for block in documentation.of(name)]
 MARKED = [block for block in BLOCKS if block.mark]
-# Pages with a block that does not run as it stands: what is missing.
-KNOWN = {"docs/planning.md": "its first block does not import Protocol"}
 
 
 def has_code(name: str, mark: str) -> bool:
@@ -68,19 +66,13 @@ def run(name: str, thorough: bool) -> None:
         exec(code, namespace)
 
 
-def of_pages(names: list[str]) -> list[Any]:
-    """Parameters; a page that is known to fail says why."""
-    marks = {name: pytest.mark.xfail(reason=reason) for name, reason in KNOWN.items()}
-    return [pytest.param(name, marks=marks.get(name, ())) for name in names]
-
-
-@pytest.mark.parametrize("name", of_pages([name for name in PAGES if has_code(name, "")]))
+@pytest.mark.parametrize("name", [name for name in PAGES if has_code(name, "")])
 def test_the_code_of_a_page_runs(name, apart):
     run(name, thorough=False)
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", of_pages([n for n in PAGES if has_code(n, "thorough")]))
+@pytest.mark.parametrize("name", [n for n in PAGES if has_code(n, "thorough")])
 def test_all_code_of_a_page_runs(name, apart):
     run(name, thorough=True)
 

@@ -68,6 +68,10 @@ def test_a_loaded_encoder_gives_the_run_s_features(folder, name, tmp_path):
     with torch.no_grad():
         wanted = method.features(seen)
         assert torch.equal(encoder(seen), wanted)
+    with pytest.raises(ValueError, match=r"^samples: got shape \[3, "):
+        encoder(seen[:, :-1])
+    with pytest.raises(ValueError, match=r"^samples: got shape \["):
+        encoder(seen[0])
     # The weights were loaded, and all of them: the encoder before the training differs.
     state = encoder.state_dict()
     assert {name.removeprefix("network.") for name in state} == set(load_file(file))

@@ -5,10 +5,6 @@ beside others, thinks longer where the way is longer, and never prefers a broken
 from __future__ import annotations
 
 import dataclasses
-import textwrap
-from itertools import groupby
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -390,16 +386,3 @@ def test_one_candidate_is_the_former_plan(planner):
     former = torch.rand(3, 2, 2)
     plan = small.plan(model, start, GoalDistance(start), seeds(3), former=former)
     torch.testing.assert_close(plan.actions, former)
-
-
-def test_the_examples_of_the_page_run():
-    page = Path(__file__).parents[2] / "docs" / "planning.md"
-    code = "from typing import Protocol\n"
-    for indented, lines in groupby(page.read_text().splitlines(), lambda x: x[:4] in ("    ", "")):
-        block = textwrap.dedent("\n".join(lines))
-        if indented and not block.lstrip().startswith("vicreg-jepa"):
-            code += block + "\n"
-    found: dict[str, Any] = {}
-    exec(compile(code.replace("arange(50)", "arange(3)"), str(page), "exec"), found)
-    assert found["result"].success.all()
-    assert found["result"].clearance(found["zone"]).min() >= 0

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vicreg_jepa import config
 from vicreg_jepa.files import listing
 from vicreg_jepa.methods import build
+from vicreg_jepa.models.conv import ConvEncoder
 
 KIND = "vicreg_jepa encoder"
 
@@ -32,7 +33,26 @@ class Encoder(nn.Module):
         self.methods = (method,)
 
     def forward(self, samples: Tensor) -> Tensor:
+        """Raises ValueError for samples of another shape than those of the training."""
+        self._check(samples)
         return self.methods[0].features(samples)
+
+    def _check(self, samples: Tensor) -> None:
+        data, channels = self.settings.data, self.methods[0].channels
+        edge: int | None = data.size
+        if isinstance(self.network, ConvEncoder):  # it takes images of any size
+            edge = None
+        takes: tuple[int | None, ...] = (None, channels, edge, edge)
+        if self.settings.is_video:
+            takes = (None, channels, None, edge, edge)
+        if self.settings.is_of_trajectories:
+            takes = (None, edge, edge, channels)
+        fits = samples.dim() == len(takes) and all(
+            size in (None, its) for size, its in zip(takes, samples.shape, strict=True)
+        )
+        if not fits:
+            words = ", ".join("any" if size is None else str(size) for size in takes)
+            raise ValueError(f"samples: got shape {list(samples.shape)}, takes [{words}]")
 
 
 def load_encoder(file: str | Path) -> Encoder:
