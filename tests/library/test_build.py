@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -183,6 +185,49 @@ def test_architectures_are_those_of_the_gpus_or_all(checkout: Checkout) -> None:
     done = checkout.build(VICREG_KERNELS_ARCHS="9.0")
     assert done.returncode != 0
     assert "VICREG_KERNELS_ARCHS: got '9.0'" in done.stdout
+
+
+# What the real sources take from newer glibc, libstdc++ and libgcc.
+NEWER = """
+#include <dlfcn.h>
+
+#include <cmath>
+#include <memory>
+#include <sstream>
+#include <vector>
+
+double call(double x, const std::shared_ptr<int>& shared, void* name, _Float16 half, float* out) {
+  std::ostringstream stream;
+  std::shared_ptr<int> copy = shared;
+  std::vector<long> many(static_cast<size_t>(x));
+  stream << *copy << many.size();
+  *out = half;
+  *static_cast<_Float16*>(name) = static_cast<_Float16>(x);
+  return std::exp(x) + stream.str().size() + (dlsym(name, "x") == nullptr);
+}
+"""
+# What manylinux_2_28 has.
+MOST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11), "GCC": (8,)}
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="is for x86-64")
+def test_a_portable_library_asks_for_nothing_newer(checkout: Checkout) -> None:
+    shutil.copytree(ROOT / "csrc" / "portable", checkout.root / "csrc" / "portable")
+    (checkout.root / "csrc" / "ema" / "cpu.cpp").write_text(NEWER)
+    done = checkout.build(VICREG_KERNELS_BUILD="cpu", VICREG_KERNELS_PORTABLE="1")
+    assert done.returncode == 0, done.stdout
+    path = checkout.root / "vicreg_kernels" / "_C.abi3.so"
+    listed = subprocess.run(["objdump", "-T", path], capture_output=True, text=True, check=True)
+    versions = set(re.findall(r"\(?\b([A-Z]+)_([0-9.]+)\)? ", listed.stdout))
+    assert {"GLIBC", "GLIBCXX"} <= {name for name, _ in versions}
+    numbers = {(name, tuple(map(int, number.split(".")))) for name, number in versions}
+    assert [each for each in sorted(numbers) if each[1] > MOST[each[0]]] == []
+    undefined = [line for line in listed.stdout.splitlines() if "*UND*" in line]
+    assert [line for line in undefined if "GLIBC_2.2.5" in line and line.endswith(" exp")]
+    assert not re.findall(r"^[0-9a-f]+ +[gw](?!.*\*UND\*).*$", listed.stdout, re.MULTILINE)
+    done = checkout.build(VICREG_KERNELS_PORTABLE="yes")
+    assert "VICREG_KERNELS_PORTABLE: got 'yes', takes 0 or 1" in done.stdout
 
 
 def test_an_edited_header_builds_anew_what_includes_it(checkout: Checkout) -> None:
