@@ -108,10 +108,10 @@ $(TOOLS)/packages: Makefile
 
 # docs/releasing.md. Any complaint of auditwheel, abi3audit or twine is an error.
 wheel: $(VENV)/packages $(TOOLS)/packages ## build the release into dist/ and check it
-	$(BIN)/python -m release.build
+	$(BIN)/python -m bench.release.build
 
 wheel-cuda: $(VENV)/packages $(TOOLS)/packages ## the wheel with the CUDA library too, into dist/cuda/
-	$(BIN)/python -m release.build --cuda
+	$(BIN)/python -m bench.release.build --cuda
 
 # Every warning is an error: a link to no page, heading or picture, a page that no list names.
 docs: setup ## build the documentation into site/

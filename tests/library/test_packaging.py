@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from release.contents import wheel_differences
-from release.installed import environment as environment_with
+from bench.release.contents import wheel_differences
+from bench.release.installed import environment as environment_with
 from vicreg_kernels.core import library
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,5 +1,5 @@
 """What is released: the contents of the source distribution, its description for a package index,
-and README's blocks of code. `make wheel` checks the wheels (release/build.py)."""
+and README's blocks of code. `make wheel` checks the wheels (bench/release/build.py)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from release.contents import sdist_differences, wheel_differences
+from bench.release.contents import sdist_differences, wheel_differences
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,7 +35,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in (*files, "Makefile"):
         shutil.copy(ROOT / name, root)
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
-    for name in ("vicreg_kernels", "python", "csrc", "release"):
+    for name in ("vicreg_kernels", "python", "csrc"):
         shutil.copytree(ROOT / name, root / name, ignore=ignored)
     # setuptools takes tests/test*.py by itself
     for name in ("tests/test_all.py", "runs/a/run.json", "docs/a.md", "bench/a.py"):
@@ -116,6 +116,6 @@ def test_links_of_the_description_are_absolute(checkout: Path) -> None:
 
 
 def test_the_readmes_blocks_of_code_run() -> None:
-    said = run(sys.executable, "-W", "ignore", "release/quickstart.py", "README.md", cwd=ROOT)
+    said = run(sys.executable, "-W", "ignore", "bench/release/quickstart.py", "README.md", cwd=ROOT)
     lines = re.findall(r": (\d+) lines of README.md ran", said)
     assert int(lines[0]) > 10

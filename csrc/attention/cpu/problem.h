@@ -155,8 +155,8 @@ struct Problem {
     for (int64_t row = 0; row < bound_rows; ++row) {
       for (int m = 0, before = 0; m < blocks; before = bound[row * blocks + m++]) {
         const int end = bound[row * blocks + m];
-        STD_TORCH_CHECK(end >= before, m == 0 ? "context" : "sizes", ": got ", end - before,
-                        ", takes integers >= 0");
+        STD_TORCH_CHECK(end >= before, m == 0 ? "context" : "sizes", ": got ",
+                        int64_t{end} - before, ", takes integers >= 0");
         STD_TORCH_CHECK(end <= longest_q_, "sizes: got blocks up to token ", end,
                         ", takes at most ", longest_q_);
       }

@@ -1,6 +1,6 @@
 """Runs README.md's blocks of Python, and the comments before them that make their tensors.
 
-    python release/quickstart.py README.md
+    python bench/release/quickstart.py README.md
 
 needs the installed package alone, and prints where it was imported from and how many lines ran.
 """

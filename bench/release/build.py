@@ -1,8 +1,8 @@
 """Builds what is released, and checks all of it: `make wheel` and `make wheel-cuda`.
 
-    python -m release.build            dist/: a source distribution, the wheel for x86-64 Linux with
-                                       the CPU library, and one without compiled code for the rest
-    python -m release.build --cuda     dist/cuda/: the wheel with the CUDA library too
+    python -m bench.release.build           dist/: a source distribution, the wheel for x86-64 Linux
+                                            with the CPU library, and one without compiled code
+    python -m bench.release.build --cuda    dist/cuda/: the wheel with the CUDA library too
 
 The sources are the files of the checkout that git tracks, as they stand. Each wheel is built from
 the source distribution, with the torch of this Python. auditwheel, abi3audit and twine lie in
@@ -23,10 +23,10 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from release.contents import sdist_differences, wheel_differences
-from release.installed import environment
+from bench.release.contents import sdist_differences, wheel_differences
+from bench.release.installed import environment
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = ROOT / "build" / "release"
 TOOLS = SCRATCH / "tools" / "bin"
 PLATFORM = "manylinux_2_28_x86_64"
@@ -129,7 +129,7 @@ def check_installed(wheel: Path, folder: Path) -> None:
     code = "from vicreg_kernels import cli; from vicreg_kernels.core import library; "
     code += "cli.main(['info']); raise SystemExit(library.CPU_MISSING)"
     print(run(python, "-I", "-c", code, cwd=folder, settings=clean).strip())
-    script = ROOT / "release" / "quickstart.py"
+    script = ROOT / "bench" / "release" / "quickstart.py"
     ran = run(python, "-I", script, ROOT / "README.md", cwd=folder, settings=clean).strip()
     if str(folder) not in ran:
         raise SystemExit(f"release: the package was not imported from {folder}: {ran}")
@@ -186,7 +186,7 @@ def release_cuda(folder: Path, scratch: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m release.build", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.release.build", description=__doc__)
     parser.add_argument("--cuda", action="store_true", help="the wheel with the CUDA library too")
     cuda = parser.parse_args().cuda
     folder = ROOT / "dist" / "cuda" if cuda else ROOT / "dist"
