@@ -100,10 +100,14 @@ __device__ __forceinline__ Sample sample_of(const Masks& masks, const Rope& rope
   sample.queries = masks.queries;
   sample.keys = masks.keys;
   if (masks.q_offsets != nullptr) {
-    sample.q_begin = masks.q_offsets[number];
-    sample.k_begin = masks.k_offsets[number];
-    sample.queries = masks.q_offsets[number + 1] - static_cast<int>(sample.q_begin);
-    sample.keys = masks.k_offsets[number + 1] - static_cast<int>(sample.k_begin);
+    // Offsets in the GPU's memory cannot be checked before the launch: none may leave the tensors.
+    const auto within = [&](const int* offset, int tokens, int64_t* begin, int* count) {
+      const int first = min(max(offset[0], 0), tokens);
+      *begin = first;
+      *count = min(max(offset[1], first), tokens) - first;
+    };
+    within(masks.q_offsets + number, masks.queries, &sample.q_begin, &sample.queries);
+    within(masks.k_offsets + number, masks.keys, &sample.k_begin, &sample.keys);
   }
   sample.rules = {sample.keys, masks.frame, masks.window, masks.block_count,
                   masks.bounds == nullptr ? nullptr : masks.bounds + number * masks.bounds_stride};
