@@ -14,6 +14,7 @@ from vicreg_kernels.attention import (
 )
 from vicreg_kernels.barlow import BarlowTwinsLoss, barlow_twins_loss
 from vicreg_kernels.ema import EMA, ema_update_
+from vicreg_kernels.projector import Projector
 from vicreg_kernels.sigreg import LeJEPALoss, SIGRegLoss, sigreg_directions, sigreg_loss
 from vicreg_kernels.tokens import (
     Assembly,
@@ -45,6 +46,7 @@ __all__ = [
     "LeJEPALoss",
     "MaskedAttention",
     "PredictionLoss",
+    "Projector",
     "Ragged",
     "Rope3d",
     "SIGRegLoss",
