@@ -13,6 +13,7 @@ from vicreg_kernels.attention import (
     masked_attention,
 )
 from vicreg_kernels.barlow import BarlowTwinsLoss, barlow_twins_loss
+from vicreg_kernels.compat.patching import patch, unpatch
 from vicreg_kernels.ema import EMA, ema_update_
 from vicreg_kernels.projector import Projector
 from vicreg_kernels.sigreg import LeJEPALoss, SIGRegLoss, sigreg_directions, sigreg_loss
@@ -65,10 +66,12 @@ __all__ = [
     "gather_tokens",
     "masked_attention",
     "modulated_layer_norm",
+    "patch",
     "prediction_loss",
     "scatter_tokens",
     "sigreg_directions",
     "sigreg_loss",
+    "unpatch",
     "variance_covariance",
     "vicreg_loss",
     "vicreg_terms",
