@@ -13,7 +13,9 @@ from vicreg_kernels.attention import (
     masked_attention,
 )
 from vicreg_kernels.barlow import BarlowTwinsLoss, barlow_twins_loss
+from vicreg_kernels.compat.patching import patch, unpatch
 from vicreg_kernels.ema import EMA, ema_update_
+from vicreg_kernels.projector import Projector
 from vicreg_kernels.sigreg import LeJEPALoss, SIGRegLoss, sigreg_directions, sigreg_loss
 from vicreg_kernels.tokens import (
     Assembly,
@@ -45,6 +47,7 @@ __all__ = [
     "LeJEPALoss",
     "MaskedAttention",
     "PredictionLoss",
+    "Projector",
     "Ragged",
     "Rope3d",
     "SIGRegLoss",
@@ -63,10 +66,12 @@ __all__ = [
     "gather_tokens",
     "masked_attention",
     "modulated_layer_norm",
+    "patch",
     "prediction_loss",
     "scatter_tokens",
     "sigreg_directions",
     "sigreg_loss",
+    "unpatch",
     "variance_covariance",
     "vicreg_loss",
     "vicreg_terms",

@@ -30,6 +30,18 @@ def vicreg(r: Draw) -> None:
     loss(*_pair(r)).backward()
 
 
+def many_views(r: Draw) -> None:
+    shape = _two(r)
+    views = [_leaf(r, *shape).float() for _ in range(r.randint(3, 5))]
+    kernels.VICRegLoss(margin=r.random())(views).backward()
+
+
+def projector(r: Draw) -> None:
+    rows, features = _two(r)
+    module = kernels.Projector(features, [r.randint(1, 20) for _ in range(r.randint(1, 3))])
+    module(torch.randn(rows, features)).sum().backward()
+
+
 def vcreg(r: Draw) -> None:
     kernels.VCRegLoss(margin=r.random())(_leaf(r, *_two(r))).backward()
 
@@ -93,6 +105,8 @@ def accumulated(r: Draw) -> None:
 
 STEPS = {
     "VICRegLoss": vicreg,
+    "VICRegLoss of many views": many_views,
+    "Projector": projector,
     "VCRegLoss": vcreg,
     "BarlowTwinsLoss": barlow,
     "SIGRegLoss": sigreg,

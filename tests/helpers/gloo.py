@@ -28,6 +28,7 @@ TIMEOUT = timedelta(seconds=300)
 SHARED = (
     "ema.test_distributed",
     "library.test_across_ranks",
+    "compat.test_ranks",
     "vicreg.test_ranks",
     "barlow.test_ranks",
     "library.test_distributed",

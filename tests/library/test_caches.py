@@ -20,6 +20,7 @@ from vicreg_kernels.core.kept import Kept, lasts
 PACKAGE = Path(vk.__file__).parent
 # Of the package's own dicts and lists, those that functions write to, and what bounds them.
 BOUNDED = {
+    ("compat/patching.py", "_active"): "names of other libraries that are replaced",
     ("core/dispatch.py", "_thresholds"): "ops x devices x dtypes",
     ("core/registry.py", "OPS"): "ops, at import",
     ("distributed/collectives.py", "_roll_calls"): "process groups that failed",

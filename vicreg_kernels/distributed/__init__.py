@@ -25,6 +25,7 @@ from vicreg_kernels.distributed.collectives import (
     sum_ranks_,
 )
 from vicreg_kernels.distributed.groups import by_name, choose_backend, group_name, resolve
+from vicreg_kernels.distributed.means import mean_over_ranks
 
 __all__ = [
     "MESSAGE_BYTES",
@@ -37,6 +38,7 @@ __all__ = [
     "gather_differentiable",
     "gather_rows",
     "group_name",
+    "mean_over_ranks",
     "resolve",
     "start_gather_rows",
     "start_sum_ranks_",

@@ -12,7 +12,7 @@ from vicreg_kernels import distributed
 from vicreg_kernels.core import library, reals
 from vicreg_kernels.sigreg.api import sigreg_loss
 from vicreg_kernels.sigreg.checks import check_settings, check_z
-from vicreg_kernels.sigreg.ranks import OP, mean_over_ranks
+from vicreg_kernels.sigreg.ranks import OP
 
 WEIGHTINGS = ("convex", "sum")
 
@@ -163,7 +163,10 @@ class LeJEPALoss(nn.Module):
         with library.no_autocast(z.device):
             wide = difference.to(torch.promote_types(difference.dtype, torch.float32))
             square = wide.square()
-            invariance = square.mean() if group is None else mean_over_ranks(square, group)
+            if group is None:
+                invariance = square.mean()
+            else:
+                invariance = distributed.mean_over_ranks(OP, square, group)
         share = 1.0 - self.weight if self.weighting == "convex" else 1.0
         return share * invariance + self.weight * regularizer
 

@@ -106,7 +106,7 @@ def _check_weight(name: str, weight: Tensor, terms: VICRegTerms) -> Tensor:
     return weight.reshape(()).to(terms.loss.dtype)
 
 
-def _weighted(terms: VICRegTerms, weights: Sequence[Any], convention: str) -> VICRegTerms:
+def weighted(terms: VICRegTerms, weights: Sequence[Any], convention: str) -> VICRegTerms:
     """The terms with the loss of weights of which some are tensors, which may want gradients."""
     names = ("invariance_weight", "variance_weight", "covariance_weight")
     usual = CONVENTIONS[convention].weights
@@ -134,7 +134,7 @@ def _weigh_by_tensors(
     plain = [None if isinstance(weight, Tensor) else weight for weight in weights]
     settings = (precision, backend, process_group)
     terms = VICRegTerms(*_two_views(x, y, (*plain, *numbers), *settings, True))
-    return _weighted(terms, weights, numbers[-1])
+    return weighted(terms, weights, numbers[-1])
 
 
 def vicreg_loss(

@@ -16,7 +16,7 @@ from vicreg_kernels.vicreg.contract import Settings
 from vicreg_kernels.vicreg.conventions import CONVENTIONS
 
 NORMALIZERS = ("d", "d(d-1)")
-_OR_NONE = ", a tensor of one element, or None"
+OR_NONE = ", a tensor of one element, or None"
 
 
 def check_settings(
@@ -49,7 +49,7 @@ def _check_tensor(
         raise ValueError(f"{name}: got shape {tuple(shape)}, takes {shapes}")
 
 
-def _check_extent(
+def check_extent(
     name: str, groups: int, rows: int, dim: int, normalizer: str, across_ranks: bool
 ) -> None:
     if rows < 2 and not across_ranks:
@@ -97,7 +97,7 @@ def two_views(
         )
     shared.same_as_x((shape_y, dtype_y, device_y, layout_y), (shape, dtype, device, layout))
     rows, *positions, dim = shape
-    _check_extent("x", math.prod(positions), rows, dim, rule.normalizer, across_ranks)
+    check_extent("x", math.prod(positions), rows, dim, rule.normalizer, across_ranks)
     weights = []
     for name, weight, usual in zip(
         ("invariance", "variance", "covariance"),
@@ -105,7 +105,7 @@ def two_views(
         rule.weights,
         strict=True,
     ):
-        given = usual if weight is None else reals.finite(f"{name}_weight", weight, None, _OR_NONE)
+        given = usual if weight is None else reals.finite(f"{name}_weight", weight, None, OR_NONE)
         weights.append(float(given))
     scales = (1.0, rule.variance_view, rule.covariance_view)
     own = (weights[0], weights[1], weights[2])
@@ -135,6 +135,6 @@ def one_view(
     if len(shape) > 3:
         raise ValueError(f"z: got shape {tuple(shape)}, takes [N, D] or [G, N, D]")
     groups = 1 if len(shape) == 2 else shape[0]
-    _check_extent("z", groups, shape[-2], shape[-1], normalizer, across_ranks)
+    check_extent("z", groups, shape[-2], shape[-1], normalizer, across_ranks)
     both = (0.0, 1.0, 1.0)
     return Settings(margin, eps, bool(unbiased), both, both, normalizer, precision == "tf32x3")

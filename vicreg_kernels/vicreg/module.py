@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from vicreg_kernels.core import checks as shared
 from vicreg_kernels.vicreg.api import variance_covariance, vicreg_loss
 from vicreg_kernels.vicreg.checks import check_settings
+from vicreg_kernels.vicreg.views import loss_of_views
 
 
 class VICRegLoss(nn.Module):
@@ -25,7 +27,9 @@ class VICRegLoss(nn.Module):
         process_group: None, True or a ProcessGroup whose ranks hold the batch; see `vicreg_loss`.
             A module that is copied or pickled takes True.
 
-    Shapes: x, y: [N, D] (or [B, ..., D] for the conventions that take it) -> scalar.
+    Shapes: x, y: [N, D] (or [B, ..., D] for the conventions that take it) -> scalar. In place of x
+    and y, a list or tuple of two or more views of that shape: the invariance is then the mean over
+    pairs of views, variance and covariance are those of a mean view (docs/vicreg.md).
     """
 
     def __init__(
@@ -54,13 +58,31 @@ class VICRegLoss(nn.Module):
         self.backend = backend
         self.process_group = process_group
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Sequence[Tensor], y: Tensor | None = None) -> Tensor:
+        if isinstance(x, (list, tuple)):
+            return self._of_views(x, y)
         return vicreg_loss(
             x,
             y,
             invariance_weight=self.invariance_weight,
             variance_weight=self.variance_weight,
             covariance_weight=self.covariance_weight,
+            margin=self.margin,
+            eps=self.eps,
+            convention=self.convention,
+            precision=self.precision,
+            backend=self.backend,
+            process_group=self.process_group,
+        )
+
+    def _of_views(self, views: Sequence[Tensor], y: Tensor | None) -> Tensor:
+        if y is not None:
+            raise TypeError(f"y: got {type(y).__name__} with a {type(views).__name__}, takes None")
+        if len(views) == 2:
+            return self.forward(*views)
+        return loss_of_views(
+            views,
+            (self.invariance_weight, self.variance_weight, self.covariance_weight),
             margin=self.margin,
             eps=self.eps,
             convention=self.convention,

@@ -7,7 +7,7 @@ from functools import partial
 from torch import nn
 
 from tests.library.test_across_ranks import FEATURES, ROWS, Case, views
-from vicreg_kernels import VCRegLoss, vicreg_loss, vicreg_terms
+from vicreg_kernels import VCRegLoss, VICRegLoss, vicreg_loss, vicreg_terms
 from vicreg_kernels.vicreg.conventions import CONVENTIONS
 
 WIDE, NARROW = 2 * ROWS + 3, ROWS - 4
@@ -35,6 +35,10 @@ def one_view(model, batch, group, **settings):
     return VCRegLoss(process_group=group, **settings)(z)
 
 
+def many_views(model, batch, group, **settings):
+    return VICRegLoss(process_group=group, **settings)([model(z) for z in batch])
+
+
 def both_sides(name, function, batch):
     return {
         f"{name}-gram": Case(function, batch, encoder(WIDE)),
@@ -51,6 +55,10 @@ CASES = {
     **both_sides("terms", weighed_terms, views()),
     **both_sides("positions", partial(loss, convention="lightly"), views(2, 3)),
     **both_sides("grouped", partial(one_view, unbiased=False), views(1, 3)),
+    **both_sides("three views", many_views, views(3)),
+    "three views, positions": Case(
+        partial(many_views, convention="lightly"), views(3, 2), encoder(NARROW)
+    ),
     "reference": Case(partial(loss, backend="reference"), views(), encoder(WIDE)),
     "square": Case(loss, views(), encoder(ROWS)),
     "one dimension": Case(loss, views(), encoder(1)),
