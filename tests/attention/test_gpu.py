@@ -122,6 +122,8 @@ def test_rules_match_the_reference(backend, rules, dtype):
         hold(backend, call.wanting(True, True, True))
 
 
+# Triton reads what begins at no aligned address as it does strided heads; test_strides has such.
+@pytest.mark.triton_takes(lambda layout, **_: layout != "sliced")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_match_the_reference(backend, layout):
     for rules in ((), ("ragged",)):
@@ -226,7 +228,9 @@ def test_offsets_past_two_to_the_31(backend, which):
         batch=1, heads_=1, tokens=tokens, dim=dim, axes=3, dtype=torch.bfloat16, device=DEVICE
     )
     base = torch.empty(stride * tokens, dtype=torch.bfloat16, device=DEVICE)
-    far = base.as_strided((1, 1, tokens, dim), (stride * tokens, stride * tokens, stride, 1))
+    # A stride past 2^31 is another kernel in Triton: of v alone.
+    outer = stride * tokens if which == "v" else stride
+    far = base.as_strided((1, 1, tokens, dim), (outer, outer, stride, 1))
     assert far[0, 0, -1].storage_offset() >= 1 << 31
     far.copy_(getattr(call, which))
     cotangent = torch.randn(call.q.shape).to(call.q)

@@ -279,8 +279,8 @@ def uncorrelated(rows, dim):
 
 
 CANCELLING = {
-    "tight frame": lambda: near_frame(49, 64),
-    "N = D - 1": lambda: near_frame(63, 64),
+    "tight frame": lambda: near_frame(49, 63),
+    "N = D - 1": lambda: near_frame(61, 62),
     "collinear": lambda: (collinear(48, 96), collinear(48, 96)),
     "collinear and equal": lambda: (collinear(48, 96),) * 2,
     "uncorrelated": lambda: uncorrelated(60, 61),

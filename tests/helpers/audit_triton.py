@@ -6,7 +6,8 @@ are replaced by recorders, and arguments are specialised as Triton specialises t
 lists its cases, NamedTuples with an `arch`, and gives `launched(case)`, which returns
 (kernel, args, options) of the launch to compile. `VICREG_KERNELS_AUDIT=all python -m
 tests.<op>.test_audit_triton --record` rewrites budgets/<op>_triton.json, which holds for the Triton
-it names; tests never write it.
+it names; tests never write it. Its "spills" is written by hand: version of Triton -> case -> bytes
+that a thread spills there, which no small change of the kernel mended; all else spills nothing.
 """
 
 from __future__ import annotations
@@ -147,7 +148,9 @@ def compile_all(launched: Launched, cases: Sequence[Any]) -> dict[str, dict[str,
 
 
 def check(op: str, name: str, found: dict[str, Any], shared_limit: int = SHARED_LIMIT) -> None:
-    """It compiled, without spills, within its budget. shared_limit: bytes a block may have."""
+    """It compiled, without spills but for known ones, within its budget. shared_limit: bytes a
+    block may have.
+    """
     import triton
 
     file = BUDGETS / f"{op}_triton.json"
@@ -156,7 +159,8 @@ def check(op: str, name: str, found: dict[str, Any], shared_limit: int = SHARED_
     budget = json.loads(file.read_text())
     assert name in budget["cases"], f"the budget has no such case; `{command}` records it"
     assert "error" not in found, found["error"]
-    assert found["spilled"] == 0, f"{found['spilled']} bytes a thread"
+    known = budget.get("spills", {}).get(triton.__version__, {}).get(name, 0)
+    assert found["spilled"] <= known, f"{found['spilled']} bytes a thread spilled, known: {known}"
     assert found["shared"] <= shared_limit
     if triton.__version__ == budget["triton"]:  # another compiler allocates otherwise
         for resource, allowed in budget["cases"][name].items():
@@ -175,6 +179,8 @@ def record(op: str, launched: Launched, cases: Sequence[Any]) -> None:
     for name, result in found.items():
         assert "error" not in result, (name, result)
         print(name, result)
+    file = BUDGETS / f"{op}_triton.json"
+    spills = json.loads(file.read_text()).get("spills") if file.exists() else None
     kept = {name: {k: result[k] for k in ("registers", "shared")} for name, result in found.items()}
-    text = json.dumps({"triton": triton.__version__, "cases": kept}, indent=1)
-    (BUDGETS / f"{op}_triton.json").write_text(text + "\n")
+    budget = {"triton": triton.__version__, **({"spills": spills} if spills else {}), "cases": kept}
+    file.write_text(json.dumps(budget, indent=1) + "\n")

@@ -45,11 +45,9 @@ def expanded(rows: int, dim: int, **where: object) -> Tensor:
 
 
 LAYOUTS = {f.__name__: f for f in (contiguous, transposed, strided, sliced, expanded)}
-# Each layout once, of two views, and whether there are fewer rows than columns; two on both sides.
-FEW_LAYOUTS = [
-    ("transposed", "transposed", True), ("expanded", "contiguous", False),
-    ("strided", "sliced", True),
-]  # fmt: skip
+# What Triton compiles of them: layouts of two views, and whether there are fewer rows than columns.
+# `collapsed` has a stride of 0 too.
+FEW_LAYOUTS = [("transposed", "transposed", True), ("strided", "sliced", False)]
 
 
 def collapsed(rows: int, dim: int, **where: object) -> Tensor:

@@ -207,7 +207,10 @@ def test_nan_and_inf_spread_as_in_the_reference(fused, bad):
         z = shapes.randn(6, 11, dtype=dtype, device=fused.device)
         z[1, 2] = bad
         a = unit_directions(11, 24, fused, dtype)
-        for given_settings in ({}, {"convention": "eb_jepa"}, KNOTS["unequal"]):
+        every = ({}, {"convention": "eb_jepa"}, KNOTS["unequal"])
+        if fused.name == "triton" and dtype != torch.float32:  # compiles all for each kind of knots
+            every = every[:1]
+        for given_settings in every:
             actual, expected = (
                 differentiate(
                     lambda z, name=name: function(a, **given_settings)(z, name),  # noqa: B023

@@ -38,8 +38,7 @@ REAL = [
 ]
 
 
-# Of what is left out here, Triton's float32 kernels are launched by test_tokens_torch and
-# test_layouts; odd columns in bfloat16 by test_half_predictions_of_a_float_teacher.
+# Of what is left out here, Triton's float32 kernels are launched by test_torch and test_layouts.
 @pytest.mark.triton_takes(
     lambda shape, dtype, **_: (shape, dtype) == (REAL[-1], torch.float16)
     or (dtype == torch.bfloat16 and shape not in (*REAL[:3], REAL[-1]))
@@ -61,8 +60,8 @@ def test_rows_at_real_shapes(backend, shape, dtype):
 
 @pytest.mark.triton_takes(
     lambda shape, dtype, kind, **_: (
-        (shape == REAL[0] and dtype == torch.bfloat16)
-        or (shape == REAL[-1] and dtype == torch.float16 and kind == "smooth_l1")
+        (shape, dtype) in ((REAL[0], torch.bfloat16), (REAL[-1], torch.float16))
+        and kind == "smooth_l1"  # the others: test_kinds
     )
 )
 @pytest.mark.parametrize("kind", KINDS)
@@ -73,9 +72,14 @@ def test_loss_at_real_shapes(backend, shape, dtype, kind):
     teacher = draw(batch, tokens, dim, grad=False, **CUDA)
     pred = draw(batch, kept, dim, dtype=dtype, **CUDA)
     check_loss(backend, pred, teacher.to(dtype), mask(batch, tokens, kept, **CUDA).index, kind=kind)
-    # Triton compiles all for each kind and each mix of dtypes.
-    if backend == "cuda" or (kind == "smooth_l1" and dtype == torch.bfloat16):
+    if backend == "cuda" or dtype == torch.bfloat16:  # Triton compiles all for each mix of dtypes
         check_loss(backend, pred, teacher, mask(batch, tokens, kept, **CUDA).index, kind=kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds(backend, kind):
+    pred, teacher = draw(3, 40, 33, **CUDA), draw(3, 90, 33, grad=False, **CUDA)
+    check_loss(backend, pred, teacher, mask(3, 90, 40, **CUDA).index, kind=kind)
 
 
 @pytest.mark.triton_takes(lambda layout, **_: layout != "transposed")

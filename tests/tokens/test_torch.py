@@ -193,7 +193,7 @@ def test_autocast_does_not_lower(fused, name):
         same(mine, theirs, name)
 
 
-@pytest.mark.triton_takes(lambda kind, half, **_: (kind, half) == ("smooth_l1", torch.bfloat16))
+@pytest.mark.triton_takes(lambda **_: False)  # its dtypes: test_loss_at_real_shapes
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_predictions_of_a_float_teacher(fused, kind, half):

@@ -58,7 +58,7 @@ def _in_units(*tensors: Tensor) -> tuple[int, int, list[int]]:
     smaller = min(tensors, key=Tensor.element_size)
     dim = smaller.shape[-1]
     wide = [stride for z in tensors for stride in z.stride()[:-1]]
-    unit = unit_of(smaller, (dim, *wide), [z.stride(-1) for z in tensors])
+    unit = unit_of(smaller, (dim, *wide), [z.stride(-1) for z in tensors], tensors)
     strides = [s for z in tensors for s in (*(n // unit for n in z.stride()[:-1]), z.stride(-1))]
     return unit, dim // unit, strides
 

@@ -14,13 +14,16 @@ import triton
 import triton.language as tl
 
 from vicreg_kernels.core.triton.operands import round_if
-from vicreg_kernels.core.triton.strides import across, along
+from vicreg_kernels.core.triton.strides import across, along, row_at
 
 # What no kernel is specialised on.
 SIZES = ["tokens", "dim", "sx_f", "sx_t", "sx_d", "sc_f", "sc_d"]
 
 
-@triton.jit(do_not_specialize=[*SIZES, "sh_f", "sh_d"])
+@triton.jit(
+    do_not_specialize=[*SIZES, "sh_f", "sh_d"],
+    do_not_specialize_on_alignment=["x", "shift", "scale"],
+)
 def norm_kernel(
     x, shift, scale, out, saved, tokens, dim, sx_f, sx_t, sx_d, sh_f, sh_d, sc_f, sc_d, eps,
     UNIT: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
@@ -33,16 +36,16 @@ def norm_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < dim
     wide = column.to(tl.int64)
-    at = x + frame * across(sx_f, UNIT) + (row % tokens) * across(sx_t, UNIT)
+    at = row_at(x, frame * across(sx_f, UNIT) + (row % tokens) * across(sx_t, UNIT), UNIT)
     value = tl.load(at + wide * along(sx_d, UNIT), mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(value, axis=0) / dim
     deviation = tl.where(inside, value - mean, 0.0)
     variance = tl.sum(deviation * deviation, axis=0) / dim
     # Infinity less itself is NaN: where float32 does not hold the squares nothing is known.
     rstd = 1.0 / tl.sqrt(variance + eps) + (variance - variance)
-    at = scale + frame * across(sc_f, UNIT)
+    at = row_at(scale, frame * across(sc_f, UNIT), UNIT)
     factor = tl.load(at + wide * along(sc_d, UNIT), mask=inside, other=0.0).to(tl.float32)
-    at = shift + frame * across(sh_f, UNIT)
+    at = row_at(shift, frame * across(sh_f, UNIT), UNIT)
     moved = tl.load(at + wide * along(sh_d, UNIT), mask=inside, other=0.0).to(tl.float32)
     value = deviation * rstd * (1.0 + factor) + moved
     tl.store(out + row * dim + column, round_if(value, out, ROUND), mask=inside)
@@ -50,7 +53,10 @@ def norm_kernel(
     tl.store(saved + 2 * row + 1, rstd)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "frames", "parts", "part_tokens", "sg_f", "sg_t", "sg_d"])
+@triton.jit(
+    do_not_specialize=[*SIZES, "frames", "parts", "part_tokens", "sg_f", "sg_t", "sg_d"],
+    do_not_specialize_on_alignment=["grad", "x", "scale"],
+)
 def norm_gradient_kernel(
     grad, x, scale, saved, to_x, to_shift, to_scale, frames, tokens, dim, parts, part_tokens,
     sg_f, sg_t, sg_d, sx_f, sx_t, sx_d, sc_f, sc_d,
@@ -73,11 +79,11 @@ def norm_gradient_kernel(
     for row in range(begin, end):
         token = row if FRAMES else row * 0
         own = frame if FRAMES else row
-        at = scale + own * across(sc_f, UNIT)
+        at = row_at(scale, own * across(sc_f, UNIT), UNIT)
         factor = tl.load(at + wide * along(sc_d, UNIT), mask=inside, other=0.0).to(tl.float32)
-        at = grad + own * across(sg_f, UNIT) + token * across(sg_t, UNIT)
+        at = row_at(grad, own * across(sg_f, UNIT) + token * across(sg_t, UNIT), UNIT)
         g = tl.load(at + wide * along(sg_d, UNIT), mask=inside, other=0.0).to(tl.float32)
-        at = x + own * across(sx_f, UNIT) + token * across(sx_t, UNIT)
+        at = row_at(x, own * across(sx_f, UNIT) + token * across(sx_t, UNIT), UNIT)
         n = tl.load(at + wide * along(sx_d, UNIT), mask=inside, other=0.0).to(tl.float32)
         place = own * tokens + token
         rstd = tl.load(saved + 2 * place + 1)

@@ -192,10 +192,12 @@ def backward(
             if not (k_now or v_now):
                 continue
             queries, keys, warps, stages = p.config.key_gradient
-            tiles = p.tiles("k", keys)
+            tiles, flags = p.tiles("k", keys), p.flags()
+            if not k_now:  # only dk is turned back
+                flags["TURNED"] = 0
             key_gradient_kernel[(tiles * p.heads * p.batch,)](
                 *operands, dk, dv, *p.tensors(lse), *p.sizes(tiles), *strides, scale * LOG2_E,
-                **p.flags(), ALIGNED=whole, NEED_K=k_now, NEED_V=v_now,
+                **flags, ALIGNED=whole, NEED_K=k_now, NEED_V=v_now,
                 QUERIES=queries, KEYS=keys, num_warps=warps, num_stages=stages,
             )  # fmt: skip
     return dq, dk, dv

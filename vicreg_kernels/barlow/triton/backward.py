@@ -36,14 +36,25 @@ def coefficients(
 
 
 @triton.jit
-def load_standardised(
-    z, s_n, s_d, row, column, keep, inside, moments, dim, degrees, eps, std_eps
-):  # fmt: skip
-    """A tile [ROWS, COLUMNS] of z; outside `inside`, a mask of columns, undefined."""
+def load_centred(z, s_n, s_d, row, column, keep, inside, moments, dim, degrees, eps, std_eps):
+    """A tile [ROWS, COLUMNS] of z less its mean, and what it is to be multiplied with, [COLUMNS];
+    outside `inside`, a mask of columns, undefined.
+    """
     origin, offset, scale = load_scale(moments, dim, column, inside, degrees, eps, std_eps)
     at = z + row.to(tl.int64)[:, None] * s_n + column.to(tl.int64)[None, :] * s_d
     own = tl.load(at, mask=keep, other=0.0).to(tl.float32)
-    return ((own - origin[None, :]) - offset[None, :]) * scale[None, :]
+    return (own - origin[None, :]) - offset[None, :], scale
+
+
+@triton.jit
+def load_standardised(
+    z, s_n, s_d, row, column, keep, inside, moments, dim, degrees, eps, std_eps
+):  # fmt: skip
+    """A tile [ROWS, COLUMNS] of z; outside `inside` undefined."""
+    centred, scale = load_centred(
+        z, s_n, s_d, row, column, keep, inside, moments, dim, degrees, eps, std_eps
+    )
+    return centred * scale[None, :]
 
 
 @triton.jit
@@ -153,27 +164,33 @@ def gradient_kernel(
             b = square_operand(b, FORMAT)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
-    own_z = load_standardised(
-        own, own_n, own_d, row, column, keep, live, own_moments, dim, degrees, eps, std_eps
-    )
-    target = tl.where(is_x, out_x, out_y) + tall[:, None] * dim + column[None, :]
     if GRAM:
+        own_z = load_standardised(
+            own, own_n, own_d, row, column, keep, live, own_moments, dim, degrees, eps, std_eps
+        )
         acc += tl.load(square + tall * (rows + 1), mask=row < rows, other=0.0)[:, None] * own_z
         dot = tl.sum(tl.where(keep, acc * own_z, 0.0), axis=0)
         tl.store(sums + (view * down + i).to(tl.int64) * dim + column, dot, mask=live)
+        target = tl.where(is_x, out_x, out_y) + tall[:, None] * dim + column[None, :]
         tl.store(target, acc, mask=keep)
     else:
-        other_z = load_standardised(
-            other, other_n, other_d, row, column, keep, live,
-            other_moments, dim, degrees, eps, std_eps,
-        )  # fmt: skip
         c = tl.load(diagonal + column, mask=live, other=0.0)
         scatter = tl.load(own_moments + 2 * dim + column, mask=live, other=1.0)
         dot = rows * tl.load(sums + view * dim + column, mask=live, other=0.0)
         of_product, of_other, of_own = coefficients(
             tl.load(grad), lambd, c, scatter, dot, rows, degrees, eps, std_eps, GRAM
         )
-        g = of_product[None, :] * acc + of_other[None, :] * other_z + of_own[None, :] * own_z
+        # One view after the other, the target's addresses last: in other orders Triton 3.6 spills.
+        g = of_product[None, :] * acc
+        g += of_other[None, :] * load_standardised(
+            other, other_n, other_d, row, column, keep, live,
+            other_moments, dim, degrees, eps, std_eps,
+        )  # fmt: skip
+        centred, scale = load_centred(
+            own, own_n, own_d, row, column, keep, live, own_moments, dim, degrees, eps, std_eps
+        )
+        g += (of_own * scale)[None, :] * centred
+        target = tl.where(is_x, out_x, out_y) + tall[:, None] * dim + column[None, :]
         tl.store(target, narrow(g, out_x, FORMAT), mask=keep)
 
 

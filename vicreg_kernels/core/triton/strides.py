@@ -20,3 +20,15 @@ def along(stride, UNIT: tl.constexpr):
         return 1
     else:
         return stride
+
+
+@triton.jit
+def row_at(base, offset, UNIT: tl.constexpr):
+    """base + offset, where a row begins: at a multiple of 16 bytes where the UNIT is not 1. So
+    kernels need not specialise on the address of base. offset: one number, since Triton mislays
+    what it is told of a tensor of pointers.
+    """
+    at = base + offset
+    if UNIT > 1:
+        at = tl.multiple_of(at, 16)
+    return at

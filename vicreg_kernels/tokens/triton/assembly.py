@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from vicreg_kernels.core.triton.operands import round_if
-from vicreg_kernels.tokens.triton.rows import SIZES, across, along
+from vicreg_kernels.core.triton.strides import across, along, row_at
+from vicreg_kernels.tokens.triton.rows import SIZES
 
 
 @triton.jit
@@ -75,7 +76,8 @@ def order_kernel(
     do_not_specialize=[
         "kept", "wanted", "contexts", "dim", "table_length",
         "sc_g", "sc_r", "sc_d", "st_g", "st_r", "st_d",
-    ]
+    ],
+    do_not_specialize_on_alignment=["context", "target"],
 )  # fmt: skip
 def assemble_kernel(
     context, context_index, context_rows, target, target_index, target_rows, table, out,
@@ -105,8 +107,10 @@ def assemble_kernel(
     t_limit = tl.where(is_context, 0, dim)
     table_limit = tl.where(known, dim, 0)
     limit = tl.where(there, dim, 0)
-    c_at = context + own * across(sc_g, UNIT) + tl.cast(k, tl.int64) * across(sc_r, UNIT)
-    t_at = target + s * across(st_g, UNIT) + tl.cast(k - kept, tl.int64) * across(st_r, UNIT)
+    offset = own * across(sc_g, UNIT) + tl.cast(k, tl.int64) * across(sc_r, UNIT)
+    c_at = row_at(context, offset, UNIT)
+    offset = s * across(st_g, UNIT) + tl.cast(k - kept, tl.int64) * across(st_r, UNIT)
+    t_at = row_at(target, offset, UNIT)
     to = out + (s * total + place) * dim
     for first in range(0, dim, BLOCK):
         column = first + tl.arange(0, BLOCK)

@@ -47,11 +47,14 @@ def _samples(index: Tensor, offsets: Tensor | None, batch: int) -> tuple[Tensor,
     return offsets, (each, max(1, batch - 1).bit_length())
 
 
-def _in_units(like: Tensor, dim: int, *places: Sequence[int]) -> tuple[int, int, list[int]]:
-    """(unit, dim in it, strides in it but for those of columns). places: the strides of group, row
-    and column of one tensor each.
+def _in_units(dim: int, *rows: tuple[Tensor, Sequence[int]]) -> tuple[int, int, list[int]]:
+    """(unit, dim in it, strides in it but for those of columns). rows: tensors, and each one's
+    strides of group, row and column.
     """
-    unit = unit_of(like, (dim, *(s for *wide, _ in places for s in wide)), [p[2] for p in places])
+    tensors, places = zip(*rows, strict=True)
+    smaller = min(tensors, key=Tensor.element_size)
+    wide = [s for *both, _ in places for s in both]
+    unit = unit_of(smaller, (dim, *wide), [place[2] for place in places], tensors)
     return unit, dim // unit, [s for a, b, step in places for s in (a // unit, b // unit, step)]
 
 
@@ -68,7 +71,7 @@ def gather(x: Tensor, index: Tensor, offsets: Tensor | None) -> Tensor:
     if index.numel() == 0:
         return out
     at, each = _samples(index, offsets, x.shape[0])
-    unit, width, strides = _in_units(x, dim, x.stride())
+    unit, width, strides = _in_units(dim, (x, x.stride()))
     with on_device(x):
         gather_kernel[(index.numel(),)](
             x, index, at, out, x.shape[1], width, x.shape[0], *each, *strides,
@@ -91,7 +94,7 @@ def scatter(
     out = rows.new_empty((length, dim) if reduce else (batch, length, dim))
     at, each = _samples(index, offsets, batch)
     row_each, *place = _place(rows)
-    unit, width, strides = _in_units(rows, dim, place)
+    unit, width, strides = _in_units(dim, (rows, place))
     with on_device(rows):
         maps = torch.full((2, slots), -1, dtype=torch.int32, device=rows.device)
         if count > 0:
@@ -120,8 +123,7 @@ def _loss_arguments(
         raise RuntimeError(f"backend='triton': got D = {dim}, takes at most {LONGEST_ROW}")
     at, each = _samples(index, offsets, teacher.shape[0])
     pred_each, *place = _place(pred)
-    smaller = min(pred, teacher, key=Tensor.element_size)
-    unit, width, strides = _in_units(smaller, dim, place, teacher.stride())
+    unit, width, strides = _in_units(dim, (pred, place), (teacher, teacher.stride()))
     sizes = teacher.shape[1], width, teacher.shape[0], *each, pred_each
     return at, (*sizes, *strides), {"UNIT": unit, **_columns(dim, LONGEST_ROW)}
 
@@ -227,8 +229,7 @@ def assemble(
     if out.numel() == 0:
         return out
     place = (0, 0, 1) if target.dim() == 1 else target.stride()
-    smaller = min(context, target, key=Tensor.element_size)
-    unit, width, strides = _in_units(smaller, dim, context.stride(), place)
+    unit, width, strides = _in_units(dim, (context, context.stride()), (target, place))
     with on_device(context):
         assemble_kernel[(sequences * (kept + wanted),)](
             context, context_index, context_rows, target, target_index, target_rows,
@@ -249,7 +250,7 @@ def column_sum(sequence: Tensor, rows: Tensor) -> Tensor:
     blocks = triton.cdiv(count, block_rows)
     out = sequence.new_empty(dim, dtype=torch.float32)
     partials = sequence.new_empty((max(1, blocks), dim), dtype=torch.float32)
-    unit, width, strides = _in_units(sequence, dim, sequence.stride())
+    unit, width, strides = _in_units(dim, (sequence, sequence.stride()))
     with on_device(sequence):
         if blocks > 0:
             column_kernel[(tiles * blocks,)](

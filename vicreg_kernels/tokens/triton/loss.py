@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from vicreg_kernels.core.triton.operands import round_if
-from vicreg_kernels.tokens.triton.rows import SIZES, across, along, row_offset, sample_of
+from vicreg_kernels.core.triton.strides import across, along, row_at
+from vicreg_kernels.tokens.triton.rows import SIZES, row_offset, sample_of
 
 LOSS_SIZES = [*SIZES, "pred_each", *(f"s{x}" for x in ("p_g", "p_r", "p_d", "t_b", "t_t", "t_d"))]
 # As in csrc/tokens/formula.h.
@@ -56,14 +57,18 @@ def load_rows(
     valid = (token >= 0) & (token < length)
     sample = sample_of(row, offsets, batch, each, steps)
     wide = column.to(tl.int64)
-    at = teacher + sample * across(st_b, UNIT) + tl.where(valid, token, 0) * across(st_t, UNIT)
+    offset = sample * across(st_b, UNIT) + tl.where(valid, token, 0) * across(st_t, UNIT)
+    at = row_at(teacher, offset, UNIT)
     t = tl.load(at + wide * along(st_d, UNIT), mask=inside, other=0.0).to(tl.float32)
-    at = pred + row_offset(row, pred_each, across(sp_g, UNIT), across(sp_r, UNIT))
+    offset = row_offset(row, pred_each, across(sp_g, UNIT), across(sp_r, UNIT))
+    at = row_at(pred, offset, UNIT)
     p = tl.load(at + wide * along(sp_d, UNIT), mask=inside, other=0.0).to(tl.float32)
     return p, t, valid
 
 
-@triton.jit(do_not_specialize=["rows", *LOSS_SIZES])
+@triton.jit(
+    do_not_specialize=["rows", *LOSS_SIZES], do_not_specialize_on_alignment=["pred", "teacher"]
+)
 def loss_kernel(
     pred, teacher, index, offsets, saved, partials, rows, length, dim, batch, each, steps,
     pred_each, sp_g, sp_r, sp_d, st_b, st_t, st_d, beta, inverse_beta, eps,
@@ -116,7 +121,7 @@ def loss_kernel(
     tl.store(partials + tl.program_id(0) + tl.arange(0, 1), total)
 
 
-@triton.jit(do_not_specialize=LOSS_SIZES)
+@triton.jit(do_not_specialize=LOSS_SIZES, do_not_specialize_on_alignment=["pred", "teacher"])
 def gradient_kernel(
     grad, pred, teacher, index, offsets, saved, out, length, dim, batch, each, steps, pred_each,
     sp_g, sp_r, sp_d, st_b, st_t, st_d, beta, inverse_beta, scale,

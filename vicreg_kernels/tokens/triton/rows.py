@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from vicreg_kernels.core.triton.operands import round_if
-from vicreg_kernels.core.triton.strides import across, along
+from vicreg_kernels.core.triton.strides import across, along, row_at
 
 # What no kernel is specialised on, beside what its own decorator names.
 SIZES = [
@@ -44,7 +44,9 @@ def row_offset(row, each, stride_group, stride_row):
     return (row // each) * stride_group + (row % each) * stride_row
 
 
-@triton.jit(do_not_specialize=[*SIZES, "stride_b", "stride_t"])
+@triton.jit(
+    do_not_specialize=[*SIZES, "stride_b", "stride_t"], do_not_specialize_on_alignment=["x"]
+)
 def gather_kernel(
     x, index, offsets, out, length, dim, batch, each, steps, stride_b, stride_t, stride_d,
     UNIT: tl.constexpr, BLOCK: tl.constexpr,
@@ -59,8 +61,8 @@ def gather_kernel(
     valid = (token >= 0) & (token < length)
     limit = tl.where(valid, dim, 0)
     sample = sample_of(row, offsets, batch, each, steps)
-    source = x + sample * across(stride_b, UNIT)
-    source += tl.where(valid, token, 0) * across(stride_t, UNIT)
+    offset = sample * across(stride_b, UNIT) + tl.where(valid, token, 0) * across(stride_t, UNIT)
+    source = row_at(x, offset, UNIT)
     for first in range(0, dim, BLOCK):
         column = first + tl.arange(0, BLOCK)
         inside = column < dim
@@ -83,7 +85,7 @@ def map_kernel(index, offsets, maps, rows, length, batch, each, steps, slots, BL
     tl.atomic_max(maps + slots + slot, (rows - 1 - row).to(tl.int32), mask=there)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["rows"])
 def scatter_kernel(
     rows, maps, out, dim, each, fill, stride_g, stride_r, stride_d,
     UNIT: tl.constexpr, BLOCK: tl.constexpr,
@@ -97,7 +99,8 @@ def scatter_kernel(
     named = row >= 0
     row = tl.where(named, row, 0)
     limit = tl.where(named, dim, 0)
-    source = rows + row_offset(row, each, across(stride_g, UNIT), across(stride_r, UNIT))
+    offset = row_offset(row, each, across(stride_g, UNIT), across(stride_r, UNIT))
+    source = row_at(rows, offset, UNIT)
     for first in range(0, dim, BLOCK):
         column = first + tl.arange(0, BLOCK)
         inside = column < dim
@@ -110,7 +113,7 @@ def scatter_kernel(
         tl.store(out + slot * dim + column, value, mask=inside)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "count", "samples"])
+@triton.jit(do_not_specialize=[*SIZES, "count", "samples"], do_not_specialize_on_alignment=["rows"])
 def sum_kernel(
     rows, index, maps, out, count, length, dim, each, slots, samples, stride_g, stride_r, stride_d,
     ROUND: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
@@ -134,7 +137,7 @@ def sum_kernel(
             for r in range(first, last + 1):
                 row = tl.cast(r, tl.int64)
                 limit = tl.where(tl.load(index + row).to(tl.int64) == token, dim, 0)
-                source = rows + row_offset(row, each, stride_g, stride_r)
+                source = row_at(rows, row_offset(row, each, stride_g, stride_r), UNIT)
                 offset = column.to(tl.int64) * stride_d
                 total += tl.load(source + offset, mask=column < limit, other=0.0).to(tl.float32)
         tl.store(out + slot * dim + column, round_if(total, out, ROUND), mask=inside)
