@@ -31,10 +31,11 @@ class _Empty(ModuleType):
         super().__init__(name)
         self.__path__: list[str] = []
 
-    def __getattr__(self, name: str) -> type:
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (torch.nn.Module,), {})
+        part = sys.modules.get(f"{self.__name__}.{name}")
+        return type(name, (torch.nn.Module,), {}) if part is None else part
 
 
 class _StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):

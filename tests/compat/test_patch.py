@@ -6,6 +6,7 @@ import importlib
 import pickle
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import pytest
@@ -219,3 +220,11 @@ def test_a_library_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(patching.PACKAGES, "eb_jepa", "no_such_module")
     with pytest.raises(ImportError, match="peer: got 'eb_jepa', which cannot be imported here"):
         vk.patch("eb_jepa")
+
+
+def test_a_stand_in_finds_what_is_left_of_another(monkeypatch):
+    """Of torchvision some parts may be in sys.modules, and their parent not."""
+    left = types.ModuleType("torchvision.left")
+    monkeypatch.setitem(sys.modules, left.__name__, left)
+    assert peers._Empty("torchvision").left is left
+    assert issubclass(peers._Empty("torchvision").other, torch.nn.Module)

@@ -345,12 +345,12 @@ def test_a_short_training_predicts_and_plans(tmp_path):
     still = drift.still(world, 40).mean
     for step in (4, 8, 16):
         assert off[step - 1] < 0.6 * min(still[step - 1], none[step - 1])
-    seeds = torch.arange(8)
+    seeds = torch.arange(24)
     planner = ICEM(horizon=12, candidates=48, elites=8, iterations=8, effort=Effort())
     near = report.NEAR * report.step_length(method, world)
     result = report.planned(method, world, planner, seeds, near)
     gone = torch.linalg.vector_norm(result.positions[:, -1] - result.goal, dim=1)
     began = torch.linalg.vector_norm(result.positions[:, 0] - result.goal, dim=1)
     walked = followed(world, walk, seeds)
-    assert int(result.success.sum()) >= int(walked.sum()) + 2
-    assert gone.mean() < 0.6 * began.mean()
+    assert int(result.success.sum()) >= int(walked.sum()) + 3
+    assert gone.mean() < 0.5 * began.mean()
