@@ -52,6 +52,7 @@ def guard():
         (lambda: CEM(horizon=0), "horizon: got 0, takes 1 or more"),
         (lambda: CEM(candidates=2.5), "candidates: got 2.5, takes an integer"),
         (lambda: CEM(iterations=True), "iterations: got True, takes an integer"),
+        (lambda: CEM(warm="no"), "warm: got 'no', takes True, False"),
         (lambda: CEM(interval=7), r"interval: got 7, takes a multiple of repeat \(5\)"),
         (lambda: CEM(interval=90), r"interval: got 90, takes a .* up to horizon \* repeat \(80\)"),
         (lambda: CEM(elites=257), "elites: got 257, takes 1 to 256"),

@@ -197,7 +197,7 @@ class Seer:
         return Position().rollout(start, held)[:, :, self.held - 1 :: self.held]
 
 
-def test_a_right_model_succeeds_in_any_environment():
+def test_a_right_model_succeeds_in_any_environment(monkeypatch):
     make = adapted_report.maker(
         {"world": "vicreg_jepa/TwoRooms-v0", "settings": {}, "history": 2, "repeat": 2}
     )
@@ -206,7 +206,10 @@ def test_a_right_model_succeeds_in_any_environment():
     planner = report.planner({"repeat": 3, "interval": 6})
     played, control = adapted.episodes(Seer(2), make, planner, seeds, 3.0, 100)
     assert played.success.tolist() == [True] * 6
+    closed = []
+    monkeypatch.setattr(adapted.Adapter, "close", lambda one: closed.append(one))
     walked = adapted.followed(make, adapted.walk, seeds, 100)
+    assert len(closed) == 6
     assert not walked.success.all()
     assert torch.equal(walked.goals, played.goals)
     assert torch.equal(walked.frames[:, 0], played.frames[:, 0])

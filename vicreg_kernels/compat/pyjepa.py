@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from vicreg_kernels.compat import shared
 from vicreg_kernels.ema import ema_update_
-from vicreg_kernels.sigreg import sigreg_loss
 from vicreg_kernels.vicreg import variance_covariance, vicreg_terms
 
 __all__ = ["EMA", "SIGReg", "VICRegLoss"]
@@ -82,31 +81,8 @@ class VICRegLoss(nn.Module):
         return {name: shared.rounded(term, x) for name, term in zip(names, terms, strict=True)}
 
 
-class SIGReg(nn.Module):
-    """`vicreg_kernels.sigreg_loss` with pyjepa's arguments, directions and state.
-
-    The directions are drawn from torch's generator, as pyjepa draws them. Under torch.distributed
-    the statistic is that of this rank's rows, as there.
-
-    Args:
-        knots: equally spaced knots on [0, 3].
-        num_proj: number of random directions.
-
-    Shapes: proj: [T, B, D], a statistic a time step, or [B, D]; B >= 2 -> scalar, float32 (float64
-    for float64).
-    """
-
-    def __init__(self, knots: int = 17, num_proj: int = 1024) -> None:
-        super().__init__()
-        self.knots = knots
-        self.num_proj = num_proj
-        shared.register_quadrature(self, knots, 3.0)
-
-    def forward(self, proj: Tensor) -> Tensor:
-        with shared.renamed(z="proj"):
-            z = shared.grouped(proj)
-            directions = shared.unit_columns(z.shape[-1], self.num_proj, z.device, z.dtype)
-            return sigreg_loss(z, knots=self.knots, convention="lewm", directions=directions)
+class SIGReg(shared.LeWMSIGReg):
+    __doc__ = shared.LeWMSIGReg.__doc__
 
 
 class EMA:

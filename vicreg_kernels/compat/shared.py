@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vicreg_kernels import distributed
+from vicreg_kernels.sigreg import sigreg_loss
 from vicreg_kernels.sigreg.checks import check_z
 
 
@@ -98,3 +99,34 @@ def register_quadrature(module: nn.Module, knots: int, t_max: float) -> None:
     module.register_buffer("t", t)
     module.register_buffer("phi", phi)
     module.register_buffer("weights", t_max / (knots - 1) * ends * phi)
+
+
+class LeWMSIGReg(nn.Module):
+    """`vicreg_kernels.sigreg_loss` as LeWM's SIGReg is called by pyjepa and by stable-worldmodel,
+    with their directions and state.
+
+    The directions are drawn from torch's generator, as theirs are. Under torch.distributed the
+    statistic is that of this rank's rows, as there.
+
+    Args:
+        knots: equally spaced knots on [0, 3].
+        num_proj: number of random directions.
+
+    Shapes: proj: [T, B, D], a statistic a time step, or [B, D]; B >= 2 -> scalar, float32 (float64
+    for float64).
+    """
+
+    drawn: torch.dtype | None = None  # the dtype that directions are drawn in; None: proj's
+
+    def __init__(self, knots: int = 17, num_proj: int = 1024) -> None:
+        super().__init__()
+        self.knots = knots
+        self.num_proj = num_proj
+        register_quadrature(self, knots, 3.0)
+
+    def forward(self, proj: Tensor) -> Tensor:
+        with renamed(z="proj"):
+            z = grouped(proj)
+            dtype = z.dtype if self.drawn is None else self.drawn
+            directions = unit_columns(z.shape[-1], self.num_proj, z.device, dtype)
+            return sigreg_loss(z, knots=self.knots, convention="lewm", directions=directions)

@@ -67,13 +67,18 @@ class VICRegLoss(nn.Module):
             invariance_weight=self.invariance_weight,
             variance_weight=self.variance_weight,
             covariance_weight=self.covariance_weight,
-            margin=self.margin,
-            eps=self.eps,
-            convention=self.convention,
-            precision=self.precision,
-            backend=self.backend,
-            process_group=self.process_group,
+            **self._settings(),
         )
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "margin": self.margin,
+            "eps": self.eps,
+            "convention": self.convention,
+            "precision": self.precision,
+            "backend": self.backend,
+            "process_group": self.process_group,
+        }
 
     def _of_views(self, views: Sequence[Tensor], y: Tensor | None) -> Tensor:
         if y is not None:
@@ -83,12 +88,7 @@ class VICRegLoss(nn.Module):
         return loss_of_views(
             views,
             (self.invariance_weight, self.variance_weight, self.covariance_weight),
-            margin=self.margin,
-            eps=self.eps,
-            convention=self.convention,
-            precision=self.precision,
-            backend=self.backend,
-            process_group=self.process_group,
+            **self._settings(),
         )
 
     def extra_repr(self) -> str:

@@ -34,14 +34,12 @@ def settings(output: Path, overrides: Sequence[str]) -> Config:
         chosen = config.load("vjepa_causal_physics", config.layered(defaults, overrides))
         if chosen.training.precision == "float32":
             print("this CPU has no instructions for bfloat16: training in float32", file=sys.stderr)
-    if any(words.startswith("training.steps=") for words in overrides):
-        return chosen
-    return steps.fitted(chosen, SECONDS)
+    return steps.fitted(chosen, overrides, SECONDS)
 
 
 def run(settings: Config, output: Path) -> None:
     folder = output / "vjepa_causal_physics"
-    in_own_process(_train, settings, folder)
+    in_own_process(train, settings, folder)
     accuracy = in_own_process(_surprise, folder, output)
     picture, moving = (output / f"{PROPERTY}.{kind}" for kind in ("png", "gif"))
     print(f"surprise where a thing vanishes or appears: {picture}, {moving}")
@@ -50,10 +48,6 @@ def run(settings: Config, output: Path) -> None:
         f"{settings.training.steps} steps (chance is 50 %); all properties: "
         f"vicreg-jepa surprise {folder}"
     )
-
-
-def _train(settings: Config, folder: Path) -> None:
-    train(settings, folder)
 
 
 def _surprise(folder: Path, output: Path) -> float:

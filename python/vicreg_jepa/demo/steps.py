@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,12 @@ def seconds_of_a_step(described: dict[str, Any]) -> float:
     return sorted(seconds)[TIMED_STEPS // 2]
 
 
-def fitted(settings: Config, most: float) -> Config:
-    """The settings with at most as many steps as fit into `most` seconds on this machine."""
+def fitted(settings: Config, overrides: Sequence[str], most: float) -> Config:
+    """The settings with at most as many steps as fit into `most` seconds on this machine, unless
+    the overrides give the number of steps.
+    """
+    if any(words.startswith("training.steps=") for words in overrides):
+        return settings
     return within(settings, in_own_process(seconds_of_a_step, config.describe(settings)), most)
 
 

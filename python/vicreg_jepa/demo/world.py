@@ -22,22 +22,16 @@ def settings(output: Path, overrides: Sequence[str]) -> Config:
     words = config.layered([f"training.steps={STEPS}"], overrides)
     chosen = config.load("world_two_rooms", words)
     world_of(chosen)
-    if any(words.startswith("training.steps=") for words in overrides):
-        return chosen
-    return steps.fitted(chosen, SECONDS)
+    return steps.fitted(chosen, overrides, SECONDS)
 
 
 def run(settings: Config, output: Path) -> None:
     folder = output / "world_two_rooms"
-    in_own_process(_train, settings, folder)
+    in_own_process(train, settings, folder)
     table = in_own_process(_planned, folder, output)
     print(table)
     print(f"planned episodes: {output / 'plan.png'}, {output / 'plan.gif'}")
     print(f"the whole recipe takes 5000 steps: vicreg-jepa train world_two_rooms --output {folder}")
-
-
-def _train(settings: Config, folder: Path) -> None:
-    train(settings, folder)
 
 
 def _planned(folder: Path, output: Path) -> str:

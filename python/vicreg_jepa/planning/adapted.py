@@ -5,6 +5,7 @@ and goals of.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,8 +41,8 @@ def _played(
     steps: int,
     act: Callable[[int, Tensor], NDArray[np.float32]],
 ) -> Played:
-    """Run environments that have just begun; act: from a step and the frames [N, H, W, C] to the
-    actions [N, A].
+    """Run environments that have just begun, then close them; act: from a step and the frames
+    [N, H, W, C] to the actions [N, A].
     """
     goals = torch.from_numpy(np.stack([one.goal() for one in environments]))
     seen = [torch.from_numpy(np.stack(frames))]
@@ -55,6 +56,8 @@ def _played(
                 now[number], ended[number] = torch.from_numpy(result.frame), result.ended
         seen.append(now)
     success = torch.tensor([one.success() for one in environments])
+    for one in environments:
+        one.close()
     return Played(success, torch.stack(seen, dim=1), goals)
 
 
@@ -107,8 +110,8 @@ def control(name: str) -> Policy:
 def step_length(model: LatentModel, make: Make, collection: int) -> float:
     """The mean distance between the latents of consecutive frames of random walks."""
     lengths = []
-    for episode in make().play("walk", collection, WALKS, WALKED):
-        with torch.no_grad():
+    with closing(make()) as one, torch.no_grad():
+        for episode in one.play("walk", collection, WALKS, WALKED):
             path = model.encode(torch.from_numpy(episode.frames))
-        lengths.append(torch.linalg.vector_norm(path[1:] - path[:-1], dim=1))
+            lengths.append(torch.linalg.vector_norm(path[1:] - path[:-1], dim=1))
     return float(torch.cat(lengths).mean())

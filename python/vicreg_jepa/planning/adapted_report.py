@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,10 @@ def maker(described: dict[str, Any]) -> Make:
 
 def steps_of(make: Make) -> int:
     """The steps of an episode: the limit of the environment, or else that of the worlds."""
-    one = make()
-    spec = one.env.spec
-    limit = STEPS if spec is None or spec.max_episode_steps is None else spec.max_episode_steps
-    return math.ceil(limit / one.repeat)
+    with closing(make()) as one:
+        spec = one.env.spec
+        limit = STEPS if spec is None or spec.max_episode_steps is None else spec.max_episode_steps
+        return math.ceil(limit / one.repeat)
 
 
 def measured(
@@ -62,8 +63,8 @@ def measured(
     """The rows of the table, controls first, and the episodes of the first run."""
     seeds = torch.tensor([seed_of(COLLECTION, number) for number in range(count)])
     steps = steps_of(make)
-    task = make().task
-    controls = () if task is None else tuple(task.controls)
+    with closing(make()) as one:
+        controls = () if one.task is None else tuple(one.task.controls)
     policies = {"walk": adapted.walk} | {name: adapted.control(name) for name in controls}
     rows = [
         Row(name, count, int(adapted.followed(make, policy, seeds, steps).success.sum()))

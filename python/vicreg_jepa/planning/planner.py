@@ -102,6 +102,7 @@ class Planner(ABC):
     def __post_init__(self) -> None:
         for name in ("horizon", "repeat", "candidates", "iterations", "interval"):
             checks.whole(name, getattr(self, name), 1)
+        checks.choice("warm", self.warm, (True, False))
         if self.effort is not None and not isinstance(self.effort, Effort):
             raise ValueError(f"effort: got {self.effort!r}, takes an Effort or None")
         if not callable(self.project):

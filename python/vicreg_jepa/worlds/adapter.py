@@ -117,6 +117,10 @@ class Adapter:
         """The action [A] of a policy of the task in what is seen now."""
         return np.asarray(self._task().controls[name](*self.observed), dtype=np.float32)
 
+    def close(self) -> None:
+        """Close the environment: some hold windows or simulators."""
+        self.env.close()
+
     def play(
         self, policy: str, seed: int, episodes: int, length: int, first: int = 0
     ) -> Iterator[Episode]:
