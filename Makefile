@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
-.PHONY: setup demo physics world test fuzz soak audit lint bench gpu gpu-bench gpu-check gpu-packages wheel wheel-cuda docs clean help
+.PHONY: setup demo physics world test fuzz soak pretrained audit lint bench gpu gpu-bench gpu-check gpu-packages wheel wheel-cuda docs clean help
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,16 @@ world: setup ## train world models, plan with them, measure their drift: half an
 	$(BIN)/vicreg-jepa plan runs/world
 	$(BIN)/vicreg-jepa plan runs/world_random
 	$(BIN)/vicreg-jepa drift runs/world --beside runs/world_pixels
+
+# The models that come with the package (python/vicreg_jepa/pretrained).
+PRETRAINED := vjepa_causal_physics world_two_rooms
+
+pretrained: setup ## train the models that come with the package: half an hour
+	for recipe in $(PRETRAINED); do \
+	    $(BIN)/vicreg-jepa train $$recipe --output runs/pretrained/$$recipe && \
+	    $(BIN)/vicreg-jepa export --format whole runs/pretrained/$$recipe \
+	        python/vicreg_jepa/pretrained/$$recipe.safetensors || exit 1; \
+	done
 
 test: setup ## run all tests that end within 10 minutes
 	$(BIN)/python -m pytest -m "not gpu and not thorough" -n 2 --dist loadfile \

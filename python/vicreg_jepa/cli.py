@@ -24,8 +24,11 @@ def parser() -> argparse.ArgumentParser:
     two.add_argument("--label", help="videos only: the key of their records that is the label")
     two.add_argument("--videos", type=integer(10), default=1000, help="most videos to use")
     three = commands.add_parser("surprise", help="test surprise at impossible physics")
-    three.add_argument("run", type=Path)
-    three.add_argument("--output", type=Path, help="folder of the pictures; default RUN/surprise")
+    three.add_argument("run", type=Path, nargs="?", help="or a file of export --format whole")
+    three.add_argument("--pretrained", action="store_true", help="the model of the package instead")
+    three.add_argument(
+        "--output", type=Path, help="folder of the pictures; default RUN/surprise, or surprise"
+    )
     three.add_argument("--video", type=Path, help="draw the surprise at this video instead")
     three.add_argument(
         "--beside", type=Path, nargs="+", default=[], metavar="RUN", help="runs to compare with"
@@ -36,18 +39,28 @@ def parser() -> argparse.ArgumentParser:
     )
     four.add_argument("configs", nargs="+", help="recipes, YAML files, and key=value pairs")
     four.add_argument("--rounds", type=integer(1), default=9, help="timed steps of each")
-    five = commands.add_parser("export", help="write a run's encoder as safetensors")
+    five = commands.add_parser("export", help="write a run's encoder or method as safetensors")
     five.add_argument("run", type=Path)
     five.add_argument("file", type=Path)
     five.add_argument(
         "--format",
-        choices=("own", "timm"),
+        choices=("own", "timm", "whole"),
         default="own",
-        help="own: for vicreg_jepa.load_encoder; timm: for its VisionTransformer, from a ViT",
+        help="own: the encoder for vicreg_jepa.load_encoder; timm: for its VisionTransformer, from "
+        "a ViT; whole: the method in float16, for surprise and plan",
     )
     seven = commands.add_parser("plan", help="plan with runs of a world model, beside controls")
-    seven.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="runs on the same world")
-    seven.add_argument("--output", type=Path, help="folder of the pictures; default RUN/plan")
+    seven.add_argument(
+        "runs",
+        type=Path,
+        nargs="*",
+        metavar="RUN",
+        help="runs on the same world, or files of export --format whole",
+    )
+    seven.add_argument("--pretrained", action="store_true", help="the model of the package instead")
+    seven.add_argument(
+        "--output", type=Path, help="folder of the pictures; default RUN/plan, or plan"
+    )
     seven.add_argument("--episodes", type=integer(4), default=50)
     seven.add_argument("--full", action="store_true", help="also the first with its whole budget")
     seven.add_argument(
@@ -143,9 +156,10 @@ def _surprise(options: argparse.Namespace) -> int:
     from vicreg_jepa.physics import PROPERTIES
     from vicreg_jepa.surprise import physics_test, report
 
-    name, settings, method = _video_run(options.run)
+    (run,) = _runs("surprise", [options.run] if options.run else [], options.pretrained)
+    name, settings, method = _video_run(run)
     stride, size = settings.data.stride, settings.data.size
-    output = options.output or options.run / "surprise"
+    output = options.output or _beside(run, "surprise")
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
     if options.video is not None:
@@ -156,8 +170,8 @@ def _surprise(options: argparse.Namespace) -> int:
         one: physics_test.of_method(trained, stride)
         for one, trained in ((name, method), ("untrained", untrained))
     }
-    for run in options.beside:
-        other, its, trained = _video_run(run)
+    for beside in options.beside:
+        other, its, trained = _video_run(beside)
         models[other] = physics_test.of_method(trained, its.data.stride)
     scores = report.test(models, options.quadruplets, output)
     print(report.table(scores, options.quadruplets))
@@ -165,6 +179,22 @@ def _surprise(options: argparse.Namespace) -> int:
         report.draw_quadruplet(method, property, output, stride=stride)
     print(f"pictures of every property: {output}")
     return 0
+
+
+def _runs(command: str, given: list[Path], pretrained: bool) -> list[Path]:
+    """The runs of a command: those given, or the model of the package."""
+    from vicreg_jepa import pretrained as package
+    from vicreg_jepa.config import ConfigError
+
+    if pretrained == bool(given):
+        got = "both" if pretrained else "neither"
+        raise ConfigError(f"run: got {got}, takes a run or --pretrained")
+    return [package.path(command)] if pretrained else given
+
+
+def _beside(run: Path, name: str) -> Path:
+    """The folder of a command's pictures: in a run, or, of a file, in the current folder."""
+    return Path(name) if run.is_file() else run / name
 
 
 def _video_run(run: Path) -> tuple[str, Any, Any]:
@@ -206,8 +236,9 @@ def _plan(options: argparse.Namespace) -> int:
     from vicreg_jepa.worlds.collect import parsed
 
     planner = report.planner(parsed(options.planner))
-    restored = [(run, *restore(run)) for run in options.runs]
-    output = options.output or options.runs[0] / "plan"
+    runs = _runs("plan", options.runs, options.pretrained)
+    restored = [(run, *restore(run)) for run in runs]
+    output = options.output or _beside(runs[0], "plan")
     simulated = restored[0][1].data.kind == "world"
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from vicreg_jepa import cli, load_encoder
 from vicreg_jepa.data import batches, sources
+from vicreg_jepa.training import export
 from vicreg_jepa.training.run import restore
 
 SMALL = ["training.steps=2", "training.batch=4", "training.save_every=2"]
@@ -148,10 +149,12 @@ def test_other_files_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"^file: .* is no intact safetensors file"):
         load_encoder(tmp_path / "text")
     save_file({"x": torch.zeros(1)}, tmp_path / "bare")
-    with pytest.raises(ValueError, match=r"^file: .* has the metadata \[\], takes a file of"):
+    with pytest.raises(
+        ValueError, match=r"^file: .* has the metadata \[\] and the kind None, takes"
+    ):
         load_encoder(tmp_path / "bare")
     assert cli.main(["export", str(run), str(file), "--format", "timm"]) == 0
-    with pytest.raises(ValueError, match="without --format timm"):
+    with pytest.raises(ValueError, match="--format own"):
         load_encoder(file)
     assert cli.main(["export", str(run), str(file)]) == 0
     with safe_open(file, "pt") as opened:
@@ -161,3 +164,47 @@ def test_other_files_are_refused(folder, tmp_path):
     save_file(tensors, file, metadata=about)
     with pytest.raises(ValueError, match="does not fit its configuration"):
         load_encoder(file)
+
+
+@pytest.mark.parametrize("name", ["vjepa", "world"])
+def test_a_whole_method_is_the_run_s_in_float16(folder, name, tmp_path):
+    run, file = trained(folder, name), tmp_path / "whole.safetensors"
+    assert cli.main(["export", str(run), str(file), "--format", "whole"]) == 0
+    settings, method, step = restore(run)
+    its_settings, loaded, its_step = restore(file)
+    assert (its_settings, its_step, loaded.training) == (settings, step, False)
+    state = loaded.state_dict()
+    assert state.keys() == method.state_dict().keys()
+    for key, z in method.state_dict().items():
+        assert torch.equal(state[key], z.half().float() if z.is_floating_point() else z)
+    assert file.stat().st_size < 0.6 * sum(z.nbytes for z in state.values()) + 20_000
+
+
+def test_a_whole_method_that_float16_cannot_hold(folder, tmp_path):
+    settings, method, step = restore(trained(folder, "world"))
+    next(method.parameters()).data.view(-1)[0] = 1e6
+    with pytest.raises(ValueError, match=r"beyond float16's range"):
+        export.write(settings, method, step, tmp_path / "whole.safetensors", "whole")
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_of_other_kinds(folder, tmp_path, capsys):
+    run, encoder = trained(folder, "world"), tmp_path / "encoder.safetensors"
+    whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
+    assert cli.main(["export", str(run), str(encoder)]) == 0
+    assert cli.main(["export", str(run), str(whole), "--format", "whole"]) == 0
+    with pytest.raises(ValueError, match=r"^file: .*takes a file of `.* --format own`"):
+        load_encoder(whole)
+    capsys.readouterr()
+    assert cli.main(["plan", str(encoder)]) == 2
+    assert "--format whole`" in capsys.readouterr().err
+    cut.write_bytes(whole.read_bytes()[:-100])
+    assert cli.main(["plan", str(cut)]) == 2
+    assert "no intact safetensors file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["plan"], ["surprise"], ["surprise", "RUN", "--pretrained"]])
+def test_a_run_or_the_package_s_model(folder, words, capsys):
+    run = str(trained(folder, "world"))
+    assert cli.main([run if word == "RUN" else word for word in words]) == 2
+    assert "takes a run or --pretrained" in capsys.readouterr().err

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vicreg_jepa import config
-from vicreg_jepa.files import listing
-from vicreg_jepa.methods import build
 from vicreg_jepa.models.conv import ConvEncoder
-
-KIND = "vicreg_jepa encoder"
+from vicreg_jepa.training import exported
 
 
 class Encoder(nn.Module):
@@ -59,25 +53,8 @@ def load_encoder(file: str | Path) -> Encoder:
     """Load what `vicreg-jepa export RUN FILE` wrote, on the CPU and in evaluation mode. Raises
     ValueError if the file is another one, or damaged.
     """
-    path = listing.regular(Path(file), "file")
-    try:
-        with safe_open(path, "pt") as opened:
-            about: dict[str, str] = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"file: {path} is no intact safetensors file ({error})") from error
-    if about.get("kind") != KIND or "config" not in about:
-        raise ValueError(
-            f"file: {path} has the metadata {sorted(about)}, takes a file of `vicreg-jepa export` "
-            "without --format timm"
-        )
-    settings = config.parse(json.loads(about["config"]))
-    with torch.random.fork_rng():  # building draws weights, which are replaced
-        method = build.method(settings, int(about["channels"]))
-    encoder = Encoder(method, settings, int(about["step"]))
-    try:
-        encoder.network.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"file: {path} does not fit its configuration ({error})") from error
+    settings, method, step, tensors = exported.built(file, exported.ENCODER)
+    encoder = Encoder(method, settings, step)
+    exported.fill(encoder.network, tensors, file)
     method.eval()
     return encoder.eval()

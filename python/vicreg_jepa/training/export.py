@@ -1,4 +1,4 @@
-"""Writes a trained encoder into one safetensors file."""
+"""Writes a trained encoder, or a whole trained method, into one safetensors file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vicreg_jepa import config
 from vicreg_jepa.files import output
 from vicreg_jepa.methods.networks import Pooled
 from vicreg_jepa.models.vit import CENTRE, SCALE, ViT
-from vicreg_jepa.training.encoder import KIND
+from vicreg_jepa.training import exported
 
 
 def write(
@@ -23,20 +23,35 @@ def write(
 
     form: "own", for load_encoder: the tensors, and in the metadata the configuration. "timm", for
     timm's VisionTransformer: its names and shapes, and in the metadata its arguments; it takes
-    images with values in [0, 1], and its features are the same. Raises ValueError for "timm", if
-    the encoder is not a ViT of images.
+    images with values in [0, 1], and its features are the same. "whole": the whole method with its
+    floating-point tensors in float16, for `restore`, and so for the commands that take a run.
+    Raises ValueError for "timm", if the encoder is not a ViT of images, and for "whole", if a
+    weight is beyond float16's range.
     """
     part, network = method.exported()
+    about = {"kind": exported.ENCODER, "method": settings.method, "step": str(step)}
+    described = {"config": json.dumps(config.describe(settings)), "channels": str(method.channels)}
     if form == "timm":
         tensors, arguments = _timm(settings, network)
-        about = {"timm": json.dumps(arguments)}
+        about["timm"] = json.dumps(arguments)
+    elif form == "whole":
+        part, tensors = "method", _halved(method.state_dict())
+        about |= {**described, "kind": exported.WHOLE}
     else:
         tensors = dict(network.state_dict())
-        about = {"config": json.dumps(config.describe(settings)), "channels": str(method.channels)}
-    about |= {"kind": KIND, "method": settings.method, "step": str(step)}
+        about |= described
     with output.writing(file):
         save_file({name: z.contiguous() for name, z in tensors.items()}, file, metadata=about)
     return f"{len(tensors)} tensors of the {part}: {file}"
+
+
+def _halved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The floating-point ones in float16."""
+    halved = {name: z.half() if z.is_floating_point() else z for name, z in tensors.items()}
+    for name, z in halved.items():
+        if z.is_floating_point() and not bool(z.isfinite().all()):
+            raise ValueError(f"--format: got 'whole', but {name} has values beyond float16's range")
+    return halved
 
 
 def _timm(settings: config.Config, network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -19,7 +19,7 @@ from vicreg_jepa.distributed.launch import in_turn, ranks
 from vicreg_jepa.distributed.ranks import Ranks
 from vicreg_jepa.files import output
 from vicreg_jepa.methods import build
-from vicreg_jepa.training import checkpoint, locking, rank_failure, stopping
+from vicreg_jepa.training import checkpoint, exported, locking, rank_failure, stopping
 from vicreg_jepa.training.log import Log, SpreadMonitor
 from vicreg_jepa.training.trainer import Trainer, bfloat16_is_slow
 
@@ -86,8 +86,10 @@ def _train(settings: Config, folder: Path, process: Ranks, stop: stopping.Stop) 
 
 def restore(folder: Path) -> tuple[Config, nn.Module, int]:
     """Load (configuration, trained method in evaluation mode, step) from the newest intact
-    checkpoint.
+    checkpoint of a run's folder, or from a file of `vicreg-jepa export --format whole`.
     """
+    if folder.is_file():
+        return exported.method(folder)
     newest = checkpoint.newest_whole(folder / "checkpoints")
     if newest is None:
         raise checkpoint.CheckpointError(f"{folder}: holds no checkpoint of a run")
