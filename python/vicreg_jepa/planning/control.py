@@ -12,7 +12,7 @@ from torch import Tensor
 from vicreg_jepa.planning import checks
 from vicreg_jepa.planning.energies import Arrival, EnergyLike, to_goal
 from vicreg_jepa.planning.model import LatentModel
-from vicreg_jepa.planning.planner import Plan
+from vicreg_jepa.planning.planner import Plan, PlanRequest
 
 
 class Plans(Protocol):
@@ -22,16 +22,7 @@ class Plans(Protocol):
     def interval(self) -> int: ...
     def held(self, actions: Tensor) -> Tensor: ...
     def shifted(self, actions: Tensor, steps: int) -> Tensor: ...
-    def plan(
-        self,
-        model: LatentModel,
-        start: Tensor,
-        energy: EnergyLike,
-        seed: Tensor,
-        time: Tensor | int = 0,
-        former: Tensor | None = None,
-        arrival: Arrival | None = None,
-    ) -> Plan: ...
+    def plan(self, model: LatentModel, request: PlanRequest) -> Plan: ...
 
 
 class Control:
@@ -72,9 +63,8 @@ class Control:
 
     def _plan(self, step: int, latents: Tensor) -> None:
         begun = time.perf_counter()
-        plan = self.planner.plan(
-            self.model, latents, self.minimised, self.seeds, step, self.former, self.arrives
-        )
+        request = PlanRequest(latents, self.minimised, self.seeds, step, self.former, self.arrives)
+        plan = self.planner.plan(self.model, request)
         self.seconds += time.perf_counter() - begun
         self.coming = self.planner.held(plan.actions)
         self.former = self.planner.shifted(plan.actions, self.planner.interval)

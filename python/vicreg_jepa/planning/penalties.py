@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vicreg_jepa.planning import checks
-from vicreg_jepa.planning.energies import Arrival, Energy, EnergyLike, energy_of
+from vicreg_jepa.planning.energies import Energy, energy_of
 from vicreg_jepa.planning.guardrails import Constraint
 from vicreg_jepa.planning.model import LatentModel
-from vicreg_jepa.planning.planner import Plan, Planner
+from vicreg_jepa.planning.planner import Plan, Planner, PlanRequest
 
 
 @dataclass(frozen=True)
@@ -70,21 +70,13 @@ class Lagrangian:
     def shifted(self, actions: Tensor, steps: int) -> Tensor:
         return self.planner.shifted(actions, steps)
 
-    def plan(
-        self,
-        model: LatentModel,
-        start: Tensor,
-        energy: EnergyLike,
-        seed: Tensor,
-        time: Tensor | int = 0,
-        former: Tensor | None = None,
-        arrival: Arrival | None = None,
-    ) -> Plan:
-        multiplier = start.new_zeros(len(start))
+    def plan(self, model: LatentModel, request: PlanRequest) -> Plan:
+        energy, former = energy_of(request.energy), request.former
+        multiplier = request.start.new_zeros(len(request.start))
         plans: list[Plan] = []
         for _ in range(self.rounds):
-            total = energy_of(energy) + Penalty(self.constraint, multiplier)
-            plan = self.planner.plan(model, start, total, seed, time, former, arrival)
+            total = energy + Penalty(self.constraint, multiplier)
+            plan = self.planner.plan(model, replace(request, energy=total, former=former))
             plans.append(plan)
             path = plan.path.nan_to_num(nan=0.0)[:, None]
             broken = violations(self.constraint, path)[:, 0]

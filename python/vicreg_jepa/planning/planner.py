@@ -10,11 +10,29 @@ import torch
 from torch import Tensor
 
 from vicreg_jepa.planning import checks
-from vicreg_jepa.planning.energies import Arrival, Energy, EnergyLike, energy_of, evaluated
+from vicreg_jepa.planning.energies import Arrival, EnergyLike, energy_of, evaluated
 from vicreg_jepa.planning.model import LatentModel
 from vicreg_jepa.planning.noise import Draws
 
 Rows = dict[str, Tensor]  # what a planner knows of each environment and action: [B, H, ...] each
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a planner is asked for: plans of B environments.
+
+    start: [B, D], the latents to plan from; energy: what the plans are to minimise; seed: int64
+    [B], and time: int64 [B] or an integer for all, which together determine all random numbers;
+    former: [B, H, A], the former plans, shifted to now, or None; arrival: tells whether a predicted
+    path arrives, or None, for a planner without effort.
+    """
+
+    start: Tensor
+    energy: EnergyLike
+    seed: Tensor
+    time: Tensor | int = 0
+    former: Tensor | None = None
+    arrival: Arrival | None = None
 
 
 @dataclass(frozen=True)
@@ -138,29 +156,17 @@ class Planner(ABC):
         """Actions for each step of the world, [..., H * repeat, A], of a plan [..., H, A]."""
         return actions.repeat_interleave(self.repeat, dim=-2)
 
-    def plan(
-        self,
-        model: LatentModel,
-        start: Tensor,
-        energy: EnergyLike,
-        seed: Tensor,
-        time: Tensor | int = 0,
-        former: Tensor | None = None,
-        arrival: Arrival | None = None,
-    ) -> Plan:
-        """Plan from the latents `start`, [B, D].
+    def plan(self, model: LatentModel, request: PlanRequest) -> Plan:
+        """Search for the plans of lowest energy.
 
-        seed: int64 [B]; time: int64 [B], or an integer for all. They determine all random
-        numbers. former: a former plan [B, H, A], shifted to now. Raises ValueError for arguments of
-        other shapes, and if there is effort and no arrival.
+        Raises ValueError for a field of the request that has another shape or dtype, for a former
+        plan that is not finite, and for a request without arrival if the planner has effort.
         """
-        self._check(model, start, seed, time, former, arrival)
-        count, device = len(start), start.device
-        time = torch.as_tensor(time, dtype=torch.int64, device=device).expand(count)
+        self._check(model, request)
+        former = request.former
         if former is None or not self.warm:
-            former = start.new_zeros(count, self.horizon, model.actions)
-        mean = self.project(former)
-        search = _Search(self, model, start, energy_of(energy), Draws(seed, time), arrival, mean)
+            former = request.start.new_zeros(len(request.start), self.horizon, model.actions)
+        search = _Search(self, model, request, self.project(former))
         if self.effort is not None and self.warm:
             search.check_former()
         for iteration in range(self.iterations):
@@ -169,25 +175,18 @@ class Planner(ABC):
             search.iterate(iteration)
         return search.finished()
 
-    def _check(
-        self,
-        model: LatentModel,
-        start: Tensor,
-        seed: Tensor,
-        time: Tensor | int,
-        former: Tensor | None,
-        arrival: Arrival | None,
-    ) -> None:
-        checks.shaped("start", start, None, None)
-        checks.shaped("seed", seed, len(start))
-        if seed.dtype != torch.int64:
-            raise ValueError(f"seed: got {seed.dtype}, takes torch.int64")
-        if not isinstance(time, int):
-            checks.shaped("time", time, len(start))
-        if former is not None:
-            checks.shaped("former", former, len(start), self.horizon, model.actions)
-            checks.finite("former", former)
-        if self.effort is not None and arrival is None:
+    def _check(self, model: LatentModel, request: PlanRequest) -> None:
+        checks.shaped("start", request.start, None, None)
+        count = len(request.start)
+        checks.shaped("seed", request.seed, count)
+        if request.seed.dtype != torch.int64:
+            raise ValueError(f"seed: got {request.seed.dtype}, takes torch.int64")
+        if not isinstance(request.time, int):
+            checks.shaped("time", request.time, count)
+        if request.former is not None:
+            checks.shaped("former", request.former, count, self.horizon, model.actions)
+            checks.finite("former", request.former)
+        if self.effort is not None and request.arrival is None:
             raise ValueError("arrival: got None, takes an Arrival, since the planner has an effort")
 
 
@@ -227,20 +226,16 @@ class _Search:
     best: _Best
 
     def __init__(
-        self,
-        planner: Planner,
-        model: LatentModel,
-        start: Tensor,
-        energy: Energy,
-        draws: Draws,
-        arrival: Arrival | None,
-        mean: Tensor,
+        self, planner: Planner, model: LatentModel, request: PlanRequest, mean: Tensor
     ) -> None:
+        start = request.start
         count, steps = len(start), planner.horizon * planner.repeat
-        self.planner, self.model, self.energy, self.arrival = planner, model, energy, arrival
+        time = torch.as_tensor(request.time, dtype=torch.int64, device=start.device)
+        self.planner, self.model, self.start, self.mean = planner, model, start, mean
+        self.energy, self.arrival = energy_of(request.energy), request.arrival
+        self.draws = Draws(request.seed, time.expand(count))
         self.index = torch.arange(count, device=start.device)
-        self.start, self.draws, self.mean = start, draws, mean
-        self.rows = planner.begun(mean, draws)
+        self.rows = planner.begun(mean, self.draws)
         self.plan = Plan(
             actions=torch.zeros_like(mean),
             energy=start.new_full((count,), torch.inf),
