@@ -168,7 +168,7 @@ def check_stopped(folder: Path, text: str, number: str) -> None:
     ("number", "told"), [("SIGTERM", "one"), ("SIGTERM", "all"), ("SIGINT", "all")]
 )
 def test_ranks_that_are_told_to_stop_save_first(number, told, tmp_path):
-    """One rank gets the signal, or torchrun, which tells all; the run resumes as if never stopped."""
+    """One rank gets the signal, or torchrun, which tells all; the resumed run is the same run."""
     folder = tmp_path / "run"
     words = words_of(folder, "training.save_every=9000")
 

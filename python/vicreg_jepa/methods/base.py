@@ -263,8 +263,36 @@ def check_heads(model: Model, heads: str, dim: str) -> None:
     head, rest = divmod(width, number)
     if rest or head % HEAD_STEP or not LEAST_HEAD <= head <= MOST_HEAD:
         raise ValueError(
-            f"model.{heads}: got {number} for {dim} {width}, takes a divisor that leaves heads of "
-            f"a multiple of {HEAD_STEP} from {LEAST_HEAD} to {MOST_HEAD}"
+            f"model.{heads}: got {number} for model.{dim} {width}, takes a divisor that leaves heads "
+            f"of a multiple of {HEAD_STEP} from {LEAST_HEAD} to {MOST_HEAD}"
+        )
+
+
+# Of conv encoders: the first map has a quarter of model.dim; frames are halved four times.
+LEAST_CHANNELS, LEAST_FRAME = 4, 16
+
+
+def check_encoder(config: Config) -> None:
+    """Raises ValueError that names the setting if the encoder cannot be built for the data."""
+    model, data = config.model, config.data
+    frames = METHODS[config.method].data == "trajectories"
+    if model.encoder == "conv":
+        least = "takes at least {} with model.encoder 'conv'"
+        if model.dim < LEAST_CHANNELS:
+            raise ValueError(f"model.dim: got {model.dim}, {least.format(LEAST_CHANNELS)}")
+        if frames and data.size < LEAST_FRAME:
+            raise ValueError(f"data.size: got {data.size}, {least.format(LEAST_FRAME)}")
+        return
+    check_heads(model, "heads", "dim")
+    if frames:
+        return  # the encoder enlarges frames to a multiple of the patch
+    if data.size % model.patch:
+        raise ValueError(
+            f"model.patch: got {model.patch}, takes a divisor of data.size, {data.size}"
+        )
+    if data.frames % model.tubelet:
+        raise ValueError(
+            f"model.tubelet: got {model.tubelet}, takes a divisor of data.frames, {data.frames}"
         )
 
 
