@@ -47,11 +47,11 @@ def accumulate(
 
     Args:
         loss: of the embeddings of the whole batch, one argument for each tensor that the encoder
-            gives a micro-batch, each concatenated along dimension 0; returns a 0-d tensor. With a
-            `process_group` in it the batch is that of all ranks.
-        encoder: usually an nn.Module. A DistributedDataParallel communicates in the last
-            micro-batch's backward only; where ranks have different numbers of micro-batches it
-            takes broadcast_buffers=False.
+            returns for a micro-batch, each concatenated along dimension 0; returns a 0-d tensor.
+            If it has a `process_group`, the batch is that of all ranks.
+        encoder: usually an nn.Module. A DistributedDataParallel communicates only in the backward
+            of the last micro-batch. If ranks have different numbers of micro-batches, it must not
+            broadcast buffers: see docs/accumulation.md.
         micro_batches: list or tuple. Each is a tensor (one call of the encoder), a tuple or list of
             tensors (one call for each, say two views), or anything else (one call, which returns
             a tensor or a tuple or list of tensors).

@@ -116,7 +116,8 @@ class ImageFolder:
         if len(self.classes) < 2:
             raise ValueError(
                 f"{tar_index.WHERE}: got {str(root)!r} with {len(self.classes)} sub-folders that "
-                f"hold images, takes at least 2 (one per class; files ending in {', '.join(SUFFIXES)})"
+                "hold images, takes at least 2 (one per class; files ending in "
+                f"{', '.join(SUFFIXES)})"
             )
         counts = torch.tensor([len(files_of[name]) for name in self.classes])
         self.labels = torch.arange(len(counts)).repeat_interleave(counts)

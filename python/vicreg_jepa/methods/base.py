@@ -263,8 +263,8 @@ def check_heads(model: Model, heads: str, dim: str) -> None:
     head, rest = divmod(width, number)
     if rest or head % HEAD_STEP or not LEAST_HEAD <= head <= MOST_HEAD:
         raise ValueError(
-            f"model.{heads}: got {number} for model.{dim} {width}, takes a divisor that leaves heads "
-            f"of a multiple of {HEAD_STEP} from {LEAST_HEAD} to {MOST_HEAD}"
+            f"model.{heads}: got {number} for model.{dim} {width}, takes a divisor that leaves "
+            f"heads of a multiple of {HEAD_STEP} from {LEAST_HEAD} to {MOST_HEAD}"
         )
 
 
