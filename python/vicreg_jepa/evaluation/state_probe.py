@@ -70,12 +70,12 @@ def errors(
     spread = (features - middle).square().mean().sqrt().clamp_min(1e-12)
     x, z = (features - middle) / spread, (held_out - middle) / spread
     both = [guess * scale + mean for guess in (ridge(x, goal, z), perceptron(x, goal, z, seed))]
-    found, at = {}, 0
+    by_fact, at = {}, 0
     for name, fact in test.items():
         width = columns(fact, numbers[name]).shape[1]
         linear, deep = (error(fact, guess[:, at : at + width]) for guess in both)
-        found[name], at = (linear, deep), at + width
-    return found
+        by_fact[name], at = (linear, deep), at + width
+    return by_fact
 
 
 def ridge(x: Tensor, y: Tensor, z: Tensor) -> Tensor:

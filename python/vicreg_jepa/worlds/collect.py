@@ -97,15 +97,15 @@ def parsed(words: Sequence[str]) -> dict[str, Any]:
     """Settings from words `key=value` with YAML values. Raises ValueError that names the key."""
     from vicreg_jepa.config import yaml_text
 
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
             raise ValueError(f"setting: got {word!r}, takes key=value")
-        if key in found:
+        if key in settings:
             raise ValueError(f"{key}: given twice, takes one")
         try:
-            found[key] = yaml_text.parse(text)
+            settings[key] = yaml_text.parse(text)
         except yaml_text.YamlError as error:
             raise ValueError(f"{key}: got {text!r}, which {error}") from error
-    return found
+    return settings
