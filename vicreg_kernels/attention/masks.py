@@ -40,7 +40,7 @@ def _parts(rule: Any) -> list[Rule]:
 
 
 class Rules(Rule):
-    """What `rule & rule` gives."""
+    """The result of `rule & rule`."""
 
     def __init__(self, rules: list[Rule]) -> None:
         kinds = [rule.kind for rule in rules]

@@ -173,7 +173,7 @@ def _reference(z: Tensor, directions: Tensor, settings: Settings) -> Tensor:
         rows = sum(each)
 
         def reduce(sums: Tensor) -> Tensor:
-            """The ranks' sum in value, this rank's times the number of ranks in gradient."""
+            """Sum over ranks. The gradient is this rank's, times the number of ranks."""
             whole = distributed.sum_ranks_(OP, among, sums.detach().clone())
             own = len(each) * sums
             return own + (whole - own.detach())

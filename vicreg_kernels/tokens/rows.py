@@ -83,13 +83,13 @@ def check_values(index: Tensor, offsets: Tensor | None, length: int, unique: boo
 
 
 def gather_rows(x: Tensor, index: Tensor, offsets: Tensor | None, backend: str) -> Tensor:
-    """The gather op, called directly where nobody can tell."""
+    """Run the gather op, without the dispatcher if `calls.direct` allows it."""
     run = _gather if calls.direct(x, index, offsets) else torch.ops.vicreg_kernels.tokens_gather
     return run(x, index, offsets, backend)
 
 
 def scatter_rows(rows: Tensor, index: Tensor, offsets: Tensor | None, *settings: Any) -> Tensor:
-    """The scatter op, called directly where nobody can tell."""
+    """Run the scatter op, without the dispatcher if `calls.direct` allows it."""
     direct = calls.direct(rows, index, offsets)
     run = _scatter if direct else torch.ops.vicreg_kernels.tokens_scatter
     return run(rows, index, offsets, *settings)
