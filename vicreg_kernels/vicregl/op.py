@@ -35,7 +35,7 @@ class Matches(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """The matches of one direction that count: for each t the counts[t] closest, with weights[t]."""
+    """The matches of one direction that count: for each t the counts[t] closest, by weights[t]."""
 
     counts: Sequence[int]
     weights: Sequence[float]

@@ -213,8 +213,8 @@ def _shards(path: Path) -> store.Shards:
 
 
 def collected(settings: Config) -> dict[str, Any]:
-    """What `collect` wrote of the origin of a run's trajectories: the world and its settings.
-    Raises ValueError if the run is of others, or the folder is gone.
+    """Return the origin of a run's trajectories, as `collect` wrote it: the world and its settings.
+    Raises ValueError if the run used other data, or the folder is gone.
     """
     data = settings.data
     if not settings.is_of_trajectories or data.kind != "trajectories" or data.path is None:

@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 
 class Method(Protocol):
-    """The part that every method has."""
+    """The functions that every method has."""
 
     def after_step(self) -> None:
         """Called after each optimizer step, to update a teacher or a counter."""
 
     def features(self, x: Tensor) -> Tensor:
-        """[B, D] of images or clips, for probes and for the signs of collapse."""
+        """Features [B, D] of images or clips, for probes and for detecting collapse."""
 
     def exported(self) -> tuple[str, nn.Module]:
-        """(a word for it, the network that `vicreg-jepa export` writes)."""
+        """Return (a word for it, the network that `vicreg-jepa export` writes)."""
 
 
 class ViewMethod(Method, Protocol):
@@ -63,8 +63,8 @@ class TokenMethod(Method, Protocol):
         """
 
     def forward(self, x: Tensor, drawn: Masks, weight: float, process_group: Any) -> Tensor:
-        """weight times the mean loss over the predicted tokens, plus the terms that are not of
-        tokens.
+        """Return weight times the mean loss over the predicted tokens, plus the terms that do not
+        depend on single tokens.
         """
 
 
@@ -77,7 +77,7 @@ class VideoMethod(TokenMethod, Protocol):
         """[B, T, D] of clips, the input of the video probes."""
 
     def foreseen(self, x: Tensor, seen: Sequence[int]) -> list[Tensor]:
-        """For each number of token frames seen, the prediction [B, T', D] of what follows."""
+        """Predict what follows each number of token frames seen: [B, T', D] each."""
 
     def targets(self, x: Tensor) -> Tensor:
         """[B, T, D]: the targets of the prediction, without a gradient."""
@@ -297,7 +297,7 @@ def check_encoder(config: Config) -> None:
 
 
 def taken_by() -> dict[str, tuple[str, ...]]:
-    """For each setting that only some methods take, the names of those methods."""
+    """Map each setting that only some methods take to the names of those methods."""
     of_data = (key for settings in DATA_SETTINGS.values() for key in settings)
     keys = (*of_data, *METHOD_SETTINGS)
     return {

@@ -16,7 +16,7 @@ from vicreg_jepa.planning.planner import Plan, PlanRequest
 
 
 class Plans(Protocol):
-    """What episodes need of a planner; see Planner for the meaning."""
+    """The methods of a planner that episodes call; Planner documents them."""
 
     @property
     def interval(self) -> int: ...
@@ -29,9 +29,9 @@ class Control:
     """Model predictive control of N environments: a plan every `interval` steps, whose actions are
     executed until the next one.
 
-    goal: the latents [N, D] that are to be reached. near: the distance of latents at which a plan
-    has arrived. energy: a function of the goal's latents; by default to_goal. keep: whether `plans`
-    has the plans.
+    goal: the latents [N, D] to reach. near: a plan has arrived within this distance of the goal's
+    latents. energy: a function of the goal's latents; by default to_goal. keep: whether the plans
+    are kept in `plans`.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class Control:
         self.coming, self.seconds = torch.empty(0), 0.0
 
     def action(self, step: int, latents: Callable[[], Tensor]) -> Tensor:
-        """The actions [N, A] of a step; latents: gives those of what is seen, [N, D], if a plan is
-        due.
+        """Return the actions [N, A] of a step. latents: called if a plan is due; returns the
+        latents [N, D] of the present frames.
         """
         place = step % self.planner.interval
         if place == 0:
@@ -75,7 +75,7 @@ class Control:
 
     @property
     def milliseconds(self) -> float:
-        """Of wall time for each environment, planning alone."""
+        """The wall time of planning for each environment, in milliseconds."""
         return 1000 * self.seconds / len(self.seeds)
 
 

@@ -16,8 +16,8 @@ from vicreg_jepa.planning.planner import Plan, Planner, PlanRequest
 
 @dataclass(frozen=True)
 class Penalty(Energy):
-    """weight times the violations along the path, in pixels, summed over the horizon. weight: a
-    number, or [B]. Positions are the first two numbers of a latent.
+    """A penalty: weight times the violations along the path, in pixels, summed over the horizon.
+    weight: a number, or [B]. The first two numbers of a latent are the position.
     """
 
     constraint: Constraint
@@ -35,7 +35,9 @@ class Penalty(Energy):
 
 
 def violations(constraint: Constraint, path: Tensor) -> Tensor:
-    """[B, K, H]: how far each position of paths [B, K, H, D] violates a constraint, in pixels."""
+    """Return [B, K, H]: by how many pixels each position of paths [B, K, H, D] violates a
+    constraint.
+    """
     count, candidates, steps, _ = path.shape
     which = torch.arange(count, device=path.device).repeat_interleave(candidates * steps)
     clearance = constraint.rows(which).at(path[..., :2].reshape(-1, 2))
@@ -44,8 +46,8 @@ def violations(constraint: Constraint, path: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Lagrangian:
-    """A planner with a multiplier for a constraint, by dual ascent: plan, raise the multiplier by
-    rate times the plan's violation, and plan again from that plan.
+    """A planner with a multiplier for a constraint, found by dual ascent: it plans, raises the
+    multiplier by rate times the plan's violation, and plans again from that plan.
     """
 
     planner: Planner

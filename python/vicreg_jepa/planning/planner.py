@@ -66,9 +66,9 @@ class Effort:
     """Effort that grows with the difficulty: an environment stops when arrival is predicted.
 
     The horizon begins with `horizon` actions and is multiplied by `growth` after every `every`
-    iterations, up to the planner's own; then the search begins anew. Before the first iteration the
-    former plan is rolled out, and kept if it is still predicted to arrive. The iterations of the
-    planner are the budget.
+    iterations, up to the planner's horizon. The search starts again whenever the horizon grows.
+    Before the first iteration the former plan is rolled out, and kept if it is still predicted to
+    arrive. The planner's `iterations` are the budget.
     """
 
     horizon: int = 3
@@ -91,7 +91,7 @@ class Effort:
 
 
 def box(actions: Tensor) -> Tensor:
-    """The projection of actions to [-1, 1]."""
+    """Project actions to [-1, 1]."""
     return actions.clamp(-1, 1)
 
 
@@ -99,10 +99,11 @@ def box(actions: Tensor) -> Tensor:
 class Planner(ABC):
     """A planner: its fields are its settings, its methods work on B environments at once.
 
-    horizon: actions of a plan. repeat: steps of the world for which each is held. candidates:
-    action sequences of an iteration. iterations: of a plan; with effort, at most. interval: steps
-    of the world from one plan to the next, a multiple of `repeat`, at most horizon * repeat.
-    warm: whether a plan begins with the former one, shifted. project: maps any actions to allowed
+    horizon: the number of actions of a plan. repeat: the steps of the world for which an action is
+    held. candidates: the action sequences of an iteration. iterations: the iterations of a plan;
+    with effort, the most. interval: the steps of the world from one plan to the next, a multiple of
+    `repeat` and at most horizon * repeat. warm: whether a plan begins with the former one, shifted.
+    effort: an Effort, or None for the whole budget each time. project: maps any actions to allowed
     ones.
     """
 
@@ -133,27 +134,29 @@ class Planner(ABC):
 
     @abstractmethod
     def begun(self, mean: Tensor, draws: Draws) -> Rows:
-        """What is known before the first iteration, around the actions `mean`, [B, H, A]."""
+        """Return what the planner knows before the first iteration. mean: actions [B, H, A]."""
 
     @abstractmethod
     def proposed(self, rows: Rows, draws: Draws, iteration: int) -> Tensor:
-        """Candidates [B, K, H, A]."""
+        """Return candidates [B, K, H, A]."""
 
     @abstractmethod
     def updated(
         self, rows: Rows, actions: Tensor, energies: Tensor, gradient: Tensor | None, step: int
     ) -> Rows:
-        """What is known after an iteration. actions: [B, K, H, A]; energies: [B, K], finite or
-        +inf; gradient: as actions, if `differentiates`; step: the number of the iteration.
+        """Return what it knows after an iteration. actions: [B, K, H, A]; energies: [B, K], finite
+        or +inf; gradient: as actions, if `differentiates`; step: the number of the iteration.
         """
 
     def shifted(self, actions: Tensor, steps: int) -> Tensor:
-        """The plan [B, H, A] that is left after some steps of the world, with 0 at its end."""
+        """Return the rest of a plan [B, H, A] after some steps of the world, with 0 at its end."""
         gone = min(steps // self.repeat, self.horizon)
         return torch.cat([actions[:, gone:], torch.zeros_like(actions[:, :gone])], dim=1)
 
     def held(self, actions: Tensor) -> Tensor:
-        """Actions for each step of the world, [..., H * repeat, A], of a plan [..., H, A]."""
+        """Repeat the actions of a plan [..., H, A] for each step of the world: [..., H * repeat,
+        A].
+        """
         return actions.repeat_interleave(self.repeat, dim=-2)
 
     def plan(self, model: LatentModel, request: PlanRequest) -> Plan:
@@ -203,7 +206,7 @@ class _Best:
         return _Best(self.actions[which], self.energy[which], self.arrived[which], self.path[which])
 
     def better(self, energy: Tensor, arrived: Tensor, actions: Tensor, path: Tensor) -> _Best:
-        """With other plans, perhaps of a shorter horizon, where their energy is lower."""
+        """Replace plans by others of lower energy, which may have a shorter horizon."""
         better = energy < self.energy
         each = better[:, None, None]
         horizon, steps = actions.shape[1], path.shape[1]
@@ -219,8 +222,9 @@ class _Best:
 
 
 class _Search:
-    """The search for one batch of plans. `index` holds the environments that are still searching;
-    all other tensors have a row for each of these. `plan` has the rows of all environments.
+    """The search for one batch of plans. `index` holds the environments that are still searching,
+    and all other tensors have one row for each of these. Only `plan` has the rows of all
+    environments.
     """
 
     best: _Best
@@ -248,7 +252,7 @@ class _Search:
         self._forget(planner.horizon)
 
     def evaluate(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(paths [B, K, H * repeat, D], energies [B, K], their gradients or None)."""
+        """Return (paths [B, K, H * repeat, D], energies [B, K], their gradients or None)."""
         differentiate = self.planner.differentiates
         with torch.enable_grad() if differentiate else torch.inference_mode():
             actions = actions.detach().requires_grad_(differentiate)
@@ -266,9 +270,9 @@ class _Search:
         return path.detach(), energies.detach(), gradient
 
     def check_former(self) -> None:
-        """Keep the former plan where it is predicted to arrive at the end of any of the horizons:
-        over the longest alone, a model that drifts would never see that standing still at the goal
-        is enough.
+        """Keep the former plan if it is predicted to arrive at the end of any of the horizons. Over
+        the longest horizon only, a model that drifts would never predict that standing still at
+        the goal suffices.
         """
         path, energies, _ = self.evaluate(self.mean[:, None])
         self._keep(self.mean[:, None], path, energies)
@@ -308,7 +312,7 @@ class _Search:
         return self.plan
 
     def _forget(self, horizon: int) -> None:
-        """Look anew for the best plan, of another horizon."""
+        """Forget the best plan, and search for one of another horizon."""
         count, (_, steps, size) = len(self.index), self.plan.path.shape
         self.horizon = horizon
         self.best = _Best(

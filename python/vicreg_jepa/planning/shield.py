@@ -113,7 +113,7 @@ class _Rows:
 
 
 class Guard:
-    """The shield of N running episodes. box: where the dots are, for sure."""
+    """The shield of N running episodes. box: certain to contain the true positions of the dots."""
 
     def __init__(
         self, shield: Shield, world: World, position: Tensor, layout: Tensor | None
