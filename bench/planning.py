@@ -25,10 +25,10 @@ from torch import Tensor
 from vicreg_jepa.data.trajectories import world_of
 from vicreg_jepa.planning import report
 from vicreg_jepa.planning.control import Plans
-from vicreg_jepa.planning.energies import Arrival, EnergyLike
+from vicreg_jepa.planning.energies import EnergyLike
 from vicreg_jepa.planning.evaluate import Result, episodes
 from vicreg_jepa.planning.model import LatentModel, TrueModel
-from vicreg_jepa.planning.planner import Effort, Plan
+from vicreg_jepa.planning.planner import Effort, Plan, PlanRequest
 from vicreg_jepa.planning.planners import CEM, ICEM
 from vicreg_jepa.training.run import restore
 from vicreg_jepa.worlds.two_rooms import TwoRooms
@@ -40,9 +40,11 @@ ELITES, INTERVAL = 24, 20
 
 @dataclass(frozen=True)
 class Peer:
-    """Another package's CEM: search(model, start, energy, seed, former) gives actions [B, H, A]."""
+    """Another package's CEM. search: a function of (model, request) that returns actions
+    [B, H, A].
+    """
 
-    search: Callable[[LatentModel, Tensor, EnergyLike, int, Tensor | None], Tensor]
+    search: Callable[[LatentModel, PlanRequest], Tensor]
 
     interval = INTERVAL
 
@@ -53,28 +55,24 @@ class Peer:
         gone = steps // BUDGET["repeat"]
         return torch.cat([actions[:, gone:], torch.zeros_like(actions[:, :gone])], dim=1)
 
-    def plan(
-        self,
-        model: LatentModel,
-        start: Tensor,
-        energy: EnergyLike,
-        seed: Tensor,
-        time: Tensor | int = 0,
-        former: Tensor | None = None,
-        arrival: Arrival | None = None,
-    ) -> Plan:
-        actions = self.search(model, start, energy, int(torch.as_tensor(time).max()), former)
+    def plan(self, model: LatentModel, request: PlanRequest) -> Plan:
+        actions, start = self.search(model, request), request.start
         count, steps = len(start), BUDGET["horizon"] * BUDGET["repeat"]
-        iterations = torch.full_like(seed, BUDGET["iterations"])
+        iterations = torch.full_like(request.seed, BUDGET["iterations"])
         return Plan(
             actions=actions.clamp(-1, 1),
             energy=start.new_zeros(count),
-            arrived=torch.zeros_like(seed, dtype=torch.bool),
+            arrived=torch.zeros_like(request.seed, dtype=torch.bool),
             iterations=iterations,
             rollout_steps=iterations * BUDGET["candidates"] * steps,
             history=start.new_zeros(count, 0),
             path=start[:, None],
         )
+
+
+def seed_of(request: PlanRequest) -> int:
+    """The seed of a peer's generator, one for all environments: the latest time."""
+    return int(torch.as_tensor(request.time).max())
 
 
 def cost(model: LatentModel, start: Tensor, energy: EnergyLike, actions: Tensor) -> Tensor:
@@ -88,15 +86,10 @@ def stable_worldmodel() -> Peer:
     from gymnasium.spaces import Box
     from stable_worldmodel.solver.cem import CEMSolver
 
-    def search(
-        model: LatentModel,
-        start: Tensor,
-        energy: EnergyLike,
-        seed: int,
-        former: Tensor | None,
-    ) -> Tensor:
+    def search(model: LatentModel, request: PlanRequest) -> Tensor:
+        start = request.start
         costs = SimpleNamespace(
-            get_cost=lambda info, actions: cost(model, info["start"][:, 0], energy, actions)
+            get_cost=lambda info, actions: cost(model, info["start"][:, 0], request.energy, actions)
         )
         solver = CEMSolver(
             costs,
@@ -104,14 +97,14 @@ def stable_worldmodel() -> Peer:
             num_samples=BUDGET["candidates"],
             n_steps=BUDGET["iterations"],
             topk=ELITES,
-            seed=seed,
+            seed=seed_of(request),
         )
         solver.configure(
             action_space=Box(-1, 1, (len(start), model.actions)),
             n_envs=len(start),
             config=SimpleNamespace(action_block=1, horizon=BUDGET["horizon"]),
         )
-        return solver.solve({"start": start}, former)["actions"]
+        return solver.solve({"start": start}, request.former)["actions"]
 
     return Peer(search)
 
@@ -120,18 +113,12 @@ def eb_jepa() -> Peer:
     """Its CEMPlanner, which plans for one environment and takes no former plan, called for each."""
     from eb_jepa.planning import CEMPlanner
 
-    def search(
-        model: LatentModel,
-        start: Tensor,
-        energy: EnergyLike,
-        seed: int,
-        former: Tensor | None,
-    ) -> Tensor:
-        torch.manual_seed(seed)
-        found = []
-        for number in range(len(start)):
+    def search(model: LatentModel, request: PlanRequest) -> Tensor:
+        torch.manual_seed(seed_of(request))
+        actions = []
+        for number in range(len(request.start)):
             row = torch.tensor([number])
-            one = energy.rows(row)  # type: ignore[attr-defined]
+            one = request.energy.rows(row)  # type: ignore[attr-defined]
             planner = CEMPlanner(
                 lambda first, actions, one=one: cost(  # actions: [K, A, H]
                     model, first, one, actions.transpose(1, 2)[None]
@@ -144,14 +131,14 @@ def eb_jepa() -> Peer:
                 decode_each_iteration=False,
             )
             planner.set_objective(lambda energies: energies)
-            found.append(planner.plan(start[row]).actions)
-        return torch.stack(found)
+            actions.append(planner.plan(request.start[row]).actions)
+        return torch.stack(actions)
 
     return Peer(search)
 
 
 def contenders() -> dict[str, Plans]:
-    found: dict[str, Plans] = {
+    planners: dict[str, Plans] = {
         "ours, CEM": CEM(elites=ELITES, interval=INTERVAL, **BUDGET),
         "ours, ICEM with effort": ICEM(
             elites=ELITES, interval=INTERVAL, effort=Effort(every=1), **BUDGET
@@ -160,10 +147,10 @@ def contenders() -> dict[str, Plans]:
     for name, peer in (("stable-worldmodel, CEM", stable_worldmodel), ("eb_jepa, CEM", eb_jepa)):
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                found[name] = peer()
+                planners[name] = peer()
         except ImportError as error:
             print(f"left out: {name} ({error})")
-    return found
+    return planners
 
 
 def main() -> None:

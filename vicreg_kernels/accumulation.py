@@ -35,39 +35,39 @@ def accumulate(
     modules: Sequence[nn.Module] | None = None,
     scaler: Any = None,
 ) -> Tensor:
-    """Adds the gradient of `loss` of the whole batch to the `.grad` of the encoder's parameters.
+    """Add the gradient of the whole batch's loss to the `.grad` of the encoder's parameters.
 
-    Takes the place of `loss(...).backward()`. The gradient is that of the micro-batches encoded one
-    after the other under one graph: each is encoded from the same random state in both passes, so
-    that dropout draws the same masks, and the modules' state (buffers such as batch norm's running
-    statistics, also assigned anew; plain attributes such as tensors, counters, lists and
-    generators) ends as one pass leaves it. Batch norm in training mode normalises each micro-batch
-    by its own statistics, as in ordinary accumulation; every other encoder gets exactly the whole
-    batch's gradient.
+    It replaces `loss(...).backward()`. The gradient is the one that results if all micro-batches
+    are encoded one after the other under one graph. Both passes encode a micro-batch from the same
+    random state, so that dropout draws the same masks. The modules' state afterwards is the one
+    that a single pass leaves: buffers such as batch norm's running statistics, also reassigned
+    ones, and plain attributes such as tensors, counters, lists and generators. Batch norm in
+    training mode normalises each micro-batch by its own statistics, as in ordinary accumulation;
+    every other encoder gets exactly the whole batch's gradient.
 
     Args:
-        loss: of the embeddings of the whole batch, one argument for each tensor that the encoder
-            gives a micro-batch, each concatenated along dimension 0; returns a 0-d tensor. With a
-            `process_group` in it the batch is that of all ranks.
-        encoder: usually an nn.Module. A DistributedDataParallel communicates in the last
-            micro-batch's backward only; where ranks have different numbers of micro-batches it
-            takes broadcast_buffers=False.
+        loss: a function of the whole batch's embeddings that returns a 0-d tensor. It has one
+            argument for each tensor that the encoder returns for a micro-batch, concatenated along
+            dimension 0. If it has a `process_group`, the batch is that of all ranks.
+        encoder: usually an nn.Module. A DistributedDataParallel communicates only in the backward
+            of the last micro-batch. If ranks have different numbers of micro-batches, it must not
+            broadcast buffers: see docs/accumulation.md.
         micro_batches: list or tuple. Each is a tensor (one call of the encoder), a tuple or list of
             tensors (one call for each, say two views), or anything else (one call, which returns
             a tensor or a tuple or list of tensors).
-        modules: the modules that the encoder runs; None: the encoder itself, or the one that it is
-            a method of. Needed where the encoder is a function around modules with state.
+        modules: the modules that the encoder runs; None: the encoder itself, or the module that it
+            is a method of. Needed if the encoder is a function that calls modules with state.
         scaler: a torch.amp.GradScaler, for float16 autocast: its scale multiplies the gradient.
 
     Returns:
         The loss of the whole batch, detached.
 
     Raises:
-        TypeError, ValueError: naming the argument; no gradient has changed then. After any error
-            the modules' state is what it was before the call.
-        RuntimeError: the second pass gave other embeddings than the first, by more than rounding
-            explains (1e-3 of their norm, 5e-2 in half precision or under autocast): the encoder
-            has state that is not kept. The gradients have changed then.
+        TypeError, ValueError: an argument is wrong; the message names it, and no gradient has
+            changed. After any error the modules' state is what it was before the call.
+        RuntimeError: the embeddings of the two passes differ by more than rounding explains (1e-3
+            of their norm, 5e-2 in half precision or under autocast), so the encoder has state that
+            is not restored. The gradients have changed then.
     """
     _check(loss, encoder, micro_batches)
     modules = _modules_of(encoder) if modules is None else list(modules)

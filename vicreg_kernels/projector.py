@@ -37,7 +37,7 @@ CONVENTIONS: dict[str, Convention] = {
 
 
 class Projector(nn.Sequential):
-    """Linear, BatchNorm1d, ReLU, ..., Linear: what VICReg calls its expander.
+    """A stack of Linear, BatchNorm1d, ReLU, ..., Linear, which VICReg calls the expander.
 
         projector = Projector(2048)                                   # VICReg's 8192-8192-8192
         projector = Projector(512, (2048, 2048), convention="barlow_twins")
@@ -52,7 +52,7 @@ class Projector(nn.Sequential):
     ("0.weight", ...), as in the publications of VICReg, Barlow Twins and solo-learn.
 
     Raises:
-        ValueError, TypeError: naming the argument.
+        ValueError, TypeError: an argument is wrong; the message names it.
     """
 
     def __init__(

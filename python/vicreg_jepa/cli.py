@@ -198,7 +198,7 @@ def _beside(run: Path, name: str) -> Path:
 
 
 def _video_run(run: Path) -> tuple[str, Any, Any]:
-    """The name of a run in the table, its configuration, its method."""
+    """(its name in the table, its configuration, its method)."""
     from vicreg_jepa import config
     from vicreg_jepa.methods import METHODS
     from vicreg_jepa.training.run import restore
@@ -207,7 +207,7 @@ def _video_run(run: Path) -> tuple[str, Any, Any]:
     if not settings.is_video:
         takes = " or ".join(name for name, kind in METHODS.items() if kind.data == "videos")
         raise config.ConfigError(f"run: {run} trained {settings.method}, surprise takes {takes}")
-    return f"{settings.method}, step {step}", settings, method
+    return _row_name(run, step), settings, method
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -252,6 +252,11 @@ def _plan(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _row_name(run: Path, step: int) -> str:
+    """The name of a run in the tables of `surprise`, `plan` and `drift`."""
+    return f"{run.resolve().name}, step {step}"
+
+
 def _plan_world(options: argparse.Namespace, restored: Any, planner: Any, output: Path) -> Any:
     from vicreg_jepa import config
     from vicreg_jepa.data.trajectories import world_of
@@ -261,7 +266,7 @@ def _plan_world(options: argparse.Namespace, restored: Any, planner: Any, output
     runs, worlds = [], []
     for run, settings, method, step in restored:
         worlds.append(world_of(settings))
-        runs.append((f"{run.resolve().name}, step {step}", method))
+        runs.append((_row_name(run, step), method))
         if worlds[-1] != worlds[0]:
             raise config.ConfigError(f"run: {run} has {worlds[-1]}, takes that of the first run")
     rows, first = report.measured(runs, worlds[0], planner, options.episodes, options.full)
@@ -286,7 +291,7 @@ def _plan_adapted(options: argparse.Namespace, restored: Any, planner: Any, outp
     runs, described = [], []
     for run, settings, method, step in restored:
         described.append(collected(settings))
-        runs.append((f"{run.resolve().name}, step {step}", method))
+        runs.append((_row_name(run, step), method))
         if described[-1] != described[0]:
             raise config.ConfigError(f"run: {run} has another environment than the first run")
     make = adapted_report.maker(described[0])
@@ -308,17 +313,18 @@ def _drift(options: argparse.Namespace) -> int:
     from vicreg_jepa.files import output
     from vicreg_jepa.training.run import restore
 
-    runs = [restore(run) for run in (options.run, *options.beside)]
+    folders = [options.run, *options.beside]
+    runs = [restore(run) for run in folders]
     world = world_of(runs[0][0])
-    for run, (settings, _, _) in zip(options.beside, runs[1:], strict=True):
+    for run, (settings, _, _) in zip(folders[1:], runs[1:], strict=True):
         if world_of(settings) != world:
             raise config.ConfigError(f"--beside: {run} has another world than {options.run}")
     folder = options.output or options.run / "drift"
     with output.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     drifts = [
-        drift.measured(f"{settings.method}, step {step}", settings, method, world, options.walks)
-        for settings, method, step in runs
+        drift.measured(_row_name(run, step), settings, method, world, options.walks)
+        for run, (settings, method, step) in zip(folders, runs, strict=True)
     ]
     drifts.append(drift.still(world, options.walks))
     output.replace_json(folder / "drift.json", [asdict(one) for one in drifts])

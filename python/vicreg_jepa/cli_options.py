@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
@@ -21,6 +22,33 @@ def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def draw_sheets(
+    module: str,
+    description: str,
+    folder: str,
+    draw: Callable[[int, Path], list[str]],
+    arguments: list[str] | None,
+) -> None:
+    """The command line of a contact sheet, `python -m module --output FOLDER --seed SEED`.
+
+    folder: the default of --output. draw: writes the pictures of a seed into a folder and returns
+    their names.
+    """
+    options = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    options.add_argument("--output", type=Path, default=Path(folder), help="a folder")
+    options.add_argument("--seed", type=integer(0), default=0)
+    chosen = options.parse_args(arguments)
+    if chosen.output.exists() and not chosen.output.is_dir():
+        options.error(f"--output: got {str(chosen.output)!r}, a file; takes a folder")
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    names = draw(chosen.seed, chosen.output)
+    print(f"{', '.join(names)} written to {chosen.output}")
 
 
 def reported(program: str, run: Callable[[], int]) -> int:

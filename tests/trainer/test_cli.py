@@ -29,7 +29,7 @@ def test_train_leaves_a_record_of_each_step(trained, capsys):
     assert all(row["loss"] > 0 and 1 <= row["effective_rank"] <= 32 for row in rows)
     words = ["train", "vicreg_digits", *SMALL, "training.steps=3", "--output", str(trained)]
     assert cli.main(words) == 0
-    assert "going on from step 3" in capsys.readouterr().err
+    assert "resuming at step 3" in capsys.readouterr().err
 
 
 def test_probe(trained, capsys):

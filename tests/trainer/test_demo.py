@@ -399,7 +399,7 @@ def exit_code(words: list[str]) -> object:
         (["--only", "digits", "training.device=tpu9"], "training.device: got 'tpu9'"),
         (["--only", "digits", "data.kind=images", "data.path=none"], "takes a folder"),
         (["--only", "physics", "model.heads=0"], "model.heads: got 0"),
-        (["--only", "world", "data.world=Garden"], "data.world: world: got 'Garden'"),
+        (["--only", "world", "data.world=Garden"], "data.world: got 'Garden'"),
     ],
 )
 def test_mistakes_are_named(words, message, capsys, tmp_path, monkeypatch):

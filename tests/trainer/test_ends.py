@@ -1,4 +1,4 @@
-"""How a run ends: what it keeps, and one line that says how to go on."""
+"""How a run ends: what it keeps, and one line that says how to resume."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_signal_saves_and_ends_in_one_line(number, code, tmp_path, capsys, mon
         assert train(tmp_path / "run") == code
     lines = said(capsys).splitlines()
     assert "vicreg-jepa: stopped by " + number.name in lines[-1]
-    assert f"goes on from step 3 ({checkpoint_of(tmp_path / 'run', 3)})" in lines[-1]
+    assert f"resumes at step 3 ({checkpoint_of(tmp_path / 'run', 3)})" in lines[-1]
     assert signal.getsignal(number) is before
     assert train(tmp_path / "run") == 0
     assert column(tmp_path / "run", "loss") == column(trained(), "loss")
@@ -71,7 +71,7 @@ def test_a_signal_outside_of_a_step(when, tmp_path, capsys, monkeypatch):
     assert train(tmp_path / "run", 60, "training.save_every=50") == 143
     line = said(capsys).splitlines()[-1]
     if when == "waiting":
-        assert "goes on from step 3" in line
+        assert "resumes at step 3" in line
         assert restore(tmp_path / "run")[2] == 3
     else:
         assert "no checkpoint yet" in line

@@ -131,13 +131,13 @@ def test_shards_train_and_are_probed(shards, tmp_path, capsys):
     assert cli.main(["train", "vicreg_digits", *words, "--output", run]) == 0
     assert cli.main(["probe", run]) == 0
     assert "linear probe" in capsys.readouterr().out
-    # a checkpoint from before a setting was there goes on: the setting has its default
+    # a checkpoint from before a setting existed can be resumed: the setting has its default
     (state,) = Path(run).glob("checkpoints/*/state.json")
     held = json.loads(state.read_text())
     del held["state"]["config"]["data"]["decoder"]
     state.write_text(json.dumps(checkpoint.sealed(held)))
     assert cli.main(["train", "vicreg_digits", *words, "--output", run]) == 0
-    assert "going on from step 2" in capsys.readouterr().err
+    assert "resuming at step 2" in capsys.readouterr().err
     train, held_out = sources.images(settings("vicreg", *words))
     assert [number_of(i) for i in train[range(8)]] == list(range(8))
     assert [number_of(i) for i in held_out[range(4)]] == [8, 9, 10, 11]

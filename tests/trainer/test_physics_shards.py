@@ -174,4 +174,4 @@ def test_ctrl_c_has_its_exit_code(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         __main__.main(["--output", str(tmp_path), "--videos", "1"])
     assert ended.value.code == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err

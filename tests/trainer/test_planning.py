@@ -15,7 +15,7 @@ from vicreg_jepa.planning.energies import Arrival, ControlCost, Function, GoalDi
 from vicreg_jepa.planning.evaluate import episodes, followed, rank_correlation
 from vicreg_jepa.planning.model import TrueModel
 from vicreg_jepa.planning.noise import Draws, coloured
-from vicreg_jepa.planning.planner import Effort, Planner
+from vicreg_jepa.planning.planner import Effort, Planner, PlanRequest
 from vicreg_jepa.planning.planners import CEM, ICEM, MPPI, CategoricalCEM, Gradient
 from vicreg_jepa.worlds import policies
 from vicreg_jepa.worlds.episodes import rollout
@@ -160,16 +160,20 @@ def test_a_plan_is_the_same_alone_and_beside_others(name):
     model, start, goal = task(8, world=TwoRooms(wall="random", goal="any"))
     for effort in (None, Effort(horizon=4, growth=2, every=3)):
         planner = dataclasses.replace(PLANNERS[name], effort=effort, iterations=5, candidates=64)
-        every = planner.plan(model, start, to_goal(goal, 2.0), seeds(8), 5, arrival=near(goal))
+        every = planner.plan(
+            model, PlanRequest(start, to_goal(goal, 2.0), seeds(8), 5, arrival=near(goal))
+        )
         for number in (0, 3, 7):
             row = slice(number, number + 1)
             alone = planner.plan(
                 model,
-                start[row],
-                to_goal(goal[row], 2.0),
-                seeds(1, number),
-                5,
-                arrival=near(goal[row]),
+                PlanRequest(
+                    start[row],
+                    to_goal(goal[row], 2.0),
+                    seeds(1, number),
+                    5,
+                    arrival=near(goal[row]),
+                ),
             )
             assert torch.allclose(alone.actions[0], every.actions[number], rtol=0, atol=1e-4)
             assert torch.allclose(alone.energy[0], every.energy[number], rtol=0, atol=1e-3)
@@ -184,7 +188,7 @@ def test_the_plan_is_the_best_candidate_that_was_rolled_out(name):
     """Its energy and its path are those of its actions, and more iterations are not worse."""
     model, start, goal = task(12)
     energy = to_goal(goal, 2.0)
-    plan = PLANNERS[name].plan(model, start, energy, seeds(12), arrival=near(goal))
+    plan = PLANNERS[name].plan(model, PlanRequest(start, energy, seeds(12), arrival=near(goal)))
     held = PLANNERS[name].held(plan.actions)[:, None]
     path = model.rollout(start, held)
     assert torch.equal(path[:, 0], plan.path)
@@ -206,7 +210,7 @@ def test_each_planner_minimises_a_known_energy(name):
     planner = dataclasses.replace(
         PLANNERS[name], horizon=6, repeat=1, interval=1, iterations=40, candidates=256, **fine
     )
-    plan = planner.plan(Open(), torch.zeros(2, 2), GoalDistance(goal), seeds(2))
+    plan = planner.plan(Open(), PlanRequest(torch.zeros(2, 2), GoalDistance(goal), seeds(2)))
     straight = torch.zeros(2, 2)
     least = []
     for _ in range(6):
@@ -218,7 +222,7 @@ def test_each_planner_minimises_a_known_energy(name):
 
 def test_plans_of_discrete_actions_are_made_of_choices():
     model, start, goal = task(6)
-    plan = PLANNERS["CategoricalCEM"].plan(model, start, to_goal(goal, 2.0), seeds(6))
+    plan = PLANNERS["CategoricalCEM"].plan(model, PlanRequest(start, to_goal(goal, 2.0), seeds(6)))
     distance = (plan.actions[:, :, None] - COMPASS).abs().amax(dim=3).amin(dim=2)
     assert float(distance.max()) == 0
 
@@ -229,7 +233,7 @@ def test_actions_stay_in_any_projection():
 
     model, start, goal = task(4)
     for planner in (ICEM(project=disc, iterations=3), Gradient(project=disc, iterations=5)):
-        plan = planner.plan(model, start, to_goal(goal, 2.0), seeds(4))
+        plan = planner.plan(model, PlanRequest(start, to_goal(goal, 2.0), seeds(4)))
         length = torch.linalg.vector_norm(plan.actions, dim=2)
         assert 0.99 < float(length.max()) <= 1 + 1e-6
 
@@ -248,7 +252,7 @@ def test_broken_energies_never_win(name, kind):
             broken[1] = True
             return torch.where(broken, kind, value)
 
-    plan = PLANNERS[name].plan(model, start, Half(), seeds(3))
+    plan = PLANNERS[name].plan(model, PlanRequest(start, Half(), seeds(3)))
     assert plan.finite.tolist() == [True, False, True]
     assert bool((plan.actions[[0, 2], 0, 0] <= 0).all())
     assert float(plan.actions[1].abs().max()) == 0
@@ -258,17 +262,21 @@ def test_broken_energies_never_win(name, kind):
 def test_a_former_plan_is_shifted_and_used():
     model, start, goal = task(10)
     planner = ICEM()
-    plan = planner.plan(model, start, to_goal(goal, 2.0), seeds(10))
+    plan = planner.plan(model, PlanRequest(start, to_goal(goal, 2.0), seeds(10)))
     former = planner.shifted(plan.actions, 10)
     assert torch.equal(former[:, :-2], plan.actions[:, 2:])
     assert float(former[:, -2:].abs().max()) == 0
     short = dataclasses.replace(planner, iterations=1)
-    again = short.plan(model, start, to_goal(goal, 2.0), seeds(10), 1, former=plan.actions)
-    fresh = short.plan(model, start, to_goal(goal, 2.0), seeds(10), 1)
+    again = short.plan(
+        model, PlanRequest(start, to_goal(goal, 2.0), seeds(10), 1, former=plan.actions)
+    )
+    fresh = short.plan(model, PlanRequest(start, to_goal(goal, 2.0), seeds(10), 1))
     assert bool((again.energy <= plan.energy).all())
     assert float(fresh.energy.mean()) > float(again.energy.mean())
     cold = dataclasses.replace(short, warm=False)
-    ignored = cold.plan(model, start, to_goal(goal, 2.0), seeds(10), 1, former=plan.actions)
+    ignored = cold.plan(
+        model, PlanRequest(start, to_goal(goal, 2.0), seeds(10), 1, former=plan.actions)
+    )
     assert torch.equal(ignored.actions, fresh.actions)
 
 
@@ -294,7 +302,9 @@ def test_an_environment_that_arrives_costs_no_more_rollout_steps():
     _, start, goal = task(20)
     model = Counted(ROOMS)
     planner = ICEM(effort=Effort(), iterations=16)
-    plan = planner.plan(model, start, to_goal(goal, 2.0), seeds(20), arrival=near(goal))
+    plan = planner.plan(
+        model, PlanRequest(start, to_goal(goal, 2.0), seeds(20), arrival=near(goal))
+    )
     rows = [shape[0] for shape in called]
     assert rows == sorted(rows, reverse=True)
     assert rows[0] == 20 > rows[-1]
@@ -306,11 +316,13 @@ def test_an_environment_that_arrives_costs_no_more_rollout_steps():
     done = plan.arrived.nonzero()[:, 0]
     again = planner.plan(
         model,
-        start[done],
-        to_goal(goal[done], 2.0),
-        seeds(20)[done],
-        former=plan.actions[done],
-        arrival=near(goal[done]),
+        PlanRequest(
+            start[done],
+            to_goal(goal[done], 2.0),
+            seeds(20)[done],
+            former=plan.actions[done],
+            arrival=near(goal[done]),
+        ),
     )
     assert bool(again.arrived.all())
     assert int(again.iterations.sum()) == 0
@@ -384,5 +396,5 @@ def test_one_candidate_is_the_former_plan(planner):
     model = TrueModel(ROOMS)
     start = model.observe(ROOMS.reset(seeds(3)))
     former = torch.rand(3, 2, 2)
-    plan = small.plan(model, start, GoalDistance(start), seeds(3), former=former)
+    plan = small.plan(model, PlanRequest(start, GoalDistance(start), seeds(3), former=former))
     torch.testing.assert_close(plan.actions, former)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from vicreg_jepa.planning import conformal
@@ -19,7 +21,7 @@ from vicreg_jepa.planning.evaluate import episodes
 from vicreg_jepa.planning.guardrails import Clearance, Distance, Speed, Zone
 from vicreg_jepa.planning.model import TrueModel
 from vicreg_jepa.planning.penalties import Lagrangian
-from vicreg_jepa.planning.planner import Effort
+from vicreg_jepa.planning.planner import Effort, PlanRequest
 from vicreg_jepa.planning.planners import CEM, ICEM, MPPI, CategoricalCEM, Gradient
 from vicreg_jepa.planning.shield import Shield
 from vicreg_jepa.worlds.two_rooms import TwoRooms
@@ -36,10 +38,9 @@ NAN = float("nan")
 SMALL = CEM(candidates=8, elites=4, iterations=1)
 
 
-def plan(planner=SMALL, energy=None, **changed):
-    arguments = {"start": START, "seed": SEEDS} | changed
-    start, seed = arguments.pop("start"), arguments.pop("seed")
-    return planner.plan(MODEL, start, energy or GoalDistance(GOAL), seed, **arguments)
+def plan(planner=SMALL, **changed):
+    request = PlanRequest(START, GoalDistance(GOAL), SEEDS)
+    return planner.plan(MODEL, dataclasses.replace(request, **changed))
 
 
 def guard():

@@ -1,5 +1,5 @@
 """The trainer on two ranks is the trainer in one process, with copies and with shards; a run with
-one goes on with the other; and a rank that is killed is named.
+one resumes the other; and a rank that is killed is named.
 """
 
 from __future__ import annotations
@@ -153,14 +153,14 @@ def words_of(folder: Path, *words: str) -> list[str]:
 
 
 def check_stopped(folder: Path, text: str, number: str) -> None:
-    """All ranks saved after the last step, and one line says how the run goes on."""
+    """All ranks saved after the last step, and one line says how to resume."""
     lines = [line for line in text.splitlines() if line.startswith("vicreg-jepa: ")]
     steps = len(rows(folder))
     path = checkpoint.newest(folder / "checkpoints")
     assert path.name == f"step_{steps:08d}"
     assert len(lines) == 1, text
     assert lines[0].startswith(f"vicreg-jepa: stopped by {number}"), text
-    assert lines[0].endswith(f"; the same command goes on from step {steps} ({path})")
+    assert lines[0].endswith(f"; the same command resumes at step {steps} ({path})")
 
 
 @pytest.mark.thorough
@@ -168,7 +168,7 @@ def check_stopped(folder: Path, text: str, number: str) -> None:
     ("number", "told"), [("SIGTERM", "one"), ("SIGTERM", "all"), ("SIGINT", "all")]
 )
 def test_ranks_that_are_told_to_stop_save_first(number, told, tmp_path):
-    """Told is one rank, or torchrun, which tells all; the run then goes on as if never stopped."""
+    """One rank gets the signal, or torchrun, which tells all; the resumed run is the same run."""
     folder = tmp_path / "run"
     words = words_of(folder, "training.save_every=9000")
 
@@ -215,7 +215,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(tmp_path):
     first = rows(folder)
     step = int(checkpoint.newest(folder / "checkpoints").name.removeprefix("step_"))
     assert re.search(r"rank 1 of 2 \(process \d+\) was killed by signal 9 \(SIGKILL\)", text), text
-    assert f"goes on from step {step} " in text
+    assert f"resumes at step {step} " in text
     (command,) = re.findall(r"^    torchrun (.*)$", text, re.MULTILINE)
     with Ranks(shlex.split(command)) as run:
         until(run, lambda: seen() > len(first))

@@ -181,7 +181,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(kind, run, tmp_
     assert train(run) == 0
     text = said(capsys)
     assert "step_00000006" in text
-    assert "going on from step 4" in text
+    assert "resuming at step 4" in text
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["step_00000004", "step_00000006", "step_00000006.damaged"]
     assert column(run, "loss") == whole

@@ -1,4 +1,4 @@
-"""The trainer: a run goes on where it was killed, and in pieces or whole it is the same run."""
+"""The trainer: a run resumes where it was killed, and in pieces or whole it is the same run."""
 
 from __future__ import annotations
 

@@ -139,9 +139,9 @@ def test_a_fifth_of_the_stored_episodes_is_held_out(folder):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["data.world=Rooms"], r"data\.world: world: got 'Rooms', takes TwoRooms or Maze"),
-        (["data.settings={walls: 1}"], r"data\.settings: walls: is no setting of TwoRooms"),
-        (["data.settings={wall: none}"], r"data\.settings: wall: got 'none', takes fixed or"),
+        (["data.world=Rooms"], r"data\.world: got 'Rooms', takes TwoRooms or Maze"),
+        (["data.settings={walls: 1}"], r"data\.settings\.walls: is no setting of TwoRooms"),
+        (["data.settings={wall: none}"], r"data\.settings\.wall: got 'none', takes fixed or"),
         (["data.policy=fly"], r"data\.policy: got 'fly', takes walk, uniform"),
         (["data.size=64"], r"data\.size: got 64, takes the frames' 65 x 65 pixels"),
         (["data.actions=3"], r"data\.actions: got 3, takes the actions' 2"),

@@ -263,8 +263,9 @@ def test_drift_writes_its_table_and_picture(runs, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "leaves 36.770% after 1,000 steps and 0.005% after 10,000" in out
     rows = json.loads((runs / "world_two_rooms" / "drift" / "drift.json").read_text())
-    assert [row["name"] for row in rows] == ["world, step 2", "world_pixels, step 2",
-                                             "standing still"]  # fmt: skip
+    assert [row["name"] for row in rows] == [
+        "world_two_rooms, step 2", "world_two_rooms_pixels, step 2", "standing still"
+    ]  # fmt: skip
     assert all(len(row["mean"]) == len(row["median"]) == drift.STEPS for row in rows)
     assert (runs / "world_two_rooms" / "drift" / "drift.png").exists()
 

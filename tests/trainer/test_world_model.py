@@ -252,7 +252,7 @@ def test_frames_of_another_dtype_are_refused():
         (["loss.prediction=0"], "loss.prediction: got 0, world takes more"),
         (["loss.unroll=33"], "loss.unroll: got 33, takes at most data.window, 32 actions"),
         (["loss.pairs=33"], "loss.pairs: got 33, takes 0 for all frames, or at most data.w"),
-        (["data.length=8"], "data: length: got 8, takes at least window, 32"),
+        (["data.length=8"], "data.length: got 8, takes at least data.window, 32"),
         (["model.history=2"], "model.history: got 2, but it is used by model.predictor 'transf"),
         (["model.encoder=vit", "model.keypoints=3"], "keypoints: got 3, but it is used by model"),
         (["model.encoder=vit", "model.keypoints=0"], "model.heads: got 4 for dim 32, takes a div"),

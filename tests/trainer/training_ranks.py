@@ -66,7 +66,7 @@ def settings(name: str, root: Path, ranks: int) -> config.Config:
 
 
 def main(root: Path) -> None:
-    """Those that have a folder under root / "two"; a checkpoint in it is gone on from."""
+    """Those that have a folder under root / "two"; a checkpoint in it is resumed."""
     dist.init_process_group("gloo")
     try:
         for folder in sorted((root / "two").iterdir()):

@@ -34,7 +34,7 @@ def _choose(op: str, backend: str | None, x: Tensor, cannot_run: dict[str, str])
 def modulated_layer_norm(
     x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, backend: str | None = None
 ) -> Tensor:
-    """The layer norm over D without affine, modulated by a condition: norm(x) (1 + scale) + shift.
+    """Normalise over D without affine and modulate by a condition: norm(x) (1 + scale) + shift.
 
     With mean and variance over a token's D elements (the variance divided by D),
     norm(x) = (x - mean) / sqrt(variance + eps). Peebles and Xie, 2023, arXiv:2212.09748 (DiT's
@@ -42,8 +42,8 @@ def modulated_layer_norm(
 
     Args:
         x: tokens, [..., T, D], at least two dimensions and one element; float32, bfloat16, float16
-            or float64. Any strides; where the leading dimensions cannot be seen as one, x is
-            copied.
+            or float64. Any strides; x is copied if its leading dimensions cannot be viewed as
+            one.
         shift, scale: both of one shape and dtype: a vector for each frame of T tokens, [..., D] or
             [..., 1, D], or for each token, [..., T, D]; none is repeated in memory. The dtype may
             differ from x's (float64 goes with float64), as it does under autocast.
@@ -76,7 +76,7 @@ def modulated_layer_norm(
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:
-    """A residual branch behind its gate: x + gate y (adaLN-Zero: Peebles and Xie, 2023,
+    """Add a gated residual branch: x + gate y (adaLN-Zero: Peebles and Xie, 2023,
     arXiv:2212.09748).
 
     Args:

@@ -14,8 +14,8 @@ from vicreg_kernels.adaln.checks import check_settings
 class AdaLN(nn.Module):
     """A transformer block's conditioning (adaLN-Zero: Peebles and Xie, 2023, arXiv:2212.09748).
 
-    One linear layer makes shift, scale and gate of two branches from the condition, in DiT's order;
-    it begins at zero, so that the block begins as the identity:
+    One linear layer computes shift, scale and gate of two branches from the condition, in DiT's
+    order. Its weights start at zero, so that the block starts as the identity:
 
         x = x + gate_1 attention(norm(x) (1 + scale_1) + shift_1)
         x = x + gate_2 mlp(norm(x) (1 + scale_2) + shift_2)

@@ -119,9 +119,9 @@ class Norm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         need_x, need_shift, need_scale, *_ = ctx.needs_input_grad
         args = (grad, *ctx.saved_tensors, need_x, need_shift or need_scale, ctx.backend)
-        found = once("modulated layer norm", _norm_gradient, *args)
+        gradients = once("modulated layer norm", _norm_gradient, *args)
         needs = (need_x, need_shift, need_scale)
-        return *(z if need else None for z, need in zip(found, needs, strict=True)), None, None
+        return *(z if need else None for z, need in zip(gradients, needs, strict=True)), None, None
 
 
 def _norm_gradient(

@@ -146,7 +146,7 @@ def masked_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """softmax(scale q kᵀ) v over the keys that each query sees, without any T x T tensor.
+    """Compute softmax(scale q kᵀ) v over the keys that each query sees, without a T x T tensor.
 
     Args:
         q: queries, [B, H, Tq, d], or packed [total, H, d] with a `Ragged` rule; float32, bfloat16,
@@ -217,14 +217,14 @@ def _attend(
 def apply_rope(
     x: Tensor, rope: Rope3d, *, offsets: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
-    """Rotary position alone: x turned by each token's place in the grid, rope.index.
+    """Apply rotary position only: rotate x by each token's place in the grid, rope.index.
 
     Args:
         x: [B, H, T, d], or packed [total, H, d]; dtypes, strides and head dims as in
             `masked_attention`. Angles are float32 whatever x is.
         rope: the grid, the index and the order of the frequencies.
-        offsets: int [B + 1] of packed samples, where rope.index is None and a token's place is
-            counted from its sample's first.
+        offsets: int [B + 1], for packed samples if rope.index is None: a token's place is then
+            counted from the first token of its sample.
         backend: as in `masked_attention`.
 
     Returns: x's shape and dtype, lying as [B, T, H, d]. Raises: as `masked_attention`.

@@ -18,11 +18,11 @@ from vicreg_kernels.core.integers import FEW, Integers, readable
 
 
 class Rule:
-    """One rule, or several joined by `&`: a key must be seen under all of them.
+    """One rule, or several combined by `&`: a query sees the keys that all of them let it see.
 
-    A rule on the CPU holds its own copy of lengths, offsets and sizes. Tensors on a device, and
-    boolean ones, are read where they lie: one that changes between a forward and its backward is an
-    error of autograd.
+    A rule on the CPU has its own copy of lengths, offsets and sizes. Tensors on a device, and
+    boolean ones, are not copied. Autograd raises an error if one of them is changed in place
+    between a forward and its backward.
     """
 
     kind = "rules"
@@ -40,7 +40,7 @@ def _parts(rule: Any) -> list[Rule]:
 
 
 class Rules(Rule):
-    """What `rule & rule` gives."""
+    """The result of `rule & rule`."""
 
     def __init__(self, rules: list[Rule]) -> None:
         kinds = [rule.kind for rule in rules]
@@ -88,7 +88,7 @@ class _Tensors:
 
 
 class KeyPadding(Rule):
-    """Only the first lengths[b] keys of sample b, or those where a boolean mask is True.
+    """A query of sample b sees its first lengths[b] keys, or those where a boolean mask is True.
 
     Args:
         lengths: int [B] (a tensor or a list), 0 <= lengths[b] <= Tk; or bool [B, Tk], True for a
@@ -113,16 +113,15 @@ class KeyPadding(Rule):
 
 
 class Ragged(Rule):
-    """Packed samples of different lengths: sample b is tokens offsets[b] to offsets[b + 1].
+    """Samples of different lengths are packed: b has tokens offsets[b] to offsets[b + 1] - 1.
 
     Args:
         offsets: int [B + 1] (a tensor or a list), from 0, not decreasing, to the number of tokens.
             Empty samples are fine.
-        key_offsets: those of the keys, where they differ from the queries'.
-        max_length, max_key_length: the longest sample, or a bound on it. Needed only with offsets
-            on a device, to spare the call that reads them: they are then trusted, as are the
-            offsets. Without it, or with VICREG_KERNELS_DEBUG=1, offsets on a device are read and
-            checked once, here.
+        key_offsets: the offsets of the keys, if they differ from the queries'.
+        max_length, max_key_length: the longest sample, or a bound on it. They are useful only with
+            offsets on a device, which are then not read, and neither are checked. Without them, or
+            with VICREG_KERNELS_DEBUG=1, offsets on a device are read and checked once, here.
     """
 
     kind = "Ragged"
@@ -210,15 +209,15 @@ class FrameCausal(Rule):
 
 
 class Blocks(Rule):
-    """One context, then several blocks that see the context and themselves, not one another.
+    """A context is followed by blocks; each block sees the context and itself, but no other block.
 
-    The context sees itself alone, so it is encoded once for all blocks (an I-JEPA predictor run
-    block by block encodes it anew for each, and lets it see that block's mask tokens).
+    The context sees only itself, so it is encoded once for all blocks. (An I-JEPA predictor that
+    runs block by block encodes it again for each block, and lets it see that block's mask tokens.)
 
     Args:
         context: tokens of the context, an int or int [B].
-        sizes: tokens of each block, M ints or int [B, M]; positions run on from the context. Tokens
-            past the last block see the context and are seen by none.
+        sizes: tokens of each block, M ints or int [B, M]; positions continue from the context.
+            Tokens past the last block see the context, and no token sees them.
     """
 
     kind = "Blocks"

@@ -11,10 +11,10 @@ from vicreg_kernels.core import dispatch
 
 
 class MaskedAttention(nn.Module):
-    """Multi-head self-attention under rules, with timm's names: `qkv` and `proj`.
+    """Multi-head self-attention under a mask of rules; its layers are `qkv` and `proj`, as in timm.
 
     Args:
-        dim: of the tokens, num_heads times a head dim that is a multiple of 8 from 16 to 128.
+        dim: the elements of a token: num_heads times a head dim, a multiple of 8 from 16 to 128.
         num_heads: how many heads.
         qkv_bias, proj_bias: whether the two projections have biases.
         backend: "reference", "cpu", "triton", "cuda"; None takes the best for the input.

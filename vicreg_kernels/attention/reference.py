@@ -70,9 +70,9 @@ def rotate(x: Tensor, rope: Rope3d, index: Tensor | None, offsets: Tensor | None
 
 
 def scores_of(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """scale q k^T. Where products may pass the dtype's largest number, each query is taken times a
-    power of two first and its scores times the inverse, which round nothing: a sum that became -inf
-    on its way would leave its key out of the softmax.
+    """Compute scale q k^T. If products may pass the dtype's largest number, each query is first
+    multiplied by a power of two and its scores by the inverse, which rounds nothing. Otherwise a
+    partial sum could become -inf and drop its key from the softmax.
     """
     scaled = scale * q
     if 0 in (q.numel(), k.numel()):

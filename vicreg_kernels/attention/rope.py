@@ -55,12 +55,13 @@ class Rope3d:
             most 2^31 - 1 places.
         index: each token's place in the flattened grid, (frame * height + row) * width + column:
             int [T], [B, T], or [total] for packed tokens. None: a token's place in its sample.
-        key_index: the keys' places, where they differ from the queries'.
-        layout: "vjepa2" for the order of V-JEPA 2's checkpoints, "axial" for the right one.
+        key_index: the keys' places, if they differ from the queries'.
+        layout: "vjepa2" for the order of frequencies in V-JEPA 2's checkpoints, "axial" for the one
+            under which scores depend only on differences of places.
         theta: the base of the frequencies.
 
-    Places on a CPU are checked against the grid; on a device they are only in debug mode
-    (VICREG_KERNELS_DEBUG=1), since that waits for it.
+    Places on a CPU are checked against the grid. Places on a device are checked only in debug mode
+    (VICREG_KERNELS_DEBUG=1), because the check waits for the device.
 
     Source: V-JEPA 2 (Assran et al., 2025, arXiv:2506.09985); RoFormer (arXiv:2104.09864).
     """
@@ -92,7 +93,7 @@ class Rope3d:
 
     @property
     def places(self) -> int:
-        """Tokens of the whole grid."""
+        """The number of tokens of the whole grid."""
         return self.grid[0] * self.grid[1] * self.grid[2]
 
     def _checked(self, name: str, index: Tensor | None) -> Tensor | None:
@@ -115,7 +116,7 @@ class Rope3d:
         return integers.cut(index)
 
     def part(self, head_dim: int) -> int:
-        """Elements of the head dim that one axis rotates."""
+        """The number of elements of the head dim that one axis rotates."""
         return 2 * (head_dim // self.axes // 2)
 
     def angles(self, position: Tensor, head_dim: int) -> Tensor:

@@ -46,10 +46,10 @@ def barlow_twins_loss(
     precision: str | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The Barlow Twins loss of two views (Zbontar et al., 2021, arXiv:2103.03230).
+    """Compute the Barlow Twins loss of two views (Zbontar et al., 2021, arXiv:2103.03230).
 
     loss = sum_i (C_ii - 1)^2 + lambd sum_{i != j} C_ij^2, C = z1^T z2 / N, where z1 and z2 are the
-    views standardised over the batch: as BatchNorm without affine does it, so that none is needed
+    views standardised over the batch. This is what BatchNorm without affine does, so none is needed
     before the loss.
 
     Args:

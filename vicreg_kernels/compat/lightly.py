@@ -60,19 +60,8 @@ def _check_pair(z_a: Tensor, z_b: Tensor) -> None:
         )
 
 
-class VICRegLoss(nn.Module):
-    """`vicreg_kernels.vicreg_loss` with lightly's arguments.
-
-    Args:
-        lambda_param, mu_param, nu_param: weights of invariance, variance and covariance.
-        gather_distributed: take the batch of all ranks, where torch.distributed runs.
-        eps: added to the variance under the root.
-
-    Shapes: z_a, z_b: [B, ..., D], B >= 2 -> scalar of their dtype (float32 under autocast).
-
-    Raises: AssertionError for fewer than two rows or two shapes, as lightly's does; ValueError and
-        TypeError for the rest, naming the argument.
-    """
+class _VICRegWeights(nn.Module):
+    """The settings that lightly's VICReg and VICRegL share."""
 
     def __init__(
         self,
@@ -89,6 +78,21 @@ class VICRegLoss(nn.Module):
         self.nu_param = nu_param
         self.gather_distributed = gather_distributed
         self.eps = eps
+
+
+class VICRegLoss(_VICRegWeights):
+    """`vicreg_kernels.vicreg_loss` with lightly's arguments.
+
+    Args:
+        lambda_param, mu_param, nu_param: weights of invariance, variance and covariance.
+        gather_distributed: take the batch of all ranks, where torch.distributed runs.
+        eps: added to the variance under the root.
+
+    Shapes: z_a, z_b: [B, ..., D], B >= 2 -> scalar of their dtype (float32 under autocast).
+
+    Raises: AssertionError for fewer than two rows or two shapes, as lightly's does; ValueError and
+        TypeError for the rest, naming the argument.
+    """
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         group = shared.ranks(self.gather_distributed)
@@ -113,7 +117,7 @@ class VICRegLoss(nn.Module):
         return shared.rounded(loss, z_a)
 
 
-class VICRegLLoss(nn.Module):
+class VICRegLLoss(_VICRegWeights):
     """`vicreg_kernels.vicregl_loss` with lightly's arguments, two global views and any number of
     local ones.
 
@@ -141,14 +145,8 @@ class VICRegLLoss(nn.Module):
         eps: float = 0.0001,
         num_matches: tuple[int, int] = (20, 4),
     ) -> None:
-        super().__init__()
-        _check_gather(gather_distributed)
-        self.lambda_param = lambda_param
-        self.mu_param = mu_param
-        self.nu_param = nu_param
+        super().__init__(lambda_param, mu_param, nu_param, gather_distributed, eps)
         self.alpha = alpha
-        self.gather_distributed = gather_distributed
-        self.eps = eps
         self.num_matches = num_matches
 
     def forward(

@@ -38,7 +38,7 @@ _lock = threading.RLock()
 
 @dataclass(frozen=True)
 class Patch:
-    """What `patch` has replaced; leaving it as a context takes it back.
+    """The replacements of one `patch`. As a context manager it undoes them at its end.
 
     Attributes:
         peer: the library.
@@ -75,11 +75,11 @@ def patch(peer: str, *names: str) -> Patch:
         vk.patch("lightly")                      # from here on lightly.loss.VICRegLoss is ours
         with vk.patch("lightly", "SIGReg"): ...  # only this one, and only inside
 
-    A module of the library that has the name bound, under whatever name, has ours bound instead;
-    modules of it that are imported later get ours too. What other code has already imported by name
-    (`from lightly.loss import VICRegLoss`) and instances that exist keep the library's class; so
-    patch before both. Patches are counted: a name is the library's own again when `unpatch` has
-    been called as often as `patch`. Each process patches for itself.
+    Every module of the library that holds the class or function, under any name, gets this
+    library's in its place, also a module that is imported later. Other code that has already
+    imported it by name (`from lightly.loss import VICRegLoss`), and existing instances, keep the
+    library's; so patch before both. Patches are counted: the library's own is back after as many
+    calls of `unpatch` as of `patch`. A patch holds for its process only.
 
     Args:
         peer: "lightly", "solo_learn", "stable_pretraining", "stable_worldmodel", "eb_jepa",
@@ -96,31 +96,31 @@ def patch(peer: str, *names: str) -> Patch:
     homes: dict[str, str] = compat.HOMES
     _check_names(peer, names, homes)
     with _lock:
-        found: dict[str, Any] = {}
+        present: dict[str, Any] = {}
         for name in names or homes:
             module = _home(peer, homes[name])
             if module is not None and hasattr(module, name):
-                found[name] = getattr(module, name)
+                present[name] = getattr(module, name)
             elif names:
                 raise ValueError(f"names: got {name!r}, which this version of {peer} does not have")
-        if not found:
+        if not present:
             raise ValueError(f"peer: got {peer!r}, whose version here has none of {tuple(homes)}")
-        for name, current in found.items():
+        for name, current in present.items():
             active = _active.get((peer, name))
             if active is None:
                 active = _active[peer, name] = _Active(current, getattr(compat, name))
             active.count += 1
             _rebind(peer, active.original, active.ours)
-        places = {name: tuple(_places(peer, _active[peer, name].ours)) for name in found}
-    return Patch(peer, places, tuple(name for name in homes if name not in found and not names))
+        places = {name: tuple(_places(peer, _active[peer, name].ours)) for name in present}
+    return Patch(peer, places, tuple(name for name in homes if name not in present and not names))
 
 
 def unpatch(peer: str, *names: str) -> None:
-    """Take one `patch` of these names back.
+    """Undo one `patch` of these names.
 
     Args:
         peer: as in `patch`.
-        names: those to take back; none: all of this peer that are replaced now.
+        names: the names to restore; without names, all of this peer that are replaced now.
 
     Raises: ValueError naming the argument, also where nothing is replaced.
     """

@@ -17,19 +17,19 @@ from vicreg_kernels.sigreg.checks import check_z
 
 
 def ranks(gathers: bool = True) -> bool | None:
-    """The `process_group` where a peer gathers: the default group, or None if there is none."""
+    """Return the `process_group` for a peer that gathers: the default group, if there is one."""
     return True if gathers and dist.is_available() and dist.is_initialized() else None
 
 
 def checked(op: str, process_group: bool | None, check: Callable[..., None], *args: Any) -> None:
-    """check(*args), whose errors are told to the other ranks, which raise too."""
+    """Call check(*args). If it raises, the other ranks are told and raise too."""
     group = None if process_group is None else distributed.group_name(process_group)
     distributed.check_on_all_ranks(op, group, check, *args)
 
 
 def rounded(loss: Tensor, like: Tensor) -> Tensor:
-    """The loss in the dtype that a peer's plain PyTorch gives it: the input's, so half for half
-    inputs. Under autocast it stays float32.
+    """Round the loss to the dtype that a peer's plain PyTorch returns, the input's. Under autocast
+    it stays float32.
     """
     if torch.is_autocast_enabled(like.device.type):
         return loss
@@ -37,12 +37,12 @@ def rounded(loss: Tensor, like: Tensor) -> Tensor:
 
 
 def mean_square(difference: Tensor) -> Tensor:
-    """Its mean square, in float32 for half inputs."""
+    """Compute the mean square, in float32 for half inputs."""
     return difference.to(torch.promote_types(difference.dtype, torch.float32)).square().mean()
 
 
 class renamed:
-    """Around a call of this library: its errors name the peer's arguments in place of its own."""
+    """A context in which errors of this library name the peer's arguments in place of its own."""
 
     def __init__(self, **names: str) -> None:
         self.names = names

@@ -30,7 +30,7 @@ HOMES = {
 
 
 class VCRegLoss(nn.Module):
-    """`vicreg_kernels.variance_covariance`, weighed, with half the hinge.
+    """The weighted terms of `vicreg_kernels.variance_covariance`, with half the hinge.
 
     Args:
         std_coeff, cov_coeff: weights of variance and covariance.

@@ -41,25 +41,25 @@ _forgetters: list[Callable[[], None]] = []
 
 
 def cached(function: F) -> F:
-    """A cache of a function whose results come from the files; `forget` empties it."""
+    """Cache a function whose results come from the files; `forget` empties the cache."""
     wrapped = lru_cache(maxsize=1024)(function)
     on_forget(wrapped.cache_clear)
     return wrapped  # type: ignore[return-value]
 
 
 def on_forget(clear: Callable[[], None]) -> None:
-    """`forget` also calls clear."""
+    """Let `forget` call `clear` too."""
     _forgetters.append(clear)
 
 
 def forget() -> None:
-    """Read the files again at next use: one was written."""
+    """Empty the caches, because a file was written: the next use reads the files again."""
     for clear in _forgetters:
         clear()
 
 
 def slug(name: str) -> str:
-    """A device's file or folder: "NVIDIA H200" -> nvidia-h200."""
+    """The name of a device's file or folder: "NVIDIA H200" -> nvidia-h200."""
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
 
 
@@ -69,7 +69,7 @@ def path_of(device: str) -> Path:
 
 @dataclass(frozen=True)
 class Row:
-    """A configuration and what it is for: the fields of its row that are not the Config's."""
+    """A configuration, and its key: the fields of its row that are not the Config's."""
 
     key: dict[str, Any]
     config: Any
@@ -81,7 +81,7 @@ class Row:
 
 @cached
 def load(device: str) -> dict[str, Any]:
-    """The device's record; an empty one where no file is. ValueError where it is not as above."""
+    """Load the device's record, or an empty one without a file. ValueError for another form."""
     path = path_of(device)
     if not path.exists():
         return empty(device)
@@ -94,7 +94,7 @@ def empty(device: str) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A file's record, its parts checked but for the rows' own fields, which `rows` checks."""
+    """Read and check a file's record, except for the fields of its rows, which `rows` checks."""
     try:
         record = json.loads(path.read_text())
         _check(record)

@@ -25,11 +25,11 @@ _ORDINARY = frozenset({Tensor, nn.Parameter, type(None)})
 
 
 def direct(*tensors: Tensor | None) -> bool:
-    """Whether an op's Python implementation may be called in place of the op, unseen.
+    """Whether an op's Python implementation may be called in place of the registered op.
 
     False while torch.compile or torch.export trace, under a dispatch mode (fake tensors, selective
     checkpointing, a counter of operations) or a transform of torch.func, and for tensor subclasses:
-    they must see the registered op. False for a tensor with a pending negation too, which the
+    they must see the registered op. False also for a tensor with a pending negation, which only the
     dispatcher carries out.
     """
     if (
@@ -45,19 +45,19 @@ def direct(*tensors: Tensor | None) -> bool:
 
 
 def seen(name: str, z: Any) -> tuple[torch.Size, torch.dtype, torch.device, torch.layout]:
-    """What a remembered check reads of z. Raises a TypeError where it is no tensor."""
+    """The properties of z that a remembered check reads. Raises a TypeError if z is no tensor."""
     if not isinstance(z, Tensor):
         raise TypeError(f"{name}: got {type(z).__name__}, takes a torch.Tensor")
     return z.shape, z.dtype, z.device, z.layout
 
 
 def remembered(check: Callable[..., T]) -> Callable[..., T]:
-    """`check`, which keeps the results of its last 256 different calls.
+    """Wrap `check` so that it keeps the results of its last 256 different calls.
 
-    check: a function of positional arguments alone, and of nothing that can change between calls:
-    pass it what `seen` gives of a tensor, not the tensor. Equal arguments get equal
-    results, so that 1, 1.0 and True are the same setting. It runs every time where an argument is
-    not a plain value (a symbolic size, a number of another library) and where it raises.
+    check: a function of its positional arguments only, which do not change: pass it the result of
+    `seen` instead of a tensor. Equal arguments get equal results, so 1, 1.0 and True are the same
+    setting. A call is not remembered if it raises, or if an argument is not a plain value (a
+    symbolic size, a number of another library).
     """
     kept = lru_cache(maxsize=256)(check)
 

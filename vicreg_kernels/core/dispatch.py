@@ -80,9 +80,9 @@ configs.on_forget(_thresholds.clear)
 
 @library.constant_in_graphs
 def triton_from(op: str, index: int | None, dtype: torch.dtype) -> float:
-    """The least side for which op runs on `triton` on a CUDA device; inf: it does for none.
+    """The smallest side at which the op runs on `triton` on a CUDA device; inf if there is none.
 
-    index: of the device, None: the current one. A constant of a compiled graph.
+    index: the device's, or None for the current one. It is a constant of a compiled graph.
     """
     key = (op, index, dtype)
     return _thresholds[key] if key in _thresholds else _read_threshold(op, index, dtype)  # type: ignore[index]
@@ -120,13 +120,13 @@ def choose(
     side: int | None = None,
     cannot_run: Mapping[str, str] | None = None,
 ) -> str:
-    """The name of the backend that runs `op`; side is the edge of its square matrix, if it has one.
+    """Return the name of the backend that runs `op`. side: the edge of its square matrix, if any.
 
-    device: where the tensors are; of a device type alone, "cuda", the current device counts.
-    cannot_run: backends that do not take this call's sizes, and why, beyond what `missing` knows.
+    device: the tensors' device; a device type such as "cuda" means its current device.
+    cannot_run: backends that do not take this call's sizes, and why, in addition to `missing`.
 
-    Under a transform of torch.func (grad, vmap, jvp) it is the reference, made of operations that
-    torch can transform.
+    Under a transform of torch.func (grad, vmap, jvp) it is the reference, whose operations torch
+    can transform.
 
     Raises ValueError for an unknown backend, RuntimeError for a named one that cannot run here.
     """

@@ -21,12 +21,12 @@ FEW = 129
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether values can be looked at without a device's sync and outside a traced graph."""
+    """Whether values can be read without waiting for a device and outside of a traced graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def tensor(name: str, values: Integers) -> Tensor:
-    """`values` as a tensor of int32 or int64; raises where they are not integers."""
+    """Return `values` as a tensor of int32 or int64. Raises if they are not integers."""
     if not isinstance(values, Tensor):
         try:
             values = torch.tensor(values)
@@ -43,7 +43,7 @@ def tensor(name: str, values: Integers) -> Tensor:
 
 
 def extremes(values: Tensor) -> tuple[int, int]:
-    """The least and the most of readable values; (0, 0) where there are none."""
+    """The minimum and the maximum of readable values; (0, 0) if there are none."""
     if values.numel() <= FEW:
         listed = values.flatten().tolist()
         return min(listed, default=0), max(listed, default=0)
@@ -52,8 +52,8 @@ def extremes(values: Tensor) -> tuple[int, int]:
 
 
 def narrowed(name: str, values: Tensor, least: int = LEAST) -> Tensor:
-    """`values` as int32, where they lie; raises a ValueError for a readable one below `least` or
-    beyond int32. Readable values are copied, so that what was checked cannot change.
+    """Return `values` as int32 on their device. Raises a ValueError for a readable value below
+    `least` or beyond int32. Readable values are copied, so that they cannot change after the check.
     """
     if readable(values):
         low, high = extremes(values)
@@ -65,7 +65,7 @@ def narrowed(name: str, values: Tensor, least: int = LEAST) -> Tensor:
 
 
 def cut(values: Tensor) -> Tensor:
-    """`narrowed` of values that are already checked or cannot be."""
+    """`narrowed` without the check, for values that are already checked or cannot be read."""
     values = values.detach()
     look = readable(values)
     if not look and values.dtype == torch.int64:
@@ -74,14 +74,14 @@ def cut(values: Tensor) -> Tensor:
 
 
 def onto(name: str, values: Tensor, device: torch.device) -> Tensor:
-    """`values` on `device`; a ValueError where they are meta, which have no values to copy."""
+    """Move `values` to `device`. Raises a ValueError for meta tensors, which have no values."""
     if values.is_meta and device.type != "meta":
         raise ValueError(f"{name}: got a meta tensor, takes one with values, or all on meta")
     return values.to(device)
 
 
 def lasting(values: Tensor) -> Tensor:
-    """`values`, or a copy of what inference mode made: autograd could not save it."""
+    """Return `values`, or a copy if inference mode made them, which autograd cannot save."""
     if torch.compiler.is_compiling() or not values.is_inference():
         return values
     with torch.inference_mode(False):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def inside_a_mode() -> bool:
-    """Whether tensors made now may be of use inside a mode alone; inference mode is not counted."""
+    """Whether a tensor made now may be usable only inside a mode. Inference mode does not count."""
     return bool(
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -32,11 +32,11 @@ def lasts(value: Tensor) -> bool:
 
 
 class Kept:
-    """Tensors by key, the longest unused dropped first.
+    """A cache of tensors by key, which drops the least recently used first.
 
     Args:
-        entries: at most so many tensors.
-        nbytes: of at most so many bytes together; a larger one is not kept.
+        entries: the most tensors that it holds.
+        nbytes: the most bytes that they have together; a larger tensor is not kept.
     """
 
     def __init__(self, entries: int, nbytes: int) -> None:
@@ -46,7 +46,7 @@ class Kept:
         self.lock = RLock()
 
     def get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """What make() gave for an equal key, or gives now. make reads nothing but the key."""
+        """Return the kept tensor of this key, or that of make(), which depends only on the key."""
         if inside_a_mode():
             return make()
         with self.lock:

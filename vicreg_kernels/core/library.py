@@ -67,7 +67,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def constant_in_graphs(function: Function) -> Function:
-    """Marks what torch.compile calls while it traces, and whose result it keeps as a constant.
+    """Mark a function that torch.compile calls while it traces, keeping the result as a constant.
 
     torch.compiler.assume_constant_result sets the same mark, but imports torch._dynamo for it: a
     second at every import of this package, also where nothing is compiled.
@@ -77,16 +77,16 @@ def constant_in_graphs(function: Function) -> Function:
 
 
 def no_autocast(device: torch.device) -> Any:
-    """A context in which autocast lowers nothing on `device`: none where torch has no autocast."""
+    """A context without autocast on `device`; an empty one if torch has no autocast there."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 
 
 def without_autocast(op: Any) -> Callable[..., Any]:
-    """The op, a packet of torch.ops with one overload, called with autocast off, which must not
-    lower the products inside. Its first argument is a tensor. Entering that context costs 20 us a
-    call, so it is entered only where autocast is on.
+    """Wrap an op, a packet of torch.ops with one overload, so that it runs with autocast off, which
+    would lower the products inside. Its first argument is a tensor. Entering the context costs
+    20 us, so it is entered only if autocast is on.
     """
     call = op.default
 

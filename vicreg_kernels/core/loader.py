@@ -20,7 +20,7 @@ from vicreg_kernels.core.library import NAMESPACES, without_autocast
 
 @dataclass(frozen=True)
 class Functions:
-    """What an op's Kernels is a subclass of: a dataclass of functions, one for each compiled op."""
+    """The base class of an op's Kernels, a dataclass with one function for each compiled op."""
 
     # Fields whose CUDA side multiplies with torch's own products, which autocast would lower. The
     # CPU's products are below the dispatcher: nothing is lowered there.
@@ -28,8 +28,8 @@ class Functions:
 
     @classmethod
     def of(cls: type[K], functions: Mapping[str, Callable[..., Any]], backend: str) -> K:
-        """The functions of one backend; an op whose backends differ in what they take adapts them
-        here.
+        """Make Kernels of one backend's functions. An op whose backends take different arguments
+        adapts them here.
         """
         return cls(**functions)
 

@@ -29,7 +29,7 @@ _ABSENT = object()
 
 
 def owners(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """Each module of the trees once."""
+    """Yield each module of the trees once."""
     seen: set[int] = set()
     for root in modules:
         for module in root.modules():
@@ -49,10 +49,10 @@ def uninitialized(modules: Iterable[nn.Module]) -> str | None:
 
 
 def keep(modules: Iterable[nn.Module]) -> Undo:
-    """A function that puts the modules' state back to what it is now, as often as it is called.
+    """Return a function that restores the modules' state to what it is now, any number of times.
 
-    FSDP moves parameters and attributes about in its forward: in a tree with one, buffers alone are
-    kept. So are the attributes of torch's own modules left alone, which hold no such state.
+    FSDP moves parameters and attributes in its forward, so in a tree with FSDP only buffers are
+    restored. The attributes of torch's own modules, which hold no such state, are not restored.
     """
     modules = list(modules)
     every = list(owners(modules))
@@ -186,8 +186,8 @@ def _container(value: Any, memo: dict[int, Undo]) -> Undo:
 
 
 def random_states(devices: set[torch.device]) -> list[Undo]:
-    """Functions that put back the generators: Python's, numpy's, torch's of the CPU, of `devices`,
-    and of the current CUDA device, to which an encoder may move its input.
+    """Return functions that restore the random generators: Python's, numpy's, and torch's of the
+    CPU, of `devices`, and of the current CUDA device, to which an encoder may move its input.
     """
     states: list[Undo] = [
         partial(random.setstate, random.getstate()),
@@ -205,7 +205,7 @@ def random_states(devices: set[torch.device]) -> list[Undo]:
 
 
 def devices_of(value: Any) -> set[torch.device]:
-    """The devices with generators of their own that tensors in value, nested in any way, lie on."""
+    """The devices, apart from the CPU, of the tensors in `value`, which may be nested."""
     if isinstance(value, Tensor):
         return {value.device} if value.device.type not in ("cpu", "meta") else set()
     if isinstance(value, dict):

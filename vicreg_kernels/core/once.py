@@ -29,7 +29,7 @@ class _Once(torch.autograd.Function):
 
 
 def once(what: str, gradient: Callable[..., T], *args: Any) -> T:
-    """gradient(*args) inside a backward; differentiating its result raises a RuntimeError that
+    """Call gradient(*args) inside a backward. Differentiating its result raises a RuntimeError that
     begins with "the fused `what`".
     """
     if torch.is_grad_enabled():

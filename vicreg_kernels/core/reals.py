@@ -14,10 +14,10 @@ _SYMBOLS = (torch.SymInt, torch.SymFloat)
 
 
 def real(name: str, value: Any, takes: str) -> Any:
-    """value, a number of Python, of numpy or in a tensor of one element, as Python's.
+    """Return `value`, a number of Python or numpy or a tensor of one element, as a Python number.
 
-    A tensor that requires a gradient is refused, for none would reach it. One on a GPU is waited
-    for. Raises a TypeError that names the setting and says what it takes.
+    A tensor that requires a gradient is refused, because no gradient would reach it. A tensor on a
+    GPU is waited for. Raises a TypeError that names the setting and says what it takes.
     """
     if isinstance(value, (int, float)):
         return value
@@ -40,9 +40,9 @@ def real(name: str, value: Any, takes: str) -> Any:
 def finite(
     name: str, value: Any, least: float | None = None, also: str = "", most: float = math.inf
 ) -> Any:
-    """value as `real` reads it, finite, at least `least` and at most `most`; `also` is what the
-    setting takes besides ("or None"), for the message. Raises a TypeError or ValueError that names
-    the setting.
+    """Return `value` as `real` does, if it is finite, at least `least` and at most `most`. `also`
+    tells in the message what else the setting takes ("or None"). Raises a TypeError or ValueError
+    that names the setting.
     """
     takes = "a finite number" if least is None else f"a finite number >= {least:g}"
     if most < math.inf:
@@ -56,5 +56,5 @@ def finite(
 
 
 def margin(value: Any) -> Any:
-    """A margin of deviations: of those past 1e15 float32 may not hold the sum of squares."""
+    """Check a margin. Above 1e15, float32 may not hold the sum of squares of such deviations."""
     return finite("margin", value, 0, most=1e15)

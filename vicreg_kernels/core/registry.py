@@ -18,9 +18,7 @@ from vicreg_kernels.core import dispatch
 
 @dataclass(frozen=True)
 class Size:
-    """What a call of an op passes to `choose` where the size that `Sizes.of` names is at least
-    `least`.
-    """
+    """The arguments of `choose` for calls whose size, named by `Sizes.of`, is at least `least`."""
 
     least: int
     arguments: Mapping[str, Any]
@@ -28,8 +26,8 @@ class Size:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes that an op's backend depends on: what they are of, and at(name, device, dtype) ->
-    the Size of each range, ascending, the first from 0 on.
+    """The sizes that an op's backend depends on. of: what is measured; at: a function of (name,
+    device, dtype) that returns the Size of each range, in ascending order, the first from 0.
     """
 
     of: str
@@ -54,15 +52,15 @@ def register(op: str, **choices: Sizes) -> None:
 
 
 def names() -> dict[str, Sizes]:
-    """Every name that `choose` is asked with."""
+    """All names that are passed to `choose`."""
     return {name: sizes for choices in OPS.values() for name, sizes in choices.items()}
 
 
 def choices(name: str, device: torch.device, dtype: torch.dtype) -> list[tuple[int, str]]:
-    """The backend that is chosen for `name` where the call names none, as (the least size,
-    backend), ascending; the sizes are those that `names()[name].of` says.
+    """The backends that are chosen for `name` if the call names none, as (least size, backend) in
+    ascending order; `names()[name].of` says which size.
 
-    Raises RuntimeError where VICREG_KERNELS_BACKEND names one that cannot run there.
+    Raises RuntimeError if VICREG_KERNELS_BACKEND names a backend that cannot run there.
     """
     ranges: list[tuple[int, str]] = []
     for size in names()[name].at(name, device, dtype):

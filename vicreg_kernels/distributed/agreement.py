@@ -25,8 +25,8 @@ LONGEST_ERROR = 480
 
 @contextlib.contextmanager
 def tell_other_ranks_of_errors(op: str, group: Any) -> Iterator[None]:
-    """Around the checks that precede `agree`: what they raise is told to the other ranks, which
-    raise too instead of waiting. With group None it does nothing.
+    """A context for the checks that precede `agree`: if they raise, the other ranks are told, and
+    raise too instead of waiting. If group is None it does nothing.
     """
     try:
         yield
@@ -40,10 +40,10 @@ def tell_other_ranks_of_errors(op: str, group: Any) -> Iterator[None]:
 def check_on_all_ranks(
     op: str, name: str | None, check: Callable[..., T], *args: Any, **kwargs: Any
 ) -> T:
-    """check(*args, **kwargs), whose errors are told to the ranks of the group called `name`.
+    """Call check(*args, **kwargs); if it raises, tell the other ranks of the group called `name`.
 
-    Under torch.compile checks run while a rank traces, when the others expect no message: they
-    raise on that rank alone, and the others at the group's timeout.
+    Under torch.compile, checks run while a rank traces, when the others expect no message. They
+    then raise on that rank only, and the others raise at the group's timeout.
     """
     if name is None or torch.compiler.is_compiling():
         return check(*args, **kwargs)
@@ -52,11 +52,11 @@ def check_on_all_ranks(
 
 
 def agree(group: Any, op: str, rows: int, facts: Mapping[str, Any]) -> list[int]:
-    """The rows of each rank, once all have shown that they call `op` with the same `facts`.
+    """Return the rows of each rank, after all have shown that they call `op` with the same `facts`.
 
     facts: name of an argument -> what must be the same on every rank; compared as text.
 
-    Raises RuntimeError on every rank where a rank has failed, has not come within the group's
+    Raises RuntimeError on every rank if one rank has failed, did not come within the group's
     timeout, or is about to compute something else.
     """
     mine = {"op": op, **{name: _short(value, LONGEST_VALUE) for name, value in facts.items()}}
@@ -103,7 +103,7 @@ def _message_device(group: Any) -> torch.device:
 
 
 def check_same(op: str, group: Any, name: str, value: Tensor) -> None:
-    """Raise on every rank where value, of the same shape on all, is not the same on all."""
+    """Raise on every rank if `value`, of the same shape on all, is not the same on all."""
     own = value.detach().flatten()
     every = gather_rows(op, group, own, [own.numel()] * dist.get_world_size(group))
     for rank, theirs in enumerate(every.view(-1, own.numel())):

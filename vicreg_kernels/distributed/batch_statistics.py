@@ -13,7 +13,7 @@ from vicreg_kernels.distributed.collectives import sum_ranks_
 
 
 def two_floats(mean: Tensor) -> tuple[Tensor, Tensor]:
-    """float64 as the sum of two float32: a large common offset costs no digits."""
+    """Split float64 into the sum of two float32, so that a large common offset costs no digits."""
     high = mean.float()
     return high, (mean - high).float()
 
@@ -21,10 +21,10 @@ def two_floats(mean: Tensor) -> tuple[Tensor, Tensor]:
 def statistics(
     op: str, x: Tensor, y: Tensor | None, rows: list[int], group: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """own [V, n, G, D] float32, the own rows less the whole batch's mean; mean, scatter
-    [V, G, D] float64 of the whole batch; its sum of (x - y)^2, float64.
+    """Return (own [V, n, G, D] float32, this rank's rows less the whole batch's mean; mean and
+    scatter [V, G, D] float64 of the whole batch; its sum of (x - y)^2, float64).
 
-    One sum over ranks, of N mean and scatter + N mean^2: in float64 the second loses
+    They need one sum over ranks, of N mean and scatter + N mean^2. In float64 the second loses
     2^-53 (mean / std)^2, less than float32 rows with such a mean have lost already.
     """
     views = (x,) if y is None else (x, y)

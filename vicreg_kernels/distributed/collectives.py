@@ -23,8 +23,8 @@ all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
 
 @contextlib.contextmanager
 def collective(op: str, group: Any) -> Iterator[None]:
-    """Around a collective: its failure names the op, the rank that waited, and those that are not
-    there.
+    """A context for a collective. An error names the op, the rank that waited, and the ranks that
+    are absent.
     """
     try:
         yield
@@ -75,7 +75,7 @@ def _roll_call(group: Any) -> str:
 
 
 class Pending(NamedTuple):
-    """A collective under way; `wait` gives its result."""
+    """A collective that has been started; `wait` returns its result."""
 
     op: str
     group: Any
@@ -89,12 +89,12 @@ class Pending(NamedTuple):
 
 
 def sum_ranks_(op: str, group: Any, value: Tensor) -> Tensor:
-    """value, contiguous, summed over the ranks in place."""
+    """Sum `value`, which is contiguous, over the ranks in place."""
     return start_sum_ranks_(op, group, value).wait()
 
 
 def start_sum_ranks_(op: str, group: Any, value: Tensor) -> Pending:
-    """`sum_ranks_` that is waited for later."""
+    """Start `sum_ranks_` without waiting for it."""
     with collective(op, group):
         work = dist.all_reduce(value, group=group, async_op=True)
     return Pending(op, group, work, value)
@@ -103,8 +103,9 @@ def start_sum_ranks_(op: str, group: Any, value: Tensor) -> Pending:
 def gather_rows(
     op: str, group: Any, own: Tensor, rows: list[int], out: Tensor | None = None
 ) -> Tensor:
-    """[ranks * max(rows), ...]: every rank's rows (own: [rows of this rank, ...]) in the order of
-    ranks, each rank's followed by zero rows up to the longest. out: where they go, contiguous.
+    """Gather every rank's rows, in the order of ranks: [ranks * max(rows), ...]. Each rank's rows
+    are padded with zero rows to the longest. own: [rows of this rank, ...]; out: the contiguous
+    tensor to write to, or None.
     """
     return start_gather_rows(op, group, own, rows, out).wait()
 
@@ -112,7 +113,7 @@ def gather_rows(
 def start_gather_rows(
     op: str, group: Any, own: Tensor, rows: list[int], out: Tensor | None = None
 ) -> Pending:
-    """`gather_rows` that is waited for later."""
+    """Start `gather_rows` without waiting for it."""
     longest = max(rows)
     if own.shape[0] < longest:
         padded = own.new_zeros((longest, *own.shape[1:]))
@@ -126,8 +127,8 @@ def start_gather_rows(
 
 
 def gather_differentiable(op: str, name: str, own: Tensor, rows: list[int]) -> Tensor:
-    """[sum(rows), ...]: every rank's rows, without padding, differentiable to any order. The
-    gradient of own rows is the sum over the ranks of what each has for them.
+    """Gather every rank's rows without padding, differentiably to any order: [sum(rows), ...]. The
+    gradient of this rank's rows is the sum of all ranks' gradients for them.
     """
     return _Gather.apply(own, op, name, tuple(rows))
 

@@ -11,7 +11,7 @@ from vicreg_kernels.core import dispatch, library
 
 
 def resolve(process_group: Any) -> Any:
-    """The group to communicate in, None for none: None and False, and a group of one rank.
+    """Return the group to communicate in, or None for None, False and a group of one rank.
 
     process_group: None, False, True (the default group) or a torch.distributed.ProcessGroup that
     this rank belongs to.
@@ -40,7 +40,7 @@ def resolve(process_group: Any) -> Any:
 
 
 def choose_backend(backend: str | None, dtype: torch.dtype) -> str:
-    """ "ranks" or "reference": what runs for `backend` with a process group.
+    """Return "ranks" or "reference", whichever runs for `backend` with a process group.
 
     Raises ValueError for another named backend.
     """
@@ -58,13 +58,13 @@ def choose_backend(backend: str | None, dtype: torch.dtype) -> str:
 
 @library.constant_in_graphs
 def group_name(process_group: Any) -> str | None:
-    """The name of `resolve(process_group)`, as ops take it; None for none. A constant of a compiled
-    graph.
+    """Return the name of `resolve(process_group)`, as ops take it, or None without a group. It is a
+    constant of a compiled graph.
     """
     group = resolve(process_group)
     return None if group is None else group.group_name
 
 
 def by_name(name: str) -> Any:
-    """The group whose `group_name` an op was given."""
+    """Return the group of this `group_name`."""
     return dist.distributed_c10d._resolve_process_group(name)

@@ -23,7 +23,7 @@ def _sum_over_ranks_fake(value: Tensor, op: str, group: str) -> Tensor:
 
 
 def mean_over_ranks(op: str, values: Tensor, group: str) -> Tensor:
-    """The mean over the values of all ranks; its gradient is times the number of ranks."""
+    """The mean over the values of all ranks. Its gradient is multiplied by the number of ranks."""
     total = values.sum()
     wide = total.detach().double()
     mine = torch.stack((wide, torch.full_like(wide, values.numel()), torch.ones_like(wide)))

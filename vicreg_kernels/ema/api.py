@@ -26,11 +26,11 @@ def ema_update_(
     step: int | Tensor | None = None,
     backend: str | None = None,
 ) -> None:
-    """targets[i] <- momentum targets[i] + (1 - momentum) onlines[i], for all i in one pass.
+    """Update targets[i] <- momentum targets[i] + (1 - momentum) onlines[i], all in one pass.
 
     The exponential moving average of a teacher's parameters (Tarvainen and Valpola, 2017,
-    arXiv:1703.01780; BYOL, DINO, I-JEPA). Computed in float32 as a linear interpolation from the
-    nearer end, exact at momentum 0 and 1. Runs as under torch.no_grad().
+    arXiv:1703.01780; BYOL, DINO, I-JEPA). It is computed in float32 as a linear interpolation that
+    starts at the nearer end, and is exact at momentum 0 and 1. No graph is recorded.
 
     Args:
         targets: the tensors to update in place; float32, bfloat16, float16 or float64 in any mix,

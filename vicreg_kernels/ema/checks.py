@@ -34,7 +34,7 @@ def check_step(value: int) -> None:
 
 
 def check_scalar(name: str, z: Tensor, dtypes: tuple[torch.dtype, ...], device: object) -> None:
-    """A momentum or a step that is a tensor; its value is looked at later, and only on the CPU."""
+    """Check a momentum or step that is a tensor. Its value is checked later, only on the CPU."""
     if z.dim() != 0:
         raise ValueError(f"{name}: got shape {tuple(z.shape)}, takes a 0-d tensor")
     if z.dtype not in dtypes:

@@ -63,8 +63,8 @@ def directions(module: nn.Module) -> set[str]:
 
 
 def ties(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """A tensor's later names -> its first one; also where load_state_dict(assign=True) has made two
-    parameters of one memory.
+    """Map each tied tensor's later names to its first name. Two parameters that share memory after
+    load_state_dict(assign=True) count as tied too.
     """
     first: dict[Any, str] = {}
     earlier = {name: first.setdefault(place(z), name) for name, z in tensors.items()}
@@ -72,14 +72,14 @@ def ties(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 
 def place(z: Tensor) -> Any:
-    """Equal for tensors that are the same, or the same view of one memory."""
+    """A key that is equal for the same tensor, and for the same view of one memory."""
     if torch.compiler.is_compiling() or hasattr(z, "to_local") or z.numel() == 0:
         return id(z)
     return z.data_ptr(), z.shape, z.stride()
 
 
 def local(name: str, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
-    """The shards of this rank, where fully_shard made both distributed, and reals of complexes."""
+    """This rank's shards if fully_shard made both distributed; complex tensors as real ones."""
     distributed = [hasattr(z, "to_local") for z in (teacher, student)]
     if any(distributed):
         if not all(distributed):

@@ -32,25 +32,25 @@ class EMA(nn.Module):
             target = ema(images)
 
     Args:
-        module: the student; also as torch.compile, DistributedDataParallel or DataParallel wrap it.
+        module: the student, which torch.compile, DistributedDataParallel or DataParallel may wrap.
             The teacher starts as its copy. With fully_shard, make the EMA first and shard
-            `ema.module` (and `ema.shadow`) like the student: updates are then local to each rank.
-        momentum, schedule, final_momentum, total_steps: "constant" keeps `momentum`; "linear" and
-            "cosine" go from it to `final_momentum` in `total_steps` updates (`Schedule`).
-        dtype: of the teacher's floating tensors; None keeps each one's own.
-        buffers: "copy" takes the student's buffers over, "average" averages the floating ones and
-            copies the others (timm), spectral normalisation's vectors too; "ignore" leaves all
-            (I-JEPA, torch's AveragedModel). Parameters, and buffers unless ignored, keep their
-            shapes: another one is refused before anything is written.
-        rounding, seed: "stochastic" keeps a bfloat16 or float16 teacher from standing still; see
-            `ema_update_`. The step number is the EMA's own.
+            `ema.module` (and `ema.shadow`) like the student; updates are then local to each rank.
+        momentum, schedule, final_momentum, total_steps: with "constant" the momentum stays; with
+            "linear" and "cosine" it moves to `final_momentum` in `total_steps` updates.
+        dtype: the dtype of the teacher's floating-point tensors; None keeps each tensor's dtype.
+        buffers: "copy" copies the student's buffers. "average" averages floating-point buffers and
+            copies the others, and the vectors of spectral normalisation (timm). "ignore" leaves
+            buffers unchanged (I-JEPA, torch's AveragedModel). Parameters, and buffers that are not
+            ignored, must keep their shapes; another shape is an error before the first write.
+        rounding, seed: "stochastic" lets a bfloat16 or float16 teacher follow small steps; see
+            `ema_update_`. The EMA counts the step by itself.
         shadow_dtype: keep a second copy, `ema.shadow`, with parameters of this dtype, for the
             teacher's forward; it is written in the same pass.
         backend: as in `ema_update_`.
 
-    The teacher needs no gradients and keeps the student's training or evaluation mode. `step`, a
-    buffer, counts the updates; it and `module.*` are the state; the shadow follows from them. State
-    of timm's ModelEmaV3, of torch's AveragedModel and of a bare model loads too.
+    The teacher needs no gradients and keeps the student's training or evaluation mode. The buffer
+    `step` counts the updates. The state holds `step` and `module.*`, from which the shadow follows.
+    The state of timm's ModelEmaV3, of torch's AveragedModel and of a plain model can be loaded too.
 
     Raises:
         ValueError, TypeError: a setting is not one of the above; the message names it.
@@ -103,12 +103,12 @@ class EMA(nn.Module):
         self._match: _Match | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The teacher's forward: the shadow's, if there is one."""
+        """Run the teacher's forward, or the shadow's if there is one."""
         return (self.shadow if self.shadow is not None else self.module)(*args, **kwargs)
 
     def momentum(self) -> float | Tensor:
-        """The momentum of the next update: a number where `step` is on the CPU, else a 0-d tensor
-        beside it.
+        """The momentum of the next update: a number if `step` is on the CPU, else a 0-d tensor on
+        its device.
         """
         if self.schedule.kind == "constant":
             return self.schedule.start
@@ -123,10 +123,10 @@ class EMA(nn.Module):
 
     @torch.no_grad()
     def update(self, module: nn.Module, momentum: float | Tensor | None = None) -> None:
-        """One step towards `module`, the student. momentum: None takes the schedule's.
+        """Move the teacher one step towards `module`, the student. momentum: None: the schedule's.
 
-        Raises ValueError where the student's tensors do not match the teacher's by name, shape or
-        sharding; then nothing has been changed.
+        Raises ValueError if the student's tensors do not match the teacher's by name, shape or
+        sharding; nothing has changed then.
         """
         student = matching.unwrap(module)
         momentum = self.momentum() if momentum is None else momentum

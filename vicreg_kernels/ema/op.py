@@ -48,8 +48,8 @@ def update(
     backend: str,
     settings: Settings,
 ) -> bool:
-    """checked: the lists are known to be fit. Otherwise False, and nothing is written, where the
-    kernel, which looks at them itself, cannot tell that they are.
+    """Run the update. checked: whether the lists have been checked. If not, the kernel checks them
+    quickly, and returns False and writes nothing if it cannot tell that they are right.
     """
     momentum_tensor, step_tensor = settings.momentum_tensor, settings.step_tensor
     if momentum_tensor is not None and momentum_tensor.device.type == "cpu":

@@ -41,10 +41,11 @@ def update_(
 
 
 def interpolate(target: Tensor, online: Tensor, momentum: float | Tensor) -> Tensor:
-    """In float32 (float64 if either is): base + factor (online - target), each operation rounded.
+    """Compute base + factor (online - target) in float32 (float64 if either is), rounding each
+    operation.
 
-    The base is the nearer end: target with factor 1 - m where 1 - m < 1/2, else online with factor
-    -m. At m = 1 and m = 0 the factor is 0 and the result an end itself, where target + (1 - m)
+    The base is the nearer end: target with factor 1 - m if 1 - m < 1/2, else online with factor -m.
+    At m = 1 and m = 0 the factor is 0, so the result is exactly one of the ends. target + (1 - m)
     (online - target) would miss online by a rounding of the difference.
     """
     wide = torch.float64 if torch.float64 in (target.dtype, online.dtype) else torch.float32

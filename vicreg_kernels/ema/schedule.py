@@ -15,7 +15,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 @dataclass(frozen=True)
 class Schedule:
-    """From `start` at step 0 to `final` at step `total`, and `final` ever after.
+    """A momentum that moves from `start` at step 0 to `final` at step `total` and stays there.
 
     linear: start + (final - start) step / total, as in I-JEPA and V-JEPA; cosine:
     final + (start - final) (1 + cos(pi step / total)) / 2, as in BYOL and DINO.

@@ -40,10 +40,11 @@ def sigreg_directions(
     device: torch.device | str | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The random unit directions that `sigreg_loss` draws: float32 [dim, slices].
+    """Draw the random unit directions of `sigreg_loss`: float32 [dim, slices].
 
-    Philox4x32-10 under the key `seed` with the counter (index, step), and Box-Muller; so every rank
-    draws the same ones with nothing exchanged. Backends differ by a rounding or two.
+    They come from Philox4x32-10 with the key `seed` and the counter (index, step), and Box-Muller.
+    Every rank therefore draws the same directions without communication. Backends differ by one or
+    two roundings.
 
     Args:
         dim, slices: D and M.
@@ -86,15 +87,15 @@ def sigreg_loss(
     process_group: Any = None,
     backend: str | None = None,
 ) -> Tensor:
-    """SIGReg: how far random projections of z are from a standard normal, by the Epps-Pulley test
-    (LeJEPA, Balestriero and LeCun, 2025, arXiv:2511.08544).
+    """Compute SIGReg: how far random projections of z are from a standard normal distribution, by
+    the Epps-Pulley test (LeJEPA, Balestriero and LeCun, 2025, arXiv:2511.08544).
 
     With p = z A on unit directions A and phi_k = exp(-t_k^2 / 2),
 
         loss = f mean_slices sum_k w_k ((mean_n cos t_k p - phi_k)^2 + (mean_n sin t_k p)^2)
 
-    and the mean over groups; w is the trapezoid rule on [-t_max, t_max] times phi, f the number of
-    rows N, or 1 with convention="eb_jepa" (docs/sigreg.md has the table).
+    averaged over groups. w_k is the weight of the trapezoid rule on [-t_max, t_max] times phi_k; f
+    is the number of rows N, or 1 with convention="eb_jepa" (docs/sigreg.md has the table).
 
     Args:
         z: embeddings, [N, D], or grouped [G, N, D] (views [V, N, D], time steps [T, B, D]): the
@@ -172,7 +173,7 @@ def _reference(z: Tensor, directions: Tensor, settings: Settings) -> Tensor:
         rows = sum(each)
 
         def reduce(sums: Tensor) -> Tensor:
-            """The ranks' sum in value, this rank's times the number of ranks in gradient."""
+            """Sum over ranks. The gradient is this rank's, times the number of ranks."""
             whole = distributed.sum_ranks_(OP, among, sums.detach().clone())
             own = len(each) * sums
             return own + (whole - own.detach())

@@ -21,9 +21,9 @@ class SIGRegLoss(nn.Module):
     """`sigreg_loss` as a module that counts its own steps.
 
     Every forward in training mode draws the directions of the next step; in evaluation mode the
-    count stands. It is the buffer `step` (0-d int64), saved with the module, and counts on the
-    device, so that a replayed CUDA graph draws afresh. Under activation checkpointing, which calls
-    forward twice, pass the step instead.
+    count does not change. The count is the buffer `step` (0-d int64), which is saved with the
+    module. It is incremented on the device, so that a replayed CUDA graph draws new directions.
+    Activation checkpointing calls forward twice; pass `step` there.
 
     Args:
         slices, knots, t_max, convention, seed, process_group, backend: as in `sigreg_loss`.
@@ -63,7 +63,7 @@ class SIGRegLoss(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def forward(self, z: Tensor, step: int | Tensor | None = None) -> Tensor:
-        """step: in place of the count, which then stands."""
+        """step: used in place of the count, which then does not change."""
         counted = step is None
         if counted:
             if isinstance(z, Tensor) and self.step.device != z.device:
@@ -101,7 +101,7 @@ class LeJEPALoss(nn.Module):
         weighting="sum"      invariance + weight sigreg    stable-pretraining 0.02, LeWM 0.09
 
     Args:
-        weight: of SIGReg; at most 1 where convex.
+        weight: the weight of SIGReg, at most 1 with "convex".
         weighting: "convex" or "sum".
         The others: as in `SIGRegLoss`. With a process_group the invariance too is that of all
         ranks' rows.

@@ -113,7 +113,7 @@ def _backward_fake(
 
 
 class Draw(NamedTuple):
-    """What random directions follow from; `step`, a 0-d tensor, takes the place of `number`."""
+    """The arguments that determine random directions. `step`, a 0-d tensor, replaces `number`."""
 
     step: Tensor | None
     number: int
@@ -129,8 +129,8 @@ def grouped(z: Tensor, pooled: bool) -> Tensor:
 
 
 class SIGReg(torch.autograd.Function):
-    """Forward saves what the gradient needs, and z, by which a second derivative is noticed;
-    backward is one op call. Once differentiable.
+    """Forward saves what the gradient needs, and z, through which a second derivative is detected.
+    Backward is one op call. It can be differentiated once.
     """
 
     @staticmethod

@@ -35,7 +35,7 @@ _LIBRARY.define("tokens_column_sum(Tensor sequence, Tensor rows, str backend) ->
 
 
 class Assembly(NamedTuple):
-    """What `assemble_tokens` returns.
+    """The result of `assemble_tokens`.
 
     tokens: [P, S, D], S = Kc + Kt, in ascending grid order; packed: [total, D].
     index: the tokens' grid positions, for rotary position: [P, S] or [total].
@@ -51,8 +51,8 @@ class Assembly(NamedTuple):
     offsets: Tensor | None
 
     def targets(self, sequence: Tensor, *, backend: str | None = None) -> Tensor:
-        """The target rows of a sequence in this order, such as the predictor's output: [P, Kt, D]
-        or [total targets, D], in the order of target_index.
+        """Take the target rows out of a sequence in this order, such as the predictor's output: [P,
+        Kt, D] or [total targets, D], in the order of target_index.
         """
         if self.offsets is None:
             return gather_tokens(sequence, self.target_rows, backend=backend)
@@ -315,12 +315,13 @@ def assemble_tokens(
     target_offsets: Offsets | None = None,
     backend: str | None = None,
 ) -> Assembly:
-    """Context tokens and mask tokens as one sequence in grid order, for a predictor.
+    """Assemble context tokens and mask tokens into one sequence in grid order, for a predictor.
 
-    The sequence is the stable sort by grid position of [context tokens, mask tokens], with
-    positions[index] added to each where given: what the V-JEPA 2 predictor builds by concatenation,
-    argsort and a gather, and, up to an order that attention does not see, what I-JEPA's builds
-    (Assran et al., 2023, arXiv:2301.08243; Assran et al., 2025, arXiv:2506.09985).
+    The sequence is [context tokens, mask tokens], sorted stably by grid position; if `positions` is
+    given, positions[index] is added to each token. The V-JEPA 2 predictor builds this sequence by
+    concatenation, argsort and a gather. I-JEPA's predictor builds it in another order, which does
+    not matter to attention (Assran et al., 2023, arXiv:2301.08243; Assran et al., 2025,
+    arXiv:2506.09985).
 
     Args:
         context: [B, Kc, D], or packed [total, D] with context_offsets; float32, bfloat16, float16

@@ -26,12 +26,12 @@ Offsets: TypeAlias = integers.Integers
 
 
 def each(seen: Sequence[Any]) -> list[Seen]:
-    """What `calls.seen` gave of several tensors, joined for a remembered check, taken apart."""
+    """Split the joined results of `calls.seen`, one for each tensor."""
     return [tuple(seen[at : at + 4]) for at in range(0, len(seen), 4)]
 
 
 def tensor(name: str, z: Seen, dims: tuple[int, ...], shapes: str) -> None:
-    """A dense float tensor of one of `dims` dimensions."""
+    """Check that z is a dense float tensor whose number of dimensions is one of `dims`."""
     shape, dtype, _, layout = z
     shared.dense_float(name, dtype, layout)
     if len(shape) not in dims:
@@ -39,7 +39,7 @@ def tensor(name: str, z: Seen, dims: tuple[int, ...], shapes: str) -> None:
 
 
 def index(name: str, z: Seen, packed: bool, shapes: str, device: torch.device) -> None:
-    """Integers, [B, K] or, packed, [total]; shapes: what is wanted where the shape is another."""
+    """Check integers, [B, K] or, if packed, [total]. shapes: the shape that is expected."""
     shape, dtype, place, _ = z
     if dtype not in integers.DTYPES:
         raise TypeError(f"{name}: got dtype {dtype}, takes int32 or int64")
@@ -53,7 +53,7 @@ def same_device(name: str, got: torch.device, device: torch.device) -> None:
 
 
 def offsets(name: str, given: Offsets, batch: int | None, total: int, like: Tensor) -> Tensor:
-    """`given` as an int64 tensor beside `like`; where it comes from the host it is checked here."""
+    """Return `given` as an int64 tensor on the device of `like`; check it if it is on the host."""
     on_host = not isinstance(given, Tensor) or given.device.type == "cpu"
     made = integers.tensor(name, given)
     if made.dim() != 1 or made.shape[0] < 2:
@@ -80,7 +80,7 @@ def offset_values(name: str, z: Tensor, total: int) -> None:
 
 
 def wanted(backend: str, z: Tensor) -> bool:
-    """Whether values are checked here: the compiled CPU kernels do it themselves."""
+    """Whether values are checked here; the compiled CPU kernels check them by themselves."""
     if torch.compiler.is_compiling():
         return False
     return backend != "cpu" and (dispatch.DEBUG or z.device.type == "cpu")
@@ -98,7 +98,7 @@ def index_values(name: str, z: Tensor, length: int) -> None:
 
 
 def unique(name: str, z: Tensor, ids: Tensor | None) -> None:
-    """No token twice in one sample of [P, K], or of packed [R] with the samples' ids."""
+    """Check that no sample names a token twice. z: [P, K], or packed [R] with the samples' ids."""
     if ids is None:
         ordered = z.sort(dim=1).values
         twice = ordered[:, 1:] == ordered[:, :-1]

@@ -239,18 +239,18 @@ def prediction_loss(
     reduction: str = "masks",
     backend: str | None = None,
 ) -> Tensor:
-    """The loss between predicted tokens and the teacher's tokens at the same places.
+    """Compute the loss between predicted tokens and the teacher's tokens at the same places.
 
-    With z = the teacher's row at `index`, layer-normed over D without affine where
-    `normalize_target`, and d = pred - z, the mean over all elements of
+    Let z be the teacher's row at `index`, layer-normed over D without affine if `normalize_target`,
+    and d = pred - z. The loss is the mean over all elements of
 
         smooth_l1   d^2 / (2 beta) where |d| < beta, else |d| - beta / 2     (I-JEPA)
         l1          |d|                                                      (V-JEPA, V-JEPA 2)
         mse         d^2
 
-    or, for cosine, the mean over rows of 1 - cos(pred, z). Assran et al., 2023, arXiv:2301.08243
-    (I-JEPA: smooth L1 with beta = 1, mean over everything) and Bardes et al., 2024,
-    arXiv:2404.08471 (V-JEPA: L1, mean of each mask, then over masks).
+    or, for cosine, the mean over rows of 1 - cos(pred, z). Sources: Assran et al., 2023,
+    arXiv:2301.08243 (I-JEPA: smooth L1 with beta = 1, mean over everything) and Bardes et al.,
+    2024, arXiv:2404.08471 (V-JEPA: L1, mean of each mask, then over masks).
 
     Args:
         pred: predicted rows, in one of these forms; float32, bfloat16, float16 or float64, any
@@ -261,15 +261,15 @@ def prediction_loss(
             a list of M of [B, K_m, D] with a list of M of [B, K_m] (V-JEPA);
             packed [total, D] with index [total] and offsets, or lists of all three.
         teacher: [B, T, D]; its dtype may differ from pred's (float64 goes with float64). It gets no
-            gradient, and must not ask for one.
+            gradient, and must not require one.
         index: int32 or int64, in [0, T).
         kind: "smooth_l1", "l1", "mse" or "cosine".
         normalize_target: layer-norm the teacher's rows.
-        beta: where smooth L1 goes over to L1, in the targets' unit; 0 is L1.
+        beta: the difference at which smooth L1 becomes linear, in the targets' unit; 0 is L1.
         eps: added to the variance in the layer norm.
         offsets: as in `gather_tokens`; samples without a token are fine.
         reduction: over a list of masks: "masks", the mean of each mask's mean, or "tokens", the
-            mean over the tokens of all masks. The same where masks are equally large.
+            mean over the tokens of all masks. Both are the same if masks are equally large.
         backend: "reference", "cpu", "triton" or "cuda"; None takes the best for the input.
 
     Returns:

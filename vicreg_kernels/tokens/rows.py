@@ -83,13 +83,13 @@ def check_values(index: Tensor, offsets: Tensor | None, length: int, unique: boo
 
 
 def gather_rows(x: Tensor, index: Tensor, offsets: Tensor | None, backend: str) -> Tensor:
-    """The gather op, called directly where nobody can tell."""
+    """Run the gather op, without the dispatcher if `calls.direct` allows it."""
     run = _gather if calls.direct(x, index, offsets) else torch.ops.vicreg_kernels.tokens_gather
     return run(x, index, offsets, backend)
 
 
 def scatter_rows(rows: Tensor, index: Tensor, offsets: Tensor | None, *settings: Any) -> Tensor:
-    """The scatter op, called directly where nobody can tell."""
+    """Run the scatter op, without the dispatcher if `calls.direct` allows it."""
     direct = calls.direct(rows, index, offsets)
     run = _scatter if direct else torch.ops.vicreg_kernels.tokens_scatter
     return run(rows, index, offsets, *settings)
@@ -191,7 +191,7 @@ def _check_index(index: Seen, packed: bool, device: torch.device) -> None:
 def gather_tokens(
     x: Tensor, index: Tensor, *, offsets: Offsets | None = None, backend: str | None = None
 ) -> Tensor:
-    """The rows of each sample that `index` names: x[b, index[b, k]].
+    """Take the rows of each sample that `index` names: x[b, index[b, k]].
 
     Args:
         x: [B, T, D], float32, bfloat16, float16 or float64, any strides.
@@ -234,20 +234,20 @@ def scatter_tokens(
     fill: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    """The inverse of `gather_tokens`: row k of sample b goes to out[b, index[b, k]].
+    """Write row k of sample b to out[b, index[b, k]]: the inverse of `gather_tokens`.
 
     Args:
         tokens: [B, K, D], or packed [total, D] with `offsets`; dtypes and strides as x there.
         index: int32 or int64, [B, K] or [total]; each token at most once in a sample.
         length: T, the tokens of each sample of the result.
         offsets, backend: as in `gather_tokens`.
-        fill: what tokens that no row goes to are filled with.
+        fill: the value of tokens that no row is written to.
 
     Returns:
         [B, length, D], tokens' dtype. The gradient is a gather. Differentiable to any order.
 
-    Raises: as `gather_tokens`; a token named twice in a sample is a ValueError on the CPU and in
-        debug mode, elsewhere the last of its rows is taken.
+    Raises: as `gather_tokens`. A token that is named twice in a sample is a ValueError on the CPU
+        and in debug mode; elsewhere the last of its rows is taken.
     """
     if isinstance(length, bool) or not isinstance(length, (int, torch.SymInt)):
         raise TypeError(f"length: got {type(length).__name__}, takes an int")

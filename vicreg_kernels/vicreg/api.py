@@ -17,7 +17,7 @@ from vicreg_kernels.vicreg.op import VICReg
 
 
 class VICRegTerms(NamedTuple):
-    """The loss and its three unweighted terms, in the convention's own scaling; 0-d tensors."""
+    """The loss and its three unweighted terms in the convention's scaling, as 0-d tensors."""
 
     loss: Tensor
     invariance: Tensor
@@ -151,7 +151,7 @@ def vicreg_loss(
     backend: str | None = None,
     process_group: Any = None,
 ) -> Tensor:
-    """The VICReg loss of two views (Bardes, Ponce and LeCun, 2022, arXiv:2105.04906).
+    """Compute the VICReg loss of two views (Bardes, Ponce and LeCun, 2022, arXiv:2105.04906).
 
     With C the unbiased covariance over the batch and a, b the convention's factors (docs/vicreg.md
     has the table),
@@ -216,9 +216,9 @@ def vicreg_terms(
     backend: str | None = None,
     process_group: Any = None,
 ) -> VICRegTerms:
-    """`vicreg_loss` with its three terms, each differentiable.
+    """Compute `vicreg_loss` and its three terms, each differentiable.
 
-    Takes the arguments of `vicreg_loss`. Returns VICRegTerms(loss, invariance, variance,
+    It takes the arguments of `vicreg_loss`. Returns VICRegTerms(loss, invariance, variance,
     covariance): 0-d tensors; the terms are unweighted, in the convention's own scaling, and loss
     is their weighted sum.
     """
@@ -241,7 +241,7 @@ def variance_covariance(
     backend: str | None = None,
     process_group: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """The variance and covariance terms of one set of embeddings.
+    """Compute the variance and covariance terms of one set of embeddings.
 
     variance = mean_d relu(margin - sqrt(var_d + eps)); covariance = sum_{i != j} C_ij^2 / D, or
     over D (D - 1). Grouped input (per location, per time step): the mean over groups.

@@ -15,7 +15,7 @@ from vicreg_kernels.vicregl.compose import Run, composed
 
 
 class VICRegLTerms(NamedTuple):
-    """The loss and its unweighted terms, of the embeddings and of the maps; 0-d tensors."""
+    """The loss and its unweighted terms of the embeddings and of the maps, as 0-d tensors."""
 
     loss: Tensor
     invariance: Tensor
@@ -87,8 +87,8 @@ def vicregl_loss(
     process_group: Any = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The VICRegL loss of two large and any number of small views (Bardes, Ponce and LeCun, 2022,
-    arXiv:2210.01571).
+    """Compute the VICRegL loss of two large and any number of small views (Bardes, Ponce and LeCun,
+    2022, arXiv:2210.01571).
 
     loss = alpha L(embeddings) + (1 - alpha) L(maps), L = w_i invariance + w_v variance + w_c
     covariance. Of the embeddings, the invariance is the mean of mean((z_i - z_j)^2) over the
@@ -159,9 +159,9 @@ def vicregl_terms(
     backend: str | None = None,
     **settings: Any,
 ) -> VICRegLTerms:
-    """`vicregl_loss` with its terms, each differentiable.
+    """Compute `vicregl_loss` and its terms, each differentiable.
 
-    Takes the arguments of `vicregl_loss`. Returns VICRegLTerms(loss, invariance, variance,
+    It takes the arguments of `vicregl_loss`. Returns VICRegLTerms(loss, invariance, variance,
     covariance, local_invariance, local_variance, local_covariance): 0-d tensors; the terms are
     unweighted, the first three of the embeddings and the last three of the maps, 0 where alpha
     leaves them out.

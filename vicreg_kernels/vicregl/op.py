@@ -26,7 +26,7 @@ _LIBRARY.define(
 
 
 class Matches(NamedTuple):
-    """What `match` finds: int32, [U, V, B, L1] for a and [U, V, B, L2] for b."""
+    """The result of `match`: int32, [U, V, B, L1] for a and [U, V, B, L2] for b."""
 
     nearest_a: Tensor
     rank_a: Tensor
@@ -35,14 +35,14 @@ class Matches(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Which matches of one direction count: for each t, the counts[t] closest, times weights[t]."""
+    """The matches of one direction that count: for each t the counts[t] closest, by weights[t]."""
 
     counts: Sequence[int]
     weights: Sequence[float]
 
 
 class Settings(NamedTuple):
-    """Which matches count, of a's and of b's, as the ops take it."""
+    """The matches of a and of b that count, as the ops take them."""
 
     counts_a: list[int]
     weights_a: list[float]
@@ -125,7 +125,7 @@ def _pairs_backward_fake(
 
 
 def match(a: Tensor, b: Tensor, backend: str) -> Matches:
-    """Nearest positions both ways between each view of a [U, B, L1, C] and of b [V, B, L2, C]."""
+    """Match each view of a [U, B, L1, C] with each of b [V, B, L2, C], in both directions."""
     a, b = a.detach(), b.detach()
     if backend == "reference":
         return Matches(*reference.match(a, b))
@@ -136,7 +136,7 @@ def match(a: Tensor, b: Tensor, backend: str) -> Matches:
 def pairs(
     a: Tensor, b: Tensor, matches: Matches, kept_a: Kept, kept_b: Kept, backend: str
 ) -> Tensor:
-    """The weighed mean squared differences of the matches that are kept: a 0-d tensor, float32
+    """The weighted mean squared differences of the matches that are kept: a 0-d tensor, float32
     (float64 for float64 inputs).
     """
     rules = (list(kept_a.counts), list(kept_a.weights), list(kept_b.counts), list(kept_b.weights))

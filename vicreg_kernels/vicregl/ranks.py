@@ -52,14 +52,14 @@ class _Mean(torch.autograd.Function):
 
 
 def mean(own: Tensor, rows: int, facts: str, name: str) -> Tensor:
-    """own: [K] means over this rank's `rows` samples -> those over all ranks' samples. Its gradient
-    is multiplied by the number of ranks, as vicreg_kernels/distributed says.
+    """Turn means [K] over this rank's `rows` samples into means over all ranks' samples. The
+    gradient is multiplied by the number of ranks, as in vicreg_kernels/distributed.
     """
     return _Mean.apply(own, rows, facts, name)
 
 
 def choose(backend: str | None, like: Tensor) -> str:
-    """The backend of what ranks do by themselves."""
+    """The backend of the part that each rank computes by itself."""
     if distributed.choose_backend(backend, like.dtype) == "reference":
         return "reference"
     return dispatch.choose(OP, None, like.device.type, like.dtype)

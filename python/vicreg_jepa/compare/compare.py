@@ -25,9 +25,9 @@ NAMES = ("fused", "reference")
 
 @dataclass(frozen=True)
 class Compared:
-    """seconds: median time of a step; ratio: median of the rounds' ratios, reference over fused;
-    extra_bytes: the peak of a step above the memory held before it; apart: the largest relative
-    difference between the losses of the same steps.
+    """The comparison of one method. seconds: median time of a step; ratio: median of the rounds'
+    ratios, reference over fused; extra_bytes: the peak of a step above the memory held before it;
+    apart: the largest relative difference between the losses of the same steps.
     """
 
     method: str

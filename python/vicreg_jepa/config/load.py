@@ -140,13 +140,14 @@ def _message(error: ValidationError) -> str:
         elif problem["type"] == "missing":
             lines.append(f"{where}: missing")
         else:
-            text = problem["msg"].removeprefix("Value error, ")
-            value = (
-                ""
-                if isinstance(problem["input"], dict)
-                else f"got {yaml_text.shown(problem['input'])}, "
-            )
-            lines.append(f"{where}: {value}{text}" if where else text)
+            text, given = problem["msg"].removeprefix("Value error, "), problem["input"]
+            if not isinstance(given, dict):
+                text = f": got {yaml_text.shown(given)}, {text}"
+            elif problem["type"] == "value_error":  # of a section; it begins with the key
+                text = f".{text}"
+            else:
+                text = f": {text}"
+            lines.append(f"{where}{text}" if where else text[1:])
     return "; ".join(lines)
 
 

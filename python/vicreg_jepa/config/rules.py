@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vicreg_jepa.methods.base import METHODS, check_heads, taken_by
+from vicreg_jepa.methods.base import METHODS, check_encoder, check_heads, taken_by
 
 if TYPE_CHECKING:
     from vicreg_jepa.config.settings import Config
@@ -46,8 +46,7 @@ def check(config: Config) -> None:
     _all_are_taken(config)
     if kind.check is not None:
         kind.check(config)
-    if config.model.encoder == "vit":
-        check_heads(config.model, "heads", "dim")
+    check_encoder(config)
     if kind.learns == "tokens":
         check_heads(config.model, "predictor_heads", "predictor_dim")
     if config.loss.vc_weight and config.training.accumulate > 1:

@@ -80,9 +80,11 @@ class Data(Settings):
     @model_validator(mode="after")
     def _of_its_kind(self) -> Data:
         if self.kind == "world" and self.length < self.window:
-            raise ValueError(f"length: got {self.length}, takes at least window, {self.window}")
+            raise ValueError(
+                f"length: got {self.length}, takes at least data.window, {self.window}"
+            )
         if self.path is None and self.kind in rules.KINDS["path"] and self.kind != "physics":
-            raise ValueError(f"path: missing, takes a folder with kind={self.kind!r}")
+            raise ValueError(f"path: missing, takes a folder with data.kind {self.kind!r}")
         if self.name is None and self.kind == "torchvision":
             raise ValueError("name: missing, takes a set of torchvision's, such as CIFAR10")
         for key, kinds in rules.KINDS.items():

@@ -92,7 +92,7 @@ class Stored:
 
 def stored(name: str, source: Pictures, size: int, limits: Limits = pictures.DEFAULT) -> Stored:
     if size < 4:
-        raise ValueError(f"size: got {size}, takes at least 4 pixels")
+        raise ValueError(f"data.size: got {size}, takes at least 4 pixels")
     return Stored(name, source, size, torch.arange(len(source)), limits)
 
 
@@ -108,14 +108,16 @@ class ImageFolder:
         self.root = Path(root)
         if not self.root.is_dir():
             raise ValueError(
-                f"images: got {str(root)!r}, takes a folder with one sub-folder per class"
+                f"{tar_index.WHERE}: got {str(root)!r}, takes a folder with one sub-folder per "
+                "class"
             )
         files_of = self._listed()
         self.classes = tuple(name for name, files in files_of.items() if files)
         if len(self.classes) < 2:
             raise ValueError(
-                f"images: got {str(root)!r} with {len(self.classes)} sub-folders that hold images, "
-                f"takes at least 2 (one per class; files ending in {', '.join(SUFFIXES)})"
+                f"{tar_index.WHERE}: got {str(root)!r} with {len(self.classes)} sub-folders that "
+                "hold images, takes at least 2 (one per class; files ending in "
+                f"{', '.join(SUFFIXES)})"
             )
         counts = torch.tensor([len(files_of[name]) for name in self.classes])
         self.labels = torch.arange(len(counts)).repeat_interleave(counts)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -129,7 +131,9 @@ class StoredSource:
     def __init__(
         self, part: store.Trajectories, window: int, batch: int, seed: int, workers: int
     ) -> None:
-        self.part, self.windows, self.workers = part, part.windows(window), workers
+        self.part, self.workers = part, workers
+        with _renamed({"length": "data.window"}):
+            self.windows = part.windows(window)
         self.plan = Plan(len(self.windows), batch, seed)
         self.channels = part.episode(0).frames.shape[-1]
 
@@ -186,16 +190,31 @@ def world_of(settings: Config) -> World:
             f"run: got method {settings.method} on data.kind {data.kind!r}, takes a run with "
             "data.kind 'world'"
         )
-    try:
+    keys = {"world": "data.world"} | {name: f"data.settings.{name}" for name in data.settings}
+    with _renamed(keys):
         return named(data.world, **data.settings)
+
+
+@contextmanager
+def _renamed(keys: dict[str, str]) -> Iterator[None]:
+    """Inside, an error that begins with an argument's name begins with that of the setting."""
+    try:
+        yield
     except ValueError as error:
-        name = str(error).partition(":")[0]
-        raise ValueError(f"data.{'world' if name == 'world' else 'settings'}: {error}") from error
+        name, _, text = str(error).partition(":")
+        if name not in keys:
+            raise
+        raise ValueError(f"{keys[name]}:{text}") from error
+
+
+def _shards(path: Path) -> store.Shards:
+    with _renamed({"folder": "data.path"}):
+        return store.Shards(path)
 
 
 def collected(settings: Config) -> dict[str, Any]:
-    """What `collect` wrote of the origin of a run's trajectories: the world and its settings.
-    Raises ValueError if the run is of others, or the folder is gone.
+    """Return the origin of a run's trajectories, as `collect` wrote it: the world and its settings.
+    Raises ValueError if the run used other data, or the folder is gone.
     """
     data = settings.data
     if not settings.is_of_trajectories or data.kind != "trajectories" or data.path is None:
@@ -203,7 +222,7 @@ def collected(settings: Config) -> dict[str, Any]:
             f"run: got method {settings.method} on data.kind {data.kind!r}, takes a run on a "
             "world, or on collected trajectories"
         )
-    described = dict(store.Shards(data.path).settings)
+    described = dict(_shards(data.path).settings)
     return {name: described[name] for name in sorted(described) if name not in ("policy", "seed")}
 
 
@@ -219,7 +238,7 @@ def _simulation(settings: Config, stream: Stream, window: int) -> Simulation:
 def _parts(settings: Config) -> tuple[_Part, _Part]:
     """The stored episodes of the training, and those held out, chosen by the seed."""
     assert settings.data.path is not None
-    whole = store.Shards(settings.data.path)
+    whole = _shards(settings.data.path)
     if len(whole) < 2:
         raise ValueError(
             f"data.path: {settings.data.path} holds one episode, takes at least 2 (one to test on)"

@@ -15,9 +15,10 @@ MOST_CORRELATION = 0.95
 
 @dataclass(frozen=True)
 class Spread:
-    """effective_rank: exp of the entropy of the covariance's normalised eigenvalues (Roy and
-    Vetterli, 2007), from 1 to `dim`; std: mean over dimensions, in the features' unit; correlation:
-    mean absolute off-diagonal correlation; collapsed: dimensions of standard deviation near 0.
+    """How far features spread. effective_rank: exp of the entropy of the covariance's normalised
+    eigenvalues (Roy and Vetterli, 2007), from 1 to `dim`; std: the mean standard deviation of the
+    dimensions, in the features' unit; correlation: the mean absolute off-diagonal correlation;
+    collapsed: the number of dimensions with a standard deviation near 0.
     """
 
     effective_rank: float

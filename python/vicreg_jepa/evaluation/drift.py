@@ -33,8 +33,8 @@ PROBE_STEPS, PROBE_BATCH = 3000, 512
 
 @dataclass(frozen=True)
 class Drift:
-    """mean, median: the error in pixels after each step, [STEPS]. read: the mean error of reading
-    the position from the true frames.
+    """The drift of one model. mean, median: the error in pixels after each step, [STEPS]. read: the
+    mean error of the positions that are read from the true frames.
     """
 
     name: str
@@ -90,7 +90,7 @@ def measured(name: str, settings: Config, model: Any, world: World, count: int) 
 
 
 def still(world: World, count: int) -> Drift:
-    """The drift of "nothing moves"."""
+    """The drift of the prediction that nothing moves."""
     states, _ = walks(world, COLLECTION, count, STEPS)
     off = torch.linalg.vector_norm(states.position[:, 1:] - states.position[:, :1], dim=2)
     return Drift("standing still", off.mean(dim=0).tolist(),
@@ -109,13 +109,13 @@ def table(drifts: Sequence[Drift]) -> str:
 
 
 def arithmetic() -> str:
-    """What an error of a step leaves after many of them, if errors multiply."""
+    """A sentence that says how small errors of single steps compound over many steps."""
     words = [f"{0.999**steps:.3%} after {steps:,}" for steps in (1000, 10_000)]
     return f"a step that keeps 99.9 % of what is right leaves {words[0]} steps and {words[1]}"
 
 
 def draw(drifts: Sequence[Drift], path: Path) -> None:
-    """Writes a PNG of the errors over the steps."""
+    """Write a PNG of the errors over the steps."""
     import matplotlib
 
     matplotlib.use("Agg")

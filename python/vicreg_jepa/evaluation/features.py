@@ -10,7 +10,7 @@ from vicreg_jepa.distributed import sharding
 
 @torch.no_grad()
 def features(method: nn.Module, samples: Tensor, batch: int = 256) -> Tensor:
-    """[N, D] on the CPU, computed in evaluation mode; the former mode is restored."""
+    """Compute features [N, D] on the CPU, in evaluation mode; the former mode is restored."""
     was, device = method.training, next(method.parameters()).device
     method.eval()
     try:

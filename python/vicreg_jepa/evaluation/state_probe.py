@@ -38,8 +38,8 @@ def classes_of(fit: Tensor, test: Tensor) -> int:
 
 
 def error(fact: Tensor, predicted: Tensor) -> float:
-    """Of a fact of floats the root mean square distance, in its unit; of integers the share of
-    values that are wrong. predicted: columns [N, K].
+    """The error of predictions: for floats the root mean square distance, in the fact's unit; for
+    integers the share of values that are wrong. predicted: columns [N, K].
     """
     if fact.is_floating_point():
         return float((columns(fact, 0) - predicted).square().sum(dim=1).mean().sqrt())
@@ -49,7 +49,7 @@ def error(fact: Tensor, predicted: Tensor) -> float:
 
 
 def constant(fit: Tensor, test: Tensor) -> float:
-    """The error of the mean, or of the commonest class, of the samples to fit to."""
+    """The error of a constant prediction: the mean, or the most common class, of `fit`."""
     mean = columns(fit, classes_of(fit, test)).mean(dim=0)
     return error(test, mean.expand(len(test), -1))
 
@@ -57,9 +57,10 @@ def constant(fit: Tensor, test: Tensor) -> float:
 def errors(
     features: Tensor, held_out: Tensor, fit: Facts, test: Facts, seed: int
 ) -> dict[str, tuple[float, float]]:
-    """For each fact the errors on the test samples of (ridge regression, the MLP).
+    """Fit both probes and return their errors on the test samples, for each fact: (that of ridge
+    regression, that of the MLP).
 
-    features [N, F] of the samples to fit to, held_out [M, F] of the test samples.
+    features: [N, F], of the samples to fit to; held_out: [M, F], of the test samples.
     """
     numbers = {name: classes_of(fit[name], test[name]) for name in fit}
     targets = torch.cat([columns(fact, numbers[name]) for name, fact in fit.items()], dim=1)
@@ -70,17 +71,17 @@ def errors(
     spread = (features - middle).square().mean().sqrt().clamp_min(1e-12)
     x, z = (features - middle) / spread, (held_out - middle) / spread
     both = [guess * scale + mean for guess in (ridge(x, goal, z), perceptron(x, goal, z, seed))]
-    found, at = {}, 0
+    by_fact, at = {}, 0
     for name, fact in test.items():
         width = columns(fact, numbers[name]).shape[1]
         linear, deep = (error(fact, guess[:, at : at + width]) for guess in both)
-        found[name], at = (linear, deep), at + width
-    return found
+        by_fact[name], at = (linear, deep), at + width
+    return by_fact
 
 
 def ridge(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """Predictions [M, K] for z [M, F], from x [N, F] and y [N, K] of mean 0; the last samples
-    choose the penalty of each column. It solves for weights of samples, so F may be large.
+    """Fit ridge regression to x [N, F] and y [N, K] of mean 0, and predict [M, K] for z [M, F]. The
+    last samples choose the penalty of each column. The dual problem is solved, so F may be large.
     """
     gram = (torch.cat((x, z)) @ x.T).double()  # [N + M, N]
     count, cut = len(x), len(x) - max(1, round(VALIDATION * len(x)))
@@ -103,7 +104,9 @@ def ridge(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
 def perceptron(
     x: Tensor, y: Tensor, z: Tensor, seed: int, steps: int | None = None, batch: int = BATCH
 ) -> Tensor:
-    """The same by an MLP of two hidden layers, trained by AdamW with a cosine schedule."""
+    """Predict as `ridge` does, by an MLP of two hidden layers, trained by AdamW with a cosine
+    schedule.
+    """
     steps = STEPS if steps is None else steps
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

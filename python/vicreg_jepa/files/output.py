@@ -16,9 +16,9 @@ from typing import Any
 
 ANOTHER = "make it writable, or give another --output"
 ADVICE = {
-    errno.ENOSPC: "free some space, then the same command goes on",
-    errno.EDQUOT: "free some space, then the same command goes on",
-    errno.EFBIG: "allow larger files (ulimit -f), then the same command goes on",
+    errno.ENOSPC: "free some space, then the same command resumes",
+    errno.EDQUOT: "free some space, then the same command resumes",
+    errno.EFBIG: "allow larger files (ulimit -f), then the same command resumes",
     errno.EACCES: ANOTHER,
     errno.EPERM: ANOTHER,
     errno.EROFS: ANOTHER,

@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 
 class Method(Protocol):
-    """The part that every method has."""
+    """The functions that every method has."""
 
     def after_step(self) -> None:
         """Called after each optimizer step, to update a teacher or a counter."""
 
     def features(self, x: Tensor) -> Tensor:
-        """[B, D] of images or clips, for probes and for the signs of collapse."""
+        """Features [B, D] of images or clips, for probes and for detecting collapse."""
 
     def exported(self) -> tuple[str, nn.Module]:
-        """(a word for it, the network that `vicreg-jepa export` writes)."""
+        """Return (a word for it, the network that `vicreg-jepa export` writes)."""
 
 
 class ViewMethod(Method, Protocol):
@@ -63,8 +63,8 @@ class TokenMethod(Method, Protocol):
         """
 
     def forward(self, x: Tensor, drawn: Masks, weight: float, process_group: Any) -> Tensor:
-        """weight times the mean loss over the predicted tokens, plus the terms that are not of
-        tokens.
+        """Return weight times the mean loss over the predicted tokens, plus the terms that do not
+        depend on single tokens.
         """
 
 
@@ -77,7 +77,7 @@ class VideoMethod(TokenMethod, Protocol):
         """[B, T, D] of clips, the input of the video probes."""
 
     def foreseen(self, x: Tensor, seen: Sequence[int]) -> list[Tensor]:
-        """For each number of token frames seen, the prediction [B, T', D] of what follows."""
+        """Predict what follows each number of token frames seen: [B, T', D] each."""
 
     def targets(self, x: Tensor) -> Tensor:
         """[B, T, D]: the targets of the prediction, without a gradient."""
@@ -263,13 +263,41 @@ def check_heads(model: Model, heads: str, dim: str) -> None:
     head, rest = divmod(width, number)
     if rest or head % HEAD_STEP or not LEAST_HEAD <= head <= MOST_HEAD:
         raise ValueError(
-            f"model.{heads}: got {number} for {dim} {width}, takes a divisor that leaves heads of "
-            f"a multiple of {HEAD_STEP} from {LEAST_HEAD} to {MOST_HEAD}"
+            f"model.{heads}: got {number} for model.{dim} {width}, takes a divisor that leaves "
+            f"heads of a multiple of {HEAD_STEP} from {LEAST_HEAD} to {MOST_HEAD}"
+        )
+
+
+# Of conv encoders: the first map has a quarter of model.dim; frames are halved four times.
+LEAST_CHANNELS, LEAST_FRAME = 4, 16
+
+
+def check_encoder(config: Config) -> None:
+    """Raises ValueError that names the setting if the encoder cannot be built for the data."""
+    model, data = config.model, config.data
+    frames = METHODS[config.method].data == "trajectories"
+    if model.encoder == "conv":
+        least = "takes at least {} with model.encoder 'conv'"
+        if model.dim < LEAST_CHANNELS:
+            raise ValueError(f"model.dim: got {model.dim}, {least.format(LEAST_CHANNELS)}")
+        if frames and data.size < LEAST_FRAME:
+            raise ValueError(f"data.size: got {data.size}, {least.format(LEAST_FRAME)}")
+        return
+    check_heads(model, "heads", "dim")
+    if frames:
+        return  # the encoder enlarges frames to a multiple of the patch
+    if data.size % model.patch:
+        raise ValueError(
+            f"model.patch: got {model.patch}, takes a divisor of data.size, {data.size}"
+        )
+    if data.frames % model.tubelet:
+        raise ValueError(
+            f"model.tubelet: got {model.tubelet}, takes a divisor of data.frames, {data.frames}"
         )
 
 
 def taken_by() -> dict[str, tuple[str, ...]]:
-    """For each setting that only some methods take, the names of those methods."""
+    """Map each setting that only some methods take to the names of those methods."""
     of_data = (key for settings in DATA_SETTINGS.values() for key in settings)
     keys = (*of_data, *METHOD_SETTINGS)
     return {

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Causal(Predictive):
-    """encoder: with sees="frame"; predictor: with position="both" and local."""
+    """The base class. The encoder has sees="frame", the predictor position="both" and `local`."""
 
     kind = "mse"
 
@@ -39,7 +39,7 @@ class Causal(Predictive):
 
     @property
     def contexts(self) -> tuple[int, ...]:
-        """In frames; a single token frame shows no motion."""
+        """The context lengths in frames, of two token frames or more: one shows no motion."""
         tubelet = self.encoder.patch_embed.size[0]
         return tuple(n * tubelet for n in range(2, self.encoder.grid.frames))
 

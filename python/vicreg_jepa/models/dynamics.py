@@ -103,7 +103,7 @@ class GRUDynamics(Dynamics):
 
 
 def still(layer: nn.Module) -> None:
-    """Scale the layer that writes the change down."""
+    """Scale down the layer that outputs the change, so that a prediction begins near its input."""
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.mul_(STILL)

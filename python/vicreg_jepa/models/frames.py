@@ -45,9 +45,9 @@ class ConvFrames(Frames):
     """3 x 3 convolutions of stride 2 with GELU and without batch norm, a hidden layer of the whole
     last map, and a linear layer.
 
-    size: the edge H = W of a frame, at least 16. dim: the channels of the last maps. keypoints: a
-    number of points; their coordinates enter the hidden layer and, past it, the linear one; 0:
-    none.
+    size: the edge H = W of a frame, at least 16. dim: the channels of the last maps, at least 4.
+    keypoints: a number of points; their coordinates enter the hidden layer and, past it, the linear
+    one; 0: none.
 
     torch's default initialisation halves the signal at each convolution, so that training begins
     with the keypoints. With weights that keep the signal's size, the leading components of the
@@ -56,10 +56,6 @@ class ConvFrames(Frames):
 
     def __init__(self, channels: int, size: int, dim: int, latent: int, keypoints: int = 0) -> None:
         super().__init__(channels)
-        if size < 16:
-            raise ValueError(f"size: got {size}, takes at least 16 pixels")
-        if dim < 4:
-            raise ValueError(f"dim: got {dim}, takes at least 4 channels")
         widths = (channels, dim // 4, dim // 2, dim, dim)
         self.convolutions = nn.ModuleList(
             nn.Conv2d(inward, outward, 3, stride=2, padding=1)

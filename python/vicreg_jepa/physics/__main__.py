@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
                 chosen.output, chosen.videos, settings, chosen.workers, bar.update
             )
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on in {chosen.output}", file=sys.stderr)
+        print(f"stopped; the same command resumes in {chosen.output}", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     except (OSError, ValueError) as error:
         name, _, rest = str(error).partition(":")

@@ -5,14 +5,13 @@ python -m vicreg_jepa.physics.contact_sheet --output runs/physics --seed 0
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from vicreg_jepa.cli_options import integer
+from vicreg_jepa.cli_options import draw_sheets
 from vicreg_jepa.physics.properties import PROPERTIES
 from vicreg_jepa.physics.quadruplets import Quadruplet, quadruplet
 from vicreg_jepa.physics.scene import FRAMES, SIZE
@@ -124,24 +123,24 @@ def possible_sheet(seed: int, columns: int, each: int) -> Image.Image:
     return stacked([possible_block(sample, columns) for sample in samples], 2)
 
 
+def draw(seed: int, folder: Path) -> list[str]:
+    """Writes an overview, the possible videos, and all quadruplets in view and behind panels."""
+    small = overview(seed).quantize(method=Image.Quantize.FASTOCTREE)
+    small.save(folder / "overview.png", optimize=True)
+    possible_sheet(seed, 11, 3).save(folder / "possible.png")
+    quadruplet_sheet(seed, False, 11).save(folder / "in_view.png")
+    quadruplet_sheet(seed, True, 11).save(folder / "behind_panels.png")
+    return ["overview.png", "possible.png", "in_view.png", "behind_panels.png"]
+
+
 def main(arguments: list[str] | None = None) -> None:
-    options = argparse.ArgumentParser(
-        prog="python -m vicreg_jepa.physics.contact_sheet",
-        description="Draw videos as rows of frames: an overview, possible ones, all quadruplets.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    draw_sheets(
+        "vicreg_jepa.physics.contact_sheet",
+        "Draw videos as rows of frames: an overview, possible ones, all quadruplets.",
+        "runs/physics",
+        draw,
+        arguments,
     )
-    options.add_argument("--output", type=Path, default=Path("runs/physics"), help="a folder")
-    options.add_argument("--seed", type=integer(0), default=0)
-    chosen = options.parse_args(arguments)
-    if chosen.output.exists() and not chosen.output.is_dir():
-        options.error(f"--output: got {str(chosen.output)!r}, a file; takes a folder")
-    chosen.output.mkdir(parents=True, exist_ok=True)
-    small = overview(chosen.seed).quantize(method=Image.Quantize.FASTOCTREE)
-    small.save(chosen.output / "overview.png", optimize=True)
-    possible_sheet(chosen.seed, 11, 3).save(chosen.output / "possible.png")
-    quadruplet_sheet(chosen.seed, False, 11).save(chosen.output / "in_view.png")
-    quadruplet_sheet(chosen.seed, True, 11).save(chosen.output / "behind_panels.png")
-    print(f"overview.png, possible.png, in_view.png, behind_panels.png written to {chosen.output}")
 
 
 if __name__ == "__main__":

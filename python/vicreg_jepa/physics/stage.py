@@ -68,7 +68,7 @@ def other_shape(rng: Generator, taken: str) -> str:
 
 
 def depth(body: Thing) -> float:
-    """Its extent below its centre at its first angle."""
+    """How far a thing extends below its centre at its first angle."""
     return float(body.reach(np.array([body.angle]))[0, 3])
 
 
@@ -77,12 +77,12 @@ def half_width(body: Thing) -> float:
 
 
 def standing(body: Thing, scene: Scene, x: float) -> Thing:
-    """Put it at rest on the floor."""
+    """Put a thing at rest on the floor."""
     return replace(body, position=(x, scene.floor - depth(body)), velocity=(0.0, 0.0), spin=0.0)
 
 
 def moving(body: Thing, scene: Scene, x: float, speed: float, glide: bool) -> Thing:
-    """Let it move along the floor at a constant speed: a rolling ball, or anything without
+    """Let a thing move along the floor at a constant speed: a rolling ball, or anything without
     friction.
     """
     sliding = replace(standing(body, scene, x), velocity=(speed, 0.0))

@@ -27,7 +27,7 @@ WALKS, WALKED = 32, 16  # walks, and their steps, that measure the length of a s
 @dataclass(frozen=True)
 class Played:
     """N episodes of T steps. success: bool [N], at the last step. frames: uint8 [N, T + 1, H, W, C]
-    after each step, the last one again where an episode had ended; goals: uint8 [N, H, W, C].
+    after each step; an episode that has ended repeats its last one. goals: uint8 [N, H, W, C].
     """
 
     success: Tensor
@@ -64,9 +64,9 @@ def _played(
 def episodes(
     model: LatentModel, make: Make, planner: Plans, seeds: Tensor, near: float, steps: int
 ) -> tuple[Played, Control]:
-    """Plan in one environment for each seed, int64 [N], with a plan every `interval` steps; an
-    environment that ends early keeps its last state. near: the distance of latents to those of the
-    goal at which a plan has arrived.
+    """Plan in one environment for each seed, int64 [N], with a plan every `interval` steps. An
+    environment that ends early keeps its last state. near: a plan has arrived within this distance
+    of the goal's latents.
     """
     check_seeds(seeds)
     checks.number("near", near, open_low=True)
@@ -84,7 +84,7 @@ def episodes(
 
 
 def followed(make: Make, policy: Policy, seeds: Tensor, steps: int) -> Played:
-    """The episodes of a policy, the control of a planner."""
+    """Run the episodes of a policy, with which planning is compared."""
     check_seeds(seeds)
     environments = [make() for _ in seeds]
     frames = [one.reset(int(seed)).frame for one, seed in zip(environments, seeds, strict=True)]

@@ -30,9 +30,9 @@ MILLISECONDS = 80  # of a frame of the GIF
 
 
 def maker(described: dict[str, Any]) -> Make:
-    """What makes the environment that trajectories were collected in, from their description.
+    """Return a function that makes the environment that trajectories were collected in.
 
-    Raises ValueError if they are of another origin.
+    described: their origin, as `collect` wrote it. Raises ValueError for another origin.
     """
     try:
         arguments = (described["world"], described["settings"], described["history"],

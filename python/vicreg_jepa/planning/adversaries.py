@@ -12,12 +12,12 @@ from torch import Tensor
 
 from vicreg_jepa.planning import checks, zones
 from vicreg_jepa.planning.control import Plans
-from vicreg_jepa.planning.energies import Arrival, Energy, EnergyLike, GoalDistance
+from vicreg_jepa.planning.energies import Energy, GoalDistance
 from vicreg_jepa.planning.evaluate import Result, episodes
 from vicreg_jepa.planning.guardrails import Zone
 from vicreg_jepa.planning.model import LatentModel, TrueModel
 from vicreg_jepa.planning.penalties import Lagrangian, Penalty
-from vicreg_jepa.planning.planner import Plan, Planner
+from vicreg_jepa.planning.planner import Plan, Planner, PlanRequest
 from vicreg_jepa.planning.planners import ICEM
 from vicreg_jepa.planning.shield import Shield
 from vicreg_jepa.worlds.world import State, World
@@ -65,20 +65,12 @@ class Steered:
     def shifted(self, actions: Tensor, steps: int) -> Tensor:
         return actions
 
-    def plan(
-        self,
-        model: LatentModel,
-        start: Tensor,
-        energy: EnergyLike,
-        seed: Tensor,
-        time: Tensor | int = 0,
-        former: Tensor | None = None,
-        arrival: Arrival | None = None,
-    ) -> Plan:
+    def plan(self, model: LatentModel, request: PlanRequest) -> Plan:
+        start, seed = request.start, request.seed
         layout = start[:, 2:].round().long().view(-1, *self.world.layout_shape)
         state = State(start[:, :2], self.zone.centre, layout, seed, seed)
         action = self.scale * self.world.expert(state)
-        if self.broken is not None and int(torch.as_tensor(time).max()) % 2:
+        if self.broken is not None and int(torch.as_tensor(request.time).max()) % 2:
             action[:, 1] = self.broken
         none = torch.zeros_like(seed)
         return Plan(

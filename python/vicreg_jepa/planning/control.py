@@ -12,35 +12,26 @@ from torch import Tensor
 from vicreg_jepa.planning import checks
 from vicreg_jepa.planning.energies import Arrival, EnergyLike, to_goal
 from vicreg_jepa.planning.model import LatentModel
-from vicreg_jepa.planning.planner import Plan
+from vicreg_jepa.planning.planner import Plan, PlanRequest
 
 
 class Plans(Protocol):
-    """What episodes need of a planner; see Planner for the meaning."""
+    """The methods of a planner that episodes call; Planner documents them."""
 
     @property
     def interval(self) -> int: ...
     def held(self, actions: Tensor) -> Tensor: ...
     def shifted(self, actions: Tensor, steps: int) -> Tensor: ...
-    def plan(
-        self,
-        model: LatentModel,
-        start: Tensor,
-        energy: EnergyLike,
-        seed: Tensor,
-        time: Tensor | int = 0,
-        former: Tensor | None = None,
-        arrival: Arrival | None = None,
-    ) -> Plan: ...
+    def plan(self, model: LatentModel, request: PlanRequest) -> Plan: ...
 
 
 class Control:
     """Model predictive control of N environments: a plan every `interval` steps, whose actions are
     executed until the next one.
 
-    goal: the latents [N, D] that are to be reached. near: the distance of latents at which a plan
-    has arrived. energy: a function of the goal's latents; by default to_goal. keep: whether `plans`
-    has the plans.
+    goal: the latents [N, D] to reach. near: a plan has arrived within this distance of the goal's
+    latents. energy: a function of the goal's latents; by default to_goal. keep: whether the plans
+    are kept in `plans`.
     """
 
     def __init__(
@@ -62,8 +53,8 @@ class Control:
         self.coming, self.seconds = torch.empty(0), 0.0
 
     def action(self, step: int, latents: Callable[[], Tensor]) -> Tensor:
-        """The actions [N, A] of a step; latents: gives those of what is seen, [N, D], if a plan is
-        due.
+        """Return the actions [N, A] of a step. latents: called if a plan is due; returns the
+        latents [N, D] of the present frames.
         """
         place = step % self.planner.interval
         if place == 0:
@@ -72,9 +63,8 @@ class Control:
 
     def _plan(self, step: int, latents: Tensor) -> None:
         begun = time.perf_counter()
-        plan = self.planner.plan(
-            self.model, latents, self.minimised, self.seeds, step, self.former, self.arrives
-        )
+        request = PlanRequest(latents, self.minimised, self.seeds, step, self.former, self.arrives)
+        plan = self.planner.plan(self.model, request)
         self.seconds += time.perf_counter() - begun
         self.coming = self.planner.held(plan.actions)
         self.former = self.planner.shifted(plan.actions, self.planner.interval)
@@ -85,7 +75,7 @@ class Control:
 
     @property
     def milliseconds(self) -> float:
-        """Of wall time for each environment, planning alone."""
+        """The wall time of planning for each environment, in milliseconds."""
         return 1000 * self.seconds / len(self.seeds)
 
 

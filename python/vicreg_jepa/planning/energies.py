@@ -20,14 +20,14 @@ EnergyLike = Callable[[Tensor, Tensor], Tensor]
 
 
 class Energy(ABC):
-    """The base class: `+` adds energies, `*` weights them; both take any callable of the kind."""
+    """The base class. `+` adds energies and `*` weights them; both also take plain functions."""
 
     @abstractmethod
     def __call__(self, path: Tensor, actions: Tensor) -> Tensor:
-        """[B, K] from path [B, K, H, D] and actions [B, K, H, A]."""
+        """Return energies [B, K] of path [B, K, H, D] and actions [B, K, H, A]."""
 
     def rows(self, which: Tensor) -> Energy:
-        """The energy of the environments `which`, int64 [M]."""
+        """Return the energy of the environments `which`, int64 [M]."""
         return self
 
     def __add__(self, other: EnergyLike) -> Energy:
@@ -44,7 +44,7 @@ class Energy(ABC):
 
 @dataclass(frozen=True)
 class Function(Energy):
-    """A callable as an energy. It must not hold rows of environments."""
+    """A plain function as an energy. It must not depend on which environment a row belongs to."""
 
     function: EnergyLike
 
@@ -182,13 +182,13 @@ def distances(path: Tensor, goal: Tensor, norm: str) -> Tensor:
 
 
 def energy_of(energy: EnergyLike) -> Energy:
-    """An energy of any callable."""
+    """Return `energy` if it is an Energy, else wrap the function as one."""
     return energy if isinstance(energy, Energy) else Function(energy)
 
 
 def evaluated(energy: Energy, path: Tensor, actions: Tensor) -> Tensor:
-    """[B, K]: the energies, with infinity for those that are not finite numbers, -inf included:
-    none of them can be the best. Raises ValueError if the energy has another shape.
+    """Return the energies [B, K]. Those that are NaN, infinite or -infinite become infinite, so
+    that they cannot be the best. Raises ValueError if the energy has another shape.
     """
     value = energy(path, actions)
     if not isinstance(value, Tensor) or value.shape != path.shape[:2]:

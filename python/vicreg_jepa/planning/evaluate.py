@@ -21,14 +21,14 @@ from vicreg_jepa.worlds.world import REACHED, STEPS, State, World
 
 @dataclass
 class Result:
-    """What happened in N episodes of T steps.
+    """The results of N episodes of T steps.
 
     success: bool [N], at the last step. distance: float64 [N], the length of the shortest path
-    from the start to the goal, in pixels. goal: [N, 2]. iterations, rollout_steps: int64 [N], of
-    all plans of the episode. positions: [N, T + 1, 2] and actions: [N, T, A], as executed.
-    milliseconds: of wall time for each environment, planning alone. changed: int64 [N], the steps
-    in which the shield did not execute the planned action. plans: those made, in order, one every
-    `interval` steps.
+    from the start to the goal, in pixels. goal: [N, 2]. iterations, rollout_steps: int64 [N], the
+    sums over all plans of the episode. positions: [N, T + 1, 2] and actions: [N, T, A], as
+    executed. milliseconds: the wall time of planning for each environment. changed: int64 [N], the
+    number of steps in which the shield did not execute the planned action. plans: all plans in
+    order, one every `interval` steps.
     """
 
     success: Tensor
@@ -70,12 +70,12 @@ def episodes(
 ) -> Result:
     """Run an episode for each seed, int64 [N], with a plan every `interval` steps.
 
-    near: the distance of latents to those of the goal at which a plan has arrived. energy: a
-    function of the goal's latents [N, D]; by default to_goal. delay: the planner and the shield see
-    the state as it was so many steps ago, as stated in the shield. probe: reads positions [N, 2]
-    from latents for the shield; without it the shield sees the true ones. keep: whether the result
-    has the plans. Success is judged after the last step, by world.success. The shield, if any,
-    stands between the plan and world.step, and may raise NoSafeAction.
+    near: a plan has arrived within this distance of the goal's latents. energy: a function of the
+    goal's latents [N, D]; by default to_goal. delay: the planner and the shield see the state of so
+    many steps ago; it must equal the shield's delay. probe: reads positions [N, 2] from latents for
+    the shield; without it the shield sees the true positions. keep: whether the result contains the
+    plans. Success is judged after the last step, by world.success. The shield, if any, checks each
+    action before world.step executes it, and may raise NoSafeAction.
     """
     check_seeds(seeds)
     checks.number("near", near, open_low=True)

@@ -24,23 +24,23 @@ class Constraint(ABC):
 
     @abstractmethod
     def of(self, box: Box) -> Tensor:
-        """[N]: a lower bound of the clearance over all positions of boxes."""
+        """Return [N]: a lower bound of the clearance over all positions of boxes."""
 
     def during(self, box: Box, push: Box) -> Tensor:
-        """[N]: the same of a step that ends in `box` and moves the dot by at most `push`."""
+        """Return [N]: the same for a step that ends in `box` and moves by at most `push`."""
         return self.of(box)
 
     def at(self, position: Tensor) -> Tensor:
-        """[N]: the clearance of positions [N, 2]."""
+        """Return [N]: the clearance of positions [N, 2]."""
         return self.of(Box(position, position))
 
     def rows(self, which: Tensor) -> Constraint:
-        """The constraint of the environments `which`, int64 [M]."""
+        """Return the constraint of the environments `which`, int64 [M]."""
         return self
 
     def lean(self, box: Box) -> Tensor | None:
-        """Directions [N, 2] in {-1, 0, 1} along which no displacement lowers the clearance of a
-        box, whatever the walls; None if there is no such rule.
+        """Return directions [N, 2] in {-1, 0, 1} along which no displacement lowers the clearance
+        of a box, for any walls, or None if no such directions are known.
         """
         return None
 

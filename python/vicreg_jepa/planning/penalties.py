@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vicreg_jepa.planning import checks
-from vicreg_jepa.planning.energies import Arrival, Energy, EnergyLike, energy_of
+from vicreg_jepa.planning.energies import Energy, energy_of
 from vicreg_jepa.planning.guardrails import Constraint
 from vicreg_jepa.planning.model import LatentModel
-from vicreg_jepa.planning.planner import Plan, Planner
+from vicreg_jepa.planning.planner import Plan, Planner, PlanRequest
 
 
 @dataclass(frozen=True)
 class Penalty(Energy):
-    """weight times the violations along the path, in pixels, summed over the horizon. weight: a
-    number, or [B]. Positions are the first two numbers of a latent.
+    """A penalty: weight times the violations along the path, in pixels, summed over the horizon.
+    weight: a number, or [B]. The first two numbers of a latent are the position.
     """
 
     constraint: Constraint
@@ -35,7 +35,9 @@ class Penalty(Energy):
 
 
 def violations(constraint: Constraint, path: Tensor) -> Tensor:
-    """[B, K, H]: how far each position of paths [B, K, H, D] violates a constraint, in pixels."""
+    """Return [B, K, H]: by how many pixels each position of paths [B, K, H, D] violates a
+    constraint.
+    """
     count, candidates, steps, _ = path.shape
     which = torch.arange(count, device=path.device).repeat_interleave(candidates * steps)
     clearance = constraint.rows(which).at(path[..., :2].reshape(-1, 2))
@@ -44,8 +46,8 @@ def violations(constraint: Constraint, path: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Lagrangian:
-    """A planner with a multiplier for a constraint, by dual ascent: plan, raise the multiplier by
-    rate times the plan's violation, and plan again from that plan.
+    """A planner with a multiplier for a constraint, found by dual ascent: it plans, raises the
+    multiplier by rate times the plan's violation, and plans again from that plan.
     """
 
     planner: Planner
@@ -70,21 +72,13 @@ class Lagrangian:
     def shifted(self, actions: Tensor, steps: int) -> Tensor:
         return self.planner.shifted(actions, steps)
 
-    def plan(
-        self,
-        model: LatentModel,
-        start: Tensor,
-        energy: EnergyLike,
-        seed: Tensor,
-        time: Tensor | int = 0,
-        former: Tensor | None = None,
-        arrival: Arrival | None = None,
-    ) -> Plan:
-        multiplier = start.new_zeros(len(start))
+    def plan(self, model: LatentModel, request: PlanRequest) -> Plan:
+        energy, former = energy_of(request.energy), request.former
+        multiplier = request.start.new_zeros(len(request.start))
         plans: list[Plan] = []
         for _ in range(self.rounds):
-            total = energy_of(energy) + Penalty(self.constraint, multiplier)
-            plan = self.planner.plan(model, start, total, seed, time, former, arrival)
+            total = energy + Penalty(self.constraint, multiplier)
+            plan = self.planner.plan(model, replace(request, energy=total, former=former))
             plans.append(plan)
             path = plan.path.nan_to_num(nan=0.0)[:, None]
             broken = violations(self.constraint, path)[:, 0]

@@ -10,11 +10,29 @@ import torch
 from torch import Tensor
 
 from vicreg_jepa.planning import checks
-from vicreg_jepa.planning.energies import Arrival, Energy, EnergyLike, energy_of, evaluated
+from vicreg_jepa.planning.energies import Arrival, EnergyLike, energy_of, evaluated
 from vicreg_jepa.planning.model import LatentModel
 from vicreg_jepa.planning.noise import Draws
 
 Rows = dict[str, Tensor]  # what a planner knows of each environment and action: [B, H, ...] each
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a planner is asked for: plans of B environments.
+
+    start: [B, D], the latents to plan from; energy: what the plans are to minimise; seed: int64
+    [B], and time: int64 [B] or an integer for all, which together determine all random numbers;
+    former: [B, H, A], the former plans, shifted to now, or None; arrival: tells whether a predicted
+    path arrives, or None, for a planner without effort.
+    """
+
+    start: Tensor
+    energy: EnergyLike
+    seed: Tensor
+    time: Tensor | int = 0
+    former: Tensor | None = None
+    arrival: Arrival | None = None
 
 
 @dataclass(frozen=True)
@@ -48,9 +66,9 @@ class Effort:
     """Effort that grows with the difficulty: an environment stops when arrival is predicted.
 
     The horizon begins with `horizon` actions and is multiplied by `growth` after every `every`
-    iterations, up to the planner's own; then the search begins anew. Before the first iteration the
-    former plan is rolled out, and kept if it is still predicted to arrive. The iterations of the
-    planner are the budget.
+    iterations, up to the planner's horizon. The search starts again whenever the horizon grows.
+    Before the first iteration the former plan is rolled out, and kept if it is still predicted to
+    arrive. The planner's `iterations` are the budget.
     """
 
     horizon: int = 3
@@ -73,7 +91,7 @@ class Effort:
 
 
 def box(actions: Tensor) -> Tensor:
-    """The projection of actions to [-1, 1]."""
+    """Project actions to [-1, 1]."""
     return actions.clamp(-1, 1)
 
 
@@ -81,10 +99,11 @@ def box(actions: Tensor) -> Tensor:
 class Planner(ABC):
     """A planner: its fields are its settings, its methods work on B environments at once.
 
-    horizon: actions of a plan. repeat: steps of the world for which each is held. candidates:
-    action sequences of an iteration. iterations: of a plan; with effort, at most. interval: steps
-    of the world from one plan to the next, a multiple of `repeat`, at most horizon * repeat.
-    warm: whether a plan begins with the former one, shifted. project: maps any actions to allowed
+    horizon: the number of actions of a plan. repeat: the steps of the world for which an action is
+    held. candidates: the action sequences of an iteration. iterations: the iterations of a plan;
+    with effort, the most. interval: the steps of the world from one plan to the next, a multiple of
+    `repeat` and at most horizon * repeat. warm: whether a plan begins with the former one, shifted.
+    effort: an Effort, or None for the whole budget each time. project: maps any actions to allowed
     ones.
     """
 
@@ -115,52 +134,42 @@ class Planner(ABC):
 
     @abstractmethod
     def begun(self, mean: Tensor, draws: Draws) -> Rows:
-        """What is known before the first iteration, around the actions `mean`, [B, H, A]."""
+        """Return what the planner knows before the first iteration. mean: actions [B, H, A]."""
 
     @abstractmethod
     def proposed(self, rows: Rows, draws: Draws, iteration: int) -> Tensor:
-        """Candidates [B, K, H, A]."""
+        """Return candidates [B, K, H, A]."""
 
     @abstractmethod
     def updated(
         self, rows: Rows, actions: Tensor, energies: Tensor, gradient: Tensor | None, step: int
     ) -> Rows:
-        """What is known after an iteration. actions: [B, K, H, A]; energies: [B, K], finite or
-        +inf; gradient: as actions, if `differentiates`; step: the number of the iteration.
+        """Return what it knows after an iteration. actions: [B, K, H, A]; energies: [B, K], finite
+        or +inf; gradient: as actions, if `differentiates`; step: the number of the iteration.
         """
 
     def shifted(self, actions: Tensor, steps: int) -> Tensor:
-        """The plan [B, H, A] that is left after some steps of the world, with 0 at its end."""
+        """Return the rest of a plan [B, H, A] after some steps of the world, with 0 at its end."""
         gone = min(steps // self.repeat, self.horizon)
         return torch.cat([actions[:, gone:], torch.zeros_like(actions[:, :gone])], dim=1)
 
     def held(self, actions: Tensor) -> Tensor:
-        """Actions for each step of the world, [..., H * repeat, A], of a plan [..., H, A]."""
+        """Repeat the actions of a plan [..., H, A] for each step of the world: [..., H * repeat,
+        A].
+        """
         return actions.repeat_interleave(self.repeat, dim=-2)
 
-    def plan(
-        self,
-        model: LatentModel,
-        start: Tensor,
-        energy: EnergyLike,
-        seed: Tensor,
-        time: Tensor | int = 0,
-        former: Tensor | None = None,
-        arrival: Arrival | None = None,
-    ) -> Plan:
-        """Plan from the latents `start`, [B, D].
+    def plan(self, model: LatentModel, request: PlanRequest) -> Plan:
+        """Search for the plans of lowest energy.
 
-        seed: int64 [B]; time: int64 [B], or an integer for all. They determine all random
-        numbers. former: a former plan [B, H, A], shifted to now. Raises ValueError for arguments of
-        other shapes, and if there is effort and no arrival.
+        Raises ValueError for a field of the request that has another shape or dtype, for a former
+        plan that is not finite, and for a request without arrival if the planner has effort.
         """
-        self._check(model, start, seed, time, former, arrival)
-        count, device = len(start), start.device
-        time = torch.as_tensor(time, dtype=torch.int64, device=device).expand(count)
+        self._check(model, request)
+        former = request.former
         if former is None or not self.warm:
-            former = start.new_zeros(count, self.horizon, model.actions)
-        mean = self.project(former)
-        search = _Search(self, model, start, energy_of(energy), Draws(seed, time), arrival, mean)
+            former = request.start.new_zeros(len(request.start), self.horizon, model.actions)
+        search = _Search(self, model, request, self.project(former))
         if self.effort is not None and self.warm:
             search.check_former()
         for iteration in range(self.iterations):
@@ -169,25 +178,18 @@ class Planner(ABC):
             search.iterate(iteration)
         return search.finished()
 
-    def _check(
-        self,
-        model: LatentModel,
-        start: Tensor,
-        seed: Tensor,
-        time: Tensor | int,
-        former: Tensor | None,
-        arrival: Arrival | None,
-    ) -> None:
-        checks.shaped("start", start, None, None)
-        checks.shaped("seed", seed, len(start))
-        if seed.dtype != torch.int64:
-            raise ValueError(f"seed: got {seed.dtype}, takes torch.int64")
-        if not isinstance(time, int):
-            checks.shaped("time", time, len(start))
-        if former is not None:
-            checks.shaped("former", former, len(start), self.horizon, model.actions)
-            checks.finite("former", former)
-        if self.effort is not None and arrival is None:
+    def _check(self, model: LatentModel, request: PlanRequest) -> None:
+        checks.shaped("start", request.start, None, None)
+        count = len(request.start)
+        checks.shaped("seed", request.seed, count)
+        if request.seed.dtype != torch.int64:
+            raise ValueError(f"seed: got {request.seed.dtype}, takes torch.int64")
+        if not isinstance(request.time, int):
+            checks.shaped("time", request.time, count)
+        if request.former is not None:
+            checks.shaped("former", request.former, count, self.horizon, model.actions)
+            checks.finite("former", request.former)
+        if self.effort is not None and request.arrival is None:
             raise ValueError("arrival: got None, takes an Arrival, since the planner has an effort")
 
 
@@ -204,7 +206,7 @@ class _Best:
         return _Best(self.actions[which], self.energy[which], self.arrived[which], self.path[which])
 
     def better(self, energy: Tensor, arrived: Tensor, actions: Tensor, path: Tensor) -> _Best:
-        """With other plans, perhaps of a shorter horizon, where their energy is lower."""
+        """Replace plans by others of lower energy, which may have a shorter horizon."""
         better = energy < self.energy
         each = better[:, None, None]
         horizon, steps = actions.shape[1], path.shape[1]
@@ -220,27 +222,24 @@ class _Best:
 
 
 class _Search:
-    """The search for one batch of plans. `index` holds the environments that are still searching;
-    all other tensors have a row for each of these. `plan` has the rows of all environments.
+    """The search for one batch of plans. `index` holds the environments that are still searching,
+    and all other tensors have one row for each of these. Only `plan` has the rows of all
+    environments.
     """
 
     best: _Best
 
     def __init__(
-        self,
-        planner: Planner,
-        model: LatentModel,
-        start: Tensor,
-        energy: Energy,
-        draws: Draws,
-        arrival: Arrival | None,
-        mean: Tensor,
+        self, planner: Planner, model: LatentModel, request: PlanRequest, mean: Tensor
     ) -> None:
+        start = request.start
         count, steps = len(start), planner.horizon * planner.repeat
-        self.planner, self.model, self.energy, self.arrival = planner, model, energy, arrival
+        time = torch.as_tensor(request.time, dtype=torch.int64, device=start.device)
+        self.planner, self.model, self.start, self.mean = planner, model, start, mean
+        self.energy, self.arrival = energy_of(request.energy), request.arrival
+        self.draws = Draws(request.seed, time.expand(count))
         self.index = torch.arange(count, device=start.device)
-        self.start, self.draws, self.mean = start, draws, mean
-        self.rows = planner.begun(mean, draws)
+        self.rows = planner.begun(mean, self.draws)
         self.plan = Plan(
             actions=torch.zeros_like(mean),
             energy=start.new_full((count,), torch.inf),
@@ -253,7 +252,7 @@ class _Search:
         self._forget(planner.horizon)
 
     def evaluate(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(paths [B, K, H * repeat, D], energies [B, K], their gradients or None)."""
+        """Return (paths [B, K, H * repeat, D], energies [B, K], their gradients or None)."""
         differentiate = self.planner.differentiates
         with torch.enable_grad() if differentiate else torch.inference_mode():
             actions = actions.detach().requires_grad_(differentiate)
@@ -271,9 +270,9 @@ class _Search:
         return path.detach(), energies.detach(), gradient
 
     def check_former(self) -> None:
-        """Keep the former plan where it is predicted to arrive at the end of any of the horizons:
-        over the longest alone, a model that drifts would never see that standing still at the goal
-        is enough.
+        """Keep the former plan if it is predicted to arrive at the end of any of the horizons. Over
+        the longest horizon only, a model that drifts would never predict that standing still at
+        the goal suffices.
         """
         path, energies, _ = self.evaluate(self.mean[:, None])
         self._keep(self.mean[:, None], path, energies)
@@ -313,7 +312,7 @@ class _Search:
         return self.plan
 
     def _forget(self, horizon: int) -> None:
-        """Look anew for the best plan, of another horizon."""
+        """Forget the best plan, and search for one of another horizon."""
         count, (_, steps, size) = len(self.index), self.plan.path.shape
         self.horizon = horizon
         self.best = _Best(

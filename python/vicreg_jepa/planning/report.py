@@ -31,9 +31,10 @@ TRUE_NEAR = 2.0  # pixels, with the true dynamics
 
 @dataclass(frozen=True)
 class Row:
-    """One way to act in the same episodes. success: episodes at the goal at the end; the others are
-    None for a policy. rollout_steps, iterations: means of an episode. rank: Spearman's correlation
-    of an episode's iterations with the length of its shortest path.
+    """The results of one way to act in the same episodes. success: the number of episodes that end
+    at the goal. The other fields are None for a policy. rollout_steps, iterations: means over
+    episodes. rank: Spearman's correlation of an episode's iterations with the length of its
+    shortest path. milliseconds: the wall time of planning for each episode.
     """
 
     name: str
@@ -60,7 +61,7 @@ def step_length(model: LatentModel, world: World) -> float:
 def planned(
     model: Any, world: World, planner: Planner, seeds: Tensor, near: float, keep: bool = False
 ) -> Result:
-    """Episodes of a model; near: the distance of latents at which it has arrived."""
+    """Run episodes of a model. near: a plan has arrived this near to the goal's latents."""
     with torch.no_grad():
         return episodes(model, world, planner, seeds, near, keep=keep)
 
@@ -90,8 +91,8 @@ def row_of_control(name: str, success: Tensor, control: Control) -> Row:
 
 
 def planner(settings: dict[str, Any] | None = None) -> Planner:
-    """The planner of the command: iCEM with effort, and these of its settings instead of the
-    command's. Raises ValueError for a setting that it does not take.
+    """Make the command's planner, iCEM with effort. settings: override the command's own. Raises
+    ValueError for a setting that it does not take.
     """
     chosen = settings or {}
     takes = [one.name for one in fields(ICEM) if one.name not in ("effort", "project")]
@@ -152,8 +153,8 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def verdict(rows: Sequence[Row]) -> list[str]:
-    """What is not as promised, in words: a planner that is not well above its control, which is
-    walking straight at the goal, or a random walk in an environment without that control.
+    """Return a sentence for each planner that is not well above its control, which is walking
+    straight at the goal, or a random walk in an environment without that control.
     """
     success = {row.name: row.success for row in rows}
     control = "straight" if "straight" in success else "walk"
@@ -174,5 +175,5 @@ def verdict(rows: Sequence[Row]) -> list[str]:
 
 
 def write(rows: Sequence[Row], folder: Path) -> None:
-    """Writes plan.json; a correlation that does not exist, of a constant, is null."""
+    """Write plan.json. The correlation of a constant does not exist and becomes null."""
     output.replace_json(folder / "plan.json", [asdict(row) for row in rows])

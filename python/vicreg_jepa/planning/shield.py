@@ -113,7 +113,7 @@ class _Rows:
 
 
 class Guard:
-    """The shield of N running episodes. box: where the dots are, for sure."""
+    """The shield of N running episodes. box: certain to contain the true positions of the dots."""
 
     def __init__(
         self, shield: Shield, world: World, position: Tensor, layout: Tensor | None
@@ -179,12 +179,12 @@ class Guard:
 
     def _fallbacks(self, box: Box, copies: int) -> list[Tensor]:
         """Actions for boxes of `copies` copies of the environments: lean and retreat, and stop."""
-        found = []
+        fallbacks = []
         for constraint in self._rows.constraints(copies):
             lean = constraint.lean(box)
             if lean is not None:
-                found += [against(lean, self.shield.noise), lean]
-        return [*found, torch.zeros_like(box.low)]
+                fallbacks += [against(lean, self.shield.noise), lean]
+        return [*fallbacks, torch.zeros_like(box.low)]
 
     def _next(self, box: Box, action: Tensor, copies: int) -> tuple[Box, Tensor]:
         """The boxes after an action, and their clearance."""

@@ -11,9 +11,8 @@ NAME = "metrics.jsonl"
 
 
 def take_up(path: Path, step: int) -> None:
-    """Keep only the rows up to `step`, the checkpoint from which a run resumes: the resumed run
-    writes later rows again, and its first row would be appended to an incomplete line. Raises
-    OutputError.
+    """Keep only the complete rows up to `step`, the step of the checkpoint from which a run
+    resumes. The resumed run writes the later rows again. Raises OutputError.
     """
     with output.writing(path):
         if not path.exists():

@@ -158,7 +158,7 @@ class RankMonitor:
         """
         self.reported = True
         if self.rank == 0:
-            text = f"vicreg-jepa: {stopped}{how_to_go_on(self.folder)}"
+            text = f"vicreg-jepa: {stopped}{how_to_resume(self.folder)}"
             print(text, file=sys.stderr, flush=True)
         dist.barrier()
 
@@ -221,7 +221,7 @@ class RankMonitor:
             lines.append("It has no checkpoint yet; the same command starts it again:")
         else:
             step = int(path.name.removeprefix("step_"))
-            lines.append(f"The run goes on from step {step} ({path}) with the same command:")
+            lines.append(f"The same command resumes at step {step} ({path}):")
         return "\n".join([*lines, f"    {command()}"])
 
     def _process(self, rank: int) -> str:
@@ -255,13 +255,13 @@ def command() -> str:
     return shlex.join([*launch, "--nproc-per-node", str(local), *words])
 
 
-def how_to_go_on(folder: Path) -> str:
+def how_to_resume(folder: Path) -> str:
     """The text after "stopped by ..."; folder: the run's checkpoints."""
     path = checkpoint.newest(folder)
     if path is None:
         return "; it has no checkpoint yet, the same command starts it again"
     step = int(path.name.removeprefix("step_"))
-    return f"; the same command goes on from step {step} ({path})"
+    return f"; the same command resumes at step {step} ({path})"
 
 
 @contextlib.contextmanager

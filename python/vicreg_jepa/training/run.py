@@ -46,7 +46,7 @@ def _alone(process: Ranks, folder: Path) -> Iterator[stopping.Stop]:
             with stop if process.ranks == 1 else nullcontext():
                 yield stop
         except stopping.Stopped as stopped:
-            text = rank_failure.how_to_go_on(folder / "checkpoints")
+            text = rank_failure.how_to_resume(folder / "checkpoints")
             raise stopping.Stopped(stopped.number, text) from None
 
 
@@ -64,7 +64,7 @@ def _train(settings: Config, folder: Path, process: Ranks, stop: stopping.Stop) 
         described = json.dumps(config.describe(settings), indent=1)
         output.replace(folder / "config.json", described.encode())
         if step:
-            print(f"going on from step {step}", file=sys.stderr)
+            print(f"resuming at step {step}", file=sys.stderr)
         if settings.training.precision == "bfloat16" and bfloat16_is_slow(settings.training.device):
             print(
                 "training.precision: this CPU has no instructions for bfloat16, which takes many "

@@ -21,7 +21,7 @@ Controller = Callable[[Any, dict[str, Any]], NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be reached in an environment; all are functions of (observation, info).
+    """The task of an environment. All fields are functions of (observation, info).
 
     goal: the frame at the goal. success: whether the goal is reached. controls: policies that
     plans are compared with, by name, each with actions [A] in [-1, 1].
@@ -34,8 +34,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Seen:
-    """What an adapter has after a reset or a step. frame: uint8 [H, W, history * C]; states: the
-    true state by name; reward: the sum over the step, 0 after a reset.
+    """The result of a reset or a step. frame: uint8 [H, W, history * C]; states: the true state by
+    name; reward: the sum over the step, 0 after a reset; ended: whether the episode has ended.
     """
 
     frame: NDArray[np.uint8]
@@ -50,9 +50,9 @@ class Adapter:
     env: its action space is a bounded Box of one dimension. frame: None, if the observation is the
     image; the name of the image in a dict observation; or a function of (observation, info) that
     draws the frame, for example with a `Raster`. states: a function of (observation, info) that
-    returns the true state by name. task: what plans have to reach. history: the last frames that
-    are stacked along the channels, the newest last; what moves shows its velocity in two. repeat:
-    the steps of env for which an action is held; frames between them are not seen.
+    returns the true state by name. task: what plans must reach. history: the number of
+    last frames that are stacked along the channels, the newest last; two show the velocity of what
+    moves. repeat: the steps of env for which an action is held; frames between them are not seen.
 
     Frames are uint8 [H, W, history * C]. Raises ValueError if the spaces do not fit.
     """

@@ -57,9 +57,9 @@ def collect(
 
 
 def adapted(name: str, settings: dict[str, Any], history: int, repeat: int) -> Adapter:
-    """The adapter of a gymnasium environment whose observation is an image, or of a PointMaze. The
-    task of the former is what its info says: after a reset `goal`, the image at the goal, and then
-    `success`.
+    """Make the adapter of a gymnasium environment whose observation is an image, or of a PointMaze.
+    The task of the former is in its info: `goal` after a reset, the image at the goal, and
+    `success` after each step.
     """
     env = _environment(name, settings)
     if "PointMaze" in name:
@@ -94,18 +94,18 @@ def _environment(name: str, settings: dict[str, Any]) -> Any:
 
 
 def parsed(words: Sequence[str]) -> dict[str, Any]:
-    """Settings from words `key=value` with YAML values. Raises ValueError that names the key."""
+    """Parse words `key=value` with YAML values. Raises ValueError that names the key."""
     from vicreg_jepa.config import yaml_text
 
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
             raise ValueError(f"setting: got {word!r}, takes key=value")
-        if key in found:
+        if key in settings:
             raise ValueError(f"{key}: given twice, takes one")
         try:
-            found[key] = yaml_text.parse(text)
+            settings[key] = yaml_text.parse(text)
         except yaml_text.YamlError as error:
             raise ValueError(f"{key}: got {text!r}, which {error}") from error
-    return found
+    return settings

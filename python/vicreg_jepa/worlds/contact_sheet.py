@@ -5,13 +5,12 @@ python -m vicreg_jepa.worlds.contact_sheet --output runs/worlds --seed 0
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from vicreg_jepa.cli_options import integer
+from vicreg_jepa.cli_options import draw_sheets
 from vicreg_jepa.worlds.episodes import rollout
 from vicreg_jepa.worlds.maze import Maze
 from vicreg_jepa.worlds.pictures import painted
@@ -81,21 +80,20 @@ def sheet(seed: int, steps: int = STEPS) -> Image.Image:
     return whole
 
 
+def draw(seed: int, folder: Path) -> list[str]:
+    """Writes the sheet of a seed."""
+    sheet(seed).quantize(64).save(folder / "worlds.png", optimize=True)
+    return ["worlds.png"]
+
+
 def main(arguments: list[str] | None = None) -> None:
-    options = argparse.ArgumentParser(
-        prog="python -m vicreg_jepa.worlds.contact_sheet",
-        description="Draw episodes of each world as rows of frames.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    draw_sheets(
+        "vicreg_jepa.worlds.contact_sheet",
+        "Draw episodes of each world as rows of frames.",
+        "runs/worlds",
+        draw,
+        arguments,
     )
-    options.add_argument("--output", type=Path, default=Path("runs/worlds"), help="a folder")
-    options.add_argument("--seed", type=integer(0), default=0)
-    chosen = options.parse_args(arguments)
-    if chosen.output.exists() and not chosen.output.is_dir():
-        options.error(f"--output: got {str(chosen.output)!r}, a file; takes a folder")
-    chosen.output.mkdir(parents=True, exist_ok=True)
-    small = sheet(chosen.seed).quantize(64)
-    small.save(chosen.output / "worlds.png", optimize=True)
-    print(f"worlds.png written to {chosen.output}")
 
 
 if __name__ == "__main__":

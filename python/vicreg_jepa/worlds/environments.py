@@ -43,15 +43,15 @@ def spaces_of(world: World) -> tuple[spaces.Box, spaces.Box]:
 
 def infos(world: World, state: State, reset: bool) -> dict[str, NDArray[Any]]:
     """The contents of `info` for N environments, each [N, ...]."""
-    found = {
+    contents = {
         **world.facts(state),
         "distance": world.from_goal(state),
         "success": world.success(state),
     }
     if reset:
-        found["goal"] = world.render(world.at(state, state.goal))
+        contents["goal"] = world.render(world.at(state, state.goal))
     # Copies, because callers may write to them.
-    return {name: value.numpy().copy() for name, value in found.items()}
+    return {name: value.numpy().copy() for name, value in contents.items()}
 
 
 class WorldEnv(gymnasium.Env[Frames, NDArray[np.float32]]):
@@ -163,9 +163,9 @@ class WorldVectorEnv(VectorEnv[NDArray[np.uint8], NDArray[np.float32], NDArray[A
         return torch.from_numpy(self.np_random.integers(2**62, size=self.num_envs))
 
     def _infos(self, begun: NDArray[np.bool_]) -> dict[str, Any]:
-        found: dict[str, Any] = infos(self.world, self.state, bool(begun.any()))
-        masks = {name: begun if name == "goal" else np.ones_like(begun) for name in found}
-        return {**found, **{f"_{name}": mask for name, mask in masks.items()}}
+        contents: dict[str, Any] = infos(self.world, self.state, bool(begun.any()))
+        masks = {name: begun if name == "goal" else np.ones_like(begun) for name in contents}
+        return {**contents, **{f"_{name}": mask for name, mask in masks.items()}}
 
 
 def _mode(render_mode: str | None) -> str | None:

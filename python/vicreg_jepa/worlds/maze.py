@@ -155,7 +155,7 @@ class Maze(World):
         rows = torch.arange(len(cell), device=cell.device)
         column, row = cell.unbind(1)
         here = steps[rows, row, column]
-        found = cell
+        following = cell
         for down, right in MOVES:
             other_row = (row + down).clamp(0, self.cells - 1)
             other_column = (column + right).clamp(0, self.cells - 1)
@@ -164,8 +164,8 @@ class Maze(World):
             open_to = layout[rows, from_row, from_column, abs(down)] > 0
             nearer = open_to & (steps[rows, other_row, other_column] == here - 1)
             other = torch.stack([other_column, other_row], dim=1)
-            found = torch.where(nearer[:, None], other, found)
-        return found
+            following = torch.where(nearer[:, None], other, following)
+        return following
 
     def expert(self, state: State) -> Tensor:
         cell, passing = self._cell(state.position)
@@ -228,11 +228,11 @@ def _chain(
 
 def _openings(chain: list[tuple[int, int]]) -> list[paths.Portal]:
     """The openings between consecutive regions of a path."""
-    found = []
+    portals = []
     for here, there in pairwise(chain):
         axis = 0 if here[0] != there[0] else 1
         first = min(here[axis], there[axis])
         place = FIRST + PITCH * (first // 2) + (PITCH if first % 2 else ROOM)
         low = FIRST + PITCH * (here[1 - axis] // 2)
-        found.append(paths.portal(axis, place, low, low + ROOM, there[axis] > here[axis]))
-    return found
+        portals.append(paths.portal(axis, place, low, low + ROOM, there[axis] > here[axis]))
+    return portals

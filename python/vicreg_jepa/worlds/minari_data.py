@@ -31,19 +31,19 @@ class MinariTrajectories(Trajectories):
         self.settings = {"minari": name}
         self.numbers = [int(number) for number in self.data.episode_indices]
         self.lengths = [
-            int(found["total_steps"])
-            for found in self.data.storage.get_episode_metadata(self.numbers)
+            int(metadata["total_steps"])
+            for metadata in self.data.storage.get_episode_metadata(self.numbers)
         ]
 
     def episode(self, number: int) -> Episode:
-        (found,) = self.data.iterate_episodes([self.numbers[number]])
-        seen: Any = found.observations
+        (stored,) = self.data.iterate_episodes([self.numbers[number]])
+        seen: Any = stored.observations
         if self.image is not None:
             if not isinstance(seen, dict) or self.image not in seen:
                 takes = sorted(seen) if isinstance(seen, dict) else "None"
                 raise ValueError(f"image: got {self.image!r}, but {self.name!r} takes {takes}")
             seen = seen[self.image]
-        frames, actions = np.asarray(seen), np.asarray(found.actions)
+        frames, actions = np.asarray(seen), np.asarray(stored.actions)
         if frames.dtype != np.uint8 or frames.ndim != 4:
             raise ValueError(
                 f"image: {self.name!r} has {frames.dtype} {list(frames.shape)}, takes uint8 "
@@ -54,5 +54,5 @@ class MinariTrajectories(Trajectories):
                 f"name: {self.name!r} has actions {actions.dtype} {list(actions.shape)}, takes "
                 "numbers [T, A]"
             )
-        record = {"episode": self.numbers[number], "rewards": np.asarray(found.rewards).tolist()}
+        record = {"episode": self.numbers[number], "rewards": np.asarray(stored.rewards).tolist()}
         return Episode(frames, actions.astype(np.float32), {}, record)

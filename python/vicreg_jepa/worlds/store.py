@@ -180,14 +180,14 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
         episode with several of the windows is read once.
         """
         chosen = np.asarray(indices)
-        found: list[tuple[NDArray[np.uint8], NDArray[np.float32]] | None] = [None] * len(chosen)
+        windows: list[tuple[NDArray[np.uint8], NDArray[np.float32]] | None] = [None] * len(chosen)
         for number in np.unique(self.episodes[chosen]):
             episode = self.source.episode(int(number))
             for place in np.flatnonzero(self.episodes[chosen] == number):
                 start = self.starts[chosen[place]]
-                found[place] = (
+                windows[place] = (
                     episode.frames[start : start + self.length + 1],
                     episode.actions[start : start + self.length],
                 )
-        frames, actions = zip(*(one for one in found if one is not None), strict=True)
+        frames, actions = zip(*(one for one in windows if one is not None), strict=True)
         return torch.from_numpy(np.stack(frames)), torch.from_numpy(np.stack(actions))

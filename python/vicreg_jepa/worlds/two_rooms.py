@@ -129,13 +129,13 @@ class TwoRooms(World):
         rows = torch.stack(
             [state.position[:, 0], state.goal[:, 0], *_edges(state.layout)], dim=1
         ).tolist()
-        found = []
+        portals = []
         for x, goal_x, left, right, top, bottom in rows:
             low, high, forward = min(x, goal_x), max(x, goal_x), goal_x > x
             sides = [place for place in (left, right) if low < place < high]
             sides = sides if forward else sides[::-1]
-            found.append([paths.portal(0, place, top, bottom, forward) for place in sides])
-        return found
+            portals.append([paths.portal(0, place, top, bottom, forward) for place in sides])
+        return portals
 
 
 def _edges(layout: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

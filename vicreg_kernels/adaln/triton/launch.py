@@ -101,8 +101,8 @@ def norm_backward(
     frames, tokens, dim = x.shape
     constants, cut = _columns(dim), _cut(x, 16 * device_of(x).processors)
     grad_x = _like(x, need_x)
-    found = [_like(scale, need_vectors) for _ in range(2)]
-    sums = [_sums(z, cut, tokens) for z in found]
+    gradients = [_like(scale, need_vectors) for _ in range(2)]
+    sums = [_sums(z, cut, tokens) for z in gradients]
     unit, width, strides = _in_units(grad, x, scale)
     with on_device(x):
         norm_gradient_kernel[(cut.programs,)](
@@ -111,9 +111,9 @@ def norm_backward(
             NEED_VECTORS=need_vectors, UNIT=unit, ROUND=rounds_by_hand(x),
             ROUND_VECTORS=rounds_by_hand(sums[0]), **constants,
         )  # fmt: skip
-        for own, out in zip(sums, found, strict=True):
+        for own, out in zip(sums, gradients, strict=True):
             _finish(own, cut, out)
-    return grad_x, found[0], found[1]
+    return grad_x, gradients[0], gradients[1]
 
 
 def gate_forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
