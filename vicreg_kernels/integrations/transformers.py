@@ -12,16 +12,14 @@ as V-JEPA 2 does, moves that rotation into the attention kernel; `unfuse` takes 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from vicreg_kernels.attention import FrameCausal, Rope3d, masked_attention
-from vicreg_kernels.attention.masks import Rule
-from vicreg_kernels.integrations import transformers_masks
+from vicreg_kernels.attention import Rope3d
+from vicreg_kernels.integrations import masks, modules, transformers_masks
 
 NAME = "vicreg_kernels"
 # Of transformers' keywords, those that change the result and are not computed here.
@@ -63,21 +61,22 @@ def attention_forward(
             "output_attentions: got True, takes False: attention maps are never made; "
             "set_attn_implementation('eager') makes them"
         )
-    rope = module.__dict__.pop(_ROPE, None)
-    (samples, heads, queries, _), keys = query.shape, key.shape[2]
-    rule: Rule | None = None
-    if attention_mask is None:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        rule = FrameCausal(1) if causal and queries > 1 else None
-    else:
-        said = transformers_masks.read(attention_mask, samples, heads, queries, keys)
-        rule = said.rule
-        if said.by_head:
-            if rope is not None:
-                raise ValueError("attention_mask: got one that differs by head, with rotation")
-            query, key, value = (x.flatten(0, 1).unsqueeze(1) for x in (query, key, value))
-    out = masked_attention(query, key, value, mask=rule, rope=rope, scale=scaling)
-    return out.reshape(samples, heads, queries, -1).transpose(1, 2), None
+    if attention_mask is not None and attention_mask.dim() != 4:
+        raise ValueError(
+            f"attention_mask: got shape {tuple(attention_mask.shape)}, takes four dimensions"
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    out = masks.attend(
+        query,
+        key,
+        value,
+        attention_mask,
+        causal=causal and query.shape[2] > 1,
+        rope=module.__dict__.pop(_ROPE, None),
+        scale=scaling,
+        name="attention_mask",
+    )
+    return out.transpose(1, 2), None
 
 
 def register() -> None:
@@ -136,8 +135,7 @@ def fuse(model: nn.Module) -> nn.Module:
     model.__dict__.setdefault(_BEFORE, before)
     for module in model.modules():
         if all(hasattr(type(module), name) for name in _METHODS):
-            for name, method in _METHODS.items():
-                setattr(module, name, partial(method, module))
+            modules.put(module, _METHODS)
     return model
 
 
@@ -174,7 +172,7 @@ def unfuse(model: nn.Module, attn_implementation: str | dict[str, Any] | None = 
     model.set_attn_implementation(name)
     del model.__dict__[_BEFORE]
     for module in model.modules():
-        if all(name in module.__dict__ for name in _METHODS):
-            for name in (*_METHODS, _ROPE):
-                module.__dict__.pop(name, None)
+        if modules.has(module, _METHODS):
+            modules.take_back(module, _METHODS)
+            module.__dict__.pop(_ROPE, None)
     return model
