@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
-import sys
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -16,6 +13,8 @@ from vicreg_jepa import cli, load_encoder
 from vicreg_jepa.data import batches, sources
 from vicreg_jepa.training import export
 from vicreg_jepa.training.run import restore
+
+from tests.helpers import timm_alone
 
 SMALL = ["training.steps=2", "training.batch=4", "training.save_every=2"]
 VIT = ["model.dim=32", "model.depth=2", "model.heads=2"]
@@ -82,26 +81,11 @@ def test_a_loaded_encoder_gives_the_run_s_features(folder, name, tmp_path):
         assert not torch.equal(encoder(seen), wanted)
 
 
-OF_TORCHVISION = ("", ".ops", ".ops.misc", ".transforms", ".transforms.functional", ".datasets")
-
-
 @pytest.fixture
-def timm(monkeypatch):
-    """timm's module of ViTs. It imports torchvision, which its ViTs do not use."""
-    if importlib.util.find_spec("timm") is None:
-        pytest.skip("timm is not installed")
-    if importlib.util.find_spec("torchvision") is None:
-        before = set(sys.modules)
-        for name in (f"torchvision{part}" for part in OF_TORCHVISION):
-            stand_in = MagicMock(__path__=[], __spec__=importlib.machinery.ModuleSpec(name, None))
-            monkeypatch.setitem(sys.modules, name, stand_in)
-        module = importlib.import_module("timm.models.vision_transformer")
-        yield module
-        for name in set(sys.modules) - before:  # what was imported beside the stand-in
-            if name.partition(".")[0] == "timm":
-                del sys.modules[name]
-        return
-    yield importlib.import_module("timm.models.vision_transformer")
+def timm():
+    """timm's module of ViTs."""
+    with timm_alone.importable():
+        yield importlib.import_module("timm.models.vision_transformer")
 
 
 @pytest.mark.parametrize("name", ["ijepa", "vicreg_vit"])
