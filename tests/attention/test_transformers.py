@@ -10,13 +10,12 @@ import pickle
 import pytest
 import torch
 
-from tests.helpers.recorded_ops import RecordedOps
+from tests.helpers import fused_models
+from tests.helpers.fused_models import CLOSE
 
 transformers = pytest.importorskip("transformers")
 
 from vicreg_kernels.integrations.transformers import fuse, unfuse  # noqa: E402
-
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def vjepa2():
@@ -37,34 +36,8 @@ def ijepa(heads: int = 2):
     return transformers.IJepaModel(config).train()
 
 
-def outcome(model, run):
-    """Outputs, and the gradient of every parameter."""
-    outputs = run(model)
-    loss = sum((out * torch.linspace(-1, 1, out.shape[-1])).sum() for out in outputs)
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return outputs, dict(zip(names, gradients, strict=True))
-
-
 def assert_same(model, run):
-    fused = fuse(copy.deepcopy(model))
-    expected, expected_gradients = outcome(model, run)
-    with RecordedOps() as ops:
-        actual, gradients = outcome(fused, run)
-    names = [name for name, _ in ops.calls]
-    assert "attention_forward" in names
-    assert "attention_backward" in names
-    for mine, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, **CLOSE)
-    # A key's bias moves all scores of a query alike: without rotation its gradient is rounding.
-    largest = max(g.abs().max() for g in expected_gradients.values() if g is not None)
-    for name, theirs in expected_gradients.items():
-        if theirs is None:
-            assert gradients[name] is None, name
-            continue
-        size = torch.maximum(theirs.abs().max(), 1e-3 * largest)
-        torch.testing.assert_close(gradients[name] / size, theirs / size, **CLOSE, msg=name)
-    return ops.calls
+    return fused_models.assert_same(model, fuse(copy.deepcopy(model)), run)
 
 
 def test_vjepa2_whole_clip():

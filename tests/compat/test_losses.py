@@ -96,8 +96,10 @@ def test_dtypes(name):
 
 
 def test_every_name_has_a_case():
-    """Of the losses; the updates of a momentum network are in test_momentum.py."""
-    elsewhere = {"EMA", "MomentumUpdater", "VICRegLLoss", "update_momentum"}
+    """Of the losses; the updates of a momentum network are in test_momentum.py, what is no loss in
+    test_meta_jepa.py.
+    """
+    elsewhere = {"EMA", "MomentumUpdater", "VICRegLLoss", "apply_masks", "update_momentum"}
     for peer in patching.PACKAGES:
         compat = importlib.import_module(f"vicreg_kernels.compat.{peer}")
         assert list(compat.HOMES) == compat.__all__ == sorted(compat.__all__)

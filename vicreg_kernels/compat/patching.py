@@ -15,6 +15,7 @@ PACKAGES = {
     "eb_jepa": "eb_jepa",
     "jepa_science": "jepa_science",
     "lightly": "lightly",
+    "meta_jepa": "src",
     "pyjepa": "pyjepa",
     "pytorch_metric_learning": "pytorch_metric_learning",
     "solo_learn": "solo",
@@ -83,7 +84,7 @@ def patch(peer: str, *names: str) -> Patch:
 
     Args:
         peer: "lightly", "solo_learn", "stable_pretraining", "stable_worldmodel", "eb_jepa",
-            "pytorch_metric_learning", "pyjepa" or "jepa_science".
+            "pytorch_metric_learning", "pyjepa", "jepa_science" or "meta_jepa".
         names: of `vicreg_kernels.compat.<peer>`; none: all that the installed version has.
 
     Returns: what was replaced where (`Patch`): print it, or use it as a context manager.
