@@ -119,7 +119,9 @@ def frame_causal(frames: int, tokens: int) -> Tensor:
 
 V2 = {"use_sdpa": True, "is_causal": False}
 GRID = {"grid_size": 4, **V2}
-KEPT = torch.stack([torch.randperm(48, generator=torch.Generator().manual_seed(n))[:10] for n in (0, 1)])
+KEPT = torch.stack(
+    [torch.randperm(48, generator=torch.Generator().manual_seed(n))[:10] for n in (0, 1)]
+)
 WHOLE = {"T": 3, "H_patches": 2, "W_patches": 4}
 ACTIONS = {"T": 3, "H": 4, "W": 4, "action_tokens": 2}
 # name: (class, settings, tokens, arguments)
@@ -163,7 +165,11 @@ def test_modules(name):
 
 @pytest.mark.parametrize("sdpa", [True, False])
 def test_cross_attention(sdpa):
-    module, q, x = vjepa2.CrossAttention(use_sdpa=sdpa), torch.randn(2, 1, 64), torch.randn(2, 7, 64)
+    module, q, x = (
+        vjepa2.CrossAttention(use_sdpa=sdpa),
+        torch.randn(2, 1, 64),
+        torch.randn(2, 7, 64),
+    )
     fused = fuse(copy.deepcopy(module))
     fused_models.assert_same(module, fused, lambda m: (m(q, x),))
 
@@ -212,14 +218,14 @@ def test_another_class_of_the_same_name_is_left():
     fuse(model)
     found = report(model)
     assert found.fused == ("fused", "turns")
+    another = "something else than the class of that name that is known"
     assert found.left == {
-        "no map": "Attention returns something else than the class of that name that is known",
-        "other scale": "Attention computes something else than the class of that name that is known",
+        "no map": f"Attention returns {another}",
+        "other scale": f"Attention computes {another}",
         "fails": "Attention raised KeyError on a few tokens: 'no'",
         "more": "Attention is not among the classes that are fused",
         "narrow": "its head dim is 4, attention takes a multiple of 8 from 16 to 128",
-        "turns otherwise": "RoPEAttention computes something else than the class of that name that "
-        "is known",
+        "turns otherwise": f"RoPEAttention computes {another}",
     }
 
 
@@ -314,7 +320,10 @@ def published() -> dict[str, Any]:
     for kind in kinds:
         encoder = vits.VisionTransformer(**grid, **small, **kind)
         cases[f"encoder {kind}"] = (encoder, lambda m: (m(videos),))
-        cases[f"encoder {kind}, kept"] = (encoder, lambda m: (m(videos, [context, target[:, :20]]),))
+        cases[f"encoder {kind}, kept"] = (
+            encoder,
+            lambda m: (m(videos, [context, target[:, :20]]),),
+        )
     make = predictors.VisionTransformerPredictor
     if not second:
         teacher = torch.randn(2, 30, 128)

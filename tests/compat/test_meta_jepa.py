@@ -1,6 +1,6 @@
 """facebookresearch's ijepa, jepa and vjepa2: `apply_masks`, and the lines of docs/drop_in.md for
-what their training loops compute in place. Where one of the repositories is on the path (PYTHONPATH),
-against its own function.
+what their training loops compute in place. Where one of the repositories is on the path, against
+its own function.
 """
 
 from __future__ import annotations
@@ -119,9 +119,7 @@ def test_the_losses():
     h, given = torch.randn(3, 9, 16), masks((4, 4, 4, 4))
     normed = F.layer_norm(h, (16,))
     z = torch.randn(12, 4, 16, requires_grad=True)
-    same = [
-        (vk.prediction_loss(z, h, given), F.smooth_l1_loss(z, torch.cat(plain(normed, given))))
-    ]
+    same = [(vk.prediction_loss(z, h, given), F.smooth_l1_loss(z, torch.cat(plain(normed, given))))]
     given = masks((2, 5))
     parts = [torch.randn(3, size, 16, requires_grad=True) for size in (2, 5)]
     absolute = [(p - t).abs().mean() for p, t in zip(parts, plain(normed, given), strict=True)]

@@ -84,7 +84,9 @@ def _rope(
         if T is not None and given:
             wanted = T * height * width
         if wanted != tokens:
-            raise ValueError(f"x: got {tokens} tokens, takes {wanted}, those of its grid, or a mask")
+            raise ValueError(
+                f"x: got {tokens} tokens, takes {wanted}, those of its grid, or a mask"
+            )
         frames = -(-tokens // (height * width))
     rope = Rope3d((frames, height, width), mask)
     return _self_attention(module, x, attn_mask, rope)
