@@ -71,7 +71,7 @@ def test_refused_by_name(given, message):
 
 SOURCE = {
     "masks/utils": "def apply_masks(x, masks):\n    return None\n",
-    "models": "from src.masks.utils import apply_masks\n",
+    "models": "from . import masks\n\napply_masks = masks.utils.apply_masks\n",
 }
 
 
@@ -91,6 +91,7 @@ def repository(tmp_path, monkeypatch):
 
 
 def test_patch(repository):
+    importlib.import_module("src.masks.utils")
     models = importlib.import_module("src.models")
     theirs = models.apply_masks
     report = vk.patch("meta_jepa")

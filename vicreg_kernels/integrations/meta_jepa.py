@@ -75,19 +75,17 @@ def _rope(
 ) -> Tensor:
     """In place of RoPEAttention. mask: places in the grid, int [B, N]."""
     side, tokens = module.grid_size, x.shape[1]
-    given = H_patches is not None and W_patches is not None
-    height, width = (H_patches, W_patches) if given else (side, side)
+    height, width = side, side
+    wanted = tokens // (side * side) * side * side
+    if H_patches is not None and W_patches is not None:
+        height, width = H_patches, W_patches
+        if T is not None:
+            wanted = T * height * width
+    if mask is None and wanted != tokens:
+        raise ValueError(f"x: got {tokens} tokens, takes {wanted}, those of its grid, or a mask")
+    frames = -(-tokens // (height * width))
     if mask is not None:
         frames = _FRAMES if T is None else T
-    else:
-        wanted = tokens // (side * side) * side * side
-        if T is not None and given:
-            wanted = T * height * width
-        if wanted != tokens:
-            raise ValueError(
-                f"x: got {tokens} tokens, takes {wanted}, those of its grid, or a mask"
-            )
-        frames = -(-tokens // (height * width))
     rope = Rope3d((frames, height, width), mask)
     return _self_attention(module, x, attn_mask, rope)
 
