@@ -51,7 +51,7 @@ def _self_attention(
     scale = None if sdpa else module.scale
     settings = {"causal": causal, "scale": scale, "rope": rope, "frame": frame}
     out: Tensor = module.proj(modules.attend(module, q, k, v, attn_mask, **settings))
-    return module.proj_drop(out)  # type: ignore[no-any-return]
+    return module.proj_drop(out)
 
 
 def _with_map(module: Any, x: Tensor, mask: Any = None) -> tuple[Tensor, None]:
