@@ -50,7 +50,8 @@ def ops_of(run: dict[str, Any]) -> list[str]:
 def where(run: dict[str, Any]) -> str:
     versions = run["versions"]
     cuda = f", CUDA {versions['cuda']}" if run["device"]["type"] == "cuda" else ""
-    return f"{run['device']['name']}, torch {versions['torch']}{cuda}, {run['date'][:10]}"
+    peers = "".join(f", {name} {version}" for name, version in versions["peers"].items())
+    return f"{run['device']['name']}, {run['date'][:10]}, torch {versions['torch']}{cuda}{peers}"
 
 
 def remarks(run: dict[str, Any]) -> list[str]:
