@@ -30,7 +30,7 @@ def lines_of(run: dict[str, Any], op: str) -> list[list[str]]:
     """A head, and for each loss of an op and each contender its cells."""
     mine = [row for row in run["rows"] if row["op"] == op]
     precisions = list(dict.fromkeys(row["precision"] for row in mine))
-    lines = [["loss", "whose", *precisions, "scale"]]
+    lines = [[op, "whose", *precisions, "scale"]]
     for name, contender in dict.fromkeys((row["name"], row["contender"]) for row in mine):
         cells, scale = [], ""
         for precision in precisions:
@@ -77,7 +77,7 @@ def text(record: dict[str, Any], run: dict[str, Any]) -> str:
         lines = lines_of(run, op)
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         shown = ("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
-        parts.append("\n".join([op, *(line.rstrip() for line in shown)]))
+        parts.append("\n".join(line.rstrip() for line in shown))
     left = [f"left out: {remark}" for remark in remarks(run)]
     return "\n\n".join([*parts, *(["\n".join(left)] if left else [])])
 
