@@ -1,4 +1,4 @@
-"""The tables of a parity record: errors against float64, the worst of its shapes. Needs no torch."""
+"""The tables of a parity record: errors against float64, the worst over shapes. Needs no torch."""
 
 from __future__ import annotations
 
