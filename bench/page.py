@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import report
+from bench import parity_table, report
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
@@ -71,6 +71,8 @@ def table(record: dict[str, Any], run: dict[str, Any], dtype: str) -> str:
 
 def section(record: dict[str, Any]) -> str:
     """All runs of a record: where they ran, and a table for each dtype."""
+    if record["schema"] == parity_table.SCHEMA:
+        return parity_table.markdown(record)
     parts = []
     for run in record["runs"]:
         title, where = report.header(record, run).split("\n")[:2]

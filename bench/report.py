@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import OPS
+from bench import OPS, parity_table
 
 SCHEMA = "vicreg-kernels/bench/3"
 # The runs of 2 lack `planned`, and measured all contenders of a case in one group.
-READABLE = (SCHEMA, "vicreg-kernels/bench/2")
+READABLE = (SCHEMA, "vicreg-kernels/bench/2", parity_table.SCHEMA)
 RESULTS = Path(__file__).resolve().parent / "results"
 LEGEND = """\
 Of ours: p50, peak memory beyond its inputs, percent of the floor. Of the others: their time as a
@@ -142,6 +142,8 @@ def remarks(run: dict[str, Any]) -> list[str]:
 
 def table(record: dict[str, Any], run: dict[str, Any]) -> str:
     """One run of a record, dtype by dtype; a column for each contender that it measured."""
+    if record["schema"] == parity_table.SCHEMA:
+        return parity_table.text(record, run)
     measured = {row["contender"] for row in run["rows"]}
     columns = Columns(
         max((len(row["case"]) for row in run["rows"]), default=0),

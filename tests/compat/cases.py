@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from bench.peers import Get
 from tests.barlow import test_peers as barlow
-from tests.compat.peers import Get
 from tests.sigreg import test_peers as sigreg
 from tests.vicreg import test_conventions as vicreg
 

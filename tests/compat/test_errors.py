@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.compat import peers
+from bench import peers
 
 X = torch.randn(6, 4)
 VIEWS = torch.randn(2, 6, 4)

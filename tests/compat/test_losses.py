@@ -9,7 +9,7 @@ import importlib
 import pytest
 import torch
 
-from tests.compat import peers
+from bench import peers
 from tests.compat.cases import CASES, inputs, tensors
 from tests.helpers.tolerances import relative_error
 from vicreg_kernels.compat import patching

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.compat import peers
+from bench import peers
 
 
 def pair():

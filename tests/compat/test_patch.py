@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import vicreg_kernels as vk
-from tests.compat import peers
+from bench import peers
 from vicreg_kernels.compat import lightly as ours
 from vicreg_kernels.compat import patching
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.compat import peers
+from bench import peers
 from tests.helpers import gloo
 from tests.helpers.tolerances import relative_error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.compat import peers
+from bench import peers
 from tests.vicregl.cases import VIEWS, draw
 
 

@@ -187,7 +187,7 @@ def check_command(line: str) -> None:
             place = rest.index("-m")
             call_module(rest[place + 1], rest[place + 2 :])
         else:
-            check_paths(rest[:1])
+            check_paths([word for word in rest if word.endswith(".py")])
     elif program == "pytest":
         call_module("pytest", rest)
     elif program == "make":

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.compat import peers
+from bench import peers
 from vicreg_kernels import Projector
 from vicreg_kernels.projector import CONVENTIONS
 
