@@ -114,7 +114,6 @@ class Inputs:
         self.longest = max(self.lengths)
         self.ragged = min(self.lengths) != self.longest
         self.offsets = torch.tensor([0, *self.lengths], device=device).cumsum(0).int()
-        where = {"device": device, "dtype": dtype}
         keep = torch.zeros(self.batch, setting.tokens, dtype=torch.bool)
         for row, length in zip(keep, self.lengths, strict=True):
             row[torch.randperm(setting.tokens)[:length]] = True
@@ -126,11 +125,11 @@ class Inputs:
         self.padded_places = torch.zeros_like(self.real, dtype=torch.long)
         self.padded_places[self.real] = self.places
         self.rope = Rope3d(setting.grid, self.places) if setting.rope else None
-        self.where = where
+        self.device, self.dtype = device, dtype
 
     def draw(self, *shape: int) -> tuple[list[Tensor], Tensor]:
         """(q, k, v wanting gradients, an incoming gradient)."""
-        *leaves, grad = (torch.randn(shape, **self.where) for _ in range(4))
+        *leaves, grad = (torch.randn(shape, device=self.device).to(self.dtype) for _ in range(4))
         return [x.requires_grad_() for x in leaves], grad
 
     def packed(self) -> tuple[list[Tensor], Tensor]:

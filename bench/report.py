@@ -159,15 +159,48 @@ def table(record: dict[str, Any], run: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *remarks(run)]).rstrip()
 
 
+# What a record, a run and a row must hold to be read, and of which type.
+NUMBER = (int, float)
+RECORD = {"op": str, "title": str, "contenders": dict, "runs": list}
+RUN = {"date": str, "device": dict, "threads": int, "versions": dict, "ceilings": dict}
+RUN |= {"rows": list, "skipped": list}
+ROW = {"case": str, "dtype": str, "contender": str, "rounds": int, "ms": dict, "floor_ms": NUMBER}
+
+
+def _check(what: Any, fields: dict[str, Any], where: str) -> None:
+    """Raise ValueError, which names the place, where a field is absent or of another type."""
+    for name, kind in fields.items():
+        if not isinstance(what, dict) or not isinstance(what.get(name), kind):
+            raise ValueError(f"{where} has no valid {name!r}")
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The record of a file. Raises ValueError, which names the file, where it holds none."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise ValueError(f"{file} is damaged: {error}") from error
+    schema = record.get("schema") if isinstance(record, dict) else None
+    if schema not in READABLE:
+        raise ValueError(f"{file}: schema {schema!r}, this reads {READABLE}")
+    _check(record, RECORD, str(file))
+    for i, run in enumerate(record["runs"]):
+        where = f"{file}: run {i}"
+        _check(run, RUN, where)
+        _check(run["device"], {"type": str, "name": str}, f"{where}: device")
+        _check(run["versions"], {"torch": str}, f"{where}: versions")
+        for j, row in enumerate(run["rows"]):
+            _check(row, ROW, f"{where}: row {j}")
+            _check(row["ms"], dict.fromkeys(("p20", "p50", "p80"), NUMBER), f"{where}: row {j}: ms")
+            if not all(0 < row["ms"][name] < float("inf") for name in ("p20", "p50", "p80")):
+                raise ValueError(f"{where}: row {j}: ms holds a time that is not positive")
+    return record
+
+
 def load(paths: list[Path]) -> list[dict[str, Any]]:
-    """The records of the files, and of the folders' *.json."""
+    """The records of the files, and of the folders' *.json. Raises ValueError as `read`."""
     files = [f for p in paths for f in (sorted(p.rglob("*.json")) if p.is_dir() else [p])]
-    records = []
-    for file in files:
-        record = json.loads(file.read_text())
-        if record.get("schema") not in READABLE:
-            raise ValueError(f"{file}: schema {record.get('schema')!r}, this reads {READABLE}")
-        records.append(record)
+    records = [read(file) for file in files]
     order = [record["op"] for record in records]
     return sorted(records, key=lambda r: ([*OPS, *order].index(r["op"])))
 
