@@ -245,7 +245,7 @@ def flex(x: Inputs) -> Step:
             def earlier(b: Any, h: Any, i: Any, j: Any) -> Any:
                 return i // frame >= j // frame
 
-            blocks = create_block_mask(earlier, None, None, edge, edge, device=x.where["device"])
+            blocks = create_block_mask(earlier, None, None, edge, edge, device=x.device)
     else:
         total = sum(x.lengths)
         leaves, grad = x.draw(1, x.heads, total, x.setting.dim)
@@ -256,7 +256,7 @@ def flex(x: Inputs) -> Step:
         def same(b: Any, h: Any, i: Any, j: Any) -> Any:
             return sample[i] == sample[j]
 
-        blocks = create_block_mask(same, None, None, total, total, device=x.where["device"])
+        blocks = create_block_mask(same, None, None, total, total, device=x.device)
     attend = compiled(flex_attention)
     return x.step(lambda q, k, v: attend(q, k, v, block_mask=blocks), leaves, grad)
 

@@ -54,7 +54,7 @@ class Change:
 
 
 def deviation(row: dict[str, Any]) -> float | None:
-    """Of the log of one sample, from p20 and p80 as `measure.Spread` picks them; None: one round."""
+    """Of one sample's log, from p20 and p80 as `measure.Spread` picks them; None: one round."""
     rounds = row["rounds"]
     if rounds < 2:
         return None
@@ -77,8 +77,15 @@ def change(old: dict[str, Any], new: dict[str, Any]) -> Change:
         reach = STUDENT[freedom - 1] * math.sqrt(math.pi / 2 * sum(variances))
         ratio = new["p50_ms"] / old["p50_ms"]
         interval = ratio * math.exp(-reach), ratio * math.exp(reach)
-    names = (new[name] for name in ("op", "case", "dtype", "contender"))
-    return Change(*names, old["p50_ms"], new["p50_ms"], interval)
+    return Change(
+        new["op"],
+        new["case"],
+        new["dtype"],
+        new["contender"],
+        old["p50_ms"],
+        new["p50_ms"],
+        interval,
+    )
 
 
 def load(paths: list[Path]) -> list[dict[str, Any]]:

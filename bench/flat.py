@@ -45,7 +45,9 @@ def collect(paths: list[Path]) -> list[Folder]:
             found.setdefault(place)
     names = _names([place.resolve() for place in found])
     return [
-        Folder(name, place, report.load(sorted(place.glob("*.json")) if place.is_dir() else [place]))
+        Folder(
+            name, place, report.load(sorted(place.glob("*.json")) if place.is_dir() else [place])
+        )
         for name, place in zip(names, found, strict=True)
     ]
 
@@ -98,7 +100,7 @@ def flattened(folders: list[Folder]) -> list[Row]:
                 row |= {name: _counted(found.get(name)) for name in ("gbps", "tflops")}
                 row |= {"floor_ms": floor, "bound": found.get("bound") if floor else None}
                 row["percent_of_floor"] = floor and 100 * floor / ms["p50"]
-                key = (folder.name, *(row[name] for name in ("op", "case", "dtype", "contender")))
+                key = (folder.name, record["op"], *(found[name] for name in report.KEY))
                 if key in last:
                     last[key]["latest"] = False
                 last[key] = row

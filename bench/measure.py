@@ -9,7 +9,6 @@ ones; its sample is their median. A contender too slow for that is called once a
 from __future__ import annotations
 
 import os
-import re
 import statistics
 import sys
 import time
@@ -250,7 +249,7 @@ def _functions() -> dict[str, str]:
 
 
 def _part(name: str, functions: dict[str, str]) -> str | None:
-    """The part of a step that an event of this name belongs to; None: to none that is told apart."""
+    """The part of a step that an event of this name belongs to; None: to none told apart."""
     space, found, op = name.partition("::")
     if found and space.startswith("vicreg_kernels"):
         return op.split("_")[0]
@@ -262,8 +261,8 @@ def _part(name: str, functions: dict[str, str]) -> str | None:
 
 
 def shares(step: Step, device: torch.device) -> dict[str, float]:
-    """Fractions of a step's time: this library's ops, torch's products and attention, and `rest`. Of
-    the host's time on the CPU, of the kernels' on a CUDA device; what runs within an op is the op's.
+    """Fractions of a step's time: this library's ops, torch's products and attention, and `rest`.
+    Of the host's time on the CPU, of the kernels' on a CUDA device; what runs within an op is its.
     """
     step()
     cuda = device.type == "cuda"

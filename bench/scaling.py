@@ -81,8 +81,8 @@ def _by_work(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[Any]]:
 
 
 def fits(rows: list[dict[str, Any]], titles: dict[str, str]) -> list[dict[str, Any]]:
-    """Of the flat rows of `bench.flat`: one entry for each folder, op, dtype and contender, and each
-    size that takes two or more values while the others stay.
+    """Of the flat rows of `bench.flat`: one entry for each folder, op, dtype and contender, and for
+    each size that takes two or more values while the others stay.
 
     titles: op -> the record's title. `points` are (size, milliseconds, case).
     """
@@ -98,8 +98,14 @@ def fits(rows: list[dict[str, Any]], titles: dict[str, str]) -> list[dict[str, A
             if len({size for size, _ in points}) < LEAST_POINTS:
                 continue
             line = fit([(size, row["p50_ms"]) for size, row in points])
-            entry = {"folder": folder, "op": op, "dtype": dtype, "contender": contender}
-            entry |= {"axis": axis, "fixed": fixed, **vars(line), "count": line.points}
+            entry: dict[str, Any] = {"folder": folder, "op": op, "dtype": dtype}
+            entry |= {
+                "contender": contender,
+                "axis": axis,
+                "fixed": fixed,
+                **vars(line),
+                "count": line.points,
+            }
             listed = sorted((size, row["p50_ms"], row["case"]) for size, row in points)
             found.append(entry | {"points": listed})
     return found
