@@ -114,7 +114,6 @@ class Inputs:
         self.longest = max(self.lengths)
         self.ragged = min(self.lengths) != self.longest
         self.offsets = torch.tensor([0, *self.lengths], device=device).cumsum(0).int()
-        where = {"device": device, "dtype": dtype}
         keep = torch.zeros(self.batch, setting.tokens, dtype=torch.bool)
         for row, length in zip(keep, self.lengths, strict=True):
             row[torch.randperm(setting.tokens)[:length]] = True
@@ -126,11 +125,11 @@ class Inputs:
         self.padded_places = torch.zeros_like(self.real, dtype=torch.long)
         self.padded_places[self.real] = self.places
         self.rope = Rope3d(setting.grid, self.places) if setting.rope else None
-        self.where = where
+        self.device, self.dtype = device, dtype
 
     def draw(self, *shape: int) -> tuple[list[Tensor], Tensor]:
         """(q, k, v wanting gradients, an incoming gradient)."""
-        *leaves, grad = (torch.randn(shape, **self.where) for _ in range(4))
+        *leaves, grad = (torch.randn(shape, device=self.device).to(self.dtype) for _ in range(4))
         return [x.requires_grad_() for x in leaves], grad
 
     def packed(self) -> tuple[list[Tensor], Tensor]:
@@ -246,7 +245,7 @@ def flex(x: Inputs) -> Step:
             def earlier(b: Any, h: Any, i: Any, j: Any) -> Any:
                 return i // frame >= j // frame
 
-            blocks = create_block_mask(earlier, None, None, edge, edge, device=x.where["device"])
+            blocks = create_block_mask(earlier, None, None, edge, edge, device=x.device)
     else:
         total = sum(x.lengths)
         leaves, grad = x.draw(1, x.heads, total, x.setting.dim)
@@ -257,7 +256,7 @@ def flex(x: Inputs) -> Step:
         def same(b: Any, h: Any, i: Any, j: Any) -> Any:
             return sample[i] == sample[j]
 
-        blocks = create_block_mask(same, None, None, total, total, device=x.where["device"])
+        blocks = create_block_mask(same, None, None, total, total, device=x.device)
     attend = compiled(flex_attention)
     return x.step(lambda q, k, v: attend(q, k, v, block_mask=blocks), leaves, grad)
 

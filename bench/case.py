@@ -46,6 +46,7 @@ class Plan:
     one by one, after all others (bench/groups.py).
     elsewhere: steps run in other processes, whose memory is not counted.
     host: what counts is the time until a step returns, not until the device is done.
+    shares: a step of several ops, of which the record says what share of the time each takes.
     skipped: contender -> why it cannot take part in this case, here (not installed, no such
     device, no memory for it); it has no step then.
     """
@@ -59,6 +60,7 @@ class Plan:
     peers: tuple[str, ...] = ()
     elsewhere: bool = False
     host: bool = False
+    shares: bool = False
 
 
 @dataclass(frozen=True)

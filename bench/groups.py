@@ -163,6 +163,11 @@ class Measurement:
         new = [self._row(name, samples) for name in group if name in steps]
         self.rows += new
         yield
+        if self.plan.shares:
+            for row in new:
+                if row["contender"] not in (*self.plan.compiled, *self.plan.peers):
+                    row["shares"] = measure.shares(steps[row["contender"]], self.device)
+            yield
         if self.cuda and new:
             try:
                 self._trace(new, steps, budget / 2)
@@ -220,6 +225,8 @@ class Measurement:
             "gbps": plan.least_bytes / times.p50 / 1e6,
             "tflops": plan.least_operations / times.p50 / 1e9,
             "launches": None,
+            "shares": None,
+            "error": None,
         }
         self._add_floor(row)
         return row

@@ -304,7 +304,7 @@ def plan(
     else:
         skipped["compiled"] = "takes minutes to compile on two cores"
     name = dispatch.choose("attention", backend, device.type, dtype)
-    return Plan(steps, name, 0, 0, compiled=("compiled",), skipped=skipped)
+    return Plan(steps, name, 0, 0, compiled=("compiled",), skipped=skipped, shares=True)
 
 
 LARGE = Size(

@@ -231,6 +231,71 @@ def count_launches(step: Step) -> int | None:
     return count or None
 
 
+# What torch calls its products of matrices and its convolutions, forward and backward.
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::convolution", "aten::conv")
+
+
+def _functions() -> dict[str, str]:
+    """This library's autograd functions, forward and backward, by the profiler's name for them, and
+    the op that each is of.
+    """
+    found: dict[str, str] = {}
+    for function in torch.autograd.Function.__subclasses__():
+        package, _, rest = function.__module__.partition(".")
+        if package == "vicreg_kernels":
+            op = rest.split(".")[0]
+            found |= {function.__name__: op, f"{function.__name__}Backward": op}
+    return found
+
+
+def _part(name: str, functions: dict[str, str]) -> str | None:
+    """The part of a step that an event of this name belongs to; None: to none told apart."""
+    space, found, op = name.partition("::")
+    if found and space.startswith("vicreg_kernels"):
+        return op.split("_")[0]
+    if name.startswith(PRODUCTS):
+        return "torch: linear layers and convolution"
+    if "scaled_dot_product" in name:
+        return "torch: attention"
+    return functions.get(name)
+
+
+def shares(step: Step, device: torch.device) -> dict[str, float]:
+    """Fractions of a step's time: this library's ops, torch's products and attention, and `rest`.
+    Of the host's time on the CPU, of the kernels' on a CUDA device; what runs within an op is its.
+    """
+    step()
+    cuda = device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] * cuda
+    if cuda:
+        torch.cuda.synchronize()
+    with _quiet(), torch.profiler.profile(activities=activities) as profile:
+        with torch.profiler.record_function("whole step"):
+            step()
+        if cuda:
+            torch.cuda.synchronize()
+    on_host = torch.autograd.DeviceType.CPU
+    events = profile.events()
+    if cuda:
+        whole = sum(e.self_device_time_total for e in events if e.device_type == on_host)
+    else:
+        (whole,) = (e.cpu_time_total for e in events if e.name == "whole step")
+    took: dict[str, float] = {}
+    functions = _functions()
+    for event in events:
+        part = _part(event.name, functions) if event.device_type == on_host else None
+        above = event.cpu_parent
+        while part is not None and above is not None:
+            part = None if _part(above.name, functions) else part
+            above = above.cpu_parent
+        if part is not None:
+            time = event.device_time_total if cuda else event.cpu_time_total
+            took[part] = took.get(part, 0.0) + time
+    found = {name: time / whole for name, time in sorted(took.items())} if whole else {}
+    return found | {"rest": max(1 - sum(found.values()), 0.0)} if found else {}
+
+
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """GB/s of a large copy, bytes read and written, and TFLOP/s of a large matrix product."""
     cuda = device.type == "cuda"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench import groups, report
+from bench import accuracy, groups, report
 from bench.case import Case, Plan
 
 # A case and a dtype.
@@ -161,11 +162,26 @@ class Run:
         finally:  # also where the device is lost
             self.failed |= any(map(groups.is_ours, work.reasons))
             self._keep(key, work.rows, work.reasons | reasons)
+        if self.options.accuracy:
+            self._add_errors(case, work)
+            self._keep(key, work.rows, work.reasons | reasons)
         if work.late:
             self.late.append(f"{case.name} {dtype} ({', '.join(work.late)})")
         if plan.compiled:
             torch.compiler.reset()
         return work.rows
+
+    def _add_errors(self, case: Case, work: groups.Measurement) -> None:
+        """To the rows of ours; where it cannot be told, standard error says why."""
+        for row in work.rows:
+            if not groups.is_ours(row["contender"]):
+                continue
+            try:
+                row["error"] = accuracy.error(case, row["backend"], self.device, row["dtype"])
+            except Exception as error:
+                where = f"{case.name} {row['dtype']} {row['contender']}"
+                print(f"no accuracy of {where}: {groups.reason_of(error)}", file=sys.stderr)
+                groups.check_alive(self.device, error)
 
     def _keep(self, key: Key, rows: groups.Rows, reasons: dict[str, str]) -> None:
         """What is known of a case by now, in the place of what was; written."""

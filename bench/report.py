@@ -1,6 +1,8 @@
-"""Tables and the figure of bench/results: medians, ratios and targets. Needs no torch.
+"""Tables, the page and the figure of bench/results: medians, ratios, targets. Needs no torch.
 
-python3 -m bench.report [FILE_OR_FOLDER ...] [--figure docs/assets/speed_cpu.png]
+python3 -m bench.report [FILE_OR_FOLDER ...]
+python3 -m bench.report [FILE_OR_FOLDER ...] --output report.html --csv report.csv
+python3 -m bench.report NEW --compare OLD
 """
 
 from __future__ import annotations
@@ -161,15 +163,55 @@ def table(record: dict[str, Any], run: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *remarks(run)]).rstrip()
 
 
+# What a record, a run and a row must hold to be read, and of which type.
+NUMBER = (int, float)
+RECORD = {"op": str, "title": str, "contenders": dict, "runs": list}
+RUN = {"date": str, "device": dict, "threads": int, "versions": dict, "ceilings": dict}
+RUN |= {"rows": list, "skipped": list}
+KEY = ("case", "dtype", "contender")
+ROW = {"case": str, "dtype": str, "contender": str, "rounds": int, "ms": dict, "floor_ms": NUMBER}
+
+
+def _check(what: Any, fields: dict[str, Any], where: str) -> None:
+    """Raise ValueError, which names the place, where a field is absent or of another type."""
+    for name, kind in fields.items():
+        if not isinstance(what, dict) or not isinstance(what.get(name), kind):
+            raise ValueError(f"{where} has no valid {name!r}")
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The record of a file. Raises ValueError, which names the file, where it holds none."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse)
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise ValueError(f"{file} is damaged: {error}") from error
+    schema = record.get("schema") if isinstance(record, dict) else None
+    if schema not in READABLE:
+        raise ValueError(f"{file}: schema {schema!r}, this reads {READABLE}")
+    _check(record, RECORD, str(file))
+    for i, run in enumerate(record["runs"]):
+        where = f"{file}: run {i}"
+        _check(run, RUN, where)
+        _check(run["device"], {"type": str, "name": str}, f"{where}: device")
+        _check(run["versions"], {"torch": str}, f"{where}: versions")
+        for j, skip in enumerate(run["skipped"]):
+            _check(skip, dict.fromkeys((*KEY, "reason"), str), f"{where}: skipped {j}")
+        for j, row in enumerate(run["rows"]):
+            _check(row, ROW, f"{where}: row {j}")
+            _check(row["ms"], dict.fromkeys(("p20", "p50", "p80"), NUMBER), f"{where}: row {j}: ms")
+            if not all(0 < row["ms"][name] < float("inf") for name in ("p20", "p50", "p80")):
+                raise ValueError(f"{where}: row {j}: ms holds a time that is not positive")
+    return record
+
+
 def load(paths: list[Path]) -> list[dict[str, Any]]:
-    """The records of the files, and of the folders' *.json."""
+    """The records of the files, and of the folders' *.json. Raises ValueError as `read`."""
     files = [f for p in paths for f in (sorted(p.rglob("*.json")) if p.is_dir() else [p])]
-    records = []
-    for file in files:
-        record = json.loads(file.read_text())
-        if record.get("schema") not in READABLE:
-            raise ValueError(f"{file}: schema {record.get('schema')!r}, this reads {READABLE}")
-        records.append(record)
+    records = [read(file) for file in files]
     order = [record["op"] for record in records]
     return sorted(records, key=lambda r: ([*OPS, *order].index(r["op"])))
 
@@ -177,27 +219,53 @@ def load(paths: list[Path]) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python3 -m bench.report", description=__doc__)
     parser.add_argument("paths", nargs="*", type=Path, help=f"default: {RESULTS}")
+    parser.add_argument("--output", type=Path, help="write all of them as one HTML page here")
+    parser.add_argument("--csv", type=Path, help="write every row of all of them here")
     parser.add_argument("--figure", type=Path, help="write the chart of one record here (PNG)")
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        metavar="OLD",
+        help="in the place of the tables: what changed beyond noise since the records of OLD",
+    )
     options = parser.parse_args(argv)
-    missing = [str(path) for path in options.paths if not path.exists()]
+    paths, old = options.paths or [RESULTS], [options.compare] if options.compare else []
+    missing = [str(path) for path in [*paths, *old] if not path.exists()]
     if missing:
         parser.error(f"no such file or folder: {', '.join(missing)}")
     try:
-        records = load(options.paths or [RESULTS])
+        records = load(paths)
+        if options.figure and len(records) != 1:
+            parser.error(f"--figure draws one record, here are {len(records)}: name its file")
+        if not records:
+            print("no results: run `make bench`", file=sys.stderr)
+            return 1
+        _write(options, records, paths)
     except ValueError as error:
         parser.error(str(error))
-    if options.figure and len(records) != 1:
-        parser.error(f"--figure draws one record, here are {len(records)}: name its file")
-    if not records:
-        print("no results: run `make bench`", file=sys.stderr)
-        return 1
-    print("\n\n".join(table(record, run) for record in records for run in record["runs"]))
+    return 0
+
+
+def _write(options: argparse.Namespace, records: list[dict[str, Any]], paths: list[Path]) -> None:
+    """What the options ask for; the tables where they ask for no file but the figure."""
+    from bench import compare, flat, report_page
+
+    if options.compare:
+        print(compare.told(compare.load([options.compare]), compare.load(paths)))
+    elif not (options.output or options.csv):
+        print("\n\n".join(table(record, run) for record in records for run in record["runs"]))
+    folders = flat.collect(paths)
+    if options.output:
+        report_page.write(folders, options.output)
+        print(f"wrote {options.output}")
+    if options.csv:
+        flat.write_csv(flat.flattened(folders), options.csv)
+        print(f"wrote {options.csv}")
     if options.figure:
         from bench.figure import draw
 
         draw(records[0], options.figure)
         print(f"wrote {options.figure}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Prints tables and writes bench/results/<device>/<op>.json (README.md there has the schema), anew as
 soon as a row is measured. A run that measures a selection of cases prints only, unless it is given
---output. Where a contender breaks a GPU's context, a run with --output goes on in a new process.
+--output. Where a contender breaks a GPU's context, a run with --output goes on in a new process. On
+a terminal, standard error shows how far it is and how long it will take.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from bench import ALL as OPS
-from bench import environment, groups, measure, record, report
+from bench import compare, environment, flat, groups, measure, progress, record, report
 from bench.case import Case
 from vicreg_kernels.core import dispatch
 
@@ -72,7 +73,35 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="append the contenders of which the file's runs hold no row and no reason",
     )
+    parser.add_argument(
+        "--accuracy",
+        action="store_true",
+        help="also the distance of our results from those of the reference in float64",
+    )
+    parser.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        help="show a progress bar with the time left; default: where standard error is a terminal",
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        metavar="OLD",
+        help="say at the end what changed beyond noise since the records of this folder or file",
+    )
     options = parser.parse_args(argv)
+    options.old = []
+    if options.compare:
+        try:
+            options.old = compare.load([options.compare])
+        except ValueError as error:
+            parser.error(f"argument --compare: {error}")
+        if not options.old:
+            parser.error(f"argument --compare: no records in {options.compare}")
+    if options.progress is None:
+        options.progress = progress.shown_by_default()
+    elif options.progress and not progress.INSTALLED:
+        parser.error("argument --progress: tqdm is not installed")
     options.modules = {op: import_module(f"bench.{op}") for op in options.op or OPS}
     modules = options.modules.values()
     options.first = [next(iter(module.CASES)) for module in modules]
@@ -133,43 +162,55 @@ def main(argv: list[str] | None = None) -> int:
     about = {"command": command, **environment.describe(device)}
     deadline = start + options.seconds if options.seconds else None
     limits: dict[str, dict[str, float]] = {}
-    failed = False
+    ops = []
     for op, module in options.modules.items():
         path = options.output / f"{op}.json" if options.output else None
         earlier = record.read(path) if options.append or options.missing else []
-        run = record.Run(module, op, about, earlier, path, device, options)
-        pairs = select(module, options, device.type, run.earlier)
-        if not pairs:
-            print(f"{op}: nothing to measure")
-            continue
-        columns = report.Columns(max(len(case.name) for case, _ in pairs), run.columns)
-        print(report.header(run.record, run.entry), flush=True)
-        for case, dtype in pairs:
-            if deadline and time.perf_counter() > deadline:
-                run.late.append(f"{case.name} {dtype}")
+        pairs = select(module, options, device.type, record.Earlier(earlier))
+        ops.append((op, module, path, earlier, pairs))
+    failed, measured = False, []
+    with progress.Bar(sum(len(pairs) for *_, pairs in ops), options.progress) as bar:
+        for op, module, path, earlier, pairs in ops:
+            run = record.Run(module, op, about, earlier, path, device, options)
+            if not pairs:
+                bar.say(f"{op}: nothing to measure")
                 continue
-            if dtype not in limits:
-                limits[dtype] = measure.ceilings(device, getattr(torch, dtype))
-            if dtype not in run.entry["ceilings"]:
-                run.entry["ceilings"][dtype] = limits[dtype]
-                print(f"\n{report.ceilings_of(run.entry, dtype)}\n{columns.headings()}", flush=True)
-            try:
-                rows = run.measure(case, dtype, limits[dtype], deadline)
-            except groups.Poisoned as error:
-                print(f"bench: {case.name} {dtype} lost the device: {error}", file=sys.stderr)
-                if path is not None:
-                    go_on(argv, options, time.perf_counter() - start)
-                return 1
-            print(columns.lines_of(rows), end="", flush=True)
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-        failed |= run.failed
-        print("\n".join(["", *report.remarks(run.entry)]))
-        if run.late:
-            print(f"no time left for: {', '.join(run.late)}")
-        if path is not None and path.exists():
-            print(f"wrote {path}")
+            columns = report.Columns(max(len(case.name) for case, _ in pairs), run.columns)
+            bar.say(report.header(run.record, run.entry))
+            for case, dtype in pairs:
+                if deadline and time.perf_counter() > deadline:
+                    run.late.append(f"{case.name} {dtype}")
+                    bar.done()
+                    continue
+                bar.begin(f"{op} {case.name} {dtype}")
+                if dtype not in limits:
+                    limits[dtype] = measure.ceilings(device, getattr(torch, dtype))
+                if dtype not in run.entry["ceilings"]:
+                    run.entry["ceilings"][dtype] = limits[dtype]
+                    bar.say(f"\n{report.ceilings_of(run.entry, dtype)}\n{columns.headings()}")
+                try:
+                    rows = run.measure(case, dtype, limits[dtype], deadline)
+                except groups.Poisoned as error:
+                    print(f"bench: {case.name} {dtype} lost the device: {error}", file=sys.stderr)
+                    if path is not None:
+                        go_on(argv, options, time.perf_counter() - start)
+                    return 1
+                bar.say(columns.lines_of(rows), end="")
+                bar.done()
+                gc.collect()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+            failed |= run.failed
+            runs = run.record["runs"] if options.missing else [run.entry]
+            measured.append(run.record | {"runs": runs})
+            bar.say("\n".join(["", *report.remarks(run.entry)]))
+            if run.late:
+                bar.say(f"no time left for: {', '.join(run.late)}")
+            if path is not None and path.exists():
+                bar.say(f"wrote {path}")
+    if options.old:
+        new = flat.flattened([flat.Folder("this run", Path(), measured)])
+        print(f"\n{compare.told(options.old, [row for row in new if row['latest']])}")
     return 1 if failed else 0
 
 

@@ -1,8 +1,8 @@
 """`vicreg-kernels info | bench | audit | report`.
 
 `info` needs the package alone; the others run the benchmarks (with --tune: what is measured on a
-GPU for vicreg_kernels/configs), the audit of the compiled Triton kernels and the tables of results
-of a source checkout.
+GPU for vicreg_kernels/configs), the audit of the compiled Triton kernels and the tables, the page
+and the CSV of results of a source checkout.
 """
 
 from __future__ import annotations
@@ -132,8 +132,10 @@ def _text(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _in_checkout(needs: str, command: list[str]) -> int:
-    """Run command in the source checkout; an error where `needs` says there is none."""
+def _in_checkout(needs: str, command: list[str], folder: Path | None = None) -> int:
+    """Run a command of the source checkout; an error where `needs` says there is none. folder:
+    where it runs; by default where the caller is, so that the paths it is given are the caller's.
+    """
     if not (CHECKOUT / needs).exists():
         print(
             f"vicreg-kernels: {needs} is not here: it is part of the source checkout, not of the "
@@ -141,7 +143,11 @@ def _in_checkout(needs: str, command: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    return subprocess.run([sys.executable, *command], cwd=CHECKOUT).returncode
+    paths = [str(CHECKOUT), os.environ.get("PYTHONPATH", "")]
+    # The caller's folder may hold another `bench`: it stays off the path, from Python 3.11 on.
+    variables = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run([sys.executable, *command], cwd=folder, env=os.environ | variables)
+    return done.returncode
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -154,7 +160,8 @@ def main(argv: list[str] | None = None) -> int:
         "bench": "the quick benchmark; options as of `python3 -m bench.run`, for example --op. "
         "With --tune: measure launch configurations and thresholds; as of `python3 -m bench.tune`",
         "audit": "compile the Triton kernels ahead of time: registers, shared memory, spills",
-        "report": "the tables of bench/results; options as of `python3 -m bench.report`",
+        "report": "the tables of bench/results; with --output: a page of result folders side by "
+        "side; options as of `python3 -m bench.report`",
     }
     for name, text in passed.items():
         commands.add_parser(name, help=text, add_help=False)
@@ -180,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("VICREG_KERNELS_AUDIT", "all")  # every architecture
     audits = sorted(str(p) for p in (CHECKOUT / "tests").glob("*/test_audit_triton.py"))
     return _in_checkout(
-        "tests/helpers/audit_triton.py", ["-m", "pytest", "-s", "-rs", *audits, *rest]
+        "tests/helpers/audit_triton.py", ["-m", "pytest", "-s", "-rs", *audits, *rest], CHECKOUT
     )
 
 

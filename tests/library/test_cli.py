@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -109,8 +110,10 @@ def test_commands_of_a_checkout_say_when_there_is_none(command, tmp_path, monkey
 def test_commands_pass_their_options_on(monkeypatch):
     ran = []
 
-    def fake(command, cwd):
+    def fake(command, cwd, env):
         ran.append(command[1:])
+        assert cwd is None, "the paths that a command is given are the caller's"
+        assert env["PYTHONPATH"].split(os.pathsep)[0] == str(cli.CHECKOUT)
         return subprocess.CompletedProcess(command, 5)
 
     monkeypatch.setattr(cli.subprocess, "run", fake)
@@ -118,14 +121,29 @@ def test_commands_pass_their_options_on(monkeypatch):
     cli.main(["bench", "--cases", "64x8192"])
     cli.main(["bench", "--op", "vicreg", "--tune", "--seconds", "60"])
     cli.main(["report", "some.json", "--figure", "x.png"])
+    cli.main(["report", "a", "b", "--output", "report.html", "--csv", "all.csv"])
     assert ran == [
         ["-m", "bench.run", "--quick"],
         ["-m", "bench.run", "--cases", "64x8192"],
         ["-m", "bench.tune", "--op", "vicreg", "--seconds", "60"],
         ["-m", "bench.report", "some.json", "--figure", "x.png"],
+        ["-m", "bench.report", "a", "b", "--output", "report.html", "--csv", "all.csv"],
     ]
     with pytest.raises(SystemExit):
         cli.main(["info", "--surplus"])
+
+
+def test_the_report_takes_the_callers_paths(tmp_path):
+    """Also where the caller's folder has a `bench` of its own."""
+    (tmp_path / "bench.py").write_text("raise SystemExit('the wrong one')\n")
+    records = ROOT / "bench" / "results" / "cpu-amd-epyc-2-cores" / "ema.json"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "ema.json").write_text(records.read_text())
+    command = [sys.executable, "-m", "vicreg_kernels.cli", "report", "mine", "--csv", "all.csv"]
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    if sys.version_info >= (3, 11):
+        subprocess.run(command, cwd=tmp_path, env=os.environ | paths, check=True)
+        assert (tmp_path / "all.csv").read_text().count("\n") == 8
 
 
 def test_the_module_runs_as_a_program():

@@ -118,7 +118,7 @@ def parsers(monkeypatch):
     def error(self: argparse.ArgumentParser, message: str) -> NoReturn:
         raise Refused(message)
 
-    def in_checkout(needs: str, command: list[str]) -> int:
+    def in_checkout(needs: str, command: list[str], folder: Path | None = None) -> int:
         call_module(command[1], command[2:])
         return 0
 
