@@ -99,8 +99,8 @@ def planner(settings: dict[str, Any] | None = None) -> Planner:
     for name in chosen:
         if name not in takes:
             raise ValueError(f"--planner: got {name!r}, takes {', '.join(takes)}")
-    defaults = {"horizon": 12, "candidates": 192, "elites": 16, "iterations": 12}
-    return ICEM(**{**defaults, **chosen}, effort=Effort())
+    defaults = {"horizon": 12, "candidates": 192, "elites": 16, "iterations": 10}
+    return ICEM(**{**defaults, **chosen}, effort=Effort(horizon=1, growth=2.0))
 
 
 def measured(

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from vicreg_jepa import config
@@ -40,8 +40,9 @@ def write(
     else:
         tensors = dict(network.state_dict())
         about |= described
+    content = save({name: z.contiguous() for name, z in tensors.items()}, metadata=about)
     with output.writing(file):
-        save_file({name: z.contiguous() for name, z in tensors.items()}, file, metadata=about)
+        output.replace(file, content)
     return f"{len(tensors)} tensors of the {part}: {file}"
 
 
