@@ -254,7 +254,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _row_name(run: Path, step: int) -> str:
     """The name of a run in the tables of `surprise`, `plan` and `drift`."""
-    return f"{run.resolve().name}, step {step}"
+    return f"{run.stem if run.is_file() else run.resolve().name}, step {step}"
 
 
 def _plan_world(options: argparse.Namespace, restored: Any, planner: Any, output: Path) -> Any:

@@ -1,0 +1,44 @@
+"""The small trained models that come with the package."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from vicreg_jepa import cli, config, pretrained
+from vicreg_jepa.surprise import physics_test
+from vicreg_jepa.training.run import restore
+
+MOST = 5 * 2**20  # bytes of all files
+
+
+def test_they_are_small():
+    files = list(pretrained.path("plan").parent.glob("*.safetensors"))
+    assert {file.name for file in files} == set(pretrained.FILES.values())
+    assert sum(file.stat().st_size for file in files) <= MOST
+
+
+@pytest.mark.parametrize("command", pretrained.FILES)
+def test_each_is_a_recipe_trained_to_its_end(command):
+    settings, _, step = restore(pretrained.path(command))
+    recipe = config.load(pretrained.path(command).stem)
+    assert step == recipe.training.steps
+    for part in ("method", "data", "model", "loss", "optimizer", "training", "seed"):
+        assert getattr(settings, part) == getattr(recipe, part)
+
+
+def test_planning_reaches_the_goals(tmp_path, capsys):
+    words = ["plan", "--pretrained", "--episodes", "8", "--output", str(tmp_path)]
+    assert cli.main(words) == 0, capsys.readouterr().out
+    rows = {row["name"]: row["success"] for row in json.loads((tmp_path / "plan.json").read_text())}
+    assert rows["world_two_rooms, step 5000"] == 8 > rows["straight"]
+    assert (tmp_path / "episode.gif").stat().st_size > 1000
+
+
+def test_a_vanished_thing_surprises():
+    settings, method, _ = restore(pretrained.path("surprise"))
+    surprise_of = physics_test.of_method(method, settings.data.stride)
+    scores = physics_test.scores(
+        surprise_of, physics_test.quadruplets("permanence", 4), "permanence"
+    )
+    assert scores["mean"].accuracy == 1.0
