@@ -83,7 +83,9 @@ def parser() -> argparse.ArgumentParser:
     six.add_argument("--policy", default="walk", help="walk, uniform, still, expert or straight")
     six.add_argument("--history", type=integer(1), default=1, help="frames that are stacked")
     six.add_argument("--repeat", type=integer(1), default=1, help="steps that hold an action")
-    nine = commands.add_parser("memory", help="what a memory's store holds, and whether it is sound")
+    nine = commands.add_parser(
+        "memory", help="what a memory's store holds, and whether it is sound"
+    )
     nine.add_argument("store", type=Path, help="its file")
     nine.add_argument("--migrate", action="store_true", help="first bring it to this version")
     return parser

@@ -136,6 +136,14 @@ def version_of(connection: sqlite3.Connection, path: Path) -> int:
     return version
 
 
+def check_pages(connection: sqlite3.Connection, path: Path) -> None:
+    """Raises StoreError if SQLite finds the structure of the file damaged."""
+    found = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
+    if found != "ok":
+        text = " ".join(found.split())
+        raise StoreError(f"store: {str(path)!r} is damaged ({text}){DAMAGED}")
+
+
 def migrate(
     connection: sqlite3.Connection, path: Path, format: Format | None = None, to: int | None = None
 ) -> None:
@@ -182,10 +190,10 @@ def _second(connection: sqlite3.Connection) -> None:
         "INSERT INTO store VALUES ('evictions', '0')",
     ):
         connection.execute(statement)
-    connection.create_function("row_checksum", 8, checksum, deterministic=True)
+    connection.create_function("row_checksum", 10, checksum, deterministic=True)
     connection.execute(
-        "UPDATE rows SET checksum = "
-        "row_checksum(id, episode, time, surprise, place, action, outcome, embedding)"
+        """UPDATE rows SET checksum = row_checksum(rows.id, episode, session, world, time, surprise,
+            place, action, outcome, embedding) FROM episodes WHERE episodes.id = episode"""
     )
 
 

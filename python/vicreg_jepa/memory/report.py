@@ -57,8 +57,8 @@ def _lines(connection: sqlite3.Connection, path: Path) -> list[str]:
         f"{path}: version {database.VERSION}, {_bytes(path) / 2**20:.1f} MiB with its log",
         f"embeddings of {sizes.model!r}: {sizes.embedding} numbers; place {sizes.place}, action "
         f"{sizes.action}, outcome {sizes.outcome}",
-        f"{rows} rows of {episodes} episodes; surprise {least:.4g} to {most:.4g}; {used} rows used, "
-        f"{uses} times",
+        f"{rows} rows of {episodes} episodes; surprise {least:.4g} to {most:.4g}; {used} rows "
+        f"used, {uses} times",
     ]
     if sessions:
         last = connection.execute("SELECT begun FROM sessions ORDER BY id DESC").fetchone()[0]

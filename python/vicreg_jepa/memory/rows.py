@@ -106,6 +106,8 @@ def unpacked(parts: Sequence[bytes | None], size: int, kind: np.dtype[Any]) -> N
 def checksum(
     id: int,
     episode: int,
+    session: int,
+    world: str,
     time: int,
     surprise: float,
     place: bytes | None,
@@ -116,9 +118,9 @@ def checksum(
     """The CRC-32 of what never changes in a row. SQLite finds a page whose structure is damaged,
     but not one whose numbers are others.
     """
-    head = struct.pack("<qqqd?", id, episode, time, surprise, place is None)
+    head = struct.pack("<qqqqd?", id, episode, session, time, surprise, place is None)
     value = zlib.crc32(head)
-    for part in (place or b"", action, outcome, embedding):
+    for part in (world.encode(), place or b"", action, outcome, embedding):
         value = zlib.crc32(part, value)
     return value
 

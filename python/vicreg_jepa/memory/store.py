@@ -36,8 +36,8 @@ from vicreg_jepa.memory.rows import (
 )
 from vicreg_jepa.memory.scan import Vectors
 
-SELECT = """SELECT rows.id, rows.episode, time, surprise, place, action, outcome, embedding,
-    checksum, uses, session, world FROM rows LEFT JOIN episodes ON episodes.id = rows.episode"""
+SELECT = """SELECT rows.id, episode, session, world, time, surprise, place, action, outcome,
+    embedding, checksum, uses FROM rows LEFT JOIN episodes ON episodes.id = rows.episode"""
 AT_ONCE = 500  # ids of one query; SQLite takes 999 at least
 PIECE = 8192  # rows that are read at once
 SMALLEST = 16
@@ -53,8 +53,8 @@ class Reader:
     path: the file, on a local disk. index: the search, by default exact.
 
     Raises ValueError that names the argument, and StoreError, a ValueError that begins with
-    `store:`, if there is no store, it cannot be read, is of another version or is damaged: each row
-    is held against its checksum when it is read.
+    `store:`, if there is no store, it cannot be read, is of another version or is damaged: opening
+    it checks every page and every row, and a row is held against its checksum whenever it is read.
     """
 
     def __init__(self, path: str | Path, index: Index | None = None) -> None:
@@ -73,6 +73,7 @@ class Reader:
         self._last, self._evictions = 0, 0
         try:
             with self._transaction():
+                database.check_pages(connection, self.path)
                 self.format = stored_format(connection, self.path)
                 self._held = set(self._index.ids().tolist())
                 self._catch_up()
@@ -239,14 +240,12 @@ class Reader:
                 raise StoreError(
                     f"store: {str(self.path)!r}: row {values[0]} is damaged{database.DAMAGED}"
                 )
-        columns = list(zip(*piece, strict=True))
-        id, episode, time, surprise, place, action, outcome, embedding, _, uses, session, _ = (
-            columns
-        )
+        id, episode, session, world, time, surprise, *blobs, _, uses = zip(*piece, strict=True)
+        place, action, outcome, embedding = blobs
         sizes = self.format
         return Rows(
             id=np.array(id, np.int64),
-            world=np.array(columns[-1], object),
+            world=np.array(world, object),
             session=np.array(session, np.int64),
             episode=np.array(episode, np.int64),
             time=np.array(time, np.int64),
@@ -371,17 +370,21 @@ class Writer(Reader):
         }
         surprise = surprises_of(surprises, count)
         with self._transaction("IMMEDIATE"):
-            self._check_episodes(made)
+            begun = self._begun(made)
             last = self._number(
                 "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'rows'"
             )
             ids = np.arange(last + 1, last + 1 + count)
-            columns = (ids.tolist(), made.tolist(), steps.tolist(), surprise.tolist(), place)
-            rows = list(zip(*columns, *floats.values(), strict=True))
+            numbers = (steps.tolist(), surprise.tolist(), place, *floats.values())
             self._connection.executemany(
                 "INSERT INTO rows (id, episode, time, surprise, place, action, outcome, embedding, "
                 "checksum) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                [(*row, checksum(*row)) for row in rows],
+                [
+                    (id, episode, *values, checksum(id, episode, *begun[episode], *values))
+                    for id, episode, *values in zip(
+                        ids.tolist(), made.tolist(), *numbers, strict=True
+                    )
+                ],
             )
             left = self._count + count - self._evict(self._count + count)
         self._count = left
@@ -390,11 +393,15 @@ class Writer(Reader):
                 self._catch_up()
         return ids
 
-    def _check_episodes(self, episodes: Ids) -> None:
+    def _begun(self, episodes: Ids) -> dict[int, tuple[int, str]]:
+        """The session and the world of each episode."""
+        found = {}
         for episode in np.unique(episodes).tolist():
-            query = "SELECT count(*) FROM episodes WHERE id = ?"
-            if not self._connection.execute(query, [episode]).fetchone()[0]:
+            query = "SELECT session, world FROM episodes WHERE id = ?"
+            found[episode] = self._connection.execute(query, [episode]).fetchone()
+            if found[episode] is None:
                 raise ValueError(f"episodes: got {episode}, takes those that begin returned")
+        return found
 
     def _evict(self, count: int) -> int:
         """The number of rows that go, of `count` that are there."""
@@ -441,12 +448,12 @@ def stored_format(connection: sqlite3.Connection, path: Path) -> Format:
 def sound(values: Sequence[Any], format: Format) -> bool:
     """Whether a row, as SELECT gives it, is what was written."""
     wanted = [8 * format.place, 4 * format.action, 4 * format.outcome, 4 * format.embedding]
-    if values[4] is None:
+    if values[6] is None:
         wanted[0] = 0
     try:
-        right = [len(part or b"") for part in values[4:8]] == wanted
-        return right and checksum(*values[:8]) == values[8] and isinstance(values[-1], str)
-    except (TypeError, struct.error):  # a damaged page may give values of other types
+        right = [len(part or b"") for part in values[6:10]] == wanted
+        return right and checksum(*values[:10]) == values[10]
+    except (TypeError, AttributeError, struct.error):  # a damaged page may give other types
         return False
 
 
