@@ -192,8 +192,10 @@ def _second(connection: sqlite3.Connection) -> None:
         connection.execute(statement)
     connection.create_function("row_checksum", 10, checksum, deterministic=True)
     connection.execute(
-        """UPDATE rows SET checksum = row_checksum(rows.id, episode, session, world, time, surprise,
-            place, action, outcome, embedding) FROM episodes WHERE episodes.id = episode"""
+        """UPDATE rows SET checksum = row_checksum(id, episode,
+            (SELECT session FROM episodes WHERE episodes.id = rows.episode),
+            (SELECT world FROM episodes WHERE episodes.id = rows.episode),
+            time, surprise, place, action, outcome, embedding)"""
     )
 
 
@@ -216,6 +218,8 @@ class Lock:
             self.connection.execute("PRAGMA busy_timeout = 0")
             self.connection.execute("BEGIN EXCLUSIVE")
         except sqlite3.OperationalError as error:
+            if hasattr(self, "connection"):
+                self.connection.close()
             if "locked" not in str(error):
                 with named(path):
                     raise

@@ -63,13 +63,16 @@ class QdrantIndex:
     def add(self, rows: Rows) -> None:
         for begin in range(0, len(rows), AT_ONCE):
             some = rows.take(np.arange(begin, min(begin + AT_ONCE, len(rows))))
+            there = self.client.retrieve(self.collection, some.id.tolist(), with_payload=False)
+            some = some.take(~np.isin(some.id, [point.id for point in there]))
             points = [
                 self.models.PointStruct(
                     id=int(some.id[i]), vector=some.embedding[i].tolist(), payload=_payload(some, i)
                 )
                 for i in range(len(some))
             ]
-            self.client.upsert(self.collection, points=points, wait=True)
+            if points:
+                self.client.upsert(self.collection, points=points, wait=True)
 
     def remove(self, ids: Ids) -> None:
         if len(ids):

@@ -70,15 +70,12 @@ class Reader:
         self._connection = connection
         self._index: Index = Scan() if index is None else index
         self._places: dict[str, Vectors] = {}
-        self._last, self._evictions = 0, 0
+        self._last, self._evictions = 0, -1  # of what the index has followed
         try:
             with self._transaction():
                 database.check_pages(connection, self.path)
                 self.format = stored_format(connection, self.path)
-                self._held = set(self._index.ids().tolist())
                 self._catch_up()
-                if self._held:  # rows of an index of its own that the store has no longer
-                    self._index.remove(np.array(sorted(self._held), np.int64))
         except BaseException:
             connection.close()
             raise
@@ -185,8 +182,8 @@ class Reader:
             "SELECT CAST(value AS INTEGER) FROM store WHERE name = 'evictions'"
         )
         if evictions != self._evictions:
-            kept = np.fromiter((i for (i,) in self._connection.execute("SELECT id FROM rows")), int)
-            gone = np.setdiff1d(self._index.ids(), kept)
+            kept = [id for (id,) in self._connection.execute("SELECT id FROM rows")]
+            gone = np.setdiff1d(self._index.ids(), np.array(kept, np.int64))
             self._index.remove(gone)
             for places in self._places.values():
                 places.remove(gone)
@@ -195,9 +192,7 @@ class Reader:
         if newest <= self._last:
             return
         for rows in self._pieces("WHERE rows.id > ?", [self._last]):
-            new = np.array([i not in self._held for i in rows.id.tolist()])
-            self._held -= set(rows.id.tolist())
-            self._index.add(rows if new.all() else rows.take(new))
+            self._index.add(rows)
             self._add_places(rows)
             self._last = int(rows.id[-1])
 

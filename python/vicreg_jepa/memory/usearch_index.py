@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vicreg_jepa.memory.index import Hits, by_world, nearest
-from vicreg_jepa.memory.rows import Ids, Rows
+from vicreg_jepa.memory.rows import Ids, Rows, whole
 
 
 class UsearchIndex:
@@ -16,16 +16,25 @@ class UsearchIndex:
     opened. It may miss some of the nearest rows, and other ones after a restart.
 
     connectivity, expansion_add, expansion_search: as usearch has them; larger ones miss less and
-    take longer.
+    take longer. threads: that build the graphs; 0: one for each core.
 
-    Raises ImportError that says what to install.
+    Raises ImportError that says what to install, ValueError that names the argument.
     """
 
     shared = False
 
     def __init__(
-        self, connectivity: int = 16, expansion_add: int = 128, expansion_search: int = 64
+        self,
+        connectivity: int = 16,
+        expansion_add: int = 128,
+        expansion_search: int = 64,
+        threads: int = 0,
     ) -> None:
+        whole("connectivity", connectivity, 2)
+        whole("expansion_add", expansion_add, 1)
+        whole("expansion_search", expansion_search, 1)
+        whole("threads", threads, 0)
+        self.threads = threads
         try:
             from usearch.index import Index
         except ImportError as error:
@@ -52,7 +61,7 @@ class UsearchIndex:
             graph = self.worlds[world]
             new = its.take(~np.asarray(graph.contains(its.id.astype(np.uint64))))
             if len(new):
-                graph.add(new.id.astype(np.uint64), new.embedding, threads=1)
+                graph.add(new.id.astype(np.uint64), new.embedding, threads=self.threads)
 
     def remove(self, ids: Ids) -> None:
         for graph in self.worlds.values():
