@@ -37,12 +37,25 @@ def drawn(count: int, dims: int, intrinsic: int, seed: int) -> NDArray[np.float3
     return np.tanh(z @ weights).astype(np.float32)
 
 
+def format_of(dims: int) -> Format:
+    return Format("bench", dims, 2, 2, 0)
+
+
+def evicting(path: Path, dims: int, most: int) -> float:
+    """Seconds of the write that makes room in a full store: a sixteenth of its rows go."""
+    with Writer(path, format_of(dims), most=most) as store:
+        episode, zeros = store.begin([WORLD]), np.zeros((1, 2))
+        begun = time.process_time()
+        store.write(episode, [0], np.zeros((1, dims)), zeros, zeros, np.empty((1, 0)), [0.0])
+        return time.process_time() - begun
+
+
 def filled(path: Path, embeddings: NDArray[np.float32], most: int) -> float:
     """Writes a store; returns the milliseconds of one row's commit, the median of 50."""
     count, dims = embeddings.shape
     places = np.random.default_rng(1).uniform(0, 64, (count, 2))
     surprises = np.random.default_rng(2).exponential(size=count)
-    with Writer(path, Format("bench", dims, 2, 2, 0), most=most) as store:
+    with Writer(path, format_of(dims), most=most) as store:
         (episode,) = store.begin([WORLD])
 
         def write(begin: int, end: int) -> None:
@@ -129,6 +142,7 @@ def main() -> None:
                     ids = search(query)
                     times[name].append(1000 * (time.process_time() - begun))
                     hits[name] += len(np.intersect1d(ids, true[number]))
+            print(f"{count} rows | {evicting(path, options.dims, count):.2f} s to make room")
             for name in searches:
                 print(
                     f"{count} rows | {name} | {statistics.median(times[name]):.2f} ms a query, "

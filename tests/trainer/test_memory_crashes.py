@@ -93,7 +93,7 @@ class TestKilled:
     @pytest.mark.thorough
     @pytest.mark.parametrize("most", [64, 100_000], ids=["evicting", "growing"])
     def test_no_row_is_lost_in_25_rounds(self, most, tmp_path):
-        """20 CPU-seconds each."""
+        """5 CPU-seconds each."""
         self.rounds(tmp_path, 25, most)
 
     def test_a_migration_that_is_killed_is_made_again(self, tmp_path):
