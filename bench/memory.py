@@ -54,7 +54,7 @@ def filled(path: Path, embeddings: NDArray[np.float32], most: int) -> float:
     """Writes a store; returns the milliseconds of one row's commit, the median of 50."""
     count, dims = embeddings.shape
     places = np.random.default_rng(1).uniform(0, 64, (count, 2))
-    surprises = np.random.default_rng(2).exponential(size=count)
+    surprises = np.random.default_rng(2).exponential(1.0, (count,))
     with Writer(path, format_of(dims), most=most) as store:
         (episode,) = store.begin([WORLD])
 
