@@ -3,7 +3,8 @@
 config/ has the settings of a run, methods/ the training methods, training/ the loop. evaluation/
 and surprise/ measure what was learned, compare/ times it, and demo/ shows all of it. They use
 data/, distributed/, ops/, models/ and files/; physics/ simulates videos,
-worlds/ simulates environments that take actions.
+worlds/ simulates environments that take actions, planning/ plans in them, and memory/ keeps what
+was seen there.
 """
 
 from __future__ import annotations

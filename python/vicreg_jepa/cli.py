@@ -1,4 +1,4 @@
-"""`vicreg-jepa train | probe | surprise | compare | export | collect | plan | drift`."""
+"""`vicreg-jepa train | probe | surprise | compare | export | collect | plan | drift | memory`."""
 
 from __future__ import annotations
 
@@ -83,6 +83,11 @@ def parser() -> argparse.ArgumentParser:
     six.add_argument("--policy", default="walk", help="walk, uniform, still, expert or straight")
     six.add_argument("--history", type=integer(1), default=1, help="frames that are stacked")
     six.add_argument("--repeat", type=integer(1), default=1, help="steps that hold an action")
+    nine = commands.add_parser(
+        "memory", help="what a memory's store holds, and whether it is sound"
+    )
+    nine.add_argument("store", type=Path, help="its file")
+    nine.add_argument("--migrate", action="store_true", help="first bring it to this version")
     return parser
 
 
@@ -361,6 +366,21 @@ def _collect(options: argparse.Namespace) -> int:
     return 0
 
 
+def _memory(options: argparse.Namespace) -> int:
+    from vicreg_jepa.memory import report
+
+    if options.migrate:
+        before, after = report.migrated(options.store)
+        print(f"{options.store}: from version {before} to {after}")
+    found = report.problems(options.store)
+    if not found:
+        print(report.written(options.store))
+        print("every page and every row is sound")
+    for problem in found[: report.SHOWN]:
+        print(f"damaged: {problem}")
+    return 1 if found else 0
+
+
 COMMANDS = {
     "train": _train,
     "probe": _probe,
@@ -370,4 +390,5 @@ COMMANDS = {
     "collect": _collect,
     "plan": _plan,
     "drift": _drift,
+    "memory": _memory,
 }
