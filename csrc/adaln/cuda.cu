@@ -22,21 +22,16 @@
 #include "adaln/cuda/gate.cuh"
 #include "adaln/cuda/norm.cuh"
 #include "common/checks.h"
-#include "common/cuda/launch.h"
+#include "common/cuda/plan.cuh"
 
 namespace adaln {
 namespace {
 
-using common::by_dtype, common::ceil_div, common::data, common::divider, common::Queue;
-using common::reading, common::ScalarType;
+using common::by_dtype, common::ceil_div, common::data, common::divider, common::grid;
+using common::Queue, common::reading, common::ScalarType;
 using namespace kernels;
 
-int code(const Tensor& z) {
-  const ScalarType dtype = z.scalar_type();
-  return dtype == ScalarType::Float ? 0 : dtype == ScalarType::Half ? 1 : 2;
-}
-
-int64_t bytes(const Tensor& z) { return z.scalar_type() == ScalarType::Float ? 4 : 2; }
+bool in_float(const Tensor& z) { return z.scalar_type() == ScalarType::Float; }
 
 void* memory(const Tensor& z) { return const_cast<void*>(z.const_data_ptr()); }
 
@@ -47,16 +42,10 @@ Place place(const Tensor& z) {
 }
 
 // Whether accesses of 16 bytes are aligned in every row; of nothing they are.
-bool aligned(const Tensor& z) {
-  if (z.numel() == 0) return true;
-  const int64_t each = 16 / bytes(z);
-  const Place p = place(z);
-  return z.size(z.dim() - 1) % each == 0 && p.column == 1 && p.frame % each == 0 &&
-         p.token % each == 0 && reinterpret_cast<uintptr_t>(memory(z)) % 16 == 0;
-}
-
 bool all_aligned(std::initializer_list<const Tensor*> tensors) {
-  return std::all_of(tensors.begin(), tensors.end(), [](const Tensor* z) { return aligned(*z); });
+  return std::all_of(tensors.begin(), tensors.end(), [](const Tensor* z) {
+    return z->numel() == 0 || common::aligned(*z);
+  });
 }
 
 template <typename Access>
@@ -65,7 +54,7 @@ Access access(const Tensor& z);
 template <>
 Strided access<Strided>(const Tensor& z) {
   if (z.numel() == 0) return {nullptr, {0, 0, 0}, 0};
-  return {memory(z), place(z), code(z)};
+  return {memory(z), place(z), common::dtype_code(z.scalar_type())};
 }
 
 // Of Typed<W, T> and Vector<W, T>.
@@ -73,7 +62,7 @@ template <typename Access>
 Access access(const Tensor& z) {
   if (z.numel() == 0) return {};
   if constexpr (requires(Access a) { a.wide; }) {
-    return {memory(z), place(z), code(z) == 0};
+    return {memory(z), place(z), in_float(z)};
   } else {
     return {static_cast<decltype(Access::data)>(memory(z)), place(z)};
   }
@@ -103,7 +92,7 @@ void by_access(std::initializer_list<const Tensor*> tensors, const Tensor& token
 template <typename F>
 void by_two(std::initializer_list<const Tensor*> tensors, const Tensor& tokens,
             const Tensor& branch, F&& run) {
-  const bool wide = code(tokens) == 0 && code(branch) != 0;
+  const bool wide = in_float(tokens) && !in_float(branch);
   const bool eight = !wide || branch.size(2) % 8 == 0;
   if (!eight || !all_aligned(tensors)) {
     run(Type<Strided>{}, Type<Strided>{}, Type<Strided>{});
@@ -127,11 +116,6 @@ int warps_of(int64_t dim, int width) {
   int warps = 1;
   while (int64_t{warps} * kLanes * kElements < ceil_div(dim, width) * width) warps *= 2;
   return warps;
-}
-
-unsigned grid(int64_t blocks) {
-  STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "adaln: too large for one launch");
-  return static_cast<unsigned>(blocks);
 }
 
 void check_longest(int64_t dim) {

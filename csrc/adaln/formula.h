@@ -13,10 +13,6 @@
 
 #include "common/inline.h"
 
-#ifndef __CUDACC__
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are returned by what is always inlined
-#endif
-
 namespace adaln {
 
 // Elements of a token that the CUDA kernels keep in registers; as in contract.py.

@@ -63,8 +63,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   std::vector<cpu::Sums> partial(p.tasks.size());
   p.run([&] { return cpu::Backward(p, in, to, partial); });
   cpu::finish_parts(p, to, partial);
-  const auto tensor = [](const std::optional<Result>& found, const Tensor& like) {
-    return found ? found->tensor() : common::empty(like, {0}, like.scalar_type());
+  const auto tensor = [](const std::optional<Result>& result, const Tensor& like) {
+    return result ? result->tensor() : common::empty(like, {0}, like.scalar_type());
   };
   return {tensor(dq, q), tensor(dk, k), tensor(dv, v)};
 }

@@ -25,6 +25,7 @@
 namespace barlow {
 namespace {
 
+using common::Chunk;
 using common::Matrix;
 using common::Range;
 using common::Rows;
@@ -43,30 +44,15 @@ struct Problem {
         lambd(static_cast<float>(lambd)) {}
 
   int64_t area(const Range& range) const { return range.chunk * side; }
+  Chunk chunk(const Range& range, int64_t begin) const {
+    return Chunk(rows, dim, begin, range.chunk, range.end);
+  }
 
   int64_t rows, dim;
   bool gram;
   int64_t side, length;
   Standard standard;
   float lambd;
-};
-
-// Rows [row, row + rows) and columns [column, column + columns) of both views.
-struct Chunk {
-  Chunk(const Problem& p, const Range& range, int64_t begin) {
-    const int64_t length = std::min(range.chunk, range.end - begin);
-    row = p.gram ? 0 : begin;
-    rows = p.gram ? p.rows : length;
-    column = p.gram ? begin : 0;
-    columns = p.gram ? length : p.dim;
-  }
-
-  // A contiguous matrix of the chunk's shape, from `offset` in `scratch` on.
-  Matrix matrix(const Tensor& scratch, int64_t offset) const {
-    return common::contiguous(scratch, rows, columns, offset);
-  }
-
-  int64_t row, rows, column, columns;
 };
 
 KERNELS_VECTOR void inverse_stds(const float* scatter, int64_t count, const Standard& s,
@@ -178,12 +164,12 @@ void add_grams(const Problem& p, const Views& views, const Range& range, const T
   const Tensor scratch = common::empty(matrices, {2 * p.area(range)}, ScalarType::Float);
   float* z = static_cast<float*>(scratch.data_ptr());
   for (int64_t begin = range.begin; begin < range.end; begin += range.chunk) {
-    const Chunk c(p, range, begin);
+    const Chunk c = p.chunk(range, begin);
     for (int64_t v = 0; v < 2; ++v) {
       views.read(v, c, z + v * p.area(range));
       common::add_symmetric(
           common::contiguous(matrices, p.rows, p.rows, offset + v * p.rows * p.rows),
-          c.matrix(scratch, v * p.area(range)), begin > range.begin);
+          common::contiguous(scratch, c, v * p.area(range)), begin > range.begin);
     }
     column_dots(z, z + p.area(range), p.rows, c.columns, diagonal + begin);
   }
@@ -195,10 +181,11 @@ void add_correlation(const Problem& p, const Views& views, const Range& range,
   const Tensor scratch = common::empty(matrices, {2 * p.area(range)}, ScalarType::Float);
   float* z = static_cast<float*>(scratch.data_ptr());
   for (int64_t begin = range.begin; begin < range.end; begin += range.chunk) {
-    const Chunk c(p, range, begin);
+    const Chunk c = p.chunk(range, begin);
     for (int64_t v = 0; v < 2; ++v) views.read(v, c, z + v * p.area(range));
     common::multiply(common::contiguous(matrices, p.dim, p.dim, offset),
-                     c.matrix(scratch, 0).transposed(), c.matrix(scratch, p.area(range)),
+                     common::contiguous(scratch, c, 0).transposed(),
+                     common::contiguous(scratch, c, p.area(range)),
                      begin > range.begin);
   }
 }
@@ -270,22 +257,22 @@ void add_gradients(const Problem& p, const Views& views, float grad, const float
   std::vector<double> chunk_dots(p.gram ? range.chunk : 0);
   std::vector<float> a(3 * (p.gram ? range.chunk : p.dim));
   for (int64_t begin = range.begin; begin < range.end; begin += range.chunk) {
-    const Chunk c(p, range, begin);
+    const Chunk c = p.chunk(range, begin);
     for (int64_t v = 0; v < 2; ++v) views.read(v, c, z + v * area);
     for (int64_t v = 0; v < 2; ++v) {
       if (grads[v].numel() == 0) continue;
       const float *own = z + v * area, *other = z + (1 - v) * area;
       // Not into the gradient itself: its rows lie D apart, and D is a power of two more often than
       // not, which puts a tile of the product's result into one cache set.
-      const Matrix out = c.matrix(scratch, 2 * area);
+      const Matrix out = common::contiguous(scratch, c, 2 * area);
       if (p.gram) {
         const int64_t offset = (1 - v) * p.rows * p.rows;
         common::multiply(out, common::contiguous(products, p.rows, p.rows, offset),
-                         c.matrix(scratch, v * area), false);
+                         common::contiguous(scratch, c, v * area), false);
         column_dots(product, own, c.rows, c.columns, chunk_dots.data());
       } else {
         const Matrix correlation = common::contiguous(products, p.dim, p.dim, 0);
-        common::multiply(out, c.matrix(scratch, (1 - v) * area),
+        common::multiply(out, common::contiguous(scratch, c, (1 - v) * area),
                          v == 0 ? correlation.transposed() : correlation, false);
       }
       column_coefficients(p, grad, views.scatter(v) + c.column, diagonal + c.column,

@@ -60,9 +60,8 @@
 namespace barlow {
 namespace {
 
-using common::aligned, common::blocks_of, common::blocks_of_warps, common::by_dtype;
-using common::ceil_div, common::cut, common::data, common::product, common::Queue;
-using common::ScalarType;
+using common::aligned, common::blocks_of, common::blocks_of_warps, common::ceil_div, common::Chunk;
+using common::cut, common::data, common::product, common::Queue, common::ScalarType;
 using namespace kernels;
 
 struct Problem {
@@ -89,18 +88,17 @@ View<T> view(const Tensor& z) {  // [N, D]
   return {static_cast<const T*>(z.const_data_ptr()), 0, z.stride(0), z.stride(1)};
 }
 
-template <typename T>
-bool vectors(const Problem& p, const Tensor& x, const Tensor& y) {
-  return aligned(p.dim, view<T>(x)) && aligned(p.dim, view<T>(y));
+// run(element, vectors) with an element of the views' dtype and whether 16-byte accesses are aligned.
+template <typename F>
+void by_kind(const Tensor& x, const Tensor& y, F&& run) {
+  common::by_kind("barlow", x.scalar_type(), aligned(x) && aligned(y), run);
 }
 
-// One of the two views of `standardised`, its rows [row, row + rows) and columns likewise; upright
-// [1, rows, columns], else its transpose.
-Tensor part(const Problem& p, const Tensor& standardised, int64_t v, bool upright, int64_t row,
-            int64_t rows, int64_t column, int64_t columns) {
-  const int64_t at = (v * p.rows + row) * p.dim + column, all = p.rows * p.dim;
-  return upright ? common::strided(standardised, {1, rows, columns}, {all, p.dim, 1}, at)
-                 : common::strided(standardised, {1, columns, rows}, {all, 1, p.dim}, at);
+// A chunk of one of the two views of `standardised`: upright [1, rows, columns], else its transpose.
+Tensor part(const Problem& p, const Tensor& standardised, int64_t v, bool upright, const Chunk& c) {
+  const int64_t at = (v * p.rows + c.row) * p.dim + c.column, all = p.rows * p.dim;
+  return upright ? common::strided(standardised, {1, c.rows, c.columns}, {all, p.dim, 1}, at)
+                 : common::strided(standardised, {1, c.columns, c.rows}, {all, 1, p.dim}, at);
 }
 
 template <typename T, bool Vectors>
@@ -144,8 +142,9 @@ void forward_kernels(const Problem& p, const Tensor& x, const Tensor& y, double 
     queue.launch(&gram_rows, square_blocks, kThreads, 0, p.rows, p.dim, c.row_blocks,
                  data<float>(products), stored, square_sums, finish);
   } else {
-    product(queue, p.tf32x3, part(p, standardised, 0, false, 0, p.rows, 0, p.dim),
-            part(p, standardised, 1, true, 0, p.rows, 0, p.dim), products, false, scratch);
+    const Chunk whole(p.rows, p.dim, 0, p.rows, p.rows);
+    product(queue, p.tf32x3, part(p, standardised, 0, false, whole),
+            part(p, standardised, 1, true, whole), products, false, scratch);
     queue.launch(&cross_rows, square_blocks, kThreads, 0, p.dim, 1.f / static_cast<float>(p.rows),
                  data<float>(products), square_sums, finish);
   }
@@ -199,11 +198,8 @@ void backward_kernels(const Problem& p, const Tensor& grad, const Tensor& x, con
 
   // Pieces are columns (N < D) or rows.
   const int64_t extent = p.gram ? p.dim : p.rows;
-  int64_t piece = extent;
-  if (!direct) {
-    const int64_t elements = std::max<int64_t>(BARLOW_PRODUCT_ELEMENTS, p.side * extent / 8);
-    piece = std::min(extent, std::max<int64_t>(64, elements / p.side / 64 * 64));
-  }
+  const int64_t piece =
+      direct ? extent : common::piece_length(BARLOW_PRODUCT_ELEMENTS, p.side, extent);
   std::array<Tensor, 2> scratch;
   for (int v = 0; v < 2; ++v) {
     if (!wanted[v]) continue;
@@ -211,37 +207,33 @@ void backward_kernels(const Problem& p, const Tensor& grad, const Tensor& x, con
     scratch[v] = direct ? out[v] : common::empty(products, {p.side * piece}, ScalarType::Float);
   }
   for (int64_t begin = 0; begin < extent; begin += piece) {
-    const int64_t length = std::min(piece, extent - begin);
-    const int64_t row = p.gram ? 0 : begin, rows = p.gram ? p.rows : length;
-    const int64_t column = p.gram ? begin : 0, columns = p.gram ? length : p.dim;
-    const Cut c = cut(1, row, rows, column, columns, kGradientColumns,
-                      4 * queue.multiprocessors());
+    const Chunk chunk(p.rows, p.dim, begin, piece, extent);
+    const Cut c = cut(1, chunk, kGradientColumns, 4 * queue.multiprocessors());
     for (int v = 0; v < 2; ++v) {
       if (!wanted[v]) continue;
-      const Tensor target = common::strided(scratch[v], {1, rows, columns},
-                                            {rows * columns, columns, 1}, 0);
+      const Tensor target = common::strided(scratch[v], {1, c.rows, c.columns},
+                                            {c.rows * c.columns, c.columns, 1}, 0);
       if (p.gram) {  // K of the other view times this one
         product(queue, p.tf32x3,
                 common::strided(square, {1, p.side, p.side}, {area, p.side, 1}, (1 - v) * area),
-                part(p, standardised, v, true, row, rows, column, columns), target, false, 0);
+                part(p, standardised, v, true, chunk), target, false, 0);
       } else {  // the other view times C^T or C
-        product(queue, p.tf32x3, part(p, standardised, 1 - v, true, row, rows, column, columns),
+        product(queue, p.tf32x3, part(p, standardised, 1 - v, true, chunk),
                 common::strided(square, {1, p.side, p.side},
                                 {area, v == 0 ? 1 : p.side, v == 0 ? p.side : 1}, 0),
                 target, false, 0);
       }
       const bool apart = p.gram && !direct;  // the diagonal, from the Gram matrix
-      g.product[v] = {data<float>(target), columns,
+      g.product[v] = {data<float>(target), c.columns,
                       apart ? data<float>(products) + (1 - v) * area : nullptr};
     }
     if (p.gram) {
-      const Cut s = cut(1, row, rows, column, columns, kGradientColumns,
-                        2 * queue.multiprocessors());
-      sums = common::empty(products, {s.row_blocks, 2, columns}, ScalarType::Float);
+      const Cut s = cut(1, chunk, kGradientColumns, 2 * queue.multiprocessors());
+      sums = common::empty(products, {s.row_blocks, 2, s.columns}, ScalarType::Float);
       queue.launch(&product_sums<T, Vectors>, blocks_of(s), kThreads, 0, both, s, g,
                    data<float>(sums));
       for (int v = 0; v < 2; ++v) {
-        g.parts[v] = {data<float>(sums) + v * columns, s.row_blocks, 2 * columns};
+        g.parts[v] = {data<float>(sums) + v * s.columns, s.row_blocks, 2 * s.columns};
       }
     }
     queue.launch(&gradient_rows<T, Vectors>, blocks_of(c), kThreads, 0, both, c, g);
@@ -261,10 +253,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor x, Tensor y, d
   const Tensor diagonal = common::empty(x, {p.dim}, ScalarType::Float);
   const Tensor products = common::empty(x, {p.gram ? 2 : 1, p.side, p.side}, ScalarType::Float);
   const Tensor standardised = common::empty(x, {2, p.rows, p.dim}, p.dtype);
-  by_dtype("barlow", p.dtype, [&](auto element) {
-    using T = decltype(element);
-    const auto run = vectors<T>(p, x, y) ? &forward_kernels<T, true> : &forward_kernels<T, false>;
-    run(p, x, y, lambd, loss, moments, diagonal, products, standardised);
+  by_kind(x, y, [&](auto element, auto vectors) {
+    forward_kernels<decltype(element), vectors>(p, x, y, lambd, loss, moments, diagonal, products,
+                                                standardised);
   });
   return {loss, moments, diagonal, products, standardised};
 }
@@ -281,11 +272,9 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor y, Tensor mome
                        : common::empty(x, {0}, p.dtype);
   }
   if (need_x || need_y) {
-    by_dtype("barlow", p.dtype, [&](auto element) {
-      using T = decltype(element);
-      const auto run = vectors<T>(p, x, y) ? &backward_kernels<T, true>
-                                           : &backward_kernels<T, false>;
-      run(p, grad, x, y, moments, diagonal, products, standardised, lambd, out, wanted);
+    by_kind(x, y, [&](auto element, auto vectors) {
+      backward_kernels<decltype(element), vectors>(p, grad, x, y, moments, diagonal, products,
+                                                   standardised, lambd, out, wanted);
     });
   }
   return {out[0], out[1]};

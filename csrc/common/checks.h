@@ -153,9 +153,9 @@ class Argument {
   }
 
   const Argument& contiguous() const {
-    bool found;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle_, &found));
-    if (!found) {
+    bool is_contiguous;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle_, &is_contiguous));
+    if (!is_contiguous) {
       int64_t* strides;
       TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle_, &strides));
       refuse(name_, ": got strides ", words::shape(strides, dims_), " for shape ",

@@ -20,6 +20,7 @@
 
 #include "common/cuda/columns.cuh"
 #include "common/cuda/launch.h"
+#include "common/search.h"
 #include "common/tensors.h"
 #include "ema/formula.h"
 #include "ema/layout.h"
@@ -39,10 +40,8 @@
 namespace ema {
 namespace kernels {
 
-using common::kThreads;
-using common::narrow;
-using common::Pack;
-using common::widen;
+using common::kThreads, common::narrow, common::Pack, common::widen;
+using common::pieces::load, common::pieces::store;
 
 constexpr int kChunk = 8192;   // elements a block
 constexpr int kAtOnce = 16;    // elements a thread has in flight
@@ -154,30 +153,6 @@ __device__ __forceinline__ void update_one(T* target, const O* online, void* sha
   store_one(shadow, code, at_shadow, widen(kept));
 }
 
-// N adjacent elements as float32 and back, 16 bytes at a time, or 8 where there are no more.
-template <typename T, int N>
-__device__ __forceinline__ void read_row(const T* from, float (&to)[N]) {
-  constexpr int W = N * sizeof(T) < 16 ? N : 16 / static_cast<int>(sizeof(T));
-#pragma unroll
-  for (int part = 0; part < N; part += W) {
-    const auto pack = Pack<T, W>::read(from + part);
-#pragma unroll
-    for (int w = 0; w < W; ++w) to[part + w] = widen(pack.values[w]);
-  }
-}
-
-template <typename T, int N>
-__device__ __forceinline__ void write_row(const float (&from)[N], T* to) {
-  constexpr int W = N * sizeof(T) < 16 ? N : 16 / static_cast<int>(sizeof(T));
-#pragma unroll
-  for (int part = 0; part < N; part += W) {
-    Pack<T, W> pack;
-#pragma unroll
-    for (int w = 0; w < W; ++w) pack.values[w] = narrow<T>(from[part + w]);
-    pack.write(to + part);
-  }
-}
-
 // kPass elements from `first` on, all of them there and aligned. N: elements of 16 bytes of the
 // target, adjacent in a thread, so that a warp's accesses fall together.
 template <typename T, typename O>
@@ -188,9 +163,9 @@ __device__ __forceinline__ void update_vectors(T* target, const O* online, void*
   const int64_t begin = first + static_cast<int64_t>(threadIdx.x) * N;
   float own[kPacks][N], other[kPacks][N];
 #pragma unroll
-  for (int p = 0; p < kPacks; ++p) read_row<T, N>(target + begin + p * kThreads * N, own[p]);
+  for (int p = 0; p < kPacks; ++p) load(target + begin + p * kThreads * N, own[p]);
 #pragma unroll
-  for (int p = 0; p < kPacks; ++p) read_row<O, N>(online + begin + p * kThreads * N, other[p]);
+  for (int p = 0; p < kPacks; ++p) load(online + begin + p * kThreads * N, other[p]);
 #pragma unroll
   for (int p = 0; p < kPacks; ++p) {
     const int64_t at = begin + p * kThreads * N;
@@ -206,9 +181,9 @@ __device__ __forceinline__ void update_vectors(T* target, const O* online, void*
       own[p][w] = widen(pack.values[w]);
     }
     pack.write(target + at);
-    if (code == kFloat) write_row<float, N>(own[p], static_cast<float*>(shadow) + at);
-    if (code == kBFloat16) write_row(own[p], static_cast<__nv_bfloat16*>(shadow) + at);
-    if (code == kFloat16) write_row(own[p], static_cast<__half*>(shadow) + at);
+    if (code == kFloat) store(static_cast<float*>(shadow) + at, own[p]);
+    if (code == kBFloat16) store(static_cast<__nv_bfloat16*>(shadow) + at, own[p]);
+    if (code == kFloat16) store(static_cast<__half*>(shadow) + at, own[p]);
   }
 }
 
@@ -243,24 +218,10 @@ __device__ __forceinline__ void with_types(Code target, Code online, const Run& 
   if (target == kFloat16) inner(__half{});
 }
 
-// The last entry whose first block is not beyond `block`.
-template <typename FirstBlock>
-__device__ __forceinline__ int find(int count, uint32_t block, const FirstBlock& first_block) {
-  int low = 0, high = count;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (first_block(middle) <= block) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
 __global__ void __launch_bounds__(kThreads, 3)
     update_kernel(const Table table, const Scalars given) {
-  const int i = find(table.count, blockIdx.x, [&](int k) { return table.first_block[k]; });
+  const int i = common::last_not_above(table.count, blockIdx.x,
+                                       [&](int k) { return table.first_block[k]; });
   const Settings s = read_settings(given);
   const Kinds kinds = table.kinds[i];
   const int64_t first = static_cast<int64_t>(blockIdx.x - table.first_block[i]) * kChunk;
@@ -273,7 +234,8 @@ __global__ void __launch_bounds__(kThreads, 3)
 // Tensors that are no one run of memory: rare, so one element a thread and no care for speed.
 __global__ void __launch_bounds__(kThreads)
     strided_kernel(const StridedTable table, const Scalars given) {
-  const int i = find(table.count, blockIdx.x, [&](int k) { return table.entries[k].first_block; });
+  const int i = common::last_not_above(table.count, blockIdx.x,
+                                       [&](int k) { return table.entries[k].first_block; });
   const StridedEntry& entry = table.entries[i];
   const Settings s = read_settings(given);
   const int64_t first = static_cast<int64_t>(blockIdx.x - entry.first_block) * kChunk;

@@ -59,15 +59,9 @@
 namespace sigreg {
 namespace {
 
-using common::by_dtype, common::data, common::Queue, common::ScalarType;
+using common::by_dtype, common::data, common::grid, common::Queue, common::ScalarType;
 using namespace kernels;
 
-unsigned grid(int64_t blocks) {
-  STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "sigreg: too large for one launch");
-  return static_cast<unsigned>(blocks);
-}
-
-// run(an element of the tensor's dtype).
 Table table_of(const std::vector<double>& knots) {
   Table table = {};
   for (size_t k = 0; k < knots.size(); ++k) table.turns[k] = turns_of(knots[k]);

@@ -25,6 +25,7 @@
 #include <algorithm>
 
 #include "common/cuda/launch.h"
+#include "common/cuda/plan.cuh"
 #include "tokens/cuda/assembly.cuh"
 #include "tokens/host.h"
 #include "tokens/cuda/loss.cuh"
@@ -34,51 +35,25 @@
 namespace tokens {
 namespace {
 
-using common::by_dtype, common::ceil_div, common::data, common::Queue, common::reading;
+using common::aligned, common::blocks_of_warps, common::by_dtype, common::by_kind;
+using common::ceil_div, common::data, common::Queue, common::reading;
 using namespace kernels;
 
-// Blocks for `rows` warps, at most `each` a multiprocessor.
-unsigned blocks_of(int64_t rows, const Queue& queue, int each = 16) {
-  return static_cast<unsigned>(
-      std::clamp<int64_t>(ceil_div(rows, kWarps), 1, int64_t{each} * queue.multiprocessors()));
-}
-
-int64_t element_bytes(ScalarType dtype) { return dtype == ScalarType::Float ? 4 : 2; }
-
-// Whether accesses of `elements` elements, 16 bytes at a time, are aligned in every row of z.
-bool aligned(const Tensor& z, int64_t elements) {
-  const Place p = place(z);
-  return z.size(z.dim() - 1) % elements == 0 && p.column == 1 && p.row % elements == 0 &&
-         p.group % elements == 0 && reinterpret_cast<uintptr_t>(z.const_data_ptr()) % 16 == 0;
-}
-
-int64_t pack(ScalarType dtype) { return 16 / element_bytes(dtype); }
+constexpr int kRowBlocks = 16;  // a multiprocessor's, of warps that move rows
 
 Place divided(const Place& p, int64_t by) { return {p.each, p.group / by, p.row / by, p.column}; }
 
 // run(unit, elements a unit) with the widest unit that copies rows of z.
 template <typename F>
 void by_unit(const Tensor& z, F&& run) {
-  const int64_t elements = pack(z.scalar_type());
-  if (aligned(z, elements)) {
+  const int64_t elements = common::pack_elements(z.scalar_type());
+  if (aligned(z)) {
     run(uint4{}, elements);
   } else if (elements == 4) {
     run(uint32_t{}, int64_t{1});
   } else {
     run(uint16_t{}, int64_t{1});
   }
-}
-
-// run(element, vectors): an element of z's dtype, and whether 16-byte accesses are aligned.
-template <typename F>
-void by_kind(ScalarType dtype, bool vectors, F&& run) {
-  by_dtype("tokens", dtype, [&](auto element) {
-    if (vectors) {
-      run(element, std::true_type{});
-    } else {
-      run(element, std::false_type{});
-    }
-  });
 }
 
 // The fill value, as often as a unit has room for it.
@@ -103,9 +78,7 @@ Unit filling(double fill, ScalarType dtype) {
 }
 
 Strided strided(const Tensor& z) {
-  const ScalarType dtype = z.scalar_type();
-  return {const_cast<void*>(z.const_data_ptr()), place(z),
-          dtype == ScalarType::Float ? 0 : dtype == ScalarType::Half ? 1 : 2};
+  return {const_cast<void*>(z.const_data_ptr()), place(z), common::dtype_code(z.scalar_type())};
 }
 
 template <typename T>
@@ -161,7 +134,8 @@ Tensor gather(Tensor x, Tensor index, std::optional<Tensor> offsets) {
   const Queue queue(x);
   by_unit(x, [&](auto unit, int64_t elements) {
     using Unit = decltype(unit);
-    queue.launch(&gather_rows<Unit>, blocks_of(rows.count, queue), kThreads, 0, reading<Unit>(x),
+    queue.launch(&gather_rows<Unit>, blocks_of_warps(rows.count, queue, kRowBlocks), kThreads,
+                 0, reading<Unit>(x),
                  divided(place(x), elements), x.size(1), x.size(2) / elements, rows, indices(index),
                  data<Unit>(out));
   });
@@ -182,7 +156,7 @@ Tensor scatter(Tensor rows, Tensor index, std::optional<Tensor> offsets, int64_t
   queue.launch(&map_tokens, static_cast<unsigned>(batch), kThreads, 0, all, indices(index), length,
                map);
   const int64_t slots = reduce ? length : batch * length;
-  const unsigned blocks = blocks_of(slots, queue);
+  const unsigned blocks = blocks_of_warps(slots, queue, kRowBlocks);
   if (!accumulate) {
     by_unit(rows, [&](auto unit, int64_t elements) {
       using Unit = decltype(unit);
@@ -192,7 +166,7 @@ Tensor scatter(Tensor rows, Tensor index, std::optional<Tensor> offsets, int64_t
     });
     return out;
   }
-  by_kind(dtype, aligned(rows, pack(dtype)), [&](auto element, auto vectors) {
+  by_kind("tokens", dtype, aligned(rows), [&](auto element, auto vectors) {
     using T = decltype(element);
     queue.launch(&scatter_sums<T, vectors>, blocks, kThreads, 0, reading<T>(rows), place(rows),
                  slots, divider(length), reduce ? batch : int64_t{1}, dim, indices(index), map,
@@ -208,7 +182,7 @@ std::tuple<Tensor, Tensor> loss_forward(Tensor pred, Tensor teacher, Tensor inde
   const Tensor loss = torch::stable::new_empty(pred, {}, ScalarType::Float);
   const Tensor saved = common::empty(pred, {q.rows.count, saved_floats(kind)}, ScalarType::Float);
   const Queue queue(pred);
-  const unsigned blocks = blocks_of(q.rows.count, queue, 2);
+  const unsigned blocks = blocks_of_warps(q.rows.count, queue, 2);
   const Tensor partials = common::empty(pred, {blocks}, ScalarType::Double);
   by_access(pred, teacher, pred, [&](auto p, auto t, auto) {
     queue.launch(&loss_rows<decltype(p), decltype(t)>, blocks, kThreads, 0, q, p, t,
@@ -231,8 +205,8 @@ Tensor loss_backward(Tensor grad, Tensor pred, Tensor teacher, Tensor index,
     constexpr decltype(&gradient_rows<kSmoothL1, P, T>) kernels[] = {
         &gradient_rows<kSmoothL1, P, T>, &gradient_rows<kL1, P, T>, &gradient_rows<kMse, P, T>,
         &gradient_rows<kCosine, P, T>};
-    queue.launch(kernels[kind], blocks_of(q.rows.count, queue), kThreads, 0, q, p, t,
-                 reading<float>(saved), reading<float>(grad), loss_scale(q), to);
+    queue.launch(kernels[kind], blocks_of_warps(q.rows.count, queue, kRowBlocks), kThreads, 0, q,
+                 p, t, reading<float>(saved), reading<float>(grad), loss_scale(q), to);
   });
   return out;
 }
@@ -280,13 +254,12 @@ Tensor assemble(Tensor context, Tensor context_index, Tensor context_rows, Tenso
   if (sequences * (kept + wanted) == 0) return out;
   const Queue queue(context);
   const auto at = [](const Tensor& z) { return reinterpret_cast<uintptr_t>(z.const_data_ptr()); };
-  const bool vectors = aligned(context, pack(dtype)) &&
-                       (single ? at(target) % 16 == 0 : aligned(target, pack(dtype))) &&
+  const bool vectors = aligned(context) && (single ? at(target) % 16 == 0 : aligned(target)) &&
                        (!positions || at(*positions) % 16 == 0);
   // Outside the braces below, in which they crash the device compiler of CUDA 13.0.
   const Place target_place = place(single ? context : target);
   const Divider contexts = divider(context.size(0)), all = divider(kept + wanted);
-  by_kind(dtype, vectors, [&](auto element, auto wide) {
+  by_kind("tokens", dtype, vectors, [&](auto element, auto wide) {
     using T = decltype(element);
     const Assembled<T> q = {sequences,
                             kept,
@@ -306,8 +279,8 @@ Tensor assemble(Tensor context, Tensor context_index, Tensor context_rows, Tenso
                             indices(target_index),
                             indices(target_rows),
                             data<T>(out)};
-    queue.launch(&assemble_rows<T, wide>, blocks_of(sequences * (kept + wanted), queue), kThreads,
-                 0, q);
+    queue.launch(&assemble_rows<T, wide>,
+                 blocks_of_warps(sequences * (kept + wanted), queue, kRowBlocks), kThreads, 0, q);
   });
   return out;
 }
@@ -317,7 +290,7 @@ Tensor column_sum(Tensor sequence, Tensor rows) {
   const ScalarType dtype = sequence.scalar_type();
   const Tensor out = common::empty(sequence, {dim}, ScalarType::Float);
   const Queue queue(sequence);
-  by_kind(dtype, aligned(sequence, pack(dtype)), [&](auto element, auto vectors) {
+  by_kind("tokens", dtype, aligned(sequence), [&](auto element, auto vectors) {
     using T = decltype(element);
     const int64_t tiles = ceil_div(dim, kLanes * kWidth<T, vectors>);
     const int64_t wanted = std::clamp<int64_t>(2 * queue.multiprocessors() / tiles, 1,

@@ -10,10 +10,6 @@
 
 #include "common/inline.h"
 
-#ifndef __CUDACC__
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are returned by what is always inlined
-#endif
-
 namespace tokens {
 
 enum Kind : int { kSmoothL1 = 0, kL1 = 1, kMse = 2, kCosine = 3 };

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/divider.h"
+#include "common/search.h"
 #include "tokens/formula.h"
 
 namespace tokens {
@@ -28,16 +29,7 @@ struct Samples {
   // In [0, batch) whatever the offsets hold.
   KERNELS_ALWAYS_INLINE int64_t of(int64_t row) const {
     if (offsets == nullptr) return batch.rest(each.quotient(row));
-    int64_t low = 0, high = batch.by;  // offsets[low] <= row < offsets[high]
-    while (high - low > 1) {
-      const int64_t middle = (low + high) / 2;
-      if (offsets[middle] <= row) {
-        low = middle;
-      } else {
-        high = middle;
-      }
-    }
-    return low;
+    return common::last_not_above(batch.by, row, [&](int64_t sample) { return offsets[sample]; });
   }
   // Rows [begin, end) of a sample, inside [0, count] whatever the offsets hold.
   KERNELS_ALWAYS_INLINE int64_t begin(int64_t sample) const {

@@ -39,7 +39,7 @@ inline void check_backward(const Tensor& grads, const Tensor& x, const std::opti
   const int64_t views = y ? 2 : 1, groups = leading == 0 ? 1 : first.size(0);
   const int64_t rows = first.size(leading), dim = first.size(leading + 1);
   const int64_t side = std::min(rows, dim);
-  const int64_t taken = rows < dim ? std::min(kDeflatedColumns, dim) : 0;
+  const int64_t deflated_count = rows < dim ? std::min(kDeflatedColumns, dim) : 0;
   const Argument of("grads", grads);
   of.plain(kFloat32, first);
   if (of.dims() > 1 || (of.elements() != 1 && of.elements() != 4)) {
@@ -47,8 +47,10 @@ inline void check_backward(const Tensor& grads, const Tensor& x, const std::opti
   }
   Argument("moments", moments).plain(kFloat32, first).shape({views, groups, 3, dim});
   Argument("squares", squares).plain(kFloat32, first).shape({views, groups, side, side});
-  Argument("deflated", deflated).plain(kFloat32, first).shape({views, groups, taken, rows});
-  Argument("index", index).plain(common::kInt64, first).shape({views, groups, taken});
+  Argument("deflated", deflated)
+      .plain(kFloat32, first)
+      .shape({views, groups, deflated_count, rows});
+  Argument("index", index).plain(common::kInt64, first).shape({views, groups, deflated_count});
   if (kSavesCentred) {
     Argument("centred", centred).as(first).on(first).contiguous().shape({views, groups, rows, dim});
   } else {

@@ -30,6 +30,7 @@
 namespace vicreg {
 namespace {
 
+using common::Chunk;
 using common::Matrix;
 using common::Range;
 using common::Rows;
@@ -44,12 +45,12 @@ struct Problem {
         gram(rows < dim),
         side(std::min(rows, dim)),
         length(std::max(rows, dim)),
-        deflated(gram ? std::min(kDeflatedColumns, dim) : 0),
+        deflated_count(gram ? std::min(kDeflatedColumns, dim) : 0),
         degrees(static_cast<float>(rows - (unbiased ? 1 : 0))) {}
 
   int64_t groups, rows, dim;
   bool gram;
-  int64_t side, length, deflated;
+  int64_t side, length, deflated_count;
   float degrees;
 };
 
@@ -58,38 +59,38 @@ KERNELS_VECTOR void centre_row(const float* row, const float* origin, const floa
   for (int64_t j = 0; j < count; ++j) out[j] = (row[j] - origin[j]) - offset[j];
 }
 
-// zc[n - row_begin, j - begin] = z[n, j] - mean[j], the mean in two parts: moments [3, dim].
-void centre(const Rows& z, int64_t group, int64_t row_begin, int64_t row_count, int64_t begin,
-            int64_t count, const float* moments, int64_t dim, float* zc) {
-  const int64_t grain = std::max<int64_t>(1, 32768 / count);
-  torch::stable::parallel_for(0, row_count, grain, [&](int64_t first, int64_t last) {
+// zc[n - c.row, j - c.column] = z[n, j] - mean[j], the mean in two parts: moments [3, dim].
+void centre(const Rows& z, int64_t group, const Chunk& c, const float* moments, int64_t dim,
+            float* zc) {
+  const int64_t grain = std::max<int64_t>(1, 32768 / c.columns);
+  torch::stable::parallel_for(0, c.rows, grain, [&](int64_t first, int64_t last) {
     for (int64_t n = first; n < last; ++n) {
-      float* out = zc + n * count;  // also the scratch: it is read before it is written
-      centre_row(z.read(group, row_begin + n, begin, count, out), moments + begin,
-                 moments + dim + begin, count, out);
+      float* out = zc + n * c.columns;  // also the scratch: it is read before it is written
+      centre_row(z.read(group, c.row + n, c.column, c.columns, out), moments + c.column,
+                 moments + dim + c.column, c.columns, out);
     }
   });
 }
 
 // The part of Kr = Zr Zr^T that the columns of `range` add (docs/cancellation.md), lower triangle.
-// taken: [K, N], where the deflated columns of the range go.
+// deflated_columns: [K, N], where those of the range go.
 void add_gram(const Problem& p, const Rows& z, int64_t group, const float* moments,
-              const int64_t* index, const Range& range, const Matrix& matrix, float* taken) {
+              const int64_t* index, const Range& range, const Matrix& matrix,
+              float* deflated_columns) {
   const Tensor scratch = common::empty(matrix.base, {p.rows * range.chunk}, ScalarType::Float);
   float* zc = static_cast<float*>(scratch.data_ptr());
   for (int64_t begin = range.begin; begin < range.end; begin += range.chunk) {
-    const int64_t count = std::min(range.chunk, range.end - begin);
-    centre(z, group, 0, p.rows, begin, count, moments, p.dim, zc);
-    for (int64_t k = 0; k < p.deflated; ++k) {
-      if (index[k] < begin || index[k] >= begin + count) continue;
+    const Chunk c(p.rows, p.dim, begin, range.chunk, range.end);
+    centre(z, group, c, moments, p.dim, zc);
+    for (int64_t k = 0; k < p.deflated_count; ++k) {
+      if (index[k] < begin || index[k] >= begin + c.columns) continue;
       const int64_t j = index[k] - begin;
       for (int64_t n = 0; n < p.rows; ++n) {
-        taken[k * p.rows + n] = zc[n * count + j];
-        zc[n * count + j] = 0.f;
+        deflated_columns[k * p.rows + n] = zc[n * c.columns + j];
+        zc[n * c.columns + j] = 0.f;
       }
     }
-    common::add_symmetric(matrix, common::contiguous(scratch, p.rows, count, 0),
-                          begin > range.begin);
+    common::add_symmetric(matrix, common::contiguous(scratch, c, 0), begin > range.begin);
   }
 }
 
@@ -99,24 +100,24 @@ void add_covariance(const Problem& p, const Rows& z, int64_t group, const float*
   const Tensor scratch = common::empty(matrix.base, {p.dim * range.chunk}, ScalarType::Float);
   float* zc = static_cast<float*>(scratch.data_ptr());
   for (int64_t begin = range.begin; begin < range.end; begin += range.chunk) {
-    const int64_t count = std::min(range.chunk, range.end - begin);
-    centre(z, group, begin, count, 0, p.dim, moments, p.dim, zc);
-    common::add_symmetric(matrix, common::contiguous(scratch, count, p.dim, 0).transposed(),
+    const Chunk c(p.rows, p.dim, begin, range.chunk, range.end);
+    centre(z, group, c, moments, p.dim, zc);
+    common::add_symmetric(matrix, common::contiguous(scratch, c, 0).transposed(),
                           begin > range.begin);
   }
 }
 
 // Makes the lower triangle the whole saved matrix; returns the covariance sum before scaling.
 double finish_square(const Problem& p, const float* scatter, const int64_t* index,
-                     const float* taken, float* matrix, float* deflated) {
+                     const float* deflated_columns, float* matrix, float* deflated) {
   common::mirror(matrix, p.side);
   if (!p.gram) {
     for (int64_t j = 0; j < p.dim; ++j) matrix[j * (p.dim + 1)] = 0.f;
     return common::square_sum(matrix, p.dim * p.dim);
   }
-  double sum = restore_deflated(matrix, p.rows, taken, p.deflated, deflated);
+  double sum = restore_deflated(matrix, p.rows, deflated_columns, p.deflated_count, deflated);
   for (int64_t j = 0; j < p.dim; ++j) {
-    if (std::find(index, index + p.deflated, j) == index + p.deflated) {
+    if (std::find(index, index + p.deflated_count, j) == index + p.deflated_count) {
       sum -= static_cast<double>(scatter[j]) * scatter[j];
     }
   }
@@ -152,48 +153,45 @@ void add_gradient(const Problem& p, const Rows& z, const Rows* other, int64_t gr
   hinge_slopes(scatter, p.dim, p.degrees, margin, eps, factor.data());
   // An index out of range is never followed.
   const auto named = [&](int64_t k) { return index[k] >= 0 && index[k] < p.dim; };
-  std::vector<float> slope(p.deflated);
-  for (int64_t k = 0; k < p.deflated; ++k) slope[k] = named(k) ? factor[index[k]] : 0.f;
+  std::vector<float> slope(p.deflated_count);
+  for (int64_t k = 0; k < p.deflated_count; ++k) slope[k] = named(k) ? factor[index[k]] : 0.f;
   for (int64_t j = 0; j < p.dim; ++j) {
     factor[j] = column_factor(a, factor[j], p.gram ? scatter[j] : 0.f);
   }
-  for (int64_t k = 0; k < p.deflated; ++k) {
+  for (int64_t k = 0; k < p.deflated_count; ++k) {
     if (named(k)) factor[index[k]] = column_factor(a, slope[k], 0.f);
   }
 
   for (int64_t begin = range.begin; begin < range.end; begin += range.chunk) {
-    // The chunk: rows [row, row + rows), columns [column, column + columns).
-    const int64_t length = std::min(range.chunk, range.end - begin);
-    const int64_t row = p.gram ? 0 : begin, rows = p.gram ? p.rows : length;
-    const int64_t column = p.gram ? begin : 0, columns = p.gram ? length : p.dim;
-    const int64_t origin = (group * p.rows + row) * p.dim + column;
-    centre(z, group, row, rows, column, columns, moments, p.dim, zc);
+    const Chunk c(p.rows, p.dim, begin, range.chunk, range.end);
+    const int64_t origin = (group * p.rows + c.row) * p.dim + c.column;
+    centre(z, group, c, moments, p.dim, zc);
     // Not into the gradient itself: its rows lie D apart, and D is a power of two more often than
     // not, which puts a tile of the product's result into one cache set.
-    const Matrix centred = common::contiguous(scratch, rows, columns, 0);
-    const Matrix product = common::contiguous(scratch, rows, columns, area);
+    const Matrix centred = common::contiguous(scratch, c, 0);
+    const Matrix product = common::contiguous(scratch, c, area);
     common::multiply(product, p.gram ? square : centred, p.gram ? centred : square, false);
-    torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 16384 / columns),
+    torch::stable::parallel_for(0, c.rows, std::max<int64_t>(1, 16384 / c.columns),
                                 [&](int64_t first, int64_t last) {
-      std::vector<float> own_scratch(columns), other_scratch(columns);
+      std::vector<float> own_scratch(c.columns), other_scratch(c.columns);
       for (int64_t n = first; n < last; ++n) {
-        float* out = zc + area + n * columns;
-        for (int64_t k = 0; k < p.deflated; ++k) {
-          if (index[k] < column || index[k] >= column + columns) continue;
-          out[index[k] - column] = deflated[k * p.rows + n];
+        float* out = zc + area + n * c.columns;
+        for (int64_t k = 0; k < p.deflated_count; ++k) {
+          if (index[k] < c.column || index[k] >= c.column + c.columns) continue;
+          out[index[k] - c.column] = deflated[k * p.rows + n];
         }
         const float* own = nullptr;
         const float* opposite = nullptr;
         if (other != nullptr) {
-          own = z.read(group, row + n, column, columns, own_scratch.data());
-          opposite = other->read(group, row + n, column, columns, other_scratch.data());
+          own = z.read(group, c.row + n, c.column, c.columns, own_scratch.data());
+          opposite = other->read(group, c.row + n, c.column, c.columns, other_scratch.data());
         }
         const bool in_place = dtype == ScalarType::Float;
         const int64_t at = origin + n * p.dim;
         float* target = in_place ? static_cast<float*>(grad.data_ptr()) + at : out;
-        gradient_row(out, zc + n * columns, factor.data() + column, own, opposite, a, columns,
-                     target);
-        if (!in_place) common::write_row(target, columns, dtype, grad.data_ptr(), at);
+        gradient_row(out, zc + n * c.columns, factor.data() + c.column, own, opposite, a,
+                     c.columns, target);
+        if (!in_place) common::write_row(target, c.columns, dtype, grad.data_ptr(), at);
       }
     });
   }
@@ -215,8 +213,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const Tensor terms = make({4}, ScalarType::Float);
   const Tensor moments = make({views, p.groups, 3, p.dim}, ScalarType::Float);
   const Tensor squares = make({views, p.groups, p.side, p.side}, ScalarType::Float);
-  const Tensor deflated = make({views, p.groups, p.deflated, p.rows}, ScalarType::Float);
-  const Tensor index = make({views, p.groups, p.deflated}, ScalarType::Long);
+  const Tensor deflated = make({views, p.groups, p.deflated_count, p.rows}, ScalarType::Float);
+  const Tensor index = make({views, p.groups, p.deflated_count}, ScalarType::Long);
   const Tensor centred = make({0}, ScalarType::Float);
 
   const Rows rows_x(x);
@@ -232,12 +230,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const int64_t area = p.side * p.side;
   const Tensor partial =
       split.parts == 1 ? squares : make({planes * (split.parts - 1) * area}, ScalarType::Float);
-  std::vector<float> taken(p.gram ? planes * kDeflatedColumns * p.rows : 0);  // zero where none
+  // Zero where there are none.
+  std::vector<float> deflated_columns(p.gram ? planes * kDeflatedColumns * p.rows : 0);
   std::vector<double> hinges(planes), squared(planes);
   int64_t* chosen = static_cast<int64_t*>(index.data_ptr());
   const auto scatter_of = [&](int64_t plane) { return moment + (3 * plane + 2) * p.dim; };
   for (int64_t plane = 0; p.gram && plane < planes; ++plane) {
-    largest_columns(scatter_of(plane), p.dim, p.deflated, chosen + plane * p.deflated);
+    largest_columns(scatter_of(plane), p.dim, p.deflated_count, chosen + plane * p.deflated_count);
   }
   const auto finish = [&](int64_t plane) {
     float* matrix = static_cast<float*>(squares.data_ptr()) + plane * area;
@@ -249,9 +248,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     hinges[plane] = hinge_sum(scatter_of(plane), p.dim, p.degrees, static_cast<float>(margin),
                               static_cast<float>(eps));
     squared[plane] = finish_square(
-        p, scatter_of(plane), chosen + plane * p.deflated,
-        taken.data() + (p.gram ? plane * kDeflatedColumns * p.rows : 0), matrix,
-        static_cast<float*>(deflated.data_ptr()) + plane * p.deflated * p.rows);
+        p, scatter_of(plane), chosen + plane * p.deflated_count,
+        deflated_columns.data() + (p.gram ? plane * kDeflatedColumns * p.rows : 0), matrix,
+        static_cast<float*>(deflated.data_ptr()) + plane * p.deflated_count * p.rows);
   };
   common::run_tasks(planes * split.parts, [&](int64_t task) {
     const int64_t plane = task / split.parts, part = task % split.parts;
@@ -261,8 +260,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
         common::contiguous(part == 0 ? squares : partial, p.side, p.side, place * area);
     const float* own = moment + 3 * plane * p.dim;
     if (p.gram) {
-      add_gram(p, z, plane % p.groups, own, chosen + plane * p.deflated, split.range(part), matrix,
-               taken.data() + plane * kDeflatedColumns * p.rows);
+      add_gram(p, z, plane % p.groups, own, chosen + plane * p.deflated_count, split.range(part),
+               matrix, deflated_columns.data() + plane * kDeflatedColumns * p.rows);
     } else {
       add_covariance(p, z, plane % p.groups, own, split.range(part), matrix);
     }
@@ -317,8 +316,8 @@ std::tuple<Tensor, Tensor> backward(Tensor grads, Tensor x, std::optional<Tensor
     add_gradient(p, first ? rows_x : *rows_y, other, group, a,
                  static_cast<const float*>(moments.data_ptr()) + 3 * plane * p.dim,
                  common::contiguous(squares, p.side, p.side, plane * p.side * p.side),
-                 static_cast<const float*>(deflated.data_ptr()) + plane * p.deflated * p.rows,
-                 static_cast<const int64_t*>(index.data_ptr()) + plane * p.deflated,
+                 static_cast<const float*>(deflated.data_ptr()) + plane * p.deflated_count * p.rows,
+                 static_cast<const int64_t*>(index.data_ptr()) + plane * p.deflated_count,
                  static_cast<float>(margin), static_cast<float>(eps),
                  split.range(task % split.parts), out[first ? 0 : 1]);
   });

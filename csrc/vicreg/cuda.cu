@@ -62,7 +62,7 @@
 namespace vicreg {
 namespace {
 
-using common::aligned, common::blocks_of, common::blocks_of_warps, common::ceil_div;
+using common::aligned, common::blocks_of, common::blocks_of_warps, common::ceil_div, common::Chunk;
 using common::cut, common::data, common::product, common::Queue, common::ScalarType, common::view;
 using namespace kernels;
 
@@ -75,14 +75,14 @@ struct Problem {
         batches(views * groups),
         gram(rows < dim),
         side(std::min(rows, dim)),
-        take(gram ? std::min(kDeflatedColumns, dim) : 0),
+        deflated_count(gram ? std::min(kDeflatedColumns, dim) : 0),
         degrees(static_cast<float>(rows - (unbiased ? 1 : 0))),
         dtype(x.scalar_type()),
         tf32x3(tf32x3 && dtype == ScalarType::Float) {}
 
   int64_t views, groups, rows, dim, batches;
   bool gram;
-  int64_t side, take;
+  int64_t side, deflated_count;
   float degrees;
   ScalarType dtype;
   bool tf32x3;
@@ -95,16 +95,8 @@ Views<T> views(const Tensor& x, const std::optional<Tensor>& y) {
 
 // run(element, vectors) with an element of x's dtype and whether 16-byte accesses are aligned.
 template <typename F>
-void by_kind(const Problem& p, const Tensor& x, const std::optional<Tensor>& y, F&& run) {
-  const auto with = [&](auto element) {
-    using T = decltype(element);
-    if (aligned(p.dim, view<T>(x)) && (!y || aligned(p.dim, view<T>(*y)))) {
-      run(element, std::true_type{});
-    } else {
-      run(element, std::false_type{});
-    }
-  };
-  common::by_dtype("vicreg", p.dtype, with);
+void by_kind(const Tensor& x, const std::optional<Tensor>& y, F&& run) {
+  common::by_kind("vicreg", x.scalar_type(), aligned(x) && (!y || aligned(*y)), run);
 }
 
 template <typename T, bool Vectors>
@@ -119,7 +111,8 @@ void forward_kernels(const Problem& p, const Tensor& x, const std::optional<Tens
   const int64_t wanted = 2 * queue.multiprocessors();
   const Cut statistics = cut(p.groups, 0, p.rows, 0, p.dim, width, wanted);
   const Cut centring = cut(p.batches, 0, p.rows, 0, p.dim, width, wanted);
-  const int64_t column_blocks = ceil_div(p.dim, kThreads), candidates = column_blocks * kTaken;
+  const int64_t column_blocks = ceil_div(p.dim, kThreads);
+  const int64_t candidates = column_blocks * kMostDeflated;
   const unsigned statistics_blocks = blocks_of(statistics);
   const unsigned finish_blocks = static_cast<unsigned>(p.batches * column_blocks);
   const unsigned square_blocks = blocks_of_warps(p.batches * p.side, queue);
@@ -132,13 +125,14 @@ void forward_kernels(const Problem& p, const Tensor& x, const std::optional<Tens
   double* hinges = differences + statistics_blocks;
   double* square_sums = hinges + finish_blocks;
   const int64_t partial_count = statistics.row_blocks * p.batches * 2 * p.dim;
-  const int64_t taken_count = p.batches * p.take * p.rows;
+  const int64_t deflated_elements = p.batches * p.deflated_count * p.rows;
   const int64_t scatter_count = p.gram ? centring.row_blocks * p.batches * p.dim : 0;
   const Tensor floats = common::empty(
-      x, {partial_count + taken_count + scatter_count + p.batches * candidates}, ScalarType::Float);
+      x, {partial_count + deflated_elements + scatter_count + p.batches * candidates},
+      ScalarType::Float);
   float* partials = data<float>(floats);
-  float* taken = partials + partial_count;
-  float* scatters = taken + taken_count;
+  float* deflated_columns = partials + partial_count;
+  float* scatters = deflated_columns + deflated_elements;
   float* keys = scatters + scatter_count;
   const Tensor integers = common::empty(x, {p.batches * candidates + 1}, ScalarType::Int);
   int* key_columns = data<int>(integers);
@@ -148,11 +142,16 @@ void forward_kernels(const Problem& p, const Tensor& x, const std::optional<Tens
                             : &column_partials<T, Vectors, 1>, statistics_blocks,
                kThreads, 0, all, statistics, p.dim, partials, differences);
   queue.launch(&column_finish<T>, finish_blocks, kThreads, 0, all, statistics, p.batches, p.dim,
-               static_cast<int>(p.take), p.degrees, static_cast<float>(margin),
+               static_cast<int>(p.deflated_count), p.degrees, static_cast<float>(margin),
                static_cast<float>(eps), partials, data<float>(moments), hinges, keys, key_columns,
                done);
-  const Deflation deflation = {static_cast<int>(p.take), candidates, keys, key_columns, taken,
-                               scatters, p.take > 0 ? data<int64_t>(index) : nullptr};
+  const Deflation deflation = {static_cast<int>(p.deflated_count),
+                               candidates,
+                               keys,
+                               key_columns,
+                               deflated_columns,
+                               scatters,
+                               p.deflated_count > 0 ? data<int64_t>(index) : nullptr};
   queue.launch(&centre<T, Vectors>, blocks_of(centring), kThreads, 0, all, p.groups, centring,
                data<float>(moments), deflation, data<T>(centred));
 
@@ -246,28 +245,22 @@ void backward_kernels(const Problem& p, const Tensor& grads, const Tensor& x,
   g.groups = p.groups;
   g.rows = p.rows;
   g.dim = p.dim;
-  g.take = static_cast<int>(p.take);
+  g.deflated_count = static_cast<int>(p.deflated_count);
   g.moments = data<float>(moments);
   g.deflated = data<float>(deflated);
   g.index = data<int64_t>(index);
 
   // Pieces are columns (N < D) or rows, so that each is one product of all groups.
   const int64_t extent = p.gram ? p.dim : p.rows, across = p.groups * p.side;
-  int64_t piece = extent;
-  if (!direct) {
-    const int64_t elements = std::max<int64_t>(VICREG_PRODUCT_ELEMENTS, across * extent / 8);
-    piece = std::min(extent, std::max<int64_t>(64, elements / across / 64 * 64));
-  }
+  const int64_t piece =
+      direct ? extent : common::piece_length(VICREG_PRODUCT_ELEMENTS, across, extent);
   std::array<Tensor, 2> scratch;
   for (int v = 0; v < 2; ++v) {
     if (!direct && wanted[v]) scratch[v] = common::empty(x, {across * piece}, ScalarType::Float);
   }
   for (int64_t begin = 0; begin < extent; begin += piece) {
-    const int64_t length = std::min(piece, extent - begin);
-    const Cut c = p.gram ? cut(p.groups, 0, p.rows, begin, length, kGradientColumns,
-                               4 * queue.multiprocessors())
-                         : cut(p.groups, begin, length, 0, p.dim, kGradientColumns,
-                               4 * queue.multiprocessors());
+    const Cut c = cut(p.groups, Chunk(p.rows, p.dim, begin, piece, extent), kGradientColumns,
+                      4 * queue.multiprocessors());
     for (int v = 0; v < 2; ++v) {
       if (!wanted[v]) continue;
       const Tensor out = common::strided(direct ? grad[v] : scratch[v],
@@ -297,10 +290,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const Tensor terms = make({4}, ScalarType::Float);
   const Tensor moments = make({p.views, p.groups, 3, p.dim}, ScalarType::Float);
   const Tensor squares = make({p.views, p.groups, p.side, p.side}, ScalarType::Float);
-  const Tensor deflated = make({p.views, p.groups, p.take, p.rows}, ScalarType::Float);
-  const Tensor index = make({p.views, p.groups, p.take}, ScalarType::Long);
+  const Tensor deflated = make({p.views, p.groups, p.deflated_count, p.rows}, ScalarType::Float);
+  const Tensor index = make({p.views, p.groups, p.deflated_count}, ScalarType::Long);
   const Tensor centred = make({p.views, p.groups, p.rows, p.dim}, p.dtype);
-  by_kind(p, x, y, [&](auto element, auto vectors) {
+  by_kind(x, y, [&](auto element, auto vectors) {
     forward_kernels<decltype(element), vectors>(p, x, y, margin, eps, scales, weights, terms,
                                                 moments, squares, deflated, index, centred);
   });
@@ -320,7 +313,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grads, Tensor x, std::optional<Tensor
                         : common::empty(x, {0}, p.dtype);
   }
   if (need_x || need_y) {
-    by_kind(p, x, y, [&](auto element, auto vectors) {
+    by_kind(x, y, [&](auto element, auto vectors) {
       backward_kernels<decltype(element), vectors>(p, grads, x, y, moments, squares, deflated,
                                                    index, centred, margin, eps, scales, weights,
                                                    grad, wanted);

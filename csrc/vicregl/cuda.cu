@@ -27,7 +27,7 @@
 // graphs capture it. A match out of range is never followed: what it would add is NaN.
 #include <algorithm>
 
-#include "common/cuda/launch.h"
+#include "common/cuda/plan.cuh"
 #include "common/tensors.h"
 #include "vicregl/cuda/match.cuh"
 #include "vicregl/cuda/pairs.cuh"
@@ -36,19 +36,9 @@
 namespace vicregl {
 namespace {
 
-using common::ceil_div, common::data, common::Queue, common::reading, common::ScalarType;
+using common::aligned, common::blocks_of_warps, common::ceil_div, common::data, common::grid;
+using common::Queue, common::reading, common::ScalarType;
 using namespace kernels;
-
-unsigned blocks_of(int64_t blocks) {
-  STD_TORCH_CHECK(blocks < (int64_t{1} << 31), "vicregl: too large for one launch");
-  return static_cast<unsigned>(blocks);
-}
-
-// Blocks for `rows` warps, no more than fit on the device at once.
-unsigned blocks_of_warps(int64_t rows, const Queue& queue, int each) {
-  return static_cast<unsigned>(
-      std::clamp<int64_t>(ceil_div(rows, kWarps), 1, int64_t{each} * queue.multiprocessors()));
-}
 
 template <typename T>
 Maps<T> maps(const Tensor& z) {
@@ -59,38 +49,19 @@ Shape shape(const Tensor& a, const Tensor& b) {
   return {a.size(0), b.size(0), a.size(1), a.size(2), b.size(2), a.size(3)};
 }
 
-int64_t element_bytes(const Tensor& z) { return z.scalar_type() == ScalarType::Float ? 4 : 2; }
-
-// Whether accesses of `elements` adjacent elements are aligned in every row of z.
-bool aligned(const Tensor& z, int64_t elements) {
-  const auto address = reinterpret_cast<uintptr_t>(z.const_data_ptr());
-  return z.size(3) % elements == 0 && z.stride(3) == 1 && z.stride(2) % elements == 0 &&
-         z.stride(1) % elements == 0 && z.stride(0) % elements == 0 &&
-         address % static_cast<uintptr_t>(elements * element_bytes(z)) == 0;
-}
-
 AnyMaps any_maps(const Tensor& z) {
   const ScalarType dtype = z.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half ||
                       dtype == ScalarType::BFloat16,
                   "vicregl: takes float32, bfloat16, float16");
   return {z.const_data_ptr(), z.stride(0), z.stride(1), z.stride(2), z.stride(3),
-          dtype == ScalarType::Float ? 0 : dtype == ScalarType::Half ? 1 : 2};
+          common::dtype_code(dtype)};
 }
 
 // run(element, vectors): an element of the maps' dtype, and whether 16-byte accesses are aligned.
 template <typename F>
 void by_kind(const Tensor& a, const Tensor& b, F&& run) {
-  const auto with = [&](auto element) {
-    using T = decltype(element);
-    constexpr int64_t kElements = 16 / static_cast<int64_t>(sizeof(T));
-    if (aligned(a, kElements) && aligned(b, kElements)) {
-      run(element, std::true_type{});
-    } else {
-      run(element, std::false_type{});
-    }
-  };
-  common::by_dtype("vicregl", a.scalar_type(), with);
+  common::by_kind("vicregl", a.scalar_type(), aligned(a) && aligned(b), run);
 }
 
 // run(W, RA, RB): elements of an access, and a lane's rows and columns, few for maps of few positions.
@@ -137,13 +108,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> match(Tensor a, Tensor b) {
     const Tensor keys = common::empty(a, {of_a + of_b}, ScalarType::Long);
     uint64_t* row_keys = data<uint64_t>(keys);
     uint64_t* column_keys = row_keys + of_a;
-    queue.launch(&match_tiles<width, ra, rb>, blocks_of(samples * tiles_a * tiles_b), kThreads, 0,
+    queue.launch(&match_tiles<width, ra, rb>, grid(samples * tiles_a * tiles_b), kThreads, 0,
                  any_maps(a), any_maps(b), q, tiles_a, tiles_b, row_keys, column_keys);
     const Ranking side_a = {row_keys, tiles_b, q.rows_a, data<int>(nearest_a), data<int>(rank_a)};
     const Ranking side_b = {column_keys, tiles_a, q.rows_b, data<int>(nearest_b),
                             data<int>(rank_b)};
     const int64_t threads = ceil_div(std::max(q.rows_a, q.rows_b), kLanes) * kLanes;
-    queue.launch(&match_ranks, blocks_of(2 * samples),
+    queue.launch(&match_ranks, grid(2 * samples),
                  static_cast<unsigned>(std::min<int64_t>(threads, kThreads)), 0, side_a, side_b);
   });
   return {nearest_a, rank_a, nearest_b, rank_b};
@@ -155,7 +126,7 @@ Tensor pairs_forward(Tensor a, Tensor b, Tensor nearest_a, Tensor rank_a, Tensor
   const Shape q = shape(a, b);
   const Tensor result = torch::stable::new_empty(a, {}, ScalarType::Float);
   const Queue queue(a);
-  const unsigned blocks = blocks_of_warps(q.samples() * (q.rows_a + q.rows_b), queue, 8);
+  const unsigned blocks = blocks_of_warps(q.samples() * (q.rows_a + q.rows_b), queue);
   const Tensor partials = common::empty(a, {blocks}, ScalarType::Double);
   const Matches from_a = matches(nearest_a, rank_a, a, counts_a, weights_a);
   const Matches from_b = matches(nearest_b, rank_b, b, counts_b, weights_b);
@@ -194,7 +165,7 @@ std::tuple<Tensor, Tensor> pairs_backward(Tensor grad, Tensor a, Tensor b, Tenso
                             q.views_b, 1, from_a, from_b, need_a ? data<T>(out_a) : nullptr};
     const Side<T> side_b = {maps<T>(b), maps<T>(a), q.views_b, q.views_a, q.rows_b, q.rows_a,
                             1, q.views_b, from_b, from_a, need_b ? data<T>(out_b) : nullptr};
-    queue.launch(&pair_gradients<T, vectors>, blocks_of_warps(rows, queue, 8), kThreads, 0, side_a,
+    queue.launch(&pair_gradients<T, vectors>, blocks_of_warps(rows, queue), kThreads, 0, side_a,
                  side_b, q.batch, q.channels, reading<float>(grad));
   });
   return {out_a, out_b};

@@ -87,8 +87,8 @@ def run(function: Callable[..., Tensor], *leaves: Tensor, grad: Any = None) -> t
     value = function(*leaves)
     wanted = [z for z in leaves if z.requires_grad]
     incoming = weights(value) if grad is None else grad(value)
-    found = torch.autograd.grad(value, wanted, incoming) if wanted else ()
-    return value.detach(), *found
+    gradients = torch.autograd.grad(value, wanted, incoming) if wanted else ()
+    return value.detach(), *gradients
 
 
 def wide(z: Tensor) -> Tensor:
@@ -113,20 +113,20 @@ def check(
     def call(name: str) -> Callable[..., Tensor]:
         return lambda *z: function(*z, backend=name, **settings)
 
-    found, again = (run(call(backend), *leaves, grad=grad) for _ in range(2))
-    same(again, found)
+    first, again = (run(call(backend), *leaves, grad=grad) for _ in range(2))
+    same(again, first)
     plain = run(call("reference"), *leaves, grad=grad)
     truth = run(call("reference"), *map(wide, leaves), grad=grad)
     length = max(leaves[0].shape[-1] + leaves[0].shape[-2], FEWEST_ROUNDINGS)
     floor = 4 * torch.finfo(torch.float32).eps * length**0.5
     if function is modulated_layer_norm:
         floor *= _steepest(*leaves, settings.get("eps", 1e-6))
-    for i, (mine, usual, true) in enumerate(zip(found, plain, truth, strict=True)):
+    for i, (mine, usual, true) in enumerate(zip(first, plain, truth, strict=True)):
         assert mine.dtype == usual.dtype
         assert_close_to_truth(
             mine, true, usual, mine.dtype, length, f"result {i}", floor if i else 0.0
         )
-    return found
+    return first
 
 
 def _steepest(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> float:

@@ -30,9 +30,9 @@ def main(library: str, namespace: str, mode: str) -> None:
     print("clean")
 
 
-def close(found, expected) -> None:
-    error = (found.double() - expected.double()).norm()
-    assert error <= 0.02 * expected.double().norm() + 1e-3 * found.numel() ** 0.5, error
+def close(actual, expected) -> None:
+    error = (actual.double() - expected.double()).norm()
+    assert error <= 0.02 * expected.double().norm() + 1e-3 * actual.numel() ** 0.5, error
 
 
 def one(op, x, shift, scale, gate, mode) -> None:
@@ -46,8 +46,8 @@ def one(op, x, shift, scale, gate, mode) -> None:
         reference.modulated_layer_norm(*leaves, 1e-2), leaves, grad.double()
     )
     for needs in ((True, True), (True, False), (False, True)):
-        found = op.adaln_norm_backward(grad, x, scale, saved, *needs)
-        for mine, theirs, need in zip(found, truth, (needs[0], needs[1], needs[1]), strict=True):
+        grads = op.adaln_norm_backward(grad, x, scale, saved, *needs)
+        for mine, theirs, need in zip(grads, truth, (needs[0], needs[1], needs[1]), strict=True):
             close(mine, theirs) if need else None
             assert need or mine.numel() == 0
     close(op.adaln_gate_forward(x, grad, gate), reference.gated_residual(x, grad, gate))

@@ -59,12 +59,12 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         return torch.empty(*shape, dtype=getattr(torch, case.dtypes[of]), device="meta")
 
     x, vector = empty(*case.shape, of=0), empty(case.shape[0], case.shape[2], of=1)
-    found: dict[str, Any] = {}
+    kernels: dict[str, Any] = {}
     replaced = {name: getattr(launchers, name) for name in KERNELS}
     real = devices.device
     try:
         for name in KERNELS:
-            setattr(launchers, name, Recorder(replaced[name], found))
+            setattr(launchers, name, Recorder(replaced[name], kernels))
         devices.device = lambda index: devices.Device("default", 132, case.arch // 10)
         out, saved = launchers.norm_forward(x, vector, vector, 1e-6)
         launchers.norm_backward(out, x, vector, saved, True, True)
@@ -74,16 +74,16 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         devices.device = real
         for name, value in replaced.items():
             setattr(launchers, name, value)
-    return found[case.kernel]
+    return kernels[case.kernel]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel(case: Case, compiled: dict[str, Any]) -> None:
-    found = compiled[str(case)]
-    audit_triton.check("adaln", str(case), found)
-    assert found["matrix"] == []
+    kernel = compiled[str(case)]
+    audit_triton.check("adaln", str(case), kernel)
+    assert kernel["matrix"] == []
     if case.kernel != "vectors_finish_kernel":
-        assert found["wide_loads"] > 0, "every load is narrower than 16 bytes"
+        assert kernel["wide_loads"] > 0, "every load is narrower than 16 bytes"
 
 
 if __name__ == "__main__":

@@ -106,8 +106,8 @@ def test_gradients_of_some(fused, needs):
         some = [
             z.detach().requires_grad_(bool(need)) for z, need in zip(leaves, needs, strict=True)
         ]
-        found = run(lambda *z, f=function: f(*z, backend=fused.name), *some)
-        same(found[1:], [z for z, need in zip(every[1:], needs, strict=True) if need])
+        results = run(lambda *z, f=function: f(*z, backend=fused.name), *some)
+        same(results[1:], [z for z, need in zip(every[1:], needs, strict=True) if need])
 
 
 @pytest.mark.parametrize("threads", [1, 3])

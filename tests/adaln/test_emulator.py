@@ -115,5 +115,5 @@ def test_what_is_not_finite_stays_in_its_token(bad):
         run(lambda *z, name=name: modulated_layer_norm(*z, backend=name), *leaves)
         for name in ("cuda", "reference")
     )
-    for found, expected in zip(mine, theirs, strict=True):
-        assert torch.equal(found.isnan(), expected.isnan())
+    for actual, expected in zip(mine, theirs, strict=True):
+        assert torch.equal(actual.isnan(), expected.isnan())

@@ -90,5 +90,5 @@ def test_compiled_full_graph(backend):
     leaves = given()
     torch.compiler.reset()
     compiled = torch.compile(lambda *z: modulated_layer_norm(*z, backend=backend), fullgraph=True)
-    found = run(compiled, *leaves[:3])
-    same(found, run(lambda *z: modulated_layer_norm(*z, backend=backend), *leaves[:3]))
+    results = run(compiled, *leaves[:3])
+    same(results, run(lambda *z: modulated_layer_norm(*z, backend=backend), *leaves[:3]))

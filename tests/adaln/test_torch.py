@@ -102,8 +102,8 @@ def test_no_gradient_wanted(fused):
     x, shift, scale, gate = leaves(fused)
     with torch.no_grad():
         assert not block(fused.name)(x, shift, scale, gate).requires_grad
-    found = modulated_layer_norm(x.detach(), shift.detach(), scale, backend=fused.name)
-    (grad,) = torch.autograd.grad(found.sum(), scale)
+    out = modulated_layer_norm(x.detach(), shift.detach(), scale, backend=fused.name)
+    (grad,) = torch.autograd.grad(out.sum(), scale)
     assert grad.isfinite().all()
 
 
@@ -112,8 +112,8 @@ def test_the_gradient_of_the_residual_stream_is_the_incoming_one(fused):
     x, _, _, gate = leaves(fused, (2, 5, 8))
     incoming = torch.randn_like(x)
     out = gated_residual(x, x.detach() * 2.0, gate, backend=fused.name)
-    (found,) = torch.autograd.grad(out, x, incoming)
-    assert found.data_ptr() == incoming.data_ptr()
+    (gradient,) = torch.autograd.grad(out, x, incoming)
+    assert gradient.data_ptr() == incoming.data_ptr()
 
 
 def test_the_module_is_copied_pickled_and_compiled(fused):

@@ -46,9 +46,9 @@ class TestInterpreter:
         x, (shift, scale) = draw(2, 3, 9), vectors(2, (2, 3, 9))
         for z, need in zip((x, shift, scale), needs, strict=True):
             z.requires_grad_(bool(need))
-        found = run(lambda *z: modulated_layer_norm(*z, backend="triton"), x, shift, scale)
+        results = run(lambda *z: modulated_layer_norm(*z, backend="triton"), x, shift, scale)
         plain = run(lambda *z: modulated_layer_norm(*z, backend="reference"), x, shift, scale)
-        for mine, theirs in zip(found, plain, strict=True):
+        for mine, theirs in zip(results, plain, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("bad", [float("nan"), 1e30])
@@ -60,5 +60,5 @@ class TestInterpreter:
             run(lambda *z, name=name: modulated_layer_norm(*z, backend=name), *leaves)
             for name in ("triton", "reference")
         )
-        for found, expected in zip(mine, theirs, strict=True):
-            assert torch.equal(found.isnan(), expected.isnan())
+        for actual, expected in zip(mine, theirs, strict=True):
+            assert torch.equal(actual.isnan(), expected.isnan())

@@ -202,8 +202,8 @@ def run(backend: str, call: Call, cotangent: Tensor) -> tuple[Tensor, list[Tenso
     leaves = [x.detach().requires_grad_(x.requires_grad) for x in call.inputs]
     out = masked_attention(*leaves, backend=backend, **call.settings)
     wanted = [x for x in leaves if x.requires_grad]
-    found = iter(torch.autograd.grad(out, wanted, cotangent) if wanted else ())
-    return out.detach(), [next(found) if x.requires_grad else None for x in leaves]
+    gradients = iter(torch.autograd.grad(out, wanted, cotangent) if wanted else ())
+    return out.detach(), [next(gradients) if x.requires_grad else None for x in leaves]
 
 
 def hold(
@@ -228,16 +228,16 @@ def hold(
     floor = cancellation(call, cotangent)
     names = ("output", *(f"gradient of {x}" for x in "qkv"))
     outcomes = ((out, *grads) for out, grads in (actual, truth, plain))
-    for what, found, true, formula in zip(names, *outcomes, strict=True):
-        if found is None:
+    for what, mine, true, formula in zip(names, *outcomes, strict=True):
+        if mine is None:
             continue
         assert true is not None
         assert formula is not None
-        assert found.dtype == dtype
-        assert found.shape == true.shape
-        if found.numel():
+        assert mine.dtype == dtype
+        assert mine.shape == true.shape
+        if mine.numel():
             allowed = 0.0 if what == "output" else floor
-            assert_close_to_truth(found, true, formula, dtype, length, f"{name} {what}", allowed)
+            assert_close_to_truth(mine, true, formula, dtype, length, f"{name} {what}", allowed)
     return actual
 
 
@@ -284,6 +284,6 @@ def hold_past_float32(backend: str, dtype: torch.dtype, exact: bool) -> None:
     k[..., 0], k[..., 1] = -(2.0**84), -(2.0**80) * torch.arange(9)
     for mask in (KeyPadding([9, 0]), KeyPadding(torch.tensor([[True] * 9, [False] * 9]))):
         out, grads = run(backend, Call(q, k, v, mask).wanting(True, True, True), cotangent)
-        for found in (out, *grads):
-            assert found[0].isnan().all(), mask
-            assert not found[1].any(), mask
+        for result in (out, *grads):
+            assert result[0].isnan().all(), mask
+            assert not result[1].any(), mask

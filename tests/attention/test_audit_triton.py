@@ -89,12 +89,12 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     from vicreg_kernels.attention.triton import launch as launchers
     from vicreg_kernels.core.triton import device as devices
 
-    found: dict[str, Any] = {}
+    kernels: dict[str, Any] = {}
     kept = {name: getattr(launchers, name) for name in KERNELS}
     real = devices.device
     try:
         for name in KERNELS:
-            setattr(launchers, name, Recorder(kept[name], found))
+            setattr(launchers, name, Recorder(kept[name], kernels))
         devices.device = lambda index: devices.Device(
             "a GPU that is not in the table", 132, case.arch // 10
         )
@@ -106,7 +106,7 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         devices.device = real
         for name, value in kept.items():
             setattr(launchers, name, value)
-    return found[case.kernel]
+    return kernels[case.kernel]
 
 
 def whole_groups(case: Case) -> bool:
@@ -116,13 +116,13 @@ def whole_groups(case: Case) -> bool:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel(case: Case, compiled: dict[str, Any]) -> None:
-    found = compiled[str(case)]
-    audit_triton.check("attention", str(case), found)
+    kernel = compiled[str(case)]
+    audit_triton.check("attention", str(case), kernel)
     # Tiles of fewer than 64 rows, which are what float32 leaves room for, take sm_80's instruction.
     wanted = {MATRIX[case.arch]} if whole_groups(case) else {MATRIX[case.arch], MATRIX[80]}
-    assert (set(found["matrix"]) <= wanted) if case.kernel in PRODUCTS else not found["matrix"]
-    assert bool(found["matrix"]) == (case.kernel in PRODUCTS)
-    assert found["wide_loads"] > 0, "every load is narrower than 16 bytes"
+    assert (set(kernel["matrix"]) <= wanted) if case.kernel in PRODUCTS else not kernel["matrix"]
+    assert bool(kernel["matrix"]) == (case.kernel in PRODUCTS)
+    assert kernel["wide_loads"] > 0, "every load is narrower than 16 bytes"
 
 
 def test_every_shipped_shape_can_be_launched() -> None:
@@ -136,8 +136,8 @@ def test_every_shipped_shape_can_be_launched() -> None:
     for head_dim in range(16, 129, 8):
         for major in (7, 8, 9, 10, 12):
             for operands in ("fp32", "tf32", "fp16", "bf16"):
-                found = configs.nearest("", major, operands, head_dim, 100)
-                assert min(found.forward[:2]) >= 16
+                nearest = configs.nearest("", major, operands, head_dim, 100)
+                assert min(nearest.forward[:2]) >= 16
     assert configs.nearest("", 12, "bf16", 64, 0) == configs.nearest("", 8, "fp16", 16, 64)
 
 

@@ -118,9 +118,9 @@ def test_a_query_that_sees_nothing(fused):
     mask = KeyPadding(torch.tensor([0, 9], device=fused.device))
     call = replace(cases.draw(tokens=9, device=fused.device), mask=mask)
     out, grads = hold(fused, call)
-    for found in (out, *grads):
-        assert (found[0] == 0).all()
-        assert (found[1] != 0).any()
+    for result in (out, *grads):
+        assert (result[0] == 0).all()
+        assert (result[1] != 0).any()
 
 
 @pytest.mark.triton_takes(
@@ -188,9 +188,9 @@ def test_weights_are_exact_to_a_few_roundings(fused):
     call = cases.Call(q, k, v, scale=1.0)
     if cases.cannot_run(fused.name, call):
         pytest.skip("not for this backend")
-    found = masked_attention(*call.inputs, backend=fused.name, scale=1.0)[:, 0, 0, 0].double()
+    weights = masked_attention(*call.inputs, backend=fused.name, scale=1.0)[:, 0, 0, 0].double()
     truth = torch.sigmoid(x.double())
-    assert ((found - truth).abs() / truth).max() < 8 * torch.finfo(torch.float32).eps
+    assert ((weights - truth).abs() / truth).max() < 8 * torch.finfo(torch.float32).eps
 
 
 def test_growing_scores(fused):
@@ -253,8 +253,8 @@ def test_apply_rope(fused, rules, dtype, axes):
     actual = run(fused.name, call.q, cotangent)
     truth = run("reference", call.q.double(), cotangent.double())
     plain = run("reference", call.q, cotangent)
-    for name, *found in zip(("out", "adjoint", "again"), actual, truth, plain, strict=True):
-        cases.assert_close_to_truth(*found, dtype, 32, name)
+    for name, *values in zip(("out", "adjoint", "again"), actual, truth, plain, strict=True):
+        cases.assert_close_to_truth(*values, dtype, 32, name)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -302,8 +302,8 @@ def test_not_finite_reaches_who_may_see_it(fused, rules, what, bad):
         rtol=1e-5, atol=1e-6,
     )  # fmt: skip
     if rules == "padding":
-        for found, wanted in zip(grads, expected_grads, strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        for actual, wanted in zip(grads, expected_grads, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.triton_takes(lambda rules, dtype, **_: dtype == torch.float32 and not rules)
@@ -369,7 +369,7 @@ def test_any_number_of_threads():
     """The very same bits: work is cut by its size, not by the number of threads."""
     needs_the_cpu_library()
     before = torch.get_num_threads()
-    found = []
+    runs = []
     try:
         for threads in (1, 2, 4, 8):
             torch.set_num_threads(threads)
@@ -377,11 +377,11 @@ def test_any_number_of_threads():
                 torch.manual_seed(0)
                 call = cases.draw(rules, tokens=tokens, batch=2, heads_=1, axes=3).wanting(*ALL)
                 out, grads = cases.run("cpu", call, torch.randn(call.q.shape))
-                found.append((threads, [out, *grads]))
+                runs.append((threads, [out, *grads]))
     finally:
         torch.set_num_threads(before)
-    for i, (_, result) in enumerate(found):
-        assert all(map(torch.equal, result, found[i % len(RUNS)][1]))
+    for i, (_, result) in enumerate(runs):
+        assert all(map(torch.equal, result, runs[i % len(RUNS)][1]))
 
 
 @pytest.mark.parametrize("capacity", ["default", "avx2"])

@@ -135,8 +135,8 @@ def test_gradients_of_a_subset(grads):
     call = draw(["frames"], tokens=35, dim=32, axes=3, dtype=torch.bfloat16)
     cotangent = torch.randn(call.q.shape).bfloat16()
     everything = cases.run("cuda", call.wanting(True, True, True), cotangent)[1]
-    found = cases.run("cuda", call.wanting(*map(bool, grads)), cotangent)[1]
-    for mine, together, wanted in zip(found, everything, grads, strict=True):
+    gradients = cases.run("cuda", call.wanting(*map(bool, grads)), cotangent)[1]
+    for mine, together, wanted in zip(gradients, everything, grads, strict=True):
         assert (mine is not None) == bool(wanted)
         assert mine is None or torch.equal(mine, together)
 

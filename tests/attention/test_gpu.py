@@ -142,9 +142,9 @@ def test_rotation_matches_the_reference(backend, dtype):
     rope = Rope3d((16, 16, 16))
     for layout in LAYOUTS:
         x = cases.heads(2, 16, 1568, 80, layout=layout, dtype=dtype, device=DEVICE)
-        found = apply_rope(x, rope, backend=backend).double()
+        rotated = apply_rope(x, rope, backend=backend).double()
         truth = apply_rope(x.double(), rope, backend="reference")
-        assert (found - truth).abs().max() <= torch.finfo(dtype).eps * truth.abs().max()
+        assert (rotated - truth).abs().max() <= torch.finfo(dtype).eps * truth.abs().max()
 
 
 def typical(dtype: torch.dtype = torch.bfloat16) -> Call:
@@ -193,10 +193,10 @@ def test_no_host_synchronisation(backend):
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = results(backend, call)
+        outcome = results(backend, call)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert all(x.isfinite().all() for x in found)
+    assert all(x.isfinite().all() for x in outcome)
 
 
 def test_runs_on_the_current_stream(backend):
@@ -211,9 +211,9 @@ def test_runs_on_the_current_stream(backend):
         torch.cuda._sleep(50_000_000)
         for to, source in zip(late.inputs, call.inputs, strict=True):
             to.copy_(source)
-        found = results(backend, late)
+        outcome = results(backend, late)
     side.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(outcome, wanted, strict=True))
 
 
 @pytest.mark.parametrize("which", ["q", "k", "v"])
@@ -235,8 +235,8 @@ def test_offsets_past_two_to_the_31(backend, which):
     far.copy_(getattr(call, which))
     cotangent = torch.randn(call.q.shape).to(call.q)
     wanted = results(backend, call, cotangent)
-    found = results(backend, cases.replace(call, **{which: far}), cotangent)
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    outcome = results(backend, cases.replace(call, **{which: far}), cotangent)
+    assert all(torch.equal(a, b) for a, b in zip(outcome, wanted, strict=True))
     rope = call.rope
     turned = [apply_rope(x, rope, backend=backend) for x in (far, getattr(call, which))]
     assert torch.equal(*turned)
@@ -272,8 +272,8 @@ def test_compiled_full_graph(backend, rules):
     torch.compiler.reset()
     cotangent = torch.randn(call.q.shape).to(call.q)
     out = torch.compile(attend, fullgraph=True)(*call.inputs)
-    found = (out.detach(), *torch.autograd.grad(out, call.inputs, cotangent))
-    for a, b in zip(found, results(backend, call, cotangent), strict=True):
+    outcome = (out.detach(), *torch.autograd.grad(out, call.inputs, cotangent))
+    for a, b in zip(outcome, results(backend, call, cotangent), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-3)
 
 

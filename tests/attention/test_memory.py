@@ -93,9 +93,9 @@ def test_resident_peak(cpu, rules):
     results = 4 * heads * rows
     packed = threads * 8 * rows  # of keys and values in three forms, of queries, and sums
     partial = 8 * heads * 2 * rows  # 32 tasks: 8 parts of each of 4 heads, dK and dV
-    found = grown(cpu.name, tokens, heads, rules)
-    assert found <= results + packed + partial + threads * THREAD + 8 * MIB
-    assert found < 4 * tokens * tokens // 4  # not a quarter of one matrix of scores
+    peak = grown(cpu.name, tokens, heads, rules)
+    assert peak <= results + packed + partial + threads * THREAD + 8 * MIB
+    assert peak < 4 * tokens * tokens // 4  # not a quarter of one matrix of scores
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

@@ -238,9 +238,9 @@ def test_jagged_nested_tensors(fused, transposed):
     three = [packed.view_as(packed) for _ in range(3)]  # whose gradients add up in the same order
     expected = masked_attention(*three, mask=mask, backend=fused.name)
     assert torch.equal(values, expected)
-    found = torch.autograd.grad(values.float().square().sum(), [parts[0], parts[2]])
+    gradients = torch.autograd.grad(values.float().square().sum(), [parts[0], parts[2]])
     (wanted,) = torch.autograd.grad(expected.float().square().sum(), packed)
-    assert torch.equal(torch.cat(found), wanted)
+    assert torch.equal(torch.cat(gradients), wanted)
 
 
 def test_merging_the_heads_is_a_view(fused):

@@ -146,8 +146,8 @@ def test_a_model_with_padding():
     ids = torch.randint(0, 50, (2, 9))
     keep = (torch.arange(9) < torch.tensor([4, 9])[:, None]).long()
     expected = model(ids, attention_mask=keep).last_hidden_state
-    found = fuse(model)(ids, attention_mask=keep).last_hidden_state
-    torch.testing.assert_close(found[keep.bool()], expected[keep.bool()], **CLOSE)
+    states = fuse(model)(ids, attention_mask=keep).last_hidden_state
+    torch.testing.assert_close(states[keep.bool()], expected[keep.bool()], **CLOSE)
 
 
 def test_a_causal_model_decodes():

@@ -75,8 +75,8 @@ def test_what_a_mask_says(name, kind):
     if kind == "half":
         given = given.half()
     for _ in range(2):  # read, then as it was kept
-        found, weights = attention_forward(MODULE, q, k, v, given)
-        torch.testing.assert_close(found, plain(q, k, v, keep))
+        out, weights = attention_forward(MODULE, q, k, v, given)
+        torch.testing.assert_close(out, plain(q, k, v, keep))
     assert weights is None
 
 
@@ -85,9 +85,9 @@ def test_strides_of_one_and_zero_say_nothing():
     q, k, v = (z[:, :, :1] for z in heads())
     keep = torch.ones(B, H, 1, 1).bool()
     keep[:, 1:] = False
-    found, _ = attention_forward(MODULE, q, k, v, keep)
-    assert found[:, 0, 1:].eq(0).all()
-    torch.testing.assert_close(found[:, 0, 0], v[:, 0, 0])
+    out, _ = attention_forward(MODULE, q, k, v, keep)
+    assert out[:, 0, 1:].eq(0).all()
+    torch.testing.assert_close(out[:, 0, 0], v[:, 0, 0])
 
 
 def test_a_mask_changed_in_place_is_read_again():
@@ -100,8 +100,8 @@ def test_a_mask_changed_in_place_is_read_again():
         keep = keep.clone()
         for _ in range(2):
             keep.copy_(keep.flip(-1)).select(-1, 0).fill_(True)
-            found = attention_forward(MODULE, q, k, v, keep)[0]
-            torch.testing.assert_close(found, plain(q, k, v, keep))
+            out = attention_forward(MODULE, q, k, v, keep)[0]
+            torch.testing.assert_close(out, plain(q, k, v, keep))
 
 
 def test_is_causal_counts_where_there_is_no_mask():
@@ -110,12 +110,12 @@ def test_is_causal_counts_where_there_is_no_mask():
     for settings in ({"is_causal": True}, {}):  # as sdpa, for a module that does not say
         torch.testing.assert_close(attention_forward(MODULE, q, k, v, **settings)[0], causal)
     keep = padding()
-    found = attention_forward(MODULE, q, k, v, keep, is_causal=True)[0]
-    torch.testing.assert_close(found, plain(q, k, v, keep))
-    found = attention_forward(MODULE, q[:, :, -1:], k, v, is_causal=True)[0]
-    torch.testing.assert_close(found, plain(q[:, :, -1:], k, v, None))
-    found = attention_forward(MODULE, q[:, :, :3], k, v, is_causal=True)[0]
-    torch.testing.assert_close(found, plain(q[:, :, :3], k, v, CAUSAL[:3]))
+    out = attention_forward(MODULE, q, k, v, keep, is_causal=True)[0]
+    torch.testing.assert_close(out, plain(q, k, v, keep))
+    out = attention_forward(MODULE, q[:, :, -1:], k, v, is_causal=True)[0]
+    torch.testing.assert_close(out, plain(q[:, :, -1:], k, v, None))
+    out = attention_forward(MODULE, q[:, :, :3], k, v, is_causal=True)[0]
+    torch.testing.assert_close(out, plain(q[:, :, :3], k, v, CAUSAL[:3]))
 
 
 WINDOW = CAUSAL & ~CAUSAL.tril(-3)

@@ -54,15 +54,15 @@ if triton_interpreter.INTERPRETING:
         begin, end, second, second_end = rules.key_intervals(
             row, keys, bounds, blocks, frame, window, FRAMES, BLOCKS
         )
-        found = rules.key_tiles(
+        ranges = rules.key_tiles(
             begin, end, second, second_end, keys, FRAMES or BLOCKS, BLOCKS, False, TILE
         )
         last = tl.minimum(first + TILE, keys) - 1
-        found = found + rules.query_range(
+        ranges = ranges + rules.query_range(
             first, last, queries, bounds, blocks, frame, window, FRAMES, BLOCKS
         )
         for i in range(14):
-            tl.store(out + tl.program_id(0) * 14 + i, found[i])
+            tl.store(out + tl.program_id(0) * 14 + i, ranges[i])
 
     @triton.jit
     def samples_kernel(out, offsets, samples, TILE: tl.constexpr):
@@ -175,9 +175,9 @@ class TestInterpreter:
         whole = gradients(call.wanting(*ALL), cotangent)
         for wanted in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)):
             wanted = [bool(need) for need in wanted]
-            out, *found = gradients(call.wanting(*wanted), cotangent)
+            out, *subset = gradients(call.wanting(*wanted), cotangent)
             assert torch.equal(out, whole[0])
-            for need, got, full in zip(wanted, found, whole[1:], strict=True):
+            for need, got, full in zip(wanted, subset, whole[1:], strict=True):
                 assert (got is not None) == need
                 assert got is None or torch.equal(got, full)
 
@@ -228,14 +228,14 @@ class TestInterpreter:
         cotangent = torch.randn(q.shape)
         wanted = gradients(clean, cotangent)
         poisoned = replace(clean, k=k.masked_fill(hidden, bad), v=v.masked_fill(hidden, bad))
-        found = gradients(poisoned.wanting(*ALL), cotangent)
-        for got, want in zip(found, wanted, strict=True):
+        outcome = gradients(poisoned.wanting(*ALL), cotangent)
+        for got, want in zip(outcome, wanted, strict=True):
             assert torch.equal(got, want)
-        assert not found[2].masked_select(hidden).any()
-        assert not found[3].masked_select(hidden).any()
+        assert not outcome[2].masked_select(hidden).any()
+        assert not outcome[3].masked_select(hidden).any()
         if rule != "packed":
-            assert not found[0][1].any()  # no key: zeros, and zero gradients
-            assert not found[1][1].any()
+            assert not outcome[0][1].any()  # no key: zeros, and zero gradients
+            assert not outcome[1][1].any()
 
     def test_nan_that_is_seen_propagates(self, small_tiles):
         call = draw(("frames",), batch=1, heads_=1, tokens=40, dim=16, tokens_per_frame=8)
@@ -314,17 +314,17 @@ class TestInterpreter:
             x = x.transpose(1, 2).flatten(0, 1)
             settings["offsets"] = torch.tensor([0, 45, 45, 70, 90])
         cotangent = torch.randn(x.shape).to(dtype)
-        found = []
+        runs = []
         for backend, leaf in (
             ("triton", x), ("reference", x.double()), ("reference", x),
         ):  # fmt: skip
             leaf = leaf.detach().requires_grad_()
             out = apply_rope(leaf, rope, backend=backend, **settings)
             (grad,) = torch.autograd.grad(out, leaf, cotangent.to(leaf.dtype))
-            found.append((out.detach(), grad))
-        for got, true, plain in zip(*found, strict=True):
+            runs.append((out.detach(), grad))
+        for got, true, plain in zip(*runs, strict=True):
             assert_close_to_truth(got, true, plain, dtype, 32, "apply_rope")
-        memory = found[0][0] if packed else found[0][0].transpose(1, 2)
+        memory = runs[0][0] if packed else runs[0][0].transpose(1, 2)
         assert memory.is_contiguous()
 
     # The tiles themselves: which are visited, which are masked.
@@ -400,9 +400,9 @@ class TestInterpreter:
         programs = int(offsets[-1]) // tile + 70
         out = torch.full((programs, 2), -1, dtype=torch.int32)
         samples_kernel[(programs,)](out, offsets, 70, TILE=tile)
-        found = sorted((s, t) for s, t in out.tolist() if t * tile < lengths[s])
+        tiles = sorted((s, t) for s, t in out.tolist() if t * tile < lengths[s])
         wanted = [(s, t) for s, n in enumerate(lengths.tolist()) for t in range(-(-n // tile))]
-        assert found == wanted
+        assert tiles == wanted
 
     def test_skipped_tiles_are_not_read(self, small_tiles):
         """NaN in tiles that a rule hides whole changes nothing, forward and backward."""
@@ -419,17 +419,17 @@ class TestInterpreter:
             poisoned = [x.clone() for x in (q, k, v, grad)]
             for x in poisoned:
                 x[:, :, late] = float("nan")
-            found = gradients(cases.Call(*poisoned[:3], mask).wanting(*ALL), poisoned[3])
+            outcome = gradients(cases.Call(*poisoned[:3], mask).wanting(*ALL), poisoned[3])
             wanted = gradients(clean, grad.index_fill(2, torch.arange(48, 64), 0.0))
             # out and dq of earlier frames, or of other blocks; dk and dv of other blocks
-            assert torch.equal(found[0][:, :, others], wanted[0][:, :, others])
-            assert torch.equal(found[1][:, :, others], wanted[1][:, :, others])
+            assert torch.equal(outcome[0][:, :, others], wanted[0][:, :, others])
+            assert torch.equal(outcome[1][:, :, others], wanted[1][:, :, others])
             if isinstance(mask, Blocks):
-                for got, want in zip(found[2:], wanted[2:], strict=True):
+                for got, want in zip(outcome[2:], wanted[2:], strict=True):
                     assert torch.equal(got[:, :, 16:48], want[:, :, 16:48])
         first = [x.clone() for x in (q, grad)]
         for x in first:
             x[:, :, early] = float("nan")
-        found = gradients(cases.Call(first[0], k, v, FrameCausal(16)).wanting(*ALL), first[1])
-        for got in found[2:]:  # later keys are not seen by the first frame
+        outcome = gradients(cases.Call(first[0], k, v, FrameCausal(16)).wanting(*ALL), first[1])
+        for got in outcome[2:]:  # later keys are not seen by the first frame
             assert got[:, :, 16:].isfinite().all()

@@ -71,12 +71,12 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     from vicreg_kernels.barlow.triton import launch as launchers
     from vicreg_kernels.core.triton import device as devices
 
-    found: dict[str, Any] = {}
+    kernels: dict[str, Any] = {}
     kept = {name: getattr(launchers, name) for name in KERNELS}
     real = devices.device
     try:
         for name in KERNELS:
-            setattr(launchers, name, Recorder(kept[name], found))
+            setattr(launchers, name, Recorder(kept[name], kernels))
         devices.device = lambda index: devices.Device("default", 132, case.arch // 10)
         x, y = (
             torch.empty(case.shape, dtype=getattr(torch, case.dtype), device="meta")
@@ -90,16 +90,16 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         devices.device = real
         for name, value in kept.items():
             setattr(launchers, name, value)
-    return found[case.kernel]
+    return kernels[case.kernel]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel(case: Case, compiled: dict[str, Any]) -> None:
-    found = compiled[str(case)]
-    audit_triton.check("barlow", str(case), found)
-    assert found["matrix"] == ([MATRIX[case.arch]] if case.kernel in PRODUCTS else [])
+    kernel = compiled[str(case)]
+    audit_triton.check("barlow", str(case), kernel)
+    assert kernel["matrix"] == ([MATRIX[case.arch]] if case.kernel in PRODUCTS else [])
     if case.kernel != "loss_kernel":
-        assert found["wide_loads"] > 0, "every load is narrower than 16 bytes"
+        assert kernel["wide_loads"] > 0, "every load is narrower than 16 bytes"
 
 
 if __name__ == "__main__":

@@ -49,8 +49,8 @@ def projected_out(x, y, lambd):
     correlation = first.t() @ second / len(x)
     squares = (correlation - torch.eye(x.shape[1]).to(correlation)).square()
     loss = lambd * squares.sum() + (1 - lambd) * squares.diagonal().sum()
-    found = torch.autograd.grad(loss, (first, second))
-    largest = max((g / z.std(dim=0)).abs().max() for g, z in zip(found, wide, strict=True))
+    gradients = torch.autograd.grad(loss, (first, second))
+    largest = max((g / z.std(dim=0)).abs().max() for g, z in zip(gradients, wide, strict=True))
     return 4 * torch.finfo(torch.float32).eps * largest.item()
 
 
@@ -90,10 +90,10 @@ def test_half(fused, shape, dtype):
 @pytest.mark.parametrize("shape", [(9, 21), (21, 9)])
 def test_gradient_of_either_view(fused, shape, grads):
     x, y = views(shapes.contiguous, shape, fused, grads=grads)
-    found = hold(fused, x, y)
-    assert tuple(g is not None for g in found.gradients) == grads
+    outcome = hold(fused, x, y)
+    assert tuple(g is not None for g in outcome.gradients) == grads
     both = hold(fused, x.detach().requires_grad_(), y.detach().requires_grad_())
-    for alone, together in zip(found.gradients, both.gradients, strict=True):
+    for alone, together in zip(outcome.gradients, both.gradients, strict=True):
         assert alone is None or torch.equal(alone, together)
 
 
@@ -142,12 +142,12 @@ def test_collapsed(fused, shape, convention):
         y[:, 1::3] = -2.0
     hold(fused, x, y, convention=convention)
     whole = shapes.collapsed(*shape, device=fused.device).requires_grad_()
-    found = differentiate(
+    outcome = differentiate(
         lambda z: barlow_twins_loss(z, z, convention=convention, backend=fused.name), whole
     )
     expected = CONVENTIONS[convention].scale * shape[1]
-    assert found.values[0].item() == pytest.approx(expected, rel=1e-6)
-    assert not found.gradients[0].any()
+    assert outcome.values[0].item() == pytest.approx(expected, rel=1e-6)
+    assert not outcome.gradients[0].any()
 
 
 @pytest.mark.parametrize(("scale", "offset"), [(1e6, 0.0), (1e-2, 0.0), (1.0, 1e4), (1e4, 1e4)])

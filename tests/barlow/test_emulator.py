@@ -156,11 +156,11 @@ def test_collapsed(shape, convention, dtype):
         y[:, 1::3] = -2.0
     check(x, y, convention=convention)
     whole = shapes.collapsed(*shape, dtype=dtype).requires_grad_()
-    found = differentiate(
+    outcome = differentiate(
         lambda z: barlow_twins_loss(z, z, convention=convention, backend="cuda"), whole
     )
-    assert found.values[0].item() == pytest.approx(shape[1], rel=1e-6)
-    assert not found.gradients[0].any()
+    assert outcome.values[0].item() == pytest.approx(shape[1], rel=1e-6)
+    assert not outcome.gradients[0].any()
 
 
 @pytest.mark.parametrize(("scale", "offset"), [(1e4, 0.0), (1e-4, 0.0), (1.0, 1e4), (1e4, 1e4)])
@@ -189,14 +189,14 @@ def test_gradients_of_views_that_agree(case, dtype):
     """
     shape, agreement, lambd, factor = case
     x, y = views(*shape, dtype, agreement)
-    found, truth = (
+    outcome, truth = (
         differentiate(lambda x, y, b=b: barlow_twins_loss(x, y, lambd=lambd, backend=b), *inputs)
         for b, inputs in (
             ("cuda", (x, y)),
             ("reference", [z.detach().double().requires_grad_() for z in (x, y)]),
         )
     )
-    for mine, true in zip(found.gradients, truth.gradients, strict=True):
+    for mine, true in zip(outcome.gradients, truth.gradients, strict=True):
         assert relative_error(mine, true) <= factor * max(torch.finfo(dtype).eps, 1e-5)
 
 
@@ -250,8 +250,8 @@ def test_any_order_of_blocks_gives_the_same_bits(shape, dtype, monkeypatch):
 
     def run(seed):
         monkeypatch.setenv("EMULATOR_SEED", str(seed))
-        found = differentiate(lambda x, y: barlow_twins_loss(x, y, backend="cuda"), x, y)
-        return found.values + found.gradients
+        outcome = differentiate(lambda x, y: barlow_twins_loss(x, y, backend="cuda"), x, y)
+        return outcome.values + outcome.gradients
 
     first = run(0)
     for seed in (1, 2):

@@ -95,11 +95,11 @@ def test_no_host_synchronisation_and_on_the_current_stream(backend, shape):
             with torch.no_grad():
                 x.copy_(source[0])
                 y.copy_(source[1])
-            found = gradients(backend, x, y)
+            actual = gradients(backend, x, y)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     side.synchronize()
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(actual, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
 
 

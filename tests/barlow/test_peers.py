@@ -115,8 +115,8 @@ def test_collapsed_column_beside_std_eps(name):
 
 def test_conventions_differ():
     x, y = views((12, 5))
-    found = {barlow_twins_loss(x, y, convention=name).item() for name in CONVENTIONS}
-    assert len(found) == len(CONVENTIONS)
+    losses = {barlow_twins_loss(x, y, convention=name).item() for name in CONVENTIONS}
+    assert len(losses) == len(CONVENTIONS)
 
 
 def module_of(package: str, *path: str):

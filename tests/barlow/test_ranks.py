@@ -77,19 +77,19 @@ def penalty(views, rank):
 
 def worker(rank, _):
     ranks.CHUNK_ELEMENTS, kept = 1, ranks.CHUNK_ELEMENTS
-    found = {}
+    results = {}
     for name in PAIRS:
         views = [rows_of(z, rank) for z in pair(name)]
         function = partial(loss(name), process_group=True)
         for again in (name, f"{name} again"):
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                found[again] = differentiate(function, *views, cotangents=WEIGHT)
+                results[again] = differentiate(function, *views, cotangents=WEIGHT)
     views[0].requires_grad_(False)
-    found["only y"] = differentiate(function, *views, cotangents=WEIGHT)
+    results["only y"] = differentiate(function, *views, cotangents=WEIGHT)
     ranks.CHUNK_ELEMENTS = kept
-    found["penalty"] = penalty([z.double() for z in pair("40x70 float32 barlow_twins")], rank)
-    found["gram"] = fullgraph(rank, [(5, 40), (6, 30)])
-    found["correlation"] = fullgraph(rank, [(20, 5), (30, 6)])
+    results["penalty"] = penalty([z.double() for z in pair("40x70 float32 barlow_twins")], rank)
+    results["gram"] = fullgraph(rank, [(5, 40), (6, 30)])
+    results["correlation"] = fullgraph(rank, [(20, 5), (30, 6)])
     for shape in ((4, 20), (20, 4)):
         views = [torch.randn(shape).requires_grad_() for _ in "xy"]
         with RecordedOps() as ops:
@@ -97,7 +97,7 @@ def worker(rank, _):
         for op, args in ops.calls:
             args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
             torch.library.opcheck(getattr(torch.ops.vicreg_kernels, op).default, tuple(args))
-            found.setdefault("checked", []).append(op)
+            results.setdefault("checked", []).append(op)
     (grad,) = torch.autograd.grad(
         barlow_twins_loss(*views, process_group=True), views[0], create_graph=True
     )
@@ -107,8 +107,8 @@ def worker(rank, _):
     constant[:, 2] = 1.0
     x, y = constant.clone().requires_grad_(), torch.randn(4, 6)
     barlow_twins_loss(x, y, convention="monai", process_group=True).backward()
-    found["constant"] = x.grad
-    return found
+    results["constant"] = x.grad
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -126,13 +126,13 @@ def reference(name, wide):
 def test_loss_and_gradients(name, everyone):
     """The rule of tolerances.py; autocast lowers nothing; two runs are equal."""
     shape, dtype, _ = PAIRS[name]
-    found = together([each[name] for each in everyone])
+    outcome = together([each[name] for each in everyone])
     again = together([each[f"{name} again"] for each in everyone])
     plain, truth = (reference(name, wide) for wide in (False, True))
     length = max(sum(shape), FEWEST_ROUNDINGS)
     for kind in ("values", "gradients"):
         for i, (mine, twice, true, formula) in enumerate(
-            zip(*(getattr(o, kind) for o in (found, again, truth, plain)), strict=True)
+            zip(*(getattr(o, kind) for o in (outcome, again, truth, plain)), strict=True)
         ):
             assert_close_to_truth(mine, true, formula, dtype, length, f"{kind} {i}")
             assert mine.dtype == (torch.float32 if kind == "values" else dtype)

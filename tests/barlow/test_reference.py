@@ -94,7 +94,7 @@ def test_sums_written_out(shape, convention):
     rows, dim = shape
     x, y = double(shape).requires_grad_(), double(shape).requires_grad_()
     rule, lambd = CONVENTIONS[convention], 0.3
-    found = differentiate(
+    outcome = differentiate(
         lambda x, y: barlow_twins_loss(x, y, lambd=lambd, eps=0.2, convention=convention), x, y
     )
     eps, std_eps = (0.0, 0.2) if rule.eps_on_std else (0.2, 0.0)
@@ -122,14 +122,14 @@ def test_sums_written_out(shape, convention):
         for i in range(dim)
         for j in range(dim)
     )
-    close(found.values[0], rule.scale * loss)
+    close(outcome.values[0], rule.scale * loss)
     by_c = [
         [2 * (c[i][j] - 1) if i == j else 2 * lambd * c[i][j] for j in range(dim)]
         for i in range(dim)
     ]
     for (z, inverse, slope), other, by, grad in (
-        (first, second[0], by_c, found.gradients[0]),
-        (second, first[0], list(zip(*by_c, strict=True)), found.gradients[1]),
+        (first, second[0], by_c, outcome.gradients[0]),
+        (second, first[0], list(zip(*by_c, strict=True)), outcome.gradients[1]),
     ):
         for i in range(dim):
             g = [sum(other[n][j] * by[i][j] for j in range(dim)) / rows for n in range(rows)]

@@ -138,10 +138,10 @@ def test_half_inputs(fused, half, compiled):
     function = loss(fused)
     if compiled:
         function = torch.compile(function, fullgraph=True, backend="aot_eager")
-    found = differentiate(function, *two_views((9, 14), fused, half))
-    assert found.values[0].dtype == torch.float32
-    assert found.values[0].dim() == 0
-    assert {grad.dtype for grad in found.gradients} == {half}
+    outcome = differentiate(function, *two_views((9, 14), fused, half))
+    assert outcome.values[0].dtype == torch.float32
+    assert outcome.values[0].dim() == 0
+    assert {grad.dtype for grad in outcome.gradients} == {half}
 
 
 @pytest.mark.parametrize("weigh", [False, True])
@@ -217,7 +217,7 @@ def test_the_hook_for_ranks(fused, monkeypatch):
     monkeypatch.setattr(
         api.distributed, "check_on_all_ranks", lambda name, group, check, *args: check(*args)
     )
-    found = barlow_twins_loss(x[:1], y[:1], convention="solo_learn", process_group="a group")
-    assert found.item() == pytest.approx(1.0)
+    value = barlow_twins_loss(x[:1], y[:1], convention="solo_learn", process_group="a group")
+    assert value.item() == pytest.approx(1.0)
     (args,) = calls
     assert args[2:] == ((1e-5, 0.0, False, 5e-3, False), "ranks", "solo_learn", "a group")

@@ -118,11 +118,11 @@ class TestInterpreter:
         problem = launchers.LaunchPlan(x, y, 1e-5, 0.0, False, False)
         assert (launchers._row_blocks(problem, 2)[0] > 1) == (dtype == "fp32")
         assert launchers._splits(problem, 6)[0] > 1
-        found = check(x, y)
+        outcome = check(x, y)
         again = differentiate(
             lambda x, y: barlow_twins_loss(x, y, backend="triton"), x, y, cotangents=(-1.7,)
         )
-        for a, b in zip(found.gradients, again.gradients, strict=True):
+        for a, b in zip(outcome.gradients, again.gradients, strict=True):
             assert torch.equal(a, b), "two runs differ"
 
     @pytest.mark.parametrize("shape", [(33, 36), (36, 33)], ids=str)
@@ -166,11 +166,11 @@ class TestInterpreter:
             y[:, 1::3] = -2.0
         check(x, y, convention=convention)
         whole = collapsed(*shape).requires_grad_()
-        found = differentiate(
+        outcome = differentiate(
             lambda z: barlow_twins_loss(z, z, convention=convention, backend="triton"), whole
         )
-        assert found.values[0].item() == pytest.approx(shape[1], rel=1e-6)
-        assert not found.gradients[0].any()
+        assert outcome.values[0].item() == pytest.approx(shape[1], rel=1e-6)
+        assert not outcome.gradients[0].any()
 
     @pytest.mark.parametrize(("scale", "offset"), [(1e4, 0.0), (1e-4, 0.0), (1.0, 1e4)])
     @pytest.mark.parametrize("shape", [(20, 35), (35, 20)], ids=str)
@@ -186,14 +186,14 @@ class TestInterpreter:
         """As in test_barlow_emulator.py."""
         shape, agreement, lambd, factor = case
         x, y = views(*shape, dtype, agreement)
-        found, truth = (
+        outcome, truth = (
             differentiate(lambda x, y, b=b: barlow_twins_loss(x, y, lambd=lambd, backend=b), *z)
             for b, z in (
                 ("triton", (x, y)),
                 ("reference", [z.detach().double().requires_grad_() for z in (x, y)]),
             )
         )
-        for mine, true in zip(found.gradients, truth.gradients, strict=True):
+        for mine, true in zip(outcome.gradients, truth.gradients, strict=True):
             assert relative_error(mine, true) <= factor * max(torch.finfo(x.dtype).eps, 1e-5)
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -215,10 +215,10 @@ class TestInterpreter:
     def test_right_or_nan_near_the_ends_of_float32(self, shape):
         for exponent in (-30, -22, -18, 18, 20, 30):
             x, y = (z.detach() * 10.0**exponent for z in views(*shape))
-            found = barlow_twins_loss(x, y, eps=0.0, backend="triton")
+            loss = barlow_twins_loss(x, y, eps=0.0, backend="triton")
             truth = barlow_twins_loss(x.double(), y.double(), eps=0.0)
-            assert found.isnan() == (abs(exponent) > 18), exponent
-            assert found.isnan() or abs(found - truth) <= 1e-5 * truth, exponent
+            assert loss.isnan() == (abs(exponent) > 18), exponent
+            assert loss.isnan() or abs(loss - truth) <= 1e-5 * truth, exponent
 
     @pytest.mark.parametrize("case", ["tight frame", "uncorrelated"])
     def test_cancellation(self, case):

@@ -70,8 +70,8 @@ def test_a_limit_in_milliseconds(most, missed, monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "ceilings", lambda device, dtype: limits)
     command = ["--device", "cpu", "--op", "host", "--budget", "0.01", "--output", str(tmp_path)]
     assert run.main(command) == 0
-    (found,) = json.loads((tmp_path / "host.json").read_text())["runs"]
-    assert found["rows"][0]["most_ms"] == most
-    lines = [line for line in report.remarks(found) if line.startswith("missed: one float32")]
+    (record,) = json.loads((tmp_path / "host.json").read_text())["runs"]
+    assert record["rows"][0]["most_ms"] == most
+    lines = [line for line in report.remarks(record) if line.startswith("missed: one float32")]
     assert bool(lines) == missed
     assert not missed or lines[0].endswith("ms, at most 1e-09 ms")

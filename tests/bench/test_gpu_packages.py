@@ -64,13 +64,13 @@ def test_what_the_trainer_imports_is_named():
     """Its own imports, those inside functions left out: they are of other commands."""
     import ast
 
-    found = set()
+    modules = set()
     for path in (ROOT / "python" / "vicreg_jepa").rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.Import):
-                found |= {alias.name.split(".")[0] for alias in node.names}
+                modules |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
-                found.add(node.module.split(".")[0])
-    found -= {*sys.stdlib_module_names, "torch", "vicreg_kernels", "vicreg_jepa"}
-    assert found <= set(gpu_packages.IMPORTS)
-    assert "pydantic" in found
+                modules.add(node.module.split(".")[0])
+    modules -= {*sys.stdlib_module_names, "torch", "vicreg_kernels", "vicreg_jepa"}
+    assert modules <= set(gpu_packages.IMPORTS)
+    assert "pydantic" in modules

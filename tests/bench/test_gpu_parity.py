@@ -32,8 +32,8 @@ PLUGIN = """
 import json, os, pytest
 
 def pytest_collection_modifyitems(items):
-    found = [item.nodeid for item in items if item.get_closest_marker("gpu")]
-    open(os.environ["LISTED"], "w").write(json.dumps(found))
+    marked = [item.nodeid for item in items if item.get_closest_marker("gpu")]
+    open(os.environ["LISTED"], "w").write(json.dumps(marked))
 """
 
 
@@ -76,15 +76,15 @@ def test_files_that_mark_tests_are_found_by_their_text(collected):
 
 def named(chosen: dict[str, str], said: re.Pattern[str]) -> set[str]:
     """The gpu tests whose source says this."""
-    found = set()
+    tests = set()
     for file in {test.split("::")[0] for test in chosen}:
         text = (ROOT / file).read_text()
         for node in ast.parse(text).body:
             if isinstance(node, ast.FunctionDef) and said.search(
                 ast.get_source_segment(text, node) or ""
             ):
-                found.add(f"{file}::{node.name}")
-    return found & {test.split("[")[0] for test in chosen}
+                tests.add(f"{file}::{node.name}")
+    return tests & {test.split("[")[0] for test in chosen}
 
 
 def test_memory_hungry_tests_run_alone(collected):

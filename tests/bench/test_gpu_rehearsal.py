@@ -73,8 +73,8 @@ def test_the_copy_is_what_the_machine_gets(tmp_path, with_git):
         subprocess.run(["git", "init", "-q", str(root)], check=True)
         subprocess.run(["git", "-C", str(root), "add", "csrc", ".gitignore"], check=True)
     gpu_rehearse.copy(root, tmp_path / "copy", [])
-    found = {p.relative_to(tmp_path / "copy").as_posix() for p in (tmp_path / "copy").rglob("*.*")}
-    assert found == {".gitignore", "new.py", "csrc/ema/cpu.cpp"}
+    files = {p.relative_to(tmp_path / "copy").as_posix() for p in (tmp_path / "copy").rglob("*.*")}
+    assert files == {".gitignore", "new.py", "csrc/ema/cpu.cpp"}
     size = gpu_rehearse.copy(root, tmp_path / "more", ["_C.abi3.so", "build"])
     assert (tmp_path / "more" / "_C.abi3.so").exists()
     assert (tmp_path / "more" / "build" / "left.o").exists()

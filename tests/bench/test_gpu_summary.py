@@ -131,14 +131,14 @@ def test_the_archive_fits_and_keeps_the_records(tmp_path):
     (work / "records" / "ema.json").write_bytes(whole)
     (work / "records" / "ema.json.partial").write_bytes(b"")
     gpu_summary.write_archive(work, out)
-    found = contents(out)
-    assert sorted(found) == ["logs/build.log", "records/ema.json"]
-    assert len(found["logs/build.log"]) == (3 << 20) + 12
+    files = contents(out)
+    assert sorted(files) == ["logs/build.log", "records/ema.json"]
+    assert len(files["logs/build.log"]) == (3 << 20) + 12
     gpu_summary.write_archive(work, out, most=2 << 20)
     assert (out / "results.tar.gz").stat().st_size <= 2 << 20
-    found = contents(out)
-    assert found["records/ema.json"] == whole
-    log = found["logs/build.log"]
+    files = contents(out)
+    assert files["records/ema.json"] == whole
+    log = files["logs/build.log"]
     assert log.startswith(b"begin")
     assert log.endswith(b"the end")
     assert b"bytes were left out" in log

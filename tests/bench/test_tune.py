@@ -84,11 +84,11 @@ def cost(config) -> float:
 
 def test_the_fastest_candidate_of_each_field_is_chosen_and_what_fails_is_named():
     kernels = Kernels(cost, broken=lambda config: config.product == (32, 32, 4, 3))
-    found = tune.tune(table(**CANDIDATES), kernels.problem(), kernels, 100_000, kernels.timer)
-    assert found.config == dataclasses.replace(GENERAL, product=FASTEST)
-    assert found.ms == pytest.approx(3.0)
-    assert found.general_ms == pytest.approx(5.0)
-    assert found.skipped == {
+    result = tune.tune(table(**CANDIDATES), kernels.problem(), kernels, 100_000, kernels.timer)
+    assert result.config == dataclasses.replace(GENERAL, product=FASTEST)
+    assert result.ms == pytest.approx(3.0)
+    assert result.general_ms == pytest.approx(5.0)
+    assert result.skipped == {
         f"product {WIDE}": "takes 128000 bytes of shared memory of 100000",
         "product (32, 32, 4, 3)": "RuntimeError: out of resource: registers",
     }
@@ -97,9 +97,9 @@ def test_the_fastest_candidate_of_each_field_is_chosen_and_what_fails_is_named()
 
 def test_the_general_one_stays_where_none_is_faster():
     kernels = Kernels(lambda config: 1.0 if config == GENERAL else 0.99)
-    found = tune.tune(table(**CANDIDATES), kernels.problem(), kernels, 10**6, kernels.timer)
-    assert found.config == GENERAL
-    assert found.ms == found.general_ms
+    result = tune.tune(table(**CANDIDATES), kernels.problem(), kernels, 10**6, kernels.timer)
+    assert result.config == GENERAL
+    assert result.ms == result.general_ms
 
 
 def test_kernels_that_do_not_ask_for_a_configuration_are_an_error():
@@ -279,8 +279,8 @@ def test_candidates_are_values_of_the_ops_configuration(op):
             assert len(set(values)) == len(values)
             for value in values:
                 row = json.loads(json.dumps({**raw, name: value}))
-                found = configs.parse(row, kind, keys, op)
-                assert getattr(found.config, name) == value
+                parsed = configs.parse(row, kind, keys, op)
+                assert getattr(parsed.config, name) == value
             assert any(entry.shared(problem, name, value) <= 99 << 10 for value in values)
 
 

@@ -51,13 +51,13 @@ def inputs(case: Case, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """Correlated inputs of which the hinge cuts some columns."""
     generator = torch.Generator().manual_seed(5)
     base = torch.randn(max(case.shapes), generator=generator, dtype=torch.float64)
-    found = []
+    leaves = []
     for shape in case.shapes:
         own = torch.randn(shape, generator=generator, dtype=torch.float64)
         common = base if base.shape == shape else 0.0
         scale = torch.linspace(0.4, 1.8, shape[-1], dtype=torch.float64)
-        found.append(((0.8 * common + 0.5 * own) * scale + 0.3).to(dtype).requires_grad_())
-    return found
+        leaves.append(((0.8 * common + 0.5 * own) * scale + 0.3).to(dtype).requires_grad_())
+    return leaves
 
 
 def eb_jepa_terms(x: Tensor, y: Tensor, std: float, cov: float) -> list[Tensor]:

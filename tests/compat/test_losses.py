@@ -23,13 +23,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def run(loss, leaves):
     """The outcome, and the gradients of the first tensor and of all of them together."""
     outcome = loss(*leaves)
-    found = tensors(outcome)
-    total = sum((k + 1.0) * z.sum() for k, z in enumerate(found))
+    values = tensors(outcome)
+    total = sum((k + 1.0) * z.sum() for k, z in enumerate(values))
     gradients = [
-        *torch.autograd.grad(found[0].sum(), leaves, retain_graph=True),
+        *torch.autograd.grad(values[0].sum(), leaves, retain_graph=True),
         *torch.autograd.grad(total, leaves),
     ]
-    return outcome, found, gradients
+    return outcome, values, gradients
 
 
 def assert_same(ours, theirs, bound):
@@ -66,18 +66,18 @@ def test_own_class(name):
         dtype = torch.float64 if case.double else torch.float32
         bound = case.bound if case.double else SINGLE
         expected, values, slopes = run(theirs, inputs(case, dtype))
-        outcome, found, gradients = run(case.make(peers.ours(case.peer)), inputs(case, dtype))
+        outcome, own_values, gradients = run(case.make(peers.ours(case.peer)), inputs(case, dtype))
         assert type(outcome) is type(expected)
         if isinstance(expected, dict):
             assert list(outcome) == list(expected)
-        assert_same(found, values, bound)
+        assert_same(own_values, values, bound)
         assert_same(gradients, slopes, bound)
         for dtype in DTYPES if case.half else DTYPES[:1]:
             _, values, slopes = run(case.make(peers.theirs(case.peer)), inputs(case, dtype))
-            _, found, gradients = run(case.make(peers.ours(case.peer)), inputs(case, dtype))
-            assert [z.dtype for z in found] == [z.dtype for z in values]
+            _, own_values, gradients = run(case.make(peers.ours(case.peer)), inputs(case, dtype))
+            assert [z.dtype for z in own_values] == [z.dtype for z in values]
             assert [z.dtype for z in gradients] == [z.dtype for z in slopes]
-            assert_same(found, values, ROUNDINGS * torch.finfo(dtype).eps)
+            assert_same(own_values, values, ROUNDINGS * torch.finfo(dtype).eps)
 
 
 @EVERY
@@ -85,14 +85,14 @@ def test_dtypes(name):
     """The inputs', as plain PyTorch has them; float32 under autocast, but for one library."""
     case = CASES[name]
     for dtype in DTYPES:
-        _, found, gradients = run(case.make(peers.ours(case.peer)), inputs(case, dtype))
+        _, own_values, gradients = run(case.make(peers.ours(case.peer)), inputs(case, dtype))
         assert {z.dtype for z in gradients} == {dtype}
         kinds = {True: {dtype}, False: {torch.float32}, None: {dtype, torch.float32}}
-        assert {z.dtype for z in found} == kinds[case.rounds]
+        assert {z.dtype for z in own_values} == kinds[case.rounds]
     with torch.autocast("cpu", torch.bfloat16):
-        found = tensors(case.make(peers.ours(case.peer))(*inputs(case, torch.bfloat16)))
+        own_values = tensors(case.make(peers.ours(case.peer))(*inputs(case, torch.bfloat16)))
     stays = case.peer == "pytorch_metric_learning"
-    assert {z.dtype for z in found} == {torch.bfloat16 if stays else torch.float32}
+    assert {z.dtype for z in own_values} == {torch.bfloat16 if stays else torch.float32}
 
 
 def test_every_name_has_a_case():

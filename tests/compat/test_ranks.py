@@ -77,24 +77,24 @@ def outcome(loss, rank):
 
 
 def worker(rank, ranks):
-    found = {}
+    outcomes = {}
     for name, (peer, make) in LOSSES.items():
-        found[name, "ours"] = outcome(make(peers.ours(peer)), rank)
+        outcomes[name, "ours"] = outcome(make(peers.ours(peer)), rank)
         with peers.importable(peer):
             try:
-                found[name, "theirs"] = outcome(make(peers.theirs(peer)), rank)
+                outcomes[name, "theirs"] = outcome(make(peers.theirs(peer)), rank)
             except ImportError as error:
-                found[name, "theirs"] = str(error)
-    return found
+                outcomes[name, "theirs"] = str(error)
+    return outcomes
 
 
 @pytest.mark.parametrize("name", DROPPED)
 def test_directions_are_those_of_rank_0(name):
-    found = gloo.on_two("compat.test_ranks")
+    ranks = gloo.on_two("compat.test_ranks")
     x, y = (torch.cat(views) for views in zip(*map(rows, range(RANKS)), strict=True))
     peer, make = LOSSES[name]
     whole = make(peers.ours(peer))(x, y)
-    for rank in found:
+    for rank in ranks:
         torch.testing.assert_close(rank[name, "ours"][0], whole.detach())
 
 

@@ -30,17 +30,17 @@ def test_within_budget(architecture):
 
 def test_accesses_of_16_bytes():
     kernels = re.split(r"\.visible \.entry (?:void )?", audit_cuda.ptx("ema"))[1:]
-    found = {}
+    accesses = {}
     for kernel in kernels:
         name = re.search(r"(\w+_kernel)\(", kernel).group(1)
         loads = len(re.findall(r"ld\.global(?:\.nc)?\.v4\.", kernel))
-        found[name] = loads, len(re.findall(r"st\.global\.wb\.v4\.", kernel))
+        accesses[name] = loads, len(re.findall(r"st\.global\.wb\.v4\.", kernel))
     # targets of 3 dtypes x onlines of 3, in packs of 4 or 8 elements, 16 a thread: 4 loads of a
     # float32 target and 2 of a half one, 4 or 0 (8 bytes) and 4 or 2 of the online tensor
     targets, onlines = 3 * 4 + 6 * 2, 4 + 2 * 4 + 4 * 2
-    assert found["update_kernel"][0] == targets + onlines
-    assert found["update_kernel"][1] >= targets
-    assert found["strided_kernel"] == (0, 0)
+    assert accesses["update_kernel"][0] == targets + onlines
+    assert accesses["update_kernel"][1] >= targets
+    assert accesses["strided_kernel"] == (0, 0)
 
 
 def test_no_fused_multiply_add():

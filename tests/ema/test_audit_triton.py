@@ -52,7 +52,7 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
 
     from vicreg_kernels.ema.triton import launch as launcher
 
-    found: dict[str, Any] = {}
+    kernels: dict[str, Any] = {}
     kept = launcher.update_kernel
     shape = (64, 128)
     made = [
@@ -64,21 +64,23 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     scalar = torch.empty((), device="meta") if case.momentum == "tensor" else None
     step = torch.empty((), dtype=torch.int64, device="meta") if scalar is not None else None
     try:
-        launcher.update_kernel = Recorder(kept, found)
+        launcher.update_kernel = Recorder(kept, kernels)
         launcher.update_(*made, scalar, 0.996, case.rounding == "stochastic", 2**40, step, 7)
     finally:
         launcher.update_kernel = kept
-    return found["update_kernel"]
+    return kernels["update_kernel"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel(case: Case, compiled: dict[str, Any]) -> None:
-    found = compiled[str(case)]
-    audit_triton.check("ema", str(case), found)
-    assert found["fused"] == 0, "a product and a sum are contracted: the bits are another backend's"
+    kernel = compiled[str(case)]
+    audit_triton.check("ema", str(case), kernel)
+    assert kernel["fused"] == 0, (
+        "a product and a sum are contracted: the bits are another backend's"
+    )
     if case.layout == "flat":
-        assert found["wide_loads"] > 0
-        assert found["wide_stores"] > 0
+        assert kernel["wide_loads"] > 0
+        assert kernel["wide_stores"] > 0
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def test_a_streamed_shadow(dtype, offset):
 def test_any_number_of_threads_gives_the_same_bits(rounding):
     count = torch.get_num_threads()
     lists = ema_tensors.every_dtype([(129, 130), (40000,)])
-    found = []
+    runs = []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
@@ -90,11 +90,11 @@ def test_any_number_of_threads_gives_the_same_bits(rounding):
             ema_update_(
                 targets, lists[1], 0.9, shadows=copies, rounding=rounding, step=1, backend="cpu"
             )
-            found.append(targets + copies)
+            runs.append(targets + copies)
     finally:
         torch.set_num_threads(count)
-    for other in found[1:]:
-        ema_tensors.assert_same_bits(other, found[0], "threads")
+    for other in runs[1:]:
+        ema_tensors.assert_same_bits(other, runs[0], "threads")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

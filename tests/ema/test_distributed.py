@@ -84,14 +84,14 @@ KINDS = {"ddp": distributed, "fsdp2": sharded}
 
 
 def worker(rank: int, ranks: int) -> dict[str, dict[str, Any]]:
-    found = {}
+    states = {}
     for kind, train_on in KINDS.items():
         model = make()
         ema = EMA(copy.deepcopy(model), 0.9, shadow_dtype=torch.bfloat16)
         train_on(rank, ema, model)
         state = {name: whole(z.detach()) for name, z in ema.named_parameters()}
-        found[kind] = state | {"step": ema.step}
-    return found
+        states[kind] = state | {"step": ema.step}
+    return states
 
 
 @pytest.mark.parametrize("kind", KINDS)

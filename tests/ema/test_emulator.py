@@ -92,16 +92,16 @@ def test_momentum_and_step_in_device_memory(kernel, dtype, momentum):
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_any_order_of_blocks_gives_the_same_bits(rounding, monkeypatch):
     lists = ema_tensors.every_dtype([(9000,), (5, 6)])
-    found = []
+    runs = []
     for seed in (0, 1, 2, 3):
         monkeypatch.setenv("EMULATOR_SEED", str(seed))
         targets, copies = ema_tensors.again(lists[0]), ema_tensors.again(lists[2])
         ema_update_(
             targets, lists[1], 0.9, shadows=copies, rounding=rounding, step=1, backend="cuda"
         )
-        found.append(targets + copies)
-    for other in found[1:]:
-        ema_tensors.assert_same_bits(other, found[0], "seeds")
+        runs.append(targets + copies)
+    for other in runs[1:]:
+        ema_tensors.assert_same_bits(other, runs[0], "seeds")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -201,8 +201,8 @@ def test_wrapped_students(kind, made):
     train(plain, 3)
     ema.update(student)
     expected.update(plain)
-    found = [z for z in ema.module.parameters()]
-    for a, b in zip(found, expected.module.parameters(), strict=True):
+    parameters = [z for z in ema.module.parameters()]
+    for a, b in zip(parameters, expected.module.parameters(), strict=True):
         assert torch.equal(a, b)
 
 

@@ -26,9 +26,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def assert_close(ema: EMA, peer: nn.Module) -> None:
-    found, expected = ema.module.state_dict(), peer.state_dict()
-    assert found.keys() == expected.keys()
-    for name, z in found.items():
+    state, expected = ema.module.state_dict(), peer.state_dict()
+    assert state.keys() == expected.keys()
+    for name, z in state.items():
         torch.testing.assert_close(z, expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
@@ -73,9 +73,9 @@ def test_averaged_model(decay, buffers):
         train(model, optimizer)
         ours.update(model, momentum=0.0 if step == 0 else None)
         theirs.update_parameters(model)
-    found = dict(ours.module.named_parameters())
+    parameters = dict(ours.module.named_parameters())
     for name, z in theirs.module.named_parameters():
-        torch.testing.assert_close(found[name], z, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(parameters[name], z, rtol=1e-5, atol=1e-6)
     for name, z in ours.module.named_buffers():
         if buffers and z.is_floating_point():
             theirs_too = theirs.module.get_buffer(name)

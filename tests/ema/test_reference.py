@@ -135,12 +135,12 @@ def test_philox_is_the_published_generator():
 def test_random_bits_of_elements():
     """Counter and key as documented, the low half of a word first."""
     seed, step, index = 2**62 + 12345, 2**40 + 7, 3
-    found = reference.random_bits(21, seed, step, index, torch.device("cpu"))
+    bits = reference.random_bits(21, seed, step, index, torch.device("cpu"))
     key = (seed & 0xFFFFFFFF, seed >> 32)
     for element in range(21):
         counter = (element // 8, (step >> 32) << 16, index, step & 0xFFFFFFFF)
         word = philox_plain(counter, key)[element % 8 // 2]
-        assert found[element] == (word >> 16 * (element % 2)) & 0xFFFF
+        assert bits[element] == (word >> 16 * (element % 2)) & 0xFFFF
 
 
 @pytest.mark.parametrize("dtype", HALVES)

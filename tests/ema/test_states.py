@@ -77,8 +77,8 @@ def test_extra_state_is_saved_and_loaded(extra, shadow) -> None:
     other = EMA(Extra("another"), 0.9, shadow_dtype=shadow)
     other.load_state_dict(torch.load(file, weights_only=False))
     for module in (other.module, *([] if shadow is None else [other.shadow])):
-        found = module.extra
-        assert torch.equal(found, extra) if isinstance(extra, torch.Tensor) else found == extra
+        loaded = module.extra
+        assert torch.equal(loaded, extra) if isinstance(extra, torch.Tensor) else loaded == extra
     assert torch.equal(other.module.layer.weight, ema.module.layer.weight)
 
 
@@ -95,9 +95,9 @@ def test_directions_of_spectral_norm_keep_their_norm(normalise) -> None:
         with torch.no_grad():
             next(student.parameters()).normal_()
         ema.update(student)
-    found = [z for name, z in ema.module.named_buffers() if name.endswith(("_u", "_v"))]
-    assert len(found) == 2
-    for z in found:
+    directions = [z for name, z in ema.module.named_buffers() if name.endswith(("_u", "_v"))]
+    assert len(directions) == 2
+    for z in directions:
         torch.testing.assert_close(z.norm(), torch.ones(()))
     student[1].running_mean.fill_(2.0)
     ema.update(student)

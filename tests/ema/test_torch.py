@@ -59,7 +59,7 @@ def test_fullgraph_training_step(fused, backend, rounding):
 
     x = torch.randn(8, 6, device=fused.device)
     start, first = torch.randn(2, 6, 6, device=fused.device)
-    found = []
+    runs = []
     with inductor.anew():
         compiled = torch.compile(step, fullgraph=True, backend=backend)
         for function in (step, compiled):
@@ -75,9 +75,9 @@ def test_fullgraph_training_step(fused, backend, rounding):
                 results += [loss.detach(), total.detach(), weight.grad.clone()]
                 with torch.no_grad():
                     weight.sub_(weight.grad)
-            found.append((*results, *teachers, *shadows))
-    assert not torch.equal(found[0][-2].float(), start)
-    for eager, other in zip(*found, strict=True):
+            runs.append((*results, *teachers, *shadows))
+    assert not torch.equal(runs[0][-2].float(), start)
+    for eager, other in zip(*runs, strict=True):
         torch.testing.assert_close(eager, other, rtol=1e-5, atol=1e-5)
 
 
@@ -189,12 +189,12 @@ def test_autocast_changes_nothing(fused):
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_two_runs_are_bitwise_equal(fused, rounding):
     targets, onlines, copies = lists(fused.device)
-    found = []
+    runs = []
     for _ in range(2):
         mine, own = ema_tensors.again(targets), ema_tensors.again(copies)
         ema_update_(mine, onlines, 0.9, shadows=own, rounding=rounding, step=3, backend=fused.name)
-        found.append(mine + own)
-    assert_same_bits(*found, "tensors")
+        runs.append(mine + own)
+    assert_same_bits(*runs, "tensors")
 
 
 @pytest.mark.parametrize("kind", ["float32", "half and shadow", "strided"])

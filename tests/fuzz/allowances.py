@@ -69,8 +69,8 @@ def variance_rounding(op: str, arguments: Mapping[str, Any]) -> float:
     if op not in _VICREG or arguments.get("eps") != 0:
         return 0.0
     views = (_wide(arguments[name]) for name in "xyz" if arguments.get(name) is not None)
-    found = [view.var(dim=-2) for view in views if view.dim() >= 2 and view.shape[-2] > 1]
-    least = min((float(v[v > 0].min()) for v in found if bool((v > 0).any())), default=LEAST)
+    variances = [view.var(dim=-2) for view in views if view.dim() >= 2 and view.shape[-2] > 1]
+    least = min((float(v[v > 0].min()) for v in variances if bool((v > 0).any())), default=LEAST)
     return EPS * max(LEAST / least, 1.0) if least < LEAST else 0.0
 
 
@@ -88,13 +88,13 @@ def _views(arguments: Mapping[str, Any]) -> list[tuple[Tensor, Tensor, Tensor]]:
     share before the root, eps of either kind.
     """
     root, beside, lost, _ = _settings(arguments)
-    found = []
+    statistics = []
     for name in "xy":
         z = _wide(arguments[name])
         centred = z - z.mean(0)
         scatter = centred.square().sum(0)
-        found.append((centred, scatter, scatter / (len(z) - lost) + root + beside))
-    return found
+        statistics.append((centred, scatter, scatter / (len(z) - lost) + root + beside))
+    return statistics
 
 
 def _unheld(view: tuple[Tensor, Tensor, Tensor]) -> bool:
@@ -153,10 +153,10 @@ class RoundedCosines(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        found = function(*args, **(kwargs or {}))
-        if function is not Tensor.cos or found.dim() != 4:  # of angles [G, N, M, K]
-            return found
-        return found - 0.5 * EPS
+        result = function(*args, **(kwargs or {}))
+        if function is not Tensor.cos or result.dim() != 4:  # of angles [G, N, M, K]
+            return result
+        return result - 0.5 * EPS
 
 
 def sigreg_roundings(arguments: Mapping[str, Any]) -> float:

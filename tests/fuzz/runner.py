@@ -111,8 +111,8 @@ def evaluate(line: str, backend: str | None = None, **inputs: Any) -> Outcome:
     words |= {"torch": torch, "nan": float("nan"), "inf": float("inf"), op: call}
     words |= {"T": made.tensor, "W": made.output, "I": made.integers}
     try:
-        found = eval(line, words)
-        outcome.values = _tensors(found) + made.written
+        result = eval(line, words)
+        outcome.values = _tensors(result) + made.written
         if not any(z.is_meta for z in outcome.values):  # whose leaves are on the CPU
             outcome.gradients = _gradients(outcome.values, made.leaves)
         outcome.values = [z.detach().clone() for z in outcome.values]
@@ -134,9 +134,9 @@ def _from_rules(error: BaseException) -> bool:
     return False
 
 
-def _tensors(found: Any) -> list[Tensor]:
-    found = (found,) if isinstance(found, Tensor) else (found or ())
-    return [z for z in found if isinstance(z, Tensor)]
+def _tensors(result: Any) -> list[Tensor]:
+    result = (result,) if isinstance(result, Tensor) else (result or ())
+    return [z for z in result if isinstance(z, Tensor)]
 
 
 def _gradients(values: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -145,8 +145,10 @@ def _gradients(values: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tenso
     wanted = [z for z in leaves if z.requires_grad]
     if not outputs or not wanted:
         return []
-    found = torch.autograd.grad(outputs, wanted, list(map(_weights, outputs)), allow_unused=True)
-    return [torch.zeros_like(z) if g is None else g for z, g in zip(wanted, found, strict=True)]
+    gradients = torch.autograd.grad(
+        outputs, wanted, list(map(_weights, outputs)), allow_unused=True
+    )
+    return [torch.zeros_like(z) if g is None else g for z, g in zip(wanted, gradients, strict=True)]
 
 
 def _weights(like: Tensor) -> Tensor:
@@ -208,10 +210,10 @@ class _Comparison:
     def run(self) -> str:
         exact = op_of(self.line) in EXACT
         for kind in ("values", "gradients"):
-            found, plain, truth = (getattr(o, kind) for o in (self.actual, self.plain, self.truth))
-            if not len(found) == len(plain) == len(truth):
-                raise Fault(f"{len(found)} {kind}, {len(plain)} by the reference")
-            for i, (one, two, three) in enumerate(zip(found, plain, truth, strict=True)):
+            actual, plain, truth = (getattr(o, kind) for o in (self.actual, self.plain, self.truth))
+            if not len(actual) == len(plain) == len(truth):
+                raise Fault(f"{len(actual)} {kind}, {len(plain)} by the reference")
+            for i, (one, two, three) in enumerate(zip(actual, plain, truth, strict=True)):
                 if one.shape != two.shape or one.dtype != two.dtype:
                     raise Fault(f"{kind} {i}: {one.shape} {one.dtype}, not {two.shape} {two.dtype}")
                 if not one.dtype.is_floating_point or (exact and kind == "values"):
@@ -221,52 +223,52 @@ class _Comparison:
                     self.close(kind, i, one, two, three)
         return "noise" if self.noise else "right"
 
-    def close(self, kind: str, i: int, found: Tensor, plain: Tensor, truth: Tensor) -> None:
-        info = torch.finfo(found.dtype)
+    def close(self, kind: str, i: int, actual: Tensor, plain: Tensor, truth: Tensor) -> None:
+        info = torch.finfo(actual.dtype)
         floor = 64 * info.smallest_normal * (info.eps if info.bits == 16 else 1.0)
         floor += self.cancelled(info.eps) if kind == "gradients" else 0.0
         if op_of(self.line) == "sigreg_directions":  # a few roundings apart, as it says
             floor += 16 * info.eps
         floor += self.allowed(kind, i)
-        found, plain, truth = (z.double().flatten() for z in (found, plain, truth))
+        actual, plain, truth = (z.double().flatten() for z in (actual, plain, truth))
         beyond = ~(truth.abs() <= info.max)
-        self.hold_finiteness(f"{kind} {i}", found, plain, truth, beyond)
-        kept = found.isfinite() & ~beyond
-        found, truth = found[kept], truth[kept]
+        self.hold_finiteness(f"{kind} {i}", actual, plain, truth, beyond)
+        kept = actual.isfinite() & ~beyond
+        actual, truth = actual[kept], truth[kept]
         usual = torch.where(plain[kept].isfinite(), plain[kept], truth)
         eps = info.eps
         eps = max(eps, allowances.variance_rounding(op_of(self.line), self.truth.arguments))
         if op_of(self.line) == "sigreg_loss" and kind == "gradients":
             steps = EPS * allowances.sigreg_roundings(self.truth.arguments)
             eps = max(eps, steps / FEWEST_ROUNDINGS**0.5)
-        if _excess(found, usual, truth, eps, floor) is None:
+        if _excess(actual, usual, truth, eps, floor) is None:
             return
         moves = self.moved(kind, i, kept, truth)
         if moves is None:
             self.noise = True
-        elif (excess := _excess(found, usual, truth, eps, floor, moves)) is not None:
+        elif (excess := _excess(actual, usual, truth, eps, floor, moves)) is not None:
             raise Fault(f"{kind} {i}: {excess}")
 
     def hold_finiteness(
-        self, name: str, found: Tensor, plain: Tensor, truth: Tensor, beyond: Tensor
+        self, name: str, actual: Tensor, plain: Tensor, truth: Tensor, beyond: Tensor
     ) -> None:
         # Where the reference is finite, it is at the very edge of the range: a rounding decides.
-        wrong = beyond & found.isfinite() & ~plain.isfinite()
+        wrong = beyond & actual.isfinite() & ~plain.isfinite()
         masked = self.actual.arguments.get("mask") is not None
         undefined = masked or (
             name.startswith("gradients")
             and allowances.may_be_finite(op_of(self.line), self.actual.arguments)
         )
         if wrong.any() and not (undefined and truth[wrong].isnan().all()):
-            raise Fault(f"{name}: {found[wrong][0]:.3e} where the truth is {truth[wrong][0]}")
-        lost = ~found.isfinite() & ~beyond & plain.isfinite()
+            raise Fault(f"{name}: {actual[wrong][0]:.3e} where the truth is {truth[wrong][0]}")
+        lost = ~actual.isfinite() & ~beyond & plain.isfinite()
         values_lost = not all(z.isfinite().all() for z in self.plain.values)
         spared = (name.startswith("gradients") and values_lost) or (
-            found[lost].isnan().all()
+            actual[lost].isnan().all()
             and allowances.may_be_nan(op_of(self.line), self.actual.arguments)
         )
         if lost.any() and not spared:
-            raise Fault(f"{name}: {found[lost][0]} where the truth is {truth[lost][0]:.6e}")
+            raise Fault(f"{name}: {actual[lost][0]} where the truth is {truth[lost][0]:.6e}")
 
     def allowed(self, kind: str, i: int) -> float:
         """A few roundings of the terms of Barlow's loss and gradients, of a norm's gradient, and of
@@ -306,7 +308,7 @@ class _Comparison:
 
     def moved(self, kind: str, i: int, kept: Tensor, truth: Tensor) -> list[Tensor] | None:
         """How far the truth moves with one rounding of the inputs; None where it is noise."""
-        found = []
+        moves = []
         count = ROUNDINGS.get(op_of(self.line), 1)
         for nudge in (_all, _some, *map(_signs, range(SIGNS))):
             near = evaluate(
@@ -318,19 +320,19 @@ class _Comparison:
             moved = getattr(near, kind)[i].double().flatten()[kept] - truth
             if not moved.isfinite().all() or moved.norm() > NOISE * truth.norm():
                 return None
-            found.append(moved)
+            moves.append(moved)
         if op_of(self.line) == "sigreg_loss":
             with allowances.RoundedCosines():
                 near = evaluate(self.line, "reference", wide=True)
             moved = getattr(near, kind)[i].double().flatten()[kept] - truth
             if not moved.norm() <= NOISE * truth.norm():
                 return None
-            found.append(moved)
-        return found
+            moves.append(moved)
+        return moves
 
 
 def _excess(
-    found: Tensor,
+    actual: Tensor,
     plain: Tensor,
     truth: Tensor,
     eps: float,
@@ -338,12 +340,12 @@ def _excess(
     moves: Sequence[Tensor] = (),
 ) -> str | None:
     """By how much the error is past the bound, in words; None where it is not."""
-    for norm in (2, float("inf")) if found.numel() else ():
+    for norm in (2, float("inf")) if actual.numel() else ():
         error, usual, size, *near = (
             torch.linalg.vector_norm(z, norm).item()
-            for z in (found - truth, plain - truth, truth, *moves)
+            for z in (actual - truth, plain - truth, truth, *moves)
         )
-        bound = PLAIN_FACTOR * (usual + max(near, default=0.0)) + floor * found.numel() ** 0.5
+        bound = PLAIN_FACTOR * (usual + max(near, default=0.0)) + floor * actual.numel() ** 0.5
         bound += eps * FEWEST_ROUNDINGS**0.5 * size
         if not error <= bound:
             return (

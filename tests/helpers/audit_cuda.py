@@ -33,10 +33,10 @@ Usage = dict[str, dict[str, int]]
 
 def nvcc() -> str:
     usual = Path("/usr/local/cuda/bin/nvcc")
-    found = shutil.which("nvcc") or (str(usual) if usual.exists() else None)
-    if found is None:
+    path = shutil.which("nvcc") or (str(usual) if usual.exists() else None)
+    if path is None:
         pytest.skip("needs nvcc")
-    return found
+    return path
 
 
 def release() -> str:
@@ -65,26 +65,26 @@ def usage(op: str) -> dict[str, Usage]:
     """By architecture and kernel: registers, static shared memory and spilled bytes."""
     report = compiled(op).with_suffix(".txt").read_text()
     text = subprocess.check_output(["c++filt"], input=report, text=True)
-    found: dict[str, Usage] = {name: {} for name in ARCHITECTURES}
+    usages: dict[str, Usage] = {name: {} for name in ARCHITECTURES}
     for block in text.split("Compiling entry function '")[1:]:
         name = re.sub(r"\w+::", "", block.split("(")[0].removeprefix("void "))
         architecture = re.search(r"' for '(sm_\d+)", block).group(1)
         shared = re.search(r"(\d+) bytes smem", block)
         spills = re.findall(r"(\d+) bytes spill", block)
         assert len(spills) == 2
-        found[architecture][name] = {
+        usages[architecture][name] = {
             "registers": int(re.search(r"Used (\d+) registers", block).group(1)),
             "shared": int(shared.group(1)) if shared else 0,
             "spilled": sum(map(int, spills)),
         }
-    return {name: dict(sorted(kernels.items())) for name, kernels in found.items()}
+    return {name: dict(sorted(kernels.items())) for name, kernels in usages.items()}
 
 
 def check_no_spills(op: str, architecture: str, count: int, most_registers: int = 128) -> None:
     """count: how many kernels there are. 128 registers leave two blocks of 256 threads."""
-    found = usage(op)[architecture]
-    assert len(found) == count, sorted(found)
-    for name, kernel in found.items():
+    kernels = usage(op)[architecture]
+    assert len(kernels) == count, sorted(kernels)
+    for name, kernel in kernels.items():
         assert kernel["spilled"] == 0, f"{name} spills {kernel['spilled']} bytes"
         assert kernel["registers"] <= most_registers, f"{name}: {kernel['registers']} registers"
         assert kernel["shared"] <= 48 * 1024
@@ -97,9 +97,9 @@ def check_within_budget(op: str, architecture: str) -> None:
     budget = json.loads(file.read_text())
     if budget["nvcc"] != release():
         pytest.skip(f"the budget is for nvcc {budget['nvcc']}, this is {release()}")
-    found, allowed = usage(op)[architecture], budget[architecture]
-    assert found.keys() == allowed.keys()
-    for name, kernel in found.items():
+    used, allowed = usage(op)[architecture], budget[architecture]
+    assert used.keys() == allowed.keys()
+    for name, kernel in used.items():
         for resource, limit in allowed[name].items():
             assert kernel[resource] <= limit, f"{name}: {kernel[resource]} {resource} > {limit}"
 

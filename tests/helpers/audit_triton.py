@@ -140,14 +140,14 @@ def compile_all(launched: Launched, cases: Sequence[Any]) -> dict[str, dict[str,
     try:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(2, mp_context=context) as pool:
-            found = pool.map(partial(_quietly, launched), cases)
-            return dict(zip(map(str, cases), found, strict=True))
+            kernels = pool.map(partial(_quietly, launched), cases)
+            return dict(zip(map(str, cases), kernels, strict=True))
     finally:
         if interpret is not None:
             os.environ["TRITON_INTERPRET"] = interpret
 
 
-def check(op: str, name: str, found: dict[str, Any], shared_limit: int = SHARED_LIMIT) -> None:
+def check(op: str, name: str, kernel: dict[str, Any], shared_limit: int = SHARED_LIMIT) -> None:
     """It compiled, without spills but for known ones, within its budget. shared_limit: bytes a
     block may have.
     """
@@ -158,13 +158,13 @@ def check(op: str, name: str, found: dict[str, Any], shared_limit: int = SHARED_
     assert file.exists(), f"no {file.name}; `{command}` records it"
     budget = json.loads(file.read_text())
     assert name in budget["cases"], f"the budget has no such case; `{command}` records it"
-    assert "error" not in found, found["error"]
+    assert "error" not in kernel, kernel["error"]
     known = budget.get("spills", {}).get(triton.__version__, {}).get(name, 0)
-    assert found["spilled"] <= known, f"{found['spilled']} bytes a thread spilled, known: {known}"
-    assert found["shared"] <= shared_limit
+    assert kernel["spilled"] <= known, f"{kernel['spilled']} bytes a thread spilled, known: {known}"
+    assert kernel["shared"] <= shared_limit
     if triton.__version__ == budget["triton"]:  # another compiler allocates otherwise
         for resource, allowed in budget["cases"][name].items():
-            assert found[resource] <= allowed, f"{resource}: {found[resource]}, budget {allowed}"
+            assert kernel[resource] <= allowed, f"{resource}: {kernel[resource]}, budget {allowed}"
 
 
 def record(op: str, launched: Launched, cases: Sequence[Any]) -> None:
@@ -175,12 +175,14 @@ def record(op: str, launched: Launched, cases: Sequence[Any]) -> None:
         sys.exit(f"usage: VICREG_KERNELS_AUDIT=all python {sys.argv[0]} --record")
     if len(ARCHITECTURES) < len(MATRIX):
         sys.exit("the budget is of every architecture: set VICREG_KERNELS_AUDIT=all")
-    found = compile_all(launched, cases)
-    for name, result in found.items():
+    kernels = compile_all(launched, cases)
+    for name, result in kernels.items():
         assert "error" not in result, (name, result)
         print(name, result)
     file = BUDGETS / f"{op}_triton.json"
     spills = json.loads(file.read_text()).get("spills") if file.exists() else None
-    kept = {name: {k: result[k] for k in ("registers", "shared")} for name, result in found.items()}
+    kept = {
+        name: {k: result[k] for k in ("registers", "shared")} for name, result in kernels.items()
+    }
     budget = {"triton": triton.__version__, **({"spills": spills} if spills else {}), "cases": kept}
     file.write_text(json.dumps(budget, indent=1) + "\n")

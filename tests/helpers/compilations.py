@@ -199,13 +199,13 @@ except Exception as softened:
 class _Soften(ast.NodeTransformer):
     def visit_Assert(self, node: ast.Assert) -> ast.AST:
         """assert X -> try: X; except Exception as e: raise if type(e).__name__ == ..."""
-        (found,) = ast.parse(_SOFTENED).body
-        assert isinstance(found, ast.Try)
-        found.body = [ast.Expr(node.test)]
-        for inner in found.handlers:
+        (statement,) = ast.parse(_SOFTENED).body
+        assert isinstance(statement, ast.Try)
+        statement.body = [ast.Expr(node.test)]
+        for inner in statement.handlers:
             for each in ast.walk(inner):
                 ast.copy_location(each, node)
-        return ast.copy_location(found, node)
+        return ast.copy_location(statement, node)
 
 
 def backend_of(item: Any) -> str | None:

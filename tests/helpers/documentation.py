@@ -65,31 +65,31 @@ def kind_of(language: str, text: str) -> str:
     except SyntaxError:
         return "text"
     does = (ast.Assign, ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef, ast.Call)
-    found = any(isinstance(node, does) for part in parts for node in ast.walk(part))
-    return "python" if found else "text"
+    is_code = any(isinstance(node, does) for part in parts for node in ast.walk(part))
+    return "python" if is_code else "text"
 
 
 def blocks(page: str, text: str) -> list[Block]:
     """The blocks of a page, in order."""
-    found: list[Block] = []
+    shown: list[Block] = []
     mark = reason = ""
     for line, language, body in _pieces(text):
         if language != "comment":
-            found.append(Block(page, line, kind_of(language, body), body, mark, reason))
+            shown.append(Block(page, line, kind_of(language, body), body, mark, reason))
             mark = reason = ""
             continue
         match = COMMENT.match(body)
         word = match[1] if match else ""
         if match and word == "python":
             code = body[match.end() :].removesuffix("-->")
-            found.append(Block(page, line + 1, "python", code, hidden=True))
+            shown.append(Block(page, line + 1, "python", code, hidden=True))
         elif match and word in MARKS:
             mark, reason = word, match[2] or ""
             if not reason:
                 raise ValueError(f"{page}:{line}: {word!r} without a reason")
         elif match and any(name in word for name in (*MARKS, "python", "skip", "run")):
             raise ValueError(f"{page}:{line}: {word!r}, takes python or one of {MARKS}")
-    return found
+    return shown
 
 
 def _pieces(text: str) -> Iterator[tuple[int, str, str]]:

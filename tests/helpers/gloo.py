@@ -54,17 +54,17 @@ def run(ranks: int, folder: Path, function: Callable[..., Any], *args: Any) -> l
     a rank that ended before it returned.
     """
     mp.spawn(_main, (function, ranks, str(folder), args), nprocs=ranks)
-    found = [folder / f"{rank}.pt" for rank in range(ranks)]
-    return [torch.load(path, weights_only=False) if path.exists() else None for path in found]
+    paths = [folder / f"{rank}.pt" for rank in range(ranks)]
+    return [torch.load(path, weights_only=False) if path.exists() else None for path in paths]
 
 
 def _shared(rank: int, ranks: int) -> dict[str, Any]:
-    found = {}
+    results = {}
     for name in SHARED:
         torch.manual_seed(0)
         torch._dynamo.reset()
-        found[name] = importlib.import_module(f"tests.{name}").worker(rank, ranks)
-    return found
+        results[name] = importlib.import_module(f"tests.{name}").worker(rank, ranks)
+    return results
 
 
 @cache
@@ -79,12 +79,12 @@ def _on_two() -> list[dict[str, Any]]:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "found.pt").exists():
+        if not (folder / "results.pt").exists():
             with tempfile.TemporaryDirectory() as scratch:
-                torch.save(run(2, Path(scratch), _shared), folder / "found.pt")
-        return torch.load(folder / "found.pt", weights_only=False)
+                torch.save(run(2, Path(scratch), _shared), folder / "results.pt")
+        return torch.load(folder / "results.pt", weights_only=False)
 
 
 def on_two(name: str) -> list[Any]:
     """What each of two ranks found in the module tests.<name>, one of SHARED."""
-    return [found[name] for found in _on_two()]
+    return [results[name] for results in _on_two()]

@@ -15,7 +15,7 @@ def modules(root: Path, package: str) -> Graph:
     """
     files = {_name(path.relative_to(root)): path for path in sorted((root / package).rglob("*.py"))}
     return {
-        name: {found for found in _imported(name, path, files) if found != name}
+        name: {other for other in _imported(name, path, files) if other != name}
         for name, path in files.items()
     }
 
@@ -58,21 +58,21 @@ def _statements(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
 
 def rooms(graph: Graph, room: Callable[[str], str]) -> Graph:
     """The graph of what `room` calls the modules."""
-    found: Graph = {room(name): set() for name in graph}
+    room_graph: Graph = {room(name): set() for name in graph}
     for name, imported in graph.items():
-        found[room(name)] |= {room(other) for other in imported} - {room(name)}
-    return found
+        room_graph[room(name)] |= {room(other) for other in imported} - {room(name)}
+    return room_graph
 
 
 def cycles(graph: Graph) -> list[set[str]]:
     """Sets of nodes that reach each other."""
     reach = {name: _reached(graph, name) for name in graph}
-    found: list[set[str]] = []
+    circles: list[set[str]] = []
     for name in graph:
         circle = {other for other in reach[name] if name in reach[other]}
-        if circle and not any(name in known for known in found):
-            found.append(circle)
-    return found
+        if circle and not any(name in known for known in circles):
+            circles.append(circle)
+    return circles
 
 
 def _reached(graph: Graph, name: str) -> set[str]:
@@ -88,16 +88,16 @@ def _reached(graph: Graph, name: str) -> set[str]:
 
 def floors(graph: Graph) -> dict[str, int]:
     """0 for what imports nothing, else one above the highest that it imports; no cycles."""
-    found: dict[str, int] = {}
+    levels: dict[str, int] = {}
 
     def floor(name: str) -> int:
-        if name not in found:
-            found[name] = max((floor(other) + 1 for other in graph[name]), default=0)
-        return found[name]
+        if name not in levels:
+            levels[name] = max((floor(other) + 1 for other in graph[name]), default=0)
+        return levels[name]
 
     for name in graph:
         floor(name)
-    return found
+    return levels
 
 
 def without_shortcuts(graph: Graph) -> Graph:

@@ -25,12 +25,12 @@ SANITIZE += ["-fno-omit-frame-pointer"]
 
 
 def compiler() -> str:
-    found = shutil.which(os.environ.get("CXX") or "g++")
-    if found is None:
+    path = shutil.which(os.environ.get("CXX") or "g++")
+    if path is None:
         if os.environ.get("CI"):
             pytest.fail("g++ must be there")
         pytest.skip("needs g++")
-    return found
+    return path
 
 
 def key(op: str, *parts: str) -> str:
@@ -115,12 +115,12 @@ def sanitizer_environment() -> dict[str, str]:
     """What a process needs in its environment for a sanitized library: the sanitizer must be the
     first library loaded.
     """
-    found = [
+    libraries = [
         subprocess.check_output([compiler(), f"-print-file-name={name}"], text=True).strip()
         for name in ("libasan.so", "libstdc++.so")
     ]
     # torch and Python keep memory until the process ends
-    return {"LD_PRELOAD": ":".join(found), "ASAN_OPTIONS": "detect_leaks=0"}
+    return {"LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
 
 
 def run_sanitized(program: str, library: Path, *words: str) -> subprocess.CompletedProcess[str]:

@@ -50,9 +50,9 @@ def _each(function: Callable[[Any], Any], given: Any) -> Any:
 
 
 def _flat(given: Any) -> list[Any]:
-    found: list[Any] = []
-    _each(found.append, given)
-    return found
+    leaves: list[Any] = []
+    _each(leaves.append, given)
+    return leaves
 
 
 class Memory:

@@ -173,9 +173,9 @@ def calls(ops: Any, cuda: bool) -> dict[str, list[Callable[[], list[Any]]]]:
 
     def pairs(u: int, v: int, batch: int, l1: int, l2: int, dim: int, backward: bool) -> list[Any]:
         a, b = randn(u, batch, l1, dim), randn(v, batch, l2, dim)
-        found = [a, b, *ops.vicregl_match(a, b)]
+        tensors = [a, b, *ops.vicregl_match(a, b)]
         kept = ([1, l1], [0.5, 0.5], [l2], [1.0])
-        return [torch.ones(()), *found, True, True, *kept] if backward else [*found, *kept]
+        return [torch.ones(()), *tensors, True, True, *kept] if backward else [*tensors, *kept]
 
     def int32(*values: Any) -> Tensor:
         return torch.tensor(values, dtype=torch.int32)
@@ -299,10 +299,10 @@ def again(values: list[Any]) -> list[Any]:
 def results(op: Any, values: list[Any]) -> list[Tensor]:
     """What the op returns and what it wrote."""
     out = op(*values)
-    found = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, tuple) else []
+    tensors = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, tuple) else []
     if op._schema.is_mutable:
-        found += values[0] + values[2]
-    return found
+        tensors += values[0] + values[2]
+    return tensors
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -334,16 +334,16 @@ def valid(op: Any, name: str, what: str, values: list[Any], cuda: bool) -> bool:
 def named(message: str, arguments: list[Any], name: str, what: str) -> bool:
     """Whether an error names the argument that was changed, or, of sizes, one that it meets."""
     words = set(re.findall(r"\w+", message))
-    found = words.union(*(names for word, names in ALSO.items() if word in words))
+    mentioned = words.union(*(names for word, names in ALSO.items() if word in words))
     alone = what in ("rank", "dtype", "number")
-    return bool(found & ({name} if alone else {argument.name for argument in arguments}))
+    return bool(mentioned & ({name} if alone else {argument.name for argument in arguments}))
 
 
 def attempt(op: Any, values: list[Any], i: int, what: str, cuda: bool) -> str | None:
     """What is wrong with the op's answer, or None."""
     name, writes = op._schema.arguments[i].name, op._schema.is_mutable
     try:
-        found = results(op, again(values) if writes and what not in LAID else values)
+        first = results(op, again(values) if writes and what not in LAID else values)
     except (RuntimeError, ValueError) as error:
         message = str(error).splitlines()[0]
         if what == "ones":
@@ -355,7 +355,7 @@ def attempt(op: Any, values: list[Any], i: int, what: str, cuda: bool) -> str | 
         return "accepted"
     if what not in LAID or writes:
         return None
-    return None if same(found, results(op, again(values))) else "another value than if contiguous"
+    return None if same(first, results(op, again(values))) else "another value than if contiguous"
 
 
 def main(namespace: str, kind: str, library: str = "", only: str = "") -> None:

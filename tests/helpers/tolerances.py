@@ -107,8 +107,8 @@ def differentiate(
     outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
     wanted = [z for z in leaves if z.requires_grad]
     total = sum(c * out for c, out in zip(cotangents, outputs, strict=False))
-    found = iter(torch.autograd.grad(total, wanted) if wanted else ())
-    gradients = tuple(next(found) if z.requires_grad else None for z in leaves)
+    computed = iter(torch.autograd.grad(total, wanted) if wanted else ())
+    gradients = tuple(next(computed) if z.requires_grad else None for z in leaves)
     return Outcome(tuple(out.detach() for out in outputs), gradients)
 
 
@@ -141,12 +141,12 @@ def assert_matches_reference(
 
     def hold(kind: str, dtype: torch.dtype, expected: torch.dtype, floor: float) -> None:
         outcomes = [getattr(outcome, kind) for outcome in (actual, truth, plain, *nudged)]
-        for i, (found, true, formula, *near) in enumerate(zip(*outcomes, strict=True)):
-            if found is None:
+        for i, (mine, true, formula, *near) in enumerate(zip(*outcomes, strict=True)):
+            if mine is None:
                 continue
-            assert found.dtype == expected
+            assert mine.dtype == expected
             what = f"{name} {kind} {i}"
-            assert_close_to_truth(found, true, formula, dtype, length, what, floor, near)
+            assert_close_to_truth(mine, true, formula, dtype, length, what, floor, near)
 
     hold("values", computed, torch.float32, 0.0)
     hold("gradients", dtype, dtype, floor)

@@ -68,14 +68,14 @@ def views(count: int = 2, *shape: int) -> Callable[[], tuple[Tensor, ...]]:
 
 
 def cases() -> dict[str, Case]:
-    found = {}
+    by_name = {}
     for path in sorted((Path(__file__).parent / "across_ranks").glob("[a-z]*.py")):
         op = path.stem.removeprefix("across_ranks_")
         for name, case in importlib.import_module(
             f"tests.library.across_ranks.{path.stem}"
         ).CASES.items():
-            found[f"{op}-{name}"] = case
-    return found
+            by_name[f"{op}-{name}"] = case
+    return by_name
 
 
 def build(case: Case) -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -118,12 +118,12 @@ def everyone(request, tmp_path_factory) -> tuple[int, list[dict[Any, Any]]]:
 
 @pytest.mark.parametrize("name", cases())
 def test_ranks_equal_one_process(name: str, everyone) -> None:
-    ranks, found = everyone
+    ranks, outcomes = everyone
     case = cases()[name]
     whole = outcome(case, *build(case), None)
     for split in case.splits[ranks]:
         for rank in range(ranks):
-            mine = found[rank][name, split]
+            mine = outcomes[rank][name, split]
             assert mine.keys() == whole.keys()
             for key, expected in whole.items():
                 error = (mine[key] - expected).norm() / expected.norm()

@@ -32,9 +32,9 @@ def test_a_spill_past_the_known_one_fails(monkeypatch, tmp_path):
     for name, spilled, passes in (
         ("one", 0, True), ("one", 8, True), ("one", 16, False), ("two", 0, True), ("two", 8, False),
     ):  # fmt: skip
-        found = {"spilled": spilled, "shared": 0, "registers": 255}
+        kernel = {"spilled": spilled, "shared": 0, "registers": 255}
         if passes:
-            audit_triton.check("op", name, found)
+            audit_triton.check("op", name, kernel)
         else:
             with pytest.raises(AssertionError, match=f"{spilled} bytes a thread spilled"):
-                audit_triton.check("op", name, found)
+                audit_triton.check("op", name, kernel)

@@ -38,13 +38,13 @@ def import_everything() -> None:
 
 def remembered_functions() -> list:
     """Every lru_cache of the package, also those in closures."""
-    found = []
+    functions = []
     for each in gc.get_objects():
         if type(each) is functools._lru_cache_wrapper:
             module = getattr(each, "__module__", None) or ""
             if module.split(".")[0] == "vicreg_kernels":
-                found.append(each)
-    return found
+                functions.append(each)
+    return functions
 
 
 def kept_tensors() -> list[Kept]:
@@ -66,15 +66,15 @@ def module_state() -> list:
     """The containers in the namespaces of the package's modules and of their classes."""
     import sys
 
-    found = []
+    values = []
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] != "vicreg_kernels":
             continue
         for value in list(vars(module).values()):
-            found.append(value)
+            values.append(value)
             if isinstance(value, type) and value.__module__ == name:
-                found.extend(vars(value).values())
-    return [value for value in found if isinstance(value, (dict, list, set, tuple))]
+                values.extend(vars(value).values())
+    return [value for value in values if isinstance(value, (dict, list, set, tuple))]
 
 
 def written_names(path: Path) -> set[str]:
@@ -106,19 +106,21 @@ def written_names(path: Path) -> set[str]:
 
 def test_every_remembered_function_has_a_bound():
     import_everything()
-    found = remembered_functions()
-    assert len(found) >= 10
-    unbounded = [each.__qualname__ for each in found if each.cache_parameters()["maxsize"] is None]
+    functions = remembered_functions()
+    assert len(functions) >= 10
+    unbounded = [
+        each.__qualname__ for each in functions if each.cache_parameters()["maxsize"] is None
+    ]
     assert unbounded == []
 
 
 def test_every_other_cache_is_a_bounded_one():
-    found = {
+    caches = {
         (path.relative_to(PACKAGE).as_posix(), name)
         for path in PACKAGE.rglob("*.py")
         for name in written_names(path)
     }
-    assert found == set(BOUNDED)
+    assert caches == set(BOUNDED)
 
 
 def test_the_search_sees_a_cache(tmp_path):
@@ -151,12 +153,12 @@ def calls(theta: float, size: int = 12) -> None:
 
 
 def held_tensors() -> list[torch.Tensor]:
-    found = list(tensors_in(module_state()))
+    tensors = list(tensors_in(module_state()))
     for each in kept_tensors():
-        found += each.held.values()
+        tensors += each.held.values()
     for function in remembered_functions():
-        found += tensors_in(gc.get_referents(function), depth=6)
-    return found
+        tensors += tensors_in(gc.get_referents(function), depth=6)
+    return tensors
 
 
 def under_fake():

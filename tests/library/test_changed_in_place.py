@@ -230,11 +230,11 @@ def test_no_silently_wrong_gradient(name, changed, backend):
     with torch.no_grad():
         tensor.copy_(others[changed] if changed in others else tensor.flip(0) * 3 + 1)
     try:
-        found = torch.autograd.grad(out, leaves, weight)
+        gradients = torch.autograd.grad(out, leaves, weight)
     except RuntimeError as error:
         assert "modified by an inplace operation" in str(error)  # noqa: PT017
         return
-    for mine, right in zip(found, expected, strict=True):
+    for mine, right in zip(gradients, expected, strict=True):
         assert torch.equal(mine, right)
 
 

@@ -20,13 +20,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_info_says_which_backend_runs(capsys):
     assert cli.main(["info", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["versions"]["torch"] == torch.__version__
-    assert found["devices"][0] == "cpu"
-    by_dtype = found["backends"]["vicreg"]["cpu"]
+    info = json.loads(capsys.readouterr().out)
+    assert info["versions"]["torch"] == torch.__version__
+    assert info["devices"][0] == "cpu"
+    by_dtype = info["backends"]["vicreg"]["cpu"]
     assert by_dtype["float64"] == "reference"
     assert by_dtype["float32"] == dispatch.choose("vicreg", None, "cpu", torch.float32)
-    assert found["libraries"]["_C (cpu)"] == (library.CPU_MISSING or "loaded")
+    assert info["libraries"]["_C (cpu)"] == (library.CPU_MISSING or "loaded")
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
     assert re.search(rf"^  vicreg +cpu +float32 +{by_dtype['float32']}$", text, re.MULTILINE)
@@ -75,8 +75,8 @@ def gpus(monkeypatch, tmp_path):
 
 
 def test_info_asks_each_op_for_each_kind_of_gpu(gpus, capsys):
-    found = cli.info()
-    backends = found["backends"]
+    info = cli.info()
+    backends = info["backends"]
     assert backends.keys() == registry.names().keys()
     assert backends["vicreg"].keys() == {"cpu", "cuda:0", "cuda:2"}
     assert backends["vicreg"]["cuda:0"]["bfloat16"] == "cuda"
@@ -89,8 +89,8 @@ def test_info_asks_each_op_for_each_kind_of_gpu(gpus, capsys):
     for op in ("ema_update_", "tokens", "rope", "vicregl", "sigreg", "sigreg_directions"):
         assert backends[op]["cuda:0"]["float32"] == "cuda"
         assert backends[op]["cuda:0"]["float64"] == "reference"
-    assert found["configurations"]["cuda:0"].startswith("general ones")
-    assert found["configurations"]["cuda:2"].startswith("measured 2026-01-02: ")
+    assert info["configurations"]["cuda:0"].startswith("general ones")
+    assert info["configurations"]["cuda:2"].startswith("measured 2026-01-02: ")
     gpus[:] = ["Some GPU"]
     configs.forget()
     assert cli.info()["backends"]["vicreg"].keys() == {"cpu", "cuda"}, "one kind needs no number"

@@ -124,8 +124,8 @@ def test_attention_and_barlow_take_measured_rows_where_they_fit():
     row = json.loads(json.dumps(dataclasses.asdict(mine)))
     record["rows"]["barlow"] = [{"format": "single", "shape": [64, 8192], **row}]
     configs.write(configs.path_of(NAME), record)
-    found = attention_configs.nearest(NAME, 9, "bf16", 48, 2048)
-    assert found == dataclasses.replace(general, forward=(16, 16, 4, 1))
+    config = attention_configs.nearest(NAME, 9, "bf16", 48, 2048)
+    assert config == dataclasses.replace(general, forward=(16, 16, 4, 1))
     wider = attention_configs.nearest(NAME, 9, "bf16", 80, 64)
     assert wider == attention_configs.nearest("none", 9, "bf16", 80, 64), "it holds no head dim 80"
     assert barlow_configs.choose(NAME, "tf32", 100, 9000) == mine

@@ -107,14 +107,14 @@ def test_the_threshold_is_part_of_a_compiled_graph(measured_gpu, dynamic):
 
 
 def test_every_op_says_what_its_choice_depends_on(measured_gpu):
-    def found(op, dtype=torch.bfloat16):
+    def choices(op, dtype=torch.bfloat16):
         return registry.choices(op, GPU, dtype)
 
-    assert found("vicreg") == [(0, "cuda"), (512, "triton")]
-    assert found("vicreg", torch.float32) == [(0, "cuda")]
-    assert found("barlow") == [(0, "cuda")]
-    assert found("attention") == [(0, "cuda"), (257, "triton")]
-    assert found("attention", torch.float32) == [(0, "triton")]
+    assert choices("vicreg") == [(0, "cuda"), (512, "triton")]
+    assert choices("vicreg", torch.float32) == [(0, "cuda")]
+    assert choices("barlow") == [(0, "cuda")]
+    assert choices("attention") == [(0, "cuda"), (257, "triton")]
+    assert choices("attention", torch.float32) == [(0, "triton")]
     assert registry.choices("vicreg", torch.device("cpu"), torch.bfloat16) == [(0, "cpu")]
 
 

@@ -142,17 +142,17 @@ def failures(rank):
         "wrong group": loss(group="gloo"),
         "none of it": loss(),
     }
-    found = {name: attempt(call) for name, call in calls.items()}
+    errors = {name: attempt(call) for name, call in calls.items()}
     dispatch.DEBUG = True
-    found["other cotangent"] = attempt(weighed)
+    errors["other cotangent"] = attempt(weighed)
     dispatch.DEBUG = False
     if not trouble:
-        found["late"] = attempt(loss(group=late))
+        errors["late"] = attempt(loss(group=late))
     dist.barrier()
     if trouble:
         os._exit(0)
-    found["lost"] = attempt(loss(group=lost))
-    return found
+    errors["lost"] = attempt(loss(group=lost))
+    return errors
 
 
 def worker(rank, ranks):
@@ -191,10 +191,10 @@ TROUBLE = {
 }
 
 
-def surviving(found):
+def surviving(errors):
     """The failures of ranks 0 and 2; rank 1 has ended."""
-    assert found[1] is None
-    return [found[rank] for rank in (0, 2)]
+    assert errors[1] is None
+    return [errors[rank] for rank in (0, 2)]
 
 
 @pytest.mark.parametrize("name", TROUBLE)
@@ -244,9 +244,9 @@ def thin(n, total, needed):
 @pytest.mark.parametrize("needed", [True, False])
 def test_vicreg_gram(needed, counted):
     """Statistics, both views' rows and one number; products fall as 1 / ranks."""
-    ranks, found = counted
+    ranks, counts = counted
     n = ROWS // ranks
-    for each in found:
+    for each in counts:
         (exchanged, flops), backward = each["vicreg_counts", WIDE, needed]
         statistics = 8 * (2 * 2 * WIDE + 1)
         assert exchanged == [
@@ -264,12 +264,12 @@ def test_vicreg_gram(needed, counted):
 @pytest.mark.parametrize("needed", [True, False])
 def test_vicreg_covariance(needed, counted):
     """Statistics and the lower trapezoids of both views; products fall as 1 / ranks."""
-    ranks, found = counted
+    ranks, counts = counted
     n = ROWS // ranks
     ends = [min(begin + CHUNK, NARROW) for begin in range(0, NARROW, CHUNK)]
     areas = [end * (end - begin) for begin, end in zip((0, *ends), ends, strict=False)]
     assert len(areas) == 3
-    for each in found:
+    for each in counts:
         (exchanged, flops), backward = each["vicreg_counts", NARROW, needed]
         statistics = 8 * (2 * 2 * NARROW + 1)
         chunks = [("sum", 4 * area) for area in areas]
@@ -284,9 +284,9 @@ def test_barlow(needed, counted):
     """Statistics, then both views' rows and column sums, or the correlation; products fall as
     1 / ranks.
     """
-    ranks, found = counted
+    ranks, counts = counted
     n = ROWS // ranks
-    for each in found:
+    for each in counts:
         (exchanged, flops), backward = each["barlow_counts", WIDE, needed]
         rows, sums = ("gather", 4 * n * WIDE), 1 + (3 if needed else 1) * WIDE
         statistics = 8 * (2 * 2 * WIDE + 1)

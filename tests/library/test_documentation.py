@@ -31,8 +31,8 @@ MARKED = [block for block in BLOCKS if block.mark]
 
 
 def has_code(name: str, mark: str) -> bool:
-    found = (block for block in BLOCKS if block.page == name and not block.hidden)
-    return any(block.kind == "python" and block.mark == mark for block in found)
+    shown = (block for block in BLOCKS if block.page == name and not block.hidden)
+    return any(block.kind == "python" and block.mark == mark for block in shown)
 
 
 def missing(block: Block) -> list[str]:
@@ -274,11 +274,11 @@ assert x == 1
   make test
   ```
 """
-    found = documentation.blocks("page.md", text)
-    kinds = [(block.line, block.kind, block.mark) for block in found]
+    blocks = documentation.blocks("page.md", text)
+    kinds = [(block.line, block.kind, block.mark) for block in blocks]
     assert kinds[:2] == [(2, "python", ""), (5, "python", "")]
-    assert (found[-1].kind, found[-1].text) == ("shell", "make test")
-    assert found[-2].reason == "needs two machines"
+    assert (blocks[-1].kind, blocks[-1].text) == ("shell", "make test")
+    assert blocks[-2].reason == "needs two machines"
     assert documentation.kind_of("", "r = Σ_j d_j² / N") == "text"
     with pytest.raises(ValueError, match="without a reason"):
         documentation.blocks("page.md", "<!-- not run -->\n")
@@ -325,9 +325,9 @@ Returns: x's shape. Raises: as `vicreg_terms`."""
         ":Returns:",
         "    x's shape. Raises: as :py:obj:`vicreg_terms <vicreg_kernels.vicreg_terms>`.",
     ]
-    head, found, tail = docstrings.apart("The state. a, b: float32. c: places; d: one. It moves.")
+    head, terms, tail = docstrings.apart("The state. a, b: float32. c: places; d: one. It moves.")
     assert (head, tail) == ("The state.", "It moves.")
-    assert found == [("a, b", "float32."), ("c", "places"), ("d", "one.")]
+    assert terms == [("a, b", "float32."), ("c", "places"), ("d", "one.")]
 
 
 def test_the_results_are_those_of_the_records():
@@ -347,8 +347,8 @@ LINKS = re.compile(r"\]\((?!https?:|#)([^)#\s]+)(?:#[\w-]+)?\)")
 @pytest.mark.parametrize("name", PAGES)
 def test_links_lead_to_files(name):
     """Those of the README too, which the site does not hold."""
-    found = LINKS.findall((ROOT / name).read_text(encoding="utf-8"))
-    assert [link for link in found if not (ROOT / name).parent.joinpath(link).exists()] == []
+    links = LINKS.findall((ROOT / name).read_text(encoding="utf-8"))
+    assert [link for link in links if not (ROOT / name).parent.joinpath(link).exists()] == []
 
 
 @pytest.mark.thorough

@@ -59,11 +59,11 @@ def lanes(values: torch.Tensor, source: torch.Tensor) -> list[float]:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_warp_operations(program, seed):
-    found = torch.tensor(numbers(program, "exchanges", seed)).view(48, 10)
+    values = torch.tensor(numbers(program, "exchanges", seed)).view(48, 10)
     for first, count in ((0, 32), (32, 16)):
         lane = torch.arange(count)
         value = (first + lane).float()
-        mine = found[first : first + count]
+        mine = values[first : first + count]
         assert mine[:, 0].tolist() == lanes(value, lane ^ 5)
         down = lane + 3
         inside = down < count  # past the mask CUDA leaves the value undefined
@@ -81,10 +81,10 @@ def test_warp_operations(program, seed):
 
 
 def test_atomics_and_the_order_of_blocks(program):
-    found = [numbers(program, "arrivals", seed) for seed in SEEDS]
-    assert all(values[:2] == [50 * 33, 49 * 100 + 32] for values in found)
-    assert len({values[2] for values in found}) > 1
-    assert found[3] == numbers(program, "arrivals", 3)
+    runs = [numbers(program, "arrivals", seed) for seed in SEEDS]
+    assert all(values[:2] == [50 * 33, 49 * 100 + 32] for values in runs)
+    assert len({values[2] for values in runs}) > 1
+    assert runs[3] == numbers(program, "arrivals", 3)
 
 
 def test_shared_memory_is_poisoned_for_each_block(program):
@@ -159,9 +159,9 @@ def test_tensor_core_products(request, build, dtype):
     case = f"products_{str(dtype).removeprefix('torch.')}"
     done = run(request.getfixturevalue(build), case, stdin=torch.stack((a, b)).numpy().tobytes())
     assert done.returncode == 0, done.stderr.decode()
-    found = torch.tensor([float(word) for word in done.stdout.split()]).view(4, 2, 16, 16)
+    products = torch.tensor([float(word) for word in done.stdout.split()]).view(4, 2, 16, 16)
     for (once, twice), (left, right) in zip(
-        found, ((a, b), (a.mT, b), (a, b.mT), (a.mT, b.mT)), strict=True
+        products, ((a, b), (a.mT, b), (a, b.mT), (a.mT, b.mT)), strict=True
     ):
         assert torch.equal(once, left @ right)
         assert torch.equal(twice, once.to(dtype).float() @ right)

@@ -46,15 +46,17 @@ def counted(step) -> Counter[str]:
 @pytest.mark.parametrize("name", MOST)
 def test_a_step_on_the_cpu(name):
     torch.use_deterministic_algorithms(False)  # its fill of new memory is counted too
-    found = counted(host.CASES[name].build(torch.device("cpu"), torch.float32, "cpu").steps["ours"])
-    own = [count for key, count in found.items() if key.startswith("vicreg_kernels_cpu::")]
+    counts = counted(
+        host.CASES[name].build(torch.device("cpu"), torch.float32, "cpu").steps["ours"]
+    )
+    own = [count for key, count in counts.items() if key.startswith("vicreg_kernels_cpu::")]
     assert own
     assert set(own) == {1}  # each kernel once
     allocations, most = MOST[name]
-    assert sum(found[key] for key in ALLOCATION) <= allocations
+    assert sum(counts[key] for key in ALLOCATION) <= allocations
     others = {
         key: count
-        for key, count in found.items()
+        for key, count in counts.items()
         if key.startswith("aten::") and key not in (*ALLOCATION, *WITHIN)
     }
     assert {key: count for key, count in others.items() if count > most.get(key, 0)} == {}
@@ -76,15 +78,15 @@ LOSSES = {
 def test_products_by_loops_and_by_torch(loss, shape, dtype, turned):
     """Both sides of the size up to which the CPU kernels multiply by plain loops."""
     drawn = [torch.randn(shape[::-1] if turned else shape).to(dtype) for _ in "xy"]
-    found = []
+    outcomes = []
     for backend in ("cpu", "reference"):
         leaves = [z.double() if backend == "reference" else z.clone() for z in drawn]
         for leaf in leaves:
             leaf.requires_grad_()
         views = [leaf.T if turned else leaf for leaf in leaves]
         value = LOSSES[loss](*views, backend)
-        found.append((value.detach(), *torch.autograd.grad(value, leaves)))
+        outcomes.append((value.detach(), *torch.autograd.grad(value, leaves)))
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    for mine, theirs in zip(*found, strict=True):
+    for mine, theirs in zip(*outcomes, strict=True):
         scale = theirs.abs().max().clamp(min=1e-6)
         assert (mine.double() - theirs).abs().max() <= tolerance * scale

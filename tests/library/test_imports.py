@@ -108,9 +108,9 @@ def undefined(program: ast.Module) -> Iterator[str]:
 
 def test_programs_in_strings_know_their_names():
     """What moves is seen in them by no tool, and some run in `make audit` alone."""
-    found = {}
+    unknown = {}
     for file in {*TESTS.rglob("*.py")} - {Path(__file__).resolve()}:
         names = {name for each in programs(file) for name in (*missing(each), *undefined(each))}
         if names - ON_PURPOSE:
-            found[file.relative_to(TESTS).as_posix()] = sorted(names - ON_PURPOSE)
-    assert found == {}
+            unknown[file.relative_to(TESTS).as_posix()] = sorted(names - ON_PURPOSE)
+    assert unknown == {}

@@ -100,7 +100,7 @@ def test_one_list_of_ops():
     """The folders, the registry, the benchmarks, the fuzzer and the C++ sources name the same ops:
     what is missing is listed as the file, and the op that lacks it.
     """
-    found = {
+    listed = {
         "vicreg_kernels/<op>/contract.py": {p.parent.name for p in PACKAGE.glob("*/contract.py")},
         "an import of <op> in vicreg_kernels/__init__.py": set(registry.OPS),
         "bench/<op>.py": set(bench.OPS) - {"jepa_step"},
@@ -113,8 +113,8 @@ def test_one_list_of_ops():
         "docs/<op>.md": {path.stem for path in (ROOT / "docs").glob("*.md")}
         & set(compilations.OPS),
     }
-    every = set().union(*found.values())
-    missing = {file: sorted(every - ops) for file, ops in found.items() if every - ops}
+    every = set().union(*listed.values())
+    missing = {file: sorted(every - ops) for file, ops in listed.items() if every - ops}
     assert missing == {}
 
 
@@ -151,11 +151,11 @@ def test_what_profilers_watch_is_every_triton_kernel():
                 continue
             if any("triton.jit" in ast.unparse(each) for each in node.decorator_list):
                 written.append(node.name)
-    found = triton_kernels(ROOT)
-    assert sorted(found) == sorted(written)
-    assert len(found) >= 45
+    watched = triton_kernels(ROOT)
+    assert sorted(watched) == sorted(written)
+    assert len(watched) >= 45
     for kernel in ("forward_kernel", "assemble_kernel", "update_kernel", "match_kernel"):
-        assert kernel in found
+        assert kernel in watched
 
 
 def constant(path: str, name: str) -> int:

@@ -41,8 +41,8 @@ def test_attention_s_values_under_huge_scores(backend, amplitude):
     """Scores of 9e5 to 9e7, where float32 still tells the keys apart."""
     tensors = attend(amplitude)
     expected = differentiate("reference", *(z.double() for z in tensors))
-    for found, right in zip(differentiate(backend, *tensors), expected, strict=True):
-        assert (found.double() - right).norm() <= 1e-6 * right.norm()
+    for actual, right in zip(differentiate(backend, *tensors), expected, strict=True):
+        assert (actual.double() - right).norm() <= 1e-6 * right.norm()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -50,9 +50,9 @@ def test_weights_add_up_to_one_in_the_backward(backend):
     """So that the gradients of all values together are those of all outputs."""
     for exponent in range(0, 34, 3):
         *tensors, grad = attend(10.0**exponent)
-        _, found = differentiate(backend, *tensors, grad)
+        _, gradient = differentiate(backend, *tensors, grad)
         given = grad.double().sum(dim=2)
-        assert (found.double().sum(dim=2) - given).norm() <= 5e-3 * given.norm(), exponent
+        assert (gradient.double().sum(dim=2) - given).norm() <= 5e-3 * given.norm(), exponent
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -62,9 +62,9 @@ def test_attention_of_one_key_under_any_score(sign):
         q = torch.full((1, 1, 4, 16), sign * 10.0**exponent)
         v, grad = torch.randn(1, 1, 1, 16, requires_grad=True), torch.randn(1, 1, 4, 16)
         out = vk.masked_attention(q, q[:, :, :1].abs(), v)
-        (found,) = torch.autograd.grad(out, v, grad)
+        (gradient,) = torch.autograd.grad(out, v, grad)
         torch.testing.assert_close(out, v.expand_as(out))
-        torch.testing.assert_close(found, grad.sum(dim=2, keepdim=True), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient, grad.sum(dim=2, keepdim=True), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -95,10 +95,10 @@ def test_barlow_is_right_or_nan(backend, convention, column, wide):
         if wide:
             x, y = x[:9], y[:9]
         truth = vk.barlow_twins_loss(x.double(), y.double(), **settings)
-        found = vk.barlow_twins_loss(x, y, backend=backend, **settings)
+        loss = vk.barlow_twins_loss(x, y, backend=backend, **settings)
         if abs(exponent) <= 16:
-            assert found.isfinite()
-        assert found.isnan() or abs(found - truth) <= 1e-5 * truth, exponent
+            assert loss.isfinite()
+        assert loss.isnan() or abs(loss - truth) <= 1e-5 * truth, exponent
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -106,10 +106,10 @@ def test_barlow_without_eps_is_right_or_nan(backend):
     for exponent in range(-40, 0):
         x, y = views(10.0**exponent, False)
         truth = vk.barlow_twins_loss(x.double(), y.double(), eps=0.0)
-        found = vk.barlow_twins_loss(x, y, eps=0.0, backend=backend)
+        loss = vk.barlow_twins_loss(x, y, eps=0.0, backend=backend)
         if exponent >= -18:
-            assert found.isfinite()
-        assert found.isnan() or abs(found - truth) <= 1e-5 * truth, exponent
+            assert loss.isfinite()
+        assert loss.isnan() or abs(loss - truth) <= 1e-5 * truth, exponent
 
 
 @pytest.mark.skipif(library.CPU_MISSING is not None, reason="not compiled")
@@ -131,12 +131,12 @@ def test_a_row_whose_squares_float32_does_not_hold_is_right_or_nan(backend, kind
         p, t = (size * pred, teacher) if large == "pred" else (pred, size * teacher)
         settings = {"kind": kind, "normalize_target": large == "teacher"}
         p.requires_grad_()
-        found = vk.prediction_loss(p, t, index, backend=backend, **settings)
-        (grad,) = torch.autograd.grad(found, p)
-        assert not (found.isnan() and grad.isfinite().any()) or backend == "reference"
-        p, found = p.detach(), found.detach()
+        loss = vk.prediction_loss(p, t, index, backend=backend, **settings)
+        (grad,) = torch.autograd.grad(loss, p)
+        assert not (loss.isnan() and grad.isfinite().any()) or backend == "reference"
+        p, loss = p.detach(), loss.detach()
         truth = vk.prediction_loss(p.double(), t.double(), index, backend="reference", **settings)
-        assert not found.isfinite() or abs(found - truth) <= 1e-5 * truth, exponent
+        assert not loss.isfinite() or abs(loss - truth) <= 1e-5 * truth, exponent
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -145,10 +145,10 @@ def test_a_layer_norm_of_a_variance_that_is_no_normal_number_is_right_or_nan(bac
     pred, teacher, index = torch.randn(1, 4, 24), torch.randn(1, 4, 24), torch.arange(4)[None]
     for exponent in range(-40, -14):
         t = 10.0**exponent * teacher
-        found = vk.prediction_loss(pred, t, index, eps=0.0, backend=backend)
+        loss = vk.prediction_loss(pred, t, index, eps=0.0, backend=backend)
         truth = vk.prediction_loss(pred.double(), t.double(), index, eps=0.0, backend="reference")
-        assert found.isnan() or abs(found - truth) <= 1e-5 * truth, exponent
-        assert found.isfinite() or exponent < -18
+        assert loss.isnan() or abs(loss - truth) <= 1e-5 * truth, exponent
+        assert loss.isfinite() or exponent < -18
 
 
 def test_a_margin_that_float32_cannot_compare_is_refused():

@@ -88,12 +88,14 @@ def test_vicreg_index_out_of_range() -> None:
 def test_vicregl_match_out_of_range(place) -> None:
     """The position whose match it is gets NaN, and nothing else."""
     a, b = torch.randn(1, 2, 4, 3), torch.randn(1, 2, 5, 3)
-    found = list(CPU.vicregl_match(a, b))
-    found[0][0, 0, 1, 2] = place
+    matches = list(CPU.vicregl_match(a, b))
+    matches[0][0, 0, 1, 2] = place
     kept = ([4], [1.0], [], [])
-    assert CPU.vicregl_pairs_forward(a, b, *found, *kept).isnan()
+    assert CPU.vicregl_pairs_forward(a, b, *matches, *kept).isnan()
     for need_a, need_b in ((True, True), (True, False), (False, True)):
-        to_a, to_b = CPU.vicregl_pairs_backward(torch.ones(()), a, b, *found, need_a, need_b, *kept)
+        to_a, to_b = CPU.vicregl_pairs_backward(
+            torch.ones(()), a, b, *matches, need_a, need_b, *kept
+        )
         assert to_b.isfinite().all()
         if need_a:
             bad = to_a.isnan().all(-1)
@@ -108,12 +110,12 @@ def test_vicregl_with_one_channel(shape) -> None:
     batch, _, height, width = shape
     maps = [torch.randn(shape).permute(0, 2, 3, 1).requires_grad_() for _ in range(2)]
     grids = [torch.rand(batch, height, width, 2) for _ in range(2)]
-    found = {}
+    outcomes = {}
     for backend in ("reference", "cpu"):
         settings = {"alpha": 0.0, "num_matches": (1, 1), "backend": backend}
         loss = vk.vicregl_loss(None, maps, grids, **settings)
-        found[backend] = (loss.detach(), *torch.autograd.grad(loss, maps))
-    torch.testing.assert_close(found["cpu"], found["reference"], rtol=1e-4, atol=1e-5)
+        outcomes[backend] = (loss.detach(), *torch.autograd.grad(loss, maps))
+    torch.testing.assert_close(outcomes["cpu"], outcomes["reference"], rtol=1e-4, atol=1e-5)
 
 
 def test_ema_settings_in_tensors() -> None:

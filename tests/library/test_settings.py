@@ -119,6 +119,6 @@ def test_learned_weights_in_one_graph() -> None:
     made = torch.compile(step, fullgraph=True, backend="aot_eager")
     log = torch.zeros(3, requires_grad=True)
     made(X, Y, log).backward()
-    found, log.grad = log.grad, None
+    gradient, log.grad = log.grad, None
     step(X, Y, log).backward()
-    torch.testing.assert_close(found, log.grad)
+    torch.testing.assert_close(gradient, log.grad)

@@ -83,5 +83,5 @@ def test_a_cache_that_grows_is_named(monkeypatch) -> None:
 
 def test_caches_inside_functions_are_seen() -> None:
     """What `calls.remembered` keeps is an lru_cache that a function closes over."""
-    found = list(soak._inside(vicreg_kernels.core.calls.remembered(len), set()))
-    assert any(isinstance(one, soak._CACHE) for one in found)
+    inside = list(soak._inside(vicreg_kernels.core.calls.remembered(len), set()))
+    assert any(isinstance(one, soak._CACHE) for one in inside)

@@ -134,14 +134,14 @@ def test_what_is_not_finite_stays_in_its_place(kernels, shape, bad):
     """As in full float32: of its own view and group, and there of its row or column."""
     x, y = shapes.randn(2, *shape), shapes.randn(2, *shape)
     x[1, 2, 3] = bad
-    found, plain = (kernels["vicreg"].forward(x, y, *SETTINGS, tf32x3) for tf32x3 in (True, False))
-    assert found[2][0, 0].isfinite().all()
-    assert found[2][1].isfinite().all()
-    for mine, theirs in zip(found, plain, strict=True):
+    split, plain = (kernels["vicreg"].forward(x, y, *SETTINGS, tf32x3) for tf32x3 in (True, False))
+    assert split[2][0, 0].isfinite().all()
+    assert split[2][1].isfinite().all()
+    for mine, theirs in zip(split, plain, strict=True):
         assert torch.equal(mine.isfinite(), theirs.isfinite())
     grads = [
         kernels["vicreg"].backward(torch.ones(1), x, y, *saved, True, True, *SETTINGS, tf32x3)
-        for (_, *saved), tf32x3 in ((found, True), (plain, False))
+        for (_, *saved), tf32x3 in ((split, True), (plain, False))
     ]
     for mine, theirs in zip(*grads, strict=True):
         assert torch.equal(mine.isfinite(), theirs.isfinite())

@@ -65,11 +65,11 @@ def test_meta_tensors(name: str) -> None:
     loss, examples = LOSSES[name]
     if name in ("vicreg", "barlow"):
         kernel = vk.vicreg_loss if name == "vicreg" else vk.barlow_twins_loss
-        found = kernel(examples[0].to("meta"), Y[0].to("meta"))
+        value = kernel(examples[0].to("meta"), Y[0].to("meta"))
     else:
-        found = loss(examples[0].to("meta"))
-    assert found.device.type == "meta"
-    assert found.shape == ()
+        value = loss(examples[0].to("meta"))
+    assert value.device.type == "meta"
+    assert value.shape == ()
 
 
 @pytest.mark.parametrize("shape", [(19, 0, 64), (2, 0, 19, 64), (2, 1, 0, 64)], ids=str)

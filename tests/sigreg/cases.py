@@ -51,13 +51,13 @@ def check(backend: str, z: Tensor, slices: int, **settings: object) -> Outcome:
         return sigreg_loss(z, directions=directions, backend=backend, **settings)
 
     name = f"{tuple(z.shape)}x{slices} {z.dtype}"
-    found = assert_matches_reference(function, backend, z, name=name, cotangents=(0.7,))
+    outcome = assert_matches_reference(function, backend, z, name=name, cotangents=(0.7,))
     if z.dtype != torch.float32:
         wide = function(z.detach().double(), "reference")
         narrow = function(z.detach(), "reference")
         length = max(z.shape[-2] + z.shape[-1], FEWEST_ROUNDINGS)
-        assert_close_to_truth(found.values[0], wide, narrow, torch.float32, length, name)
-    return found
+        assert_close_to_truth(outcome.values[0], wide, narrow, torch.float32, length, name)
+    return outcome
 
 
 def column_sums(projections: Tensor, knots: Sequence[float]) -> Tensor:
@@ -112,11 +112,11 @@ def check_gradient(
         waves = (a * angles.cos() + b * angles.sin()).sum(-1) * upstream.to(wide)
         return waves @ directions.to(wide).t()
 
-    found = kernels.gradient(upstream, coefficients, projections, directions, knots)
-    assert found.dtype == dtype
+    gradient = kernels.gradient(upstream, coefficients, projections, directions, knots)
+    assert gradient.dtype == dtype
     plain = formula(torch.float32).to(dtype)
     length = max(slices, FEWEST_ROUNDINGS)
-    assert_close_to_truth(found, formula(torch.float64), plain, dtype, length, "gradient")
+    assert_close_to_truth(gradient, formula(torch.float64), plain, dtype, length, "gradient")
 
 
 def check_statistic(
@@ -133,10 +133,10 @@ def check_statistic(
     (slope,) = torch.autograd.grad(ranks * truth, p)
     angles = p.detach().unsqueeze(-1) * torch.tensor(knots).double()
     a, b = coefficients.double().transpose(2, 3).unsqueeze(2).unbind(1)
-    found = (a * angles.cos() + b * angles.sin()).sum(-1)
+    derivative = (a * angles.cos() + b * angles.sin()).sum(-1)
     assert loss.shape == ()
     torch.testing.assert_close(loss.double(), truth.detach(), rtol=1e-6, atol=0)
-    error = (found - slope).abs().max() / slope.abs().max()
+    error = (derivative - slope).abs().max() / slope.abs().max()
     assert error <= 1e-5, f"coefficients: {error:.1e}"
 
 
@@ -147,13 +147,13 @@ def check_directions(
     now = torch.tensor(step, device=device)
     wanted = reference.directions(now, seed, dim, slices)
     like = torch.empty(0, device=device)
-    found = kernels.directions(like, now, 0, seed, dim, slices)
-    assert found.shape == wanted.shape == (dim, slices)
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=5e-7)
-    assert torch.equal(kernels.directions(like, None, step, seed, dim, slices), found)
+    drawn = kernels.directions(like, now, 0, seed, dim, slices)
+    assert drawn.shape == wanted.shape == (dim, slices)
+    torch.testing.assert_close(drawn, wanted, rtol=1e-6, atol=5e-7)
+    assert torch.equal(kernels.directions(like, None, step, seed, dim, slices), drawn)
     for half in (torch.bfloat16, torch.float16):
         narrow = kernels.directions(like.to(half), now, 0, seed, dim, slices)
-        assert torch.equal(narrow, found.to(half))
+        assert torch.equal(narrow, drawn.to(half))
 
 
 def same_finiteness(backend: str, bad: float) -> None:

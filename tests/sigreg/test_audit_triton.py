@@ -70,7 +70,7 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     from vicreg_kernels.core.triton import device as devices
     from vicreg_kernels.sigreg.triton import launch as launchers
 
-    found: dict[str, Any] = {}
+    kernels: dict[str, Any] = {}
     names = KERNELS
     kept = {name: getattr(launchers, name) for name in names}
     rows, dim, slices = case.shape
@@ -78,7 +78,7 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     real = devices.device
     try:
         for name in KERNELS:
-            setattr(launchers, name, Recorder(kept[name], found))
+            setattr(launchers, name, Recorder(kept[name], kernels))
         devices.device = lambda index: devices.Device("default", 132, case.arch // 10)
         z = torch.empty(1, rows, dim, dtype=dtype, device="meta")
         step = torch.empty((), dtype=torch.int64, device="meta")
@@ -91,19 +91,19 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         devices.device = real
         for name, value in kept.items():
             setattr(launchers, name, value)
-    return found[case.kernel]
+    return kernels[case.kernel]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel(case: Case, compiled: dict[str, Any]) -> None:
-    found = compiled[str(case)]
-    audit_triton.check("sigreg", str(case), found)
+    kernel = compiled[str(case)]
+    audit_triton.check("sigreg", str(case), kernel)
     if case.kernel in PRODUCTS:
-        assert found["matrix"] == [MATRIX[case.arch]]
+        assert kernel["matrix"] == [MATRIX[case.arch]]
     else:
-        assert found["matrix"] == []
+        assert kernel["matrix"] == []
     if case.kernel not in ("directions_kernel", "finish_kernel"):
-        assert found["wide_loads"] > 0, "every load is narrower than 16 bytes"
+        assert kernel["wide_loads"] > 0, "every load is narrower than 16 bytes"
 
 
 if __name__ == "__main__":

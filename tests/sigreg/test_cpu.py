@@ -100,8 +100,8 @@ def test_strides(fused, dtype):
     a = unit_directions(11, 70, fused, dtype)
     expected = sigreg_loss(z, directions=a, backend=fused.name)
     for spread in (a.t().contiguous().t(), torch.stack((a, a), dim=2)[..., 0]):
-        found = sigreg_loss(z, directions=spread, backend=fused.name)
-        assert abs(found - expected) <= 1e-6 * expected
+        loss = sigreg_loss(z, directions=spread, backend=fused.name)
+        assert abs(loss - expected) <= 1e-6 * expected
 
 
 @pytest.mark.triton_takes(lambda **_: False)
@@ -185,10 +185,10 @@ def test_directions_are_the_references(fused):
     for dim, slices in [(1, 1), (2, 3), (5, 17), (128, 16), (33, 100)]:
         for step, seed in [(0, 0), (5, -1), (2**40 + 3, 2**50 + 7), (2**63 - 1, -(2**63))]:
             given_step = torch.tensor(step, device=fused.device)
-            found = sigreg_directions(dim, slices, step=given_step, seed=seed, backend=fused.name)
+            drawn = sigreg_directions(dim, slices, step=given_step, seed=seed, backend=fused.name)
             expected = sigreg_directions(dim, slices, step=step, seed=seed, backend="reference")
-            assert found.is_contiguous()
-            assert (found.cpu() - expected).abs().max() <= 8e-7, (dim, slices, step, seed)
+            assert drawn.is_contiguous()
+            assert (drawn.cpu() - expected).abs().max() <= 8e-7, (dim, slices, step, seed)
 
 
 def test_drawn_directions_are_used(fused):
@@ -197,8 +197,8 @@ def test_drawn_directions_are_used(fused):
     a = sigreg_directions(12, 50, step=4, seed=9, device=fused.device, backend=fused.name)
     expected = sigreg_loss(z, directions=a, backend=fused.name)
     for step in (4, torch.tensor(4, device=fused.device)):
-        found = sigreg_loss(z, slices=50, step=step, seed=9, backend=fused.name)
-        assert torch.equal(found, expected)
+        loss = sigreg_loss(z, slices=50, step=step, seed=9, backend=fused.name)
+        assert torch.equal(loss, expected)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -259,11 +259,11 @@ for shape in [(7, 13), (300, 70)]:
     for settings in ({}, {"convention": "eb_jepa"}, {"knots": [0.0, 0.3, 2.0]}):
         for dtype in (torch.float32, torch.bfloat16):
             z = torch.randn(shape).to(dtype).requires_grad_()
-            found = []
+            outcomes = []
             for backend in ("cpu", "reference"):
                 loss = sigreg_loss(z, slices=90, backend=backend, **settings)
-                found.append([loss, *torch.autograd.grad(loss, z)])
-            for a, b in zip(*found):
+                outcomes.append([loss, *torch.autograd.grad(loss, z)])
+            for a, b in zip(*outcomes):
                 torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2 * b.abs().max().item())
 """
 

@@ -134,16 +134,16 @@ def test_not_finite(kernels, bad):
 
 def test_any_order_of_blocks_gives_the_same_bits(monkeypatch):
     inputs = {dtype: randn(2, 140, 9, dtype=dtype).requires_grad_() for dtype in DTYPES}
-    found = []
+    runs_by_seed = []
     for seed in (0, 1, 2):
         monkeypatch.setenv("EMULATOR_SEED", str(seed))
         runs = [
             differentiate(lambda z: sigreg_loss(z, slices=70, step=3, backend="cuda"), z)
             for z in inputs.values()
         ]
-        found.append([t for run in runs for t in (*run.values, *run.gradients)])
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+        runs_by_seed.append([t for run in runs for t in (*run.values, *run.gradients)])
+    for other in runs_by_seed[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, runs_by_seed[0], strict=True))
 
 
 SANITIZED = """

@@ -143,9 +143,9 @@ def test_runs_on_the_current_stream(backend):
         torch.cuda._sleep(50_000_000)
         with torch.no_grad():
             z.copy_(source)
-        found = gradients(loss, z)
+        actual = gradients(loss, z)
     side.synchronize()
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(actual, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
 
 
@@ -201,13 +201,13 @@ def test_compiled_full_graph(backend, shape):
         return sigreg_loss(z, slices=slices, step=5, backend=backend)
 
     torch.compiler.reset()
-    found = gradients(torch.compile(loss, fullgraph=True), z)
-    for a, b in zip(found, gradients(loss, z), strict=True):
+    actual = gradients(torch.compile(loss, fullgraph=True), z)
+    for a, b in zip(actual, gradients(loss, z), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
 
 
 def test_backends_draw_the_same_directions(backend):
     where = torch.device("cuda", torch.cuda.current_device())
-    found = sigreg_directions(192, 300, step=4, seed=9, device=where, backend=backend)
+    drawn = sigreg_directions(192, 300, step=4, seed=9, device=where, backend=backend)
     wanted = sigreg_directions(192, 300, step=4, seed=9, device=where, backend="reference")
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=5e-7)
+    torch.testing.assert_close(drawn, wanted, rtol=1e-6, atol=5e-7)

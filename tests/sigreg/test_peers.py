@@ -152,8 +152,8 @@ def test_lejepa_package():
     a = unit_columns(torch.Generator().manual_seed(0), torch.float32).double()
     z = torch.randn(N, D, dtype=torch.float64)
     theirs.global_step.zero_()
-    found = theirs(z.float())
-    assert relative_error(found, sigreg_loss(z, directions=a)) < 1e-5
+    their_loss = theirs(z.float())
+    assert relative_error(their_loss, sigreg_loss(z, directions=a)) < 1e-5
 
 
 def test_lightly_package():

@@ -85,8 +85,8 @@ def test_integral_in_closed_form():
     single = torch.exp(-0.25 * p.square()).mean(dim=0)
     closed = math.sqrt(2 * math.pi) * (pairs - math.sqrt(2.0) * single + 1 / math.sqrt(3.0))
     for convention, knots, factor in (("lejepa", 64, 9), ("eb_jepa", 128, 1), ("eb_jepa", 127, 1)):
-        found = loss(z, slices=None, directions=a, knots=knots, t_max=8.0, convention=convention)
-        assert relative_error(found, factor * closed.mean()) < 1e-10
+        value = loss(z, slices=None, directions=a, knots=knots, t_max=8.0, convention=convention)
+        assert relative_error(value, factor * closed.mean()) < 1e-10
 
 
 def test_two_points_in_closed_form():
@@ -97,9 +97,9 @@ def test_two_points_in_closed_form():
     phi = torch.exp(-0.5 * t * t)
     expected = 2.0 * 2.0 * torch.trapezoid(phi * (torch.cos(t * x) - phi).square(), t)
     (wanted,) = torch.autograd.grad(expected, x, retain_graph=True)
-    found = loss(z, slices=None, directions=torch.ones(1, 1))
-    assert relative_error(found, expected) < SAME_FORMULA
-    assert relative_error(torch.autograd.grad(found, x)[0], wanted) < SAME_FORMULA
+    value = loss(z, slices=None, directions=torch.ones(1, 1))
+    assert relative_error(value, expected) < SAME_FORMULA
+    assert relative_error(torch.autograd.grad(value, x)[0], wanted) < SAME_FORMULA
 
 
 @pytest.mark.parametrize(
@@ -130,8 +130,8 @@ def test_quadrature_is_the_trapezoid_rule(convention, knots, t_max):
 
     expected = torch.trapezoid(f(t) * torch.exp(-0.5 * t * t), t) * (1 if rule.symmetric else 2)
     positions, weights = (torch.tensor(z, dtype=torch.float64) for z in (positions, weights))
-    found = weights @ f(positions)
-    assert abs(found.item() - expected.item()) < 1e-13
+    integral = weights @ f(positions)
+    assert abs(integral.item() - expected.item()) < 1e-13
 
 
 def test_knots_by_number_and_by_name():
@@ -172,10 +172,10 @@ def test_views(convention):
 def test_half_is_computed_in_float32(dtype):
     z = torch.randn(20, 6).to(dtype).requires_grad_()
     a = sigreg_directions(6, 12, backend="reference").to(dtype)
-    found, wide = loss(z), loss(z.detach().float(), directions=a.float())
-    assert found.dtype == torch.float32
-    assert torch.equal(found, wide)
-    assert torch.autograd.grad(found, z)[0].dtype == dtype
+    value, wide = loss(z), loss(z.detach().float(), directions=a.float())
+    assert value.dtype == torch.float32
+    assert torch.equal(value, wide)
+    assert torch.autograd.grad(value, z)[0].dtype == dtype
 
 
 def test_the_module_counts():
@@ -205,6 +205,6 @@ def test_lejepa(weighting, global_views):
     assert relative_error(module(z, global_views), expected) < SAME_FORMULA
     predicted, target = double(6, 2, 4), double(6, 2, 4)
     distance = (predicted - target).square().mean()
-    found = module(z, predicted=predicted, target=target, step=8)
-    assert relative_error(found, share * distance + 0.3 * loss(z, step=8)) < SAME_FORMULA
+    value = module(z, predicted=predicted, target=target, step=8)
+    assert relative_error(value, share * distance + 0.3 * loss(z, step=8)) < SAME_FORMULA
     assert module.sigreg.step == 1

@@ -112,9 +112,9 @@ def test_a_step_that_moves_on(fused, kind):
     values = set()
     for number in (0, 1, 7, 8, 9, 2**40):
         step = number if kind == "int" else torch.tensor(number, device=fused.device)
-        found = differentiate(lambda z, step=step: compiled(z, step), z)
-        assert_same_outcome(found, differentiate(lambda z, step=step: function(z, step), z))
-        values.add(found.values[0].item())
+        outcome = differentiate(lambda z, step=step: compiled(z, step), z)
+        assert_same_outcome(outcome, differentiate(lambda z, step=step: function(z, step), z))
+        values.add(outcome.values[0].item())
     assert len(values) == 6
     assert counter.frame_count <= (3 if kind == "int" else 1)
 

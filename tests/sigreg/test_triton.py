@@ -52,10 +52,10 @@ class TestInterpreter:
         for one, other in zip(*runs, strict=True):
             assert torch.equal(one, other)
         _, coefficients, p = runs[0]
-        found = [
+        outcomes = [
             kernels.gradient(torch.ones(1), coefficients, p, d, args[0]) for d in (a, general[1])
         ]
-        assert torch.equal(*found)
+        assert torch.equal(*outcomes)
 
     @pytest.mark.parametrize("convention", ["lejepa", "eb_jepa"])
     def test_groups_and_variants(self, convention):

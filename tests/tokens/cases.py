@@ -130,9 +130,9 @@ def check_scatter(backend: str, tokens: Tensor, chosen: Mask, length: int, fill:
     def function(z, name=backend):
         return scatter_tokens(z, chosen.index, length, fill=fill, backend=name, **chosen.settings)
 
-    found = run(function, tokens)
+    results = run(function, tokens)
     expected = run(lambda z: function(z, "reference"), tokens)
-    for mine, theirs, name in zip(found, expected, ("scatter", "its gradient"), strict=True):
+    for mine, theirs, name in zip(results, expected, ("scatter", "its gradient"), strict=True):
         same(mine, theirs, name)
 
 
@@ -152,22 +152,22 @@ def check_loss(backend: str, pred, teacher: Tensor, index, **settings) -> None:
     def reference(*preds, dtype=None):
         return function(*preds, name="reference", dtype=dtype)
 
-    found = differentiate(function, *preds, cotangents=(3.0,))
+    outcome = differentiate(function, *preds, cotangents=(3.0,))
     again = differentiate(function, *preds, cotangents=(3.0,))
     plain = differentiate(reference, *preds, cotangents=(3.0,))
     truth = differentiate(
         lambda *p: reference(*p, dtype=torch.float64), *map(wide, preds), cotangents=(3.0,)
     )
     length = teacher.shape[-1]
-    assert found.values[0].dtype == torch.float32
+    assert outcome.values[0].dtype == torch.float32
     # 1 - cos and its gradient are differences that may vanish: a few roundings of their terms
     floors = [0.0] * (1 + len(preds))
     if settings.get("kind") == "cosine":
         eps = 4 * torch.finfo(torch.float32).eps
         floors = [eps, *(3 * eps / _least_norm(p) / (p.numel() // length) for p in preds)]
-    close(found.values[0], truth.values[0], plain.values[0], length, "loss", floors[0])
-    same(again.values[0], found.values[0], "two runs")
-    for i, grad in enumerate(found.gradients):
+    close(outcome.values[0], truth.values[0], plain.values[0], length, "loss", floors[0])
+    same(again.values[0], outcome.values[0], "two runs")
+    for i, grad in enumerate(outcome.gradients):
         if grad is not None:
             same(again.gradients[i], grad, "two runs")
             close(
@@ -201,7 +201,7 @@ def check_assembly(
     taken = mine.targets(mine.tokens.detach(), backend=backend)
     same(taken, theirs.targets(theirs.tokens.detach(), backend="reference"), "targets")
 
-    found = run(lambda *z: assembly(backend, *z).tokens, *leaves)
+    results = run(lambda *z: assembly(backend, *z).tokens, *leaves)
     plain = run(lambda *z: assembly("reference", *z).tokens, *leaves)
     truth = run(lambda *z: assembly("reference", *z).tokens, *map(wide, leaves))
     rows = wanted.index.numel() + kept.index.numel()
@@ -210,7 +210,7 @@ def check_assembly(
         for name, z in zip(("context", "mask token", "positions"), leaves, strict=False)
         if z.requires_grad
     ]
-    for name, a, t, p in zip(wanted_names, found[1:], truth[1:], plain[1:], strict=True):
+    for name, a, t, p in zip(wanted_names, results[1:], truth[1:], plain[1:], strict=True):
         close(a, t, p, rows, f"gradient of {name}")
 
 
@@ -219,10 +219,10 @@ def check_out_of_range(kernels: Any, bad: int, dtype: torch.dtype, dim: int) -> 
     x, index = torch.randn(2, 5, dim), mask(2, 5, 3, dtype=dtype).index
     broken = index.clone()
     broken[1, 1] = bad
-    good, found = (kernels.gather(x, i, None) for i in (index, broken))
-    assert found[1, 1].isnan().all()
-    good[1, 1] = found[1, 1] = 0.0
-    same(found, good, "gather")
+    good, gathered = (kernels.gather(x, i, None) for i in (index, broken))
+    assert gathered[1, 1].isnan().all()
+    good[1, 1] = gathered[1, 1] = 0.0
+    same(gathered, good, "gather")
     out = kernels.scatter(good, broken, None, 2, 5, 7.0, False, False)
     expected = kernels.scatter(good, index, None, 2, 5, 7.0, False, False)
     expected[1, index[1, 1].item()] = 7.0

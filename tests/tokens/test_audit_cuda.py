@@ -44,9 +44,9 @@ def test_no_float_atomics():
     """Minima and maxima of integers alone, which do not depend on their order. A barrier that votes
     (barrier.red) writes no memory.
     """
-    found = set(re.findall(r"(?<![\w.])(?:atom|red)\.[\w.]+", audit_cuda.ptx("tokens")))
-    assert found
-    assert all(re.search(r"\.(min|max)\.s32$", name) for name in found), found
+    atomics = set(re.findall(r"(?<![\w.])(?:atom|red)\.[\w.]+", audit_cuda.ptx("tokens")))
+    assert atomics
+    assert all(re.search(r"\.(min|max)\.s32$", name) for name in atomics), atomics
 
 
 def test_links_against_the_stable_abi_alone():

@@ -84,12 +84,12 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     rows = (batch * kept,) if case.packed else (batch, kept)
     offsets = integers(batch + 1) if case.packed else None
     index, x, pred = integers(*rows), floats(batch, tokens, dim), floats(*rows, dim)
-    found: dict[str, Any] = {}
+    kernels: dict[str, Any] = {}
     replaced = {name: getattr(launchers, name) for name in KERNELS}
     real = devices.device
     try:
         for name in KERNELS:
-            setattr(launchers, name, Recorder(replaced[name], found))
+            setattr(launchers, name, Recorder(replaced[name], kernels))
         devices.device = lambda index: devices.Device("default", 132, case.arch // 10)
         launchers.gather(x, index, offsets)
         for accumulate in (False, True):
@@ -107,16 +107,16 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         devices.device = real
         for name, value in replaced.items():
             setattr(launchers, name, value)
-    return found[case.kernel]
+    return kernels[case.kernel]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel(case: Case, compiled: dict[str, Any]) -> None:
-    found = compiled[str(case)]
-    audit_triton.check("tokens", str(case), found)
-    assert found["matrix"] == []
+    kernel = compiled[str(case)]
+    audit_triton.check("tokens", str(case), kernel)
+    assert kernel["matrix"] == []
     if case.kernel in ROWS:
-        assert found["wide_loads"] > 0, "every load is narrower than 16 bytes"
+        assert kernel["wide_loads"] > 0, "every load is narrower than 16 bytes"
 
 
 if __name__ == "__main__":

@@ -231,10 +231,10 @@ def test_fused_backends_take_no_float64(name):
 
 def test_an_empty_mask_is_an_empty_tensor():
     x = X.clone().requires_grad_()
-    found = gather_tokens(x, INDEX[:, :0])
-    assert found.shape == (2, 0, 3)
-    assert not torch.autograd.grad(found.sum(), x)[0].any()
-    assert (scatter_tokens(found, INDEX[:, :0], 4, fill=2.0) == 2.0).all()
+    gathered = gather_tokens(x, INDEX[:, :0])
+    assert gathered.shape == (2, 0, 3)
+    assert not torch.autograd.grad(gathered.sum(), x)[0].any()
+    assert (scatter_tokens(gathered, INDEX[:, :0], 4, fill=2.0) == 2.0).all()
 
 
 def test_the_teacher_may_want_a_gradient_where_none_is_recorded():

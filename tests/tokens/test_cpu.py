@@ -256,7 +256,7 @@ def test_targets_wider_than_the_context_are_rounded_once(dtype, packed) -> None:
     table = torch.randn(7, 64, requires_grad=True)
     index = torch.tensor([4, 0, 2]).reshape(shape)
     target = torch.tensor([1, 3, 6, 5]).reshape(*shape[:-1], 4)
-    found = []
+    runs = []
     for backend in ("reference", "cpu"):
         tokens = assemble_tokens(
             context, index, rows, target, positions=table, backend=backend, **offsets
@@ -264,6 +264,6 @@ def test_targets_wider_than_the_context_are_rounded_once(dtype, packed) -> None:
         leaves = (context, rows, table)
         gradients = torch.autograd.grad((tokens.float() ** 2).sum(), leaves)
         assert [g.dtype for g in gradients] == [dtype, torch.float32, torch.float32]
-        found.append((tokens, *gradients))
-    for one, two in zip(*found, strict=True):
+        runs.append((tokens, *gradients))
+    for one, two in zip(*runs, strict=True):
         assert torch.equal(one, two)

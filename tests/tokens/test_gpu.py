@@ -150,8 +150,8 @@ def test_graph_replay_after_poison(backend):
             for z, new in zip(given, fresh, strict=True):
                 z.copy_(new)
         graph.replay()
-        for found, wanted in zip(results, whole_step(backend, *fresh), strict=True):
-            same(found, wanted, "replay")
+        for actual, wanted in zip(results, whole_step(backend, *fresh), strict=True):
+            same(actual, wanted, "replay")
 
 
 def test_no_host_synchronisation(backend):
@@ -171,9 +171,9 @@ def test_runs_on_the_current_stream(backend):
         with torch.no_grad():
             for z, new in zip(later, source, strict=True):
                 z.copy_(new)
-        found = whole_step(backend, *later)
+        actual = whole_step(backend, *later)
     side.synchronize()
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(actual, wanted, strict=True):
         same(a, b, "side stream")
 
 
@@ -219,7 +219,7 @@ def test_compiled_full_graph(backend):
         lambda p, t, i: prediction_loss(p, t, i, backend=backend), fullgraph=True
     )
     pred = draw(4, 60, 256, **CUDA)
-    found = run(lambda p: compiled(p, given[1], given[2]), pred)
+    actual = run(lambda p: compiled(p, given[1], given[2]), pred)
     wanted = run(lambda p: prediction_loss(p, given[1], given[2], backend=backend), pred)
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(actual, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)

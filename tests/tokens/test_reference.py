@@ -31,12 +31,12 @@ def test_ijepa(backend):
     pred = draw(12, 6, 16)
     target = published_masks(F.layer_norm(teacher, (16,)), index)
     expected = F.smooth_l1_loss(pred, target)
-    found = prediction_loss(pred, teacher, index, backend=backend)
-    torch.testing.assert_close(found, expected)
-    grads = [torch.autograd.grad(loss, pred)[0] for loss in (found, expected)]
+    value = prediction_loss(pred, teacher, index, backend=backend)
+    torch.testing.assert_close(value, expected)
+    grads = [torch.autograd.grad(loss, pred)[0] for loss in (value, expected)]
     torch.testing.assert_close(*grads)
     stacked = prediction_loss(pred, teacher, torch.cat(index), backend=backend)
-    assert torch.equal(stacked, found)
+    assert torch.equal(stacked, value)
 
 
 @pytest.mark.parametrize("backend", ["reference", None])
@@ -46,8 +46,8 @@ def test_ijepa_with_several_contexts(backend):
     pred = draw(2 * 4 * 3, 6, 16)
     target = published_masks(F.layer_norm(teacher, (16,)), index)
     target = torch.cat([target[i * 3 : i * 3 + 3] for i in range(2) for _ in range(4)])
-    found = prediction_loss(pred, teacher, index, backend=backend)
-    torch.testing.assert_close(found, F.smooth_l1_loss(pred, target))
+    value = prediction_loss(pred, teacher, index, backend=backend)
+    torch.testing.assert_close(value, F.smooth_l1_loss(pred, target))
 
 
 @pytest.mark.parametrize("backend", ["reference", None])
@@ -63,19 +63,19 @@ def test_vjepa(backend, exponent):
         gap = torch.abs(pred - published_masks(normed, [one]))
         expected = expected + torch.mean(gap**exponent) / exponent / len(index)
     kind = "l1" if exponent == 1.0 else "mse"
-    found = prediction_loss(preds, teacher, index, kind=kind, backend=backend) / exponent
-    torch.testing.assert_close(found, expected)
+    value = prediction_loss(preds, teacher, index, kind=kind, backend=backend) / exponent
+    torch.testing.assert_close(value, expected)
     module = PredictionLoss(kind, backend=backend)
-    assert torch.equal(module(preds, teacher, index) / exponent, found)
+    assert torch.equal(module(preds, teacher, index) / exponent, value)
 
 
 def test_mean_over_the_tokens_of_all_masks():
     teacher = draw(2, 30, 8, grad=False, **DOUBLE)
     index = [mask(2, 30, k).index for k in (5, 19)]
     preds = [draw(2, k, 8, **DOUBLE) for k in (5, 19)]
-    found = prediction_loss(preds, teacher, index, reduction="tokens")
+    value = prediction_loss(preds, teacher, index, reduction="tokens")
     whole = prediction_loss(torch.cat(preds, 1), teacher, torch.cat(index, 1))
-    torch.testing.assert_close(found, whole)
+    torch.testing.assert_close(value, whole)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -99,8 +99,8 @@ def test_closed_forms():
         ("mse", 4.25 / 4),
         ("cosine", (1 - 4.5 / (11.25 * 2) ** 0.5) / 2),
     ):
-        found = prediction_loss(pred, teacher, index, kind=kind, eps=0.0)
-        assert found.item() == pytest.approx(expected, rel=1e-12), kind
+        value = prediction_loss(pred, teacher, index, kind=kind, eps=0.0)
+        assert value.item() == pytest.approx(expected, rel=1e-12), kind
     plain = prediction_loss(pred, teacher, index, kind="l1", normalize_target=False)
     assert plain.item() == pytest.approx((3.5 + 4.0 + 2.0 + 2.0) / 4)
 

@@ -19,9 +19,9 @@ from tests.trainer.test_trainer import samples, settings
 def steps(made: config.Config, folder) -> tuple[list[float], list[int]]:
     """Each step's loss, and the graphs that were compiled by its end."""
     torch.manual_seed(7)
-    found = samples(made)
-    trainer = Trainer(made, build.method(made, found.channels).train(), Ranks(), folder)
-    batches = found.batches(0, Ranks().share)
+    source = samples(made)
+    trainer = Trainer(made, build.method(made, source.channels).train(), Ranks(), folder)
+    batches = source.batches(0, Ranks().share)
     losses, graphs = [], []
     for _ in range(made.training.steps):
         losses.append(float(trainer.take(next(batches))))

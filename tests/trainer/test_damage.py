@@ -65,11 +65,11 @@ FILES = {f"{n}.{s}": bytes(40 + n) for n in range(3) for s in ("png", "json")}
 
 def read_tar(path: Path) -> dict[str, dict[str, int]]:
     """Sizes, not contents: of those a tar has no checksum."""
-    found = tar_index.index(path)
-    for sample in found:
+    entries = tar_index.index(path)
+    for sample in entries:
         for place in sample.files.values():
             tar_index.read(path, place)
-    return {sample.key: {k: size for k, (_, size) in sample.files.items()} for sample in found}
+    return {sample.key: {k: size for k, (_, size) in sample.files.items()} for sample in entries}
 
 
 def headers(content: bytes) -> list[tuple[int, int]]:
@@ -214,8 +214,8 @@ def film(format: str, codec: str, **options: str) -> Callable[[], bytes]:
 
 
 def read_film(path: Path) -> np.ndarray:
-    found = video_decoders.PyAV(repr(str(path)), path, 16)
-    return found[:]
+    film = video_decoders.PyAV(repr(str(path)), path, 16)
+    return film[:]
 
 
 ARRAYS = [Kind("npz", npz, read_npz, everything)]
@@ -269,7 +269,7 @@ def test_damage_is_seen_or_does_none(kind, tmp_path):
     for what, hurt, must in damages(kind, content, count):
         path.write_bytes(hurt)
         try:
-            found = kind.read(path)
+            outcome = kind.read(path)
         except ValueError as error:
             refused += 1
             if not any(name in str(error) for name in ("damaged.", "step_00000007", "a.tar")):
@@ -278,9 +278,9 @@ def test_damage_is_seen_or_does_none(kind, tmp_path):
         except Exception as error:
             wrong.append(f"{what}: {type(error).__name__}: {error}")
             continue
-        if must and not same(found, good):
+        if must and not same(outcome, good):
             wrong.append(f"{what}: read otherwise, without a word")
-        elif isinstance(good, np.ndarray) and found.shape[1:] != good.shape[1:]:
-            wrong.append(f"{what}: of shape {found.shape}")
+        elif isinstance(good, np.ndarray) and outcome.shape[1:] != good.shape[1:]:
+            wrong.append(f"{what}: of shape {outcome.shape}")
     assert not wrong, f"seed {SEED}, {len(wrong)} of {count}:\n" + "\n".join(wrong[:20])
     assert refused > count // 8

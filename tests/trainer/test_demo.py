@@ -43,10 +43,10 @@ def test_plain_is_the_reference_in_float64(shape):
     ours = published.vicreg_loss(x, y)
     theirs = vicreg_kernels.vicreg_loss(x, y, backend="reference")
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
-    for found, wanted in zip(
+    for actual, wanted in zip(
         torch.autograd.grad(ours, (x, y)), torch.autograd.grad(theirs, (x, y)), strict=True
     ):
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12 * wanted.abs().max())
+        torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12 * wanted.abs().max())
 
 
 def test_off_diagonal_leaves_out_the_diagonal_alone():
@@ -137,10 +137,10 @@ def test_image_folder_reads_every_class(tmp_path):
     paint(tmp_path, "red", 3, (255, 0, 0))
     paint(tmp_path, "blue", 2, (0, 0, 255))
     (tmp_path / "red" / "notes.txt").write_text("not an image")
-    found = image_files.stored("x", image_files.ImageFolder(tmp_path), 8)
-    assert found.classes == ("blue", "red")
-    assert found.labels.tolist() == [0, 0, 1, 1, 1]
-    images = found[range(5)]
+    stored = image_files.stored("x", image_files.ImageFolder(tmp_path), 8)
+    assert stored.classes == ("blue", "red")
+    assert stored.labels.tolist() == [0, 0, 1, 1, 1]
+    images = stored[range(5)]
     assert images.shape == (5, 3, 8, 8)
     assert torch.equal(images[0, :, 4, 4], torch.tensor([0.0, 0.0, 1.0]))
     assert torch.equal(images[4, :, 4, 4], torch.tensor([1.0, 0.0, 0.0]))
@@ -176,8 +176,8 @@ def test_training_teaches_the_encoder(tmp_path):
     trainer.fit(batches.ImageSource(sets[0], 128, 0), lambda step, loss, s: losses.append(loss))
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
 
-    def score(found):
-        seen = [features(found, part.images) for part in sets]
+    def score(encoder):
+        seen = [features(encoder, part.images) for part in sets]
         return probe.probe(*seen, *sets, seed=0, draws=4).few_labels
 
     assert score(method) > score(untrained) + 0.02
@@ -204,9 +204,9 @@ def test_few_takes_so_many_of_each_class():
 def test_calibration_sets_the_copys_statistics():
     method = build.method(small(), 1)
     encoder, images = method.encoder, image_sets.digits().images[:200]
-    found = probe.calibrated(method, images).encoder
+    calibrated = probe.calibrated(method, images).encoder
     assert torch.equal(encoder[1].running_mean, torch.zeros(32))
-    torch.testing.assert_close(found[1].running_mean, encoder[0](images).mean(dim=(0, 2, 3)))
+    torch.testing.assert_close(calibrated[1].running_mean, encoder[0](images).mean(dim=(0, 2, 3)))
 
 
 # Measuring
@@ -217,12 +217,12 @@ def test_parity_sees_a_difference():
         "fused": lambda x, y: 1.01 * published.vicreg_loss(x, y),
         "reference": published.vicreg_loss,
     }
-    found = parity.compare(losses, torch.randn(32, 48), torch.randn(32, 48))
-    assert found.loss_between == pytest.approx(0.01, rel=1e-2)
-    assert found.gradient_between == pytest.approx(0.01, rel=1e-2)
-    assert found.loss_truth["reference"] < 1e-6
-    assert found.gradient_truth["reference"] < 1e-5
-    assert parity.worst([found, found]) == found
+    comparison = parity.compare(losses, torch.randn(32, 48), torch.randn(32, 48))
+    assert comparison.loss_between == pytest.approx(0.01, rel=1e-2)
+    assert comparison.gradient_between == pytest.approx(0.01, rel=1e-2)
+    assert comparison.loss_truth["reference"] < 1e-6
+    assert comparison.gradient_truth["reference"] < 1e-5
+    assert parity.worst([comparison, comparison]) == comparison
 
 
 def test_worst_keeps_not_a_number():

@@ -79,11 +79,11 @@ def test_a_signal_outside_of_a_step(when, tmp_path, capsys, monkeypatch):
 
 def test_a_run_in_a_thread_leaves_signals_alone(tmp_path):
     made = config.load("vicreg_digits", [*SMALL, "training.steps=2"])
-    found: list[int] = []
-    thread = threading.Thread(target=lambda: found.append(train_settings(made, tmp_path / "run")))
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(train_settings(made, tmp_path / "run")))
     thread.start()
     thread.join()
-    assert found == [2]
+    assert codes == [2]
 
 
 @contextlib.contextmanager
@@ -186,8 +186,8 @@ class Dying:
 
 
 def test_a_worker_that_is_killed_is_one_line(tmp_path, capsys, monkeypatch):
-    found = image_files.stored("x", Dying(), 8)
-    monkeypatch.setattr(sources, "images", lambda settings: (found, found))
+    stored = image_files.stored("x", Dying(), 8)
+    monkeypatch.setattr(sources, "images", lambda settings: (stored, stored))
     assert train(tmp_path / "run", 3, "data.workers=1", "training.batch=4") == 2
     line = said(capsys).splitlines()[-1]
     assert re.search(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)", line)

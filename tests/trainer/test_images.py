@@ -109,9 +109,9 @@ def test_batches_depend_on_seed_and_step_alone(tmp_path):
 
 def test_a_stored_folder_is_the_one_in_memory(tmp_path):
     root = folder_of(tmp_path)
-    found = image_files.stored("x", image_files.ImageFolder(root), 8)
-    held = image_sets.Images("x", found[range(12)], found.labels, found.classes)
-    for ours, theirs in zip(image_sets.split(found, 3), image_sets.split(held, 3), strict=True):
+    stored = image_files.stored("x", image_files.ImageFolder(root), 8)
+    held = image_sets.Images("x", stored[range(12)], stored.labels, stored.classes)
+    for ours, theirs in zip(image_sets.split(stored, 3), image_sets.split(held, 3), strict=True):
         assert torch.equal(ours[range(len(ours))], theirs.images)
         assert torch.equal(ours.labels, theirs.labels)
 
@@ -119,9 +119,9 @@ def test_a_stored_folder_is_the_one_in_memory(tmp_path):
 def test_a_corrupt_image_is_named_by_the_worker_that_reads_it(tmp_path):
     bad = folder_of(tmp_path) / "b" / "07.png"
     bad.write_bytes(bad.read_bytes()[:60])
-    found = image_files.stored("x", image_files.ImageFolder(tmp_path), 8)
+    stored = image_files.stored("x", image_files.ImageFolder(tmp_path), 8)
     with pytest.raises(ValueError, match=r"b/07\.png is truncated"):
-        list(batches.in_order(found, 5, workers=1))
+        list(batches.in_order(stored, 5, workers=1))
 
 
 def test_shards_train_and_are_probed(shards, tmp_path, capsys):
@@ -167,9 +167,9 @@ def test_what_is_wrong_in_a_shard_is_named(files, message, tmp_path):
     write(tmp_path / "a.tar", files)
 
     def read() -> None:
-        found = image_files.stored("x", image_files.ImageShards(tmp_path), 8)
-        assert found[[0]].shape == (1, 3, 8, 8)
-        assert found.labels is None
+        stored = image_files.stored("x", image_files.ImageShards(tmp_path), 8)
+        assert stored[[0]].shape == (1, 3, 8, 8)
+        assert stored.labels is None
 
     with pytest.raises(ValueError, match=message):
         read()
@@ -194,7 +194,7 @@ def tars_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "found"),
+    ("pattern", "stems"),
     [
         (".", ["x-08", "x-09", "x-10", "y-7"]),
         ("x-{08..10}.tar", ["x-08", "x-09", "x-10"]),
@@ -202,8 +202,8 @@ def tars_named(tmp_path, monkeypatch):
         ("x-*.tar", ["x-08", "x-09", "x-10"]),
     ],
 )
-def test_shards_are_named_by_folder_braces_and_stars(pattern, found, tars_named):
-    assert [path.stem for path in tar_index.paths(pattern)] == found
+def test_shards_are_named_by_folder_braces_and_stars(pattern, stems, tars_named):
+    assert [path.stem for path in tar_index.paths(pattern)] == stems
 
 
 @pytest.mark.parametrize(

@@ -51,11 +51,11 @@ def test_it_is_the_published_rule(start, decay):
 
 def test_timm_gives_the_same(monkeypatch):
     """Its file alone: the package needs torchvision."""
-    found = importlib.util.find_spec("timm")
-    if found is None:
+    spec = importlib.util.find_spec("timm")
+    if spec is None:
         pytest.skip("needs timm")
     package = ModuleType("timms")
-    package.__path__ = [str(Path(found.origin).parent / "optim")]
+    package.__path__ = [str(Path(spec.origin).parent / "optim")]
     monkeypatch.setitem(sys.modules, "timms", package)
     Lars = importlib.import_module("timms.lars").Lars
     weights, ours, theirs = torch.randn(6, 4), *(nn.Parameter(torch.zeros(6, 4)) for _ in "ab")
@@ -76,8 +76,8 @@ def test_it_needs_neither_timm_nor_torchvision(monkeypatch):
     for name in [*(n for n in sys.modules if n.split(".")[0] == "timm"), "timm", "torchvision"]:
         monkeypatch.setitem(sys.modules, name, None)
     method = build.method(config.load("vicreg_digits", ["model.dim=8", "model.expander=[8,8]"]), 1)
-    found = optimizers.build(config.Optimizer(name="lars"), method)
-    parameters = {id(p) for group in found.param_groups for p in group["params"]}
+    optimizer = optimizers.build(config.Optimizer(name="lars"), method)
+    parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert parameters == {id(p) for p in method.parameters()}
 
 

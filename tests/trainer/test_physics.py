@@ -133,8 +133,8 @@ def test_things_stay_what_they_are_and_are_drawn_where_they_are(samples):
                     for panel in record["panels"]
                 )
                 if not before and low.min() >= 0 and high.max() <= SIZE:
-                    found = video[frame, y[frame], x[frame]].astype(int)
-                    assert np.abs(found - colour).max() <= 45, (record["seed"], frame, number)
+                    pixel = video[frame, y[frame], x[frame]].astype(int)
+                    assert np.abs(pixel - colour).max() <= 45, (record["seed"], frame, number)
 
 
 def test_the_mixture_shows_every_property_kept(samples):
@@ -169,18 +169,18 @@ def quadruplets():
 
 
 def test_quadruplets_are_made_of_the_same_frames(quadruplets):
-    for (name, hidden, _), found in quadruplets.items():
-        videos, first = found.videos, found.first_difference
+    for (name, hidden, _), quad in quadruplets.items():
+        videos, first = quad.videos, quad.first_difference
         assert videos.shape == (4, 32, 64, 64, 3)
         assert videos.dtype == np.uint8
-        assert found.behind_occluder is hidden
-        assert found.possible.tolist() == [True, True, name == "control", name == "control"]
+        assert quad.behind_occluder is hidden
+        assert quad.possible.tolist() == [True, True, name == "control", name == "control"]
         for original, exchanged in ((0, 2), (1, 3)):
             assert np.array_equal(videos[original, :first], videos[exchanged, :first])
             assert not np.array_equal(videos[original, first], videos[exchanged, first])
         # From there on they go on as the other one does, whose picture a frame earlier is the
         # same one too, unless the exchange is a break that is seen.
-        unseen = found.record["same"] > 0
+        unseen = quad.record["same"] > 0
         for original, exchanged in ((1, 2), (0, 3)):
             start = first - unseen
             assert np.array_equal(videos[original, start:], videos[exchanged, start:])
@@ -196,103 +196,99 @@ def test_quadruplets_are_made_of_the_same_frames(quadruplets):
 
 
 def test_the_exchange_is_hidden_or_in_view_as_said(quadruplets):
-    for (name, hidden, _), found in quadruplets.items():
-        cut = found.record["cut"]
-        pictures = found.videos[:2, cut - 1 : cut + 1]
+    for (name, hidden, _), quad in quadruplets.items():
+        cut = quad.record["cut"]
+        pictures = quad.videos[:2, cut - 1 : cut + 1]
         same = np.array_equal(pictures[0], pictures[1])
         # The control's exchange is when the one has left and the other has not come.
         assert same == (hidden or name == "control"), (name, hidden)
         if not hidden and name != "control":
             # Those who meet in one place part a frame later.
-            assert 0 <= found.first_difference - cut <= (name in ("gravity", "inertia"))
-            for record in found.record["possible"]:
+            assert 0 <= quad.first_difference - cut <= (name in ("gravity", "inertia"))
+            for record in quad.record["possible"]:
                 assert not record["panels"]
         else:
             # No run of so many frames is in the exchanged videos alone.
-            length = found.record["same"] + 1
+            length = quad.record["same"] + 1
             assert length >= 4
             runs = [
-                {
-                    found.videos[n, t : t + length].tobytes()
-                    for n in pair
-                    for t in range(33 - length)
-                }
+                {quad.videos[n, t : t + length].tobytes() for n in pair for t in range(33 - length)}
                 for pair in ((0, 1), (2, 3))
             ]
             assert runs[0] == runs[1]
         if hidden:
-            assert found.first_difference > cut
-            assert all(record["panels"] for record in found.record["possible"])
+            assert quad.first_difference > cut
+            assert all(record["panels"] for record in quad.record["possible"])
 
 
-def at_cut(found, key: str, before: int = 0) -> np.ndarray:
+def at_cut(quad, key: str, before: int = 0) -> np.ndarray:
     """[2, 2]: the exchanged thing's state in both possible videos."""
-    records = found.record["possible"]
-    return np.array([record[key][found.record["cut"] - before][-1] for record in records])
+    records = quad.record["possible"]
+    return np.array([record[key][quad.record["cut"] - before][-1] for record in records])
 
 
-def things(found) -> list[list[dict]]:
-    return [record["things"] for record in found.record["possible"]]
+def things(quad) -> list[list[dict]]:
+    return [record["things"] for record in quad.record["possible"]]
 
 
-def one(found, key: str) -> list:
-    return [part[-1][key] for part in things(found)]
+def one(quad, key: str) -> list:
+    return [part[-1][key] for part in things(quad)]
 
 
 @pytest.mark.parametrize("hidden", [False, True])
 def test_each_exchange_breaks_its_property_alone(quadruplets, hidden):
     def of(name):
-        return [found for (p, h, _), found in quadruplets.items() if (p, h) == (name, hidden)]
+        return [quad for (p, h, _), quad in quadruplets.items() if (p, h) == (name, hidden)]
 
-    def distance(found):
-        return np.linalg.norm(np.subtract(*at_cut(found, "position")))
+    def distance(quad):
+        return np.linalg.norm(np.subtract(*at_cut(quad, "position")))
 
-    for found in of("permanence"):
-        first, second = things(found)
+    for quad in of("permanence"):
+        first, second = things(quad)
         assert first[:-1] == second
-    for found in of("shape"):
-        assert len(set(one(found, "shape"))) == 2
-        assert len(set(one(found, "colour"))) == 1
-        assert distance(found) < 3
-    for found in of("colour"):
-        assert len(set(one(found, "colour"))) == 2
-        assert len(set(one(found, "shape"))) == 1
-        assert distance(found) == 0
-    for found in of("continuity"):
-        assert distance(found) >= 16
-        assert one(found, "colour")[0] == one(found, "colour")[1]
-        np.testing.assert_allclose(*at_cut(found, "velocity"), atol=0.1)
-    for found in of("inertia"):
-        assert distance(found) < 0.5
-        first, second = at_cut(found, "velocity")[:, 0]
+    for quad in of("shape"):
+        assert len(set(one(quad, "shape"))) == 2
+        assert len(set(one(quad, "colour"))) == 1
+        assert distance(quad) < 3
+    for quad in of("colour"):
+        assert len(set(one(quad, "colour"))) == 2
+        assert len(set(one(quad, "shape"))) == 1
+        assert distance(quad) == 0
+    for quad in of("continuity"):
+        assert distance(quad) >= 16
+        assert one(quad, "colour")[0] == one(quad, "colour")[1]
+        np.testing.assert_allclose(*at_cut(quad, "velocity"), atol=0.1)
+    for quad in of("inertia"):
+        assert distance(quad) < 0.5
+        first, second = at_cut(quad, "velocity")[:, 0]
         assert abs(first - second) > 1.2
         # The spot shows no break either.
-        assert abs(np.subtract(*at_cut(found, "angle")) % (2 * np.pi)) < 0.05
+        assert abs(np.subtract(*at_cut(quad, "angle")) % (2 * np.pi)) < 0.05
         # Nothing is there that could turn or stop it: no contact but with the floor.
-        for record in found.record["possible"]:
+        for record in quad.record["possible"]:
             assert {what for _, _, what in record["contacts"]} <= {"floor"}
-    for found in of("gravity"):
-        blocks = [record["blocks"] for record in found.record["possible"]]
-        assert distance(found) < 0.5
+    for quad in of("gravity"):
+        blocks = [record["blocks"] for record in quad.record["possible"]]
+        assert distance(quad) < 0.5
         if hidden:
             assert [[block["kind"] for block in some] for some in blocks] == [["pillar"], []]
         else:
-            first, second = at_cut(found, "velocity")[:, 1]
+            first, second = at_cut(quad, "velocity")[:, 1]
             assert first > 0.5
             assert second < -0.5
             assert not any(blocks)
-    for found in of("solidity"):
-        barrier = np.array(found.record["possible"][0]["blocks"][0]["corners"])
-        axis = 0 if found.record["possible"][0]["blocks"][0]["kind"] == "wall" else 1
-        places = at_cut(found, "position")[:, axis]
+    for quad in of("solidity"):
+        barrier = np.array(quad.record["possible"][0]["blocks"][0]["corners"])
+        axis = 0 if quad.record["possible"][0]["blocks"][0]["kind"] == "wall" else 1
+        places = at_cut(quad, "position")[:, axis]
         assert min(places) < barrier[:, axis].min()
         assert max(places) > barrier[:, axis].max()
-        for record in found.record["possible"]:
+        for record in quad.record["possible"]:
             frames = [f for f, _, what in record["contacts"] if what in ("wall", "shelf")]
-            assert abs(frames[0] - found.record["cut"]) <= (8 if hidden else 1)
-    for found in of("control"):
-        for record in found.record["possible"]:
-            cut = found.record["cut"]
+            assert abs(frames[0] - quad.record["cut"]) <= (8 if hidden else 1)
+    for quad in of("control"):
+        for record in quad.record["possible"]:
+            cut = quad.record["cut"]
             left, right = (edges(record, n)[cut, :, 0] for n in (0, 1))
             assert left.max() < 0 or left.min() > SIZE
             assert right.max() < 0 or right.min() > SIZE or cut in record["hidden"][1]
@@ -301,8 +297,8 @@ def test_each_exchange_breaks_its_property_alone(quadruplets, hidden):
 def test_inertia_is_broken_in_each_way(quadruplets):
     """By turning round, the one against the other, and by stopping or starting."""
     ways = Counter(
-        float(np.prod(np.round(at_cut(found, "velocity")[:, 0], 2))) < 0
-        for (name, _, _), found in quadruplets.items()
+        float(np.prod(np.round(at_cut(quad, "velocity")[:, 0], 2))) < 0
+        for (name, _, _), quad in quadruplets.items()
         if name == "inertia"
     )
     assert min(ways[True], ways[False]) >= 1

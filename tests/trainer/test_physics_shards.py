@@ -29,12 +29,12 @@ def content(folder) -> dict[str, bytes]:
 
 
 def test_shards_give_back_what_was_simulated(written):
-    found = PhysicsShards(written)
-    assert len({found[index].numpy().tobytes() for index in range(10)}) == len(found) == 10
+    stored = PhysicsShards(written)
+    assert len({stored[index].numpy().tobytes() for index in range(10)}) == len(stored) == 10
     for index in (0, 5, 9):
         sample = possible(shards.sample_seed(7, index))
-        assert np.array_equal(found[index].numpy(), sample.video)
-        assert found.record(index) == json.loads(json.dumps(sample.record))
+        assert np.array_equal(stored[index].numpy(), sample.video)
+        assert stored.record(index) == json.loads(json.dumps(sample.record))
 
 
 def test_a_resumed_run_gives_the_same_shards(written, tmp_path):
@@ -77,23 +77,23 @@ def test_damaged_shards_are_refused(written, tmp_path):
 
 def test_quadruplets_go_into_shards(tmp_path):
     shards.write(tmp_path, 1, shards.Settings(seed=2, property="inertia"))
-    found = PhysicsShards(tmp_path)
+    stored = PhysicsShards(tmp_path)
     again = quadruplet("inertia", shards.sample_seed(2, 0))
-    assert np.array_equal(found[0].numpy(), again.videos)
-    assert found.record(0)["first_difference"] == again.first_difference
+    assert np.array_equal(stored[0].numpy(), again.videos)
+    assert stored.record(0)["first_difference"] == again.first_difference
 
 
 def test_workers_simulate_each_video_once(written):
     whole = PhysicsShards(written)
     alone = [video for video in Simulated(7, videos=4, first=2)]
     assert all(torch.equal(video, whole[2 + n]) for n, video in enumerate(alone))
-    found = []
+    simulated = []
     for rank in (0, 1):
         source = Simulated(7, videos=10, rank=rank, ranks=2)
         for batch in DataLoader(source, batch_size=2, num_workers=2 if rank else 0):
             assert batch.dtype == torch.uint8
-            found += [video.numpy().tobytes() for video in batch]
-    assert sorted(found) == sorted(video.numpy().tobytes() for video in whole)
+            simulated += [video.numpy().tobytes() for video in batch]
+    assert sorted(simulated) == sorted(video.numpy().tobytes() for video in whole)
 
 
 @pytest.mark.parametrize(

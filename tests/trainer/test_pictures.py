@@ -31,9 +31,9 @@ def read(path: Path, content: bytes, **limits) -> torch.Tensor:
 
 
 def packed(array: np.ndarray, format: str, **words) -> bytes:
-    found = io.BytesIO()
-    Image.fromarray(array).save(found, format, **words)
-    return found.getvalue()
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format, **words)
+    return buffer.getvalue()
 
 
 def big_endian(values: np.ndarray) -> bytes:
@@ -89,10 +89,10 @@ def test_pictures_of_any_depth_keep_their_shades(name, tmp_path):
     if "lzw" in name and not features.check("libtiff"):
         pytest.skip("Pillow without libtiff")
     content, limits = DEEP[name]
-    found = read(tmp_path / name, content, **limits)
+    picture = read(tmp_path / name, content, **limits)
     expected = torch.tensor(RAMP, dtype=torch.float32).expand(3, -1, -1)
     torch.testing.assert_close(
-        found, expected, rtol=0, atol=0.6 / 255 if name[:2] != "16" else 1 / 255
+        picture, expected, rtol=0, atol=0.6 / 255 if name[:2] != "16" else 1 / 255
     )
 
 
@@ -130,9 +130,9 @@ def test_pictures_stand_upright(orientation, format, tmp_path):
     exif[0x0112] = orientation
     content = io.BytesIO()
     image.save(content, format, exif=exif, **({"lossless": True} if format == "WEBP" else {}))
-    found = read(tmp_path / f"x.{format.lower()}", content.getvalue())[0]
+    picture = read(tmp_path / f"x.{format.lower()}", content.getvalue())[0]
     expected = torch.from_numpy(np.array(upright)).float() / 255
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.1 if format == "JPEG" else 0)
+    torch.testing.assert_close(picture, expected, rtol=0, atol=0.1 if format == "JPEG" else 0)
 
 
 def test_a_deep_picture_is_turned_too(tmp_path):
@@ -140,8 +140,8 @@ def test_a_deep_picture_is_turned_too(tmp_path):
     exif[0x0112] = 6
     content = io.BytesIO()
     Image.fromarray(np.rot90(SHORT).copy()).save(content, "PNG", exif=exif)
-    found = read(tmp_path / "x.png", content.getvalue())[0]
-    torch.testing.assert_close(found, torch.tensor(RAMP).float(), rtol=0, atol=1 / 255)
+    picture = read(tmp_path / "x.png", content.getvalue())[0]
+    torch.testing.assert_close(picture, torch.tensor(RAMP).float(), rtol=0, atol=1 / 255)
 
 
 def test_twelve_bits_are_scaled_by_twelve(tmp_path):
@@ -151,9 +151,9 @@ def test_twelve_bits_are_scaled_by_twelve(tmp_path):
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     head = struct.pack("<2sHI", b"II", 42, 8 + len(rows))
     content = head + rows + struct.pack("<H", len(tags)) + entries + bytes(4)
-    found = read(tmp_path / "x.tif", content)[0]
-    assert found[:32].eq(1).all()
-    assert found[32:].eq(0).all()
+    picture = read(tmp_path / "x.tif", content)[0]
+    assert picture[:32].eq(1).all()
+    assert picture[32:].eq(0).all()
 
 
 def png_of(width: int, height: int) -> bytes:
@@ -212,9 +212,9 @@ def test_hidden_files_are_skipped_with_a_word(tmp_path, capsys):
     folder(root / "a", classes=(".ipynb_checkpoints",))
     (root / "b" / "._0.png").write_bytes(b"\0\5\x16\7")
     (root / "b" / ".DS_Store").write_bytes(b"no picture")
-    found = image_files.ImageFolder(root)
-    assert found.classes == ("a", "b")
-    assert len(found) == 4
+    images = image_files.ImageFolder(root)
+    assert images.classes == ("a", "b")
+    assert len(images) == 4
     told = capsys.readouterr().err
     assert "5 hidden files are skipped" in told
     assert ".ipynb_checkpoints" in told
@@ -238,12 +238,12 @@ def test_nested_and_linked_pictures_are_taken(tmp_path):
     (links / "y" / "0.png").symlink_to(real / "b" / "0.png")
     (links / "y" / "more").symlink_to(real / "b")
     (links / "y" / "again").symlink_to(links / "y")  # leads back: entered once
-    found = image_files.ImageFolder(links)
-    assert found.classes == ("x", "y")
-    names = [os.path.relpath(found.where(n), links) for n in range(len(found))]
+    images = image_files.ImageFolder(links)
+    assert images.classes == ("x", "y")
+    names = [os.path.relpath(images.where(n), links) for n in range(len(images))]
     assert names == ["x/0.png", "x/1.png", "x/2.png", "x/deep/0.png", "y/0.png", "y/more/0.png",
                      "y/more/1.png", "y/more/2.png"]  # fmt: skip
-    assert image_files.stored("x", found, 8)[range(8)].shape == (8, 3, 8, 8)
+    assert image_files.stored("x", images, 8)[range(8)].shape == (8, 3, 8, 8)
 
 
 def test_what_is_no_regular_file_is_refused_unopened(tmp_path):
@@ -261,5 +261,5 @@ def test_what_is_no_regular_file_is_refused_unopened(tmp_path):
 def test_names_of_any_characters(name, tmp_path):
     root = folder(tmp_path / name, classes=[name, "b"])
     (root / "b" / os.fsdecode(b"\xff[1].png")).write_bytes((root / "b" / "0.png").read_bytes())
-    found = image_files.stored("x", image_files.ImageFolder(root), 8)
-    assert found[range(5)].shape == (5, 3, 8, 8)
+    stored = image_files.stored("x", image_files.ImageFolder(root), 8)
+    assert stored[range(5)].shape == (5, 3, 8, 8)

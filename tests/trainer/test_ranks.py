@@ -65,16 +65,18 @@ class Ranks:
 
     def pids(self) -> dict[int, int]:
         """Each rank's process."""
-        found = {}
+        by_rank = {}
         for entry in Path("/proc").iterdir():
             try:
                 parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
                 if int(parent) == self.process.pid:
                     words = (entry / "environ").read_bytes().split(b"\0")
-                    found |= {int(w[5:]): int(entry.name) for w in words if w.startswith(b"RANK=")}
+                    by_rank |= {
+                        int(w[5:]): int(entry.name) for w in words if w.startswith(b"RANK=")
+                    }
             except (OSError, IndexError, ValueError):
                 continue
-        return found
+        return by_rank
 
     def finish(self, seconds: float = TIMEOUT) -> str:
         """What it printed."""
@@ -137,9 +139,9 @@ def test_shards_take_several_processes(tmp_path):
         train(made, tmp_path)
 
 
-def until(run: Ranks, found: Callable[[], bool], seconds: float = TIMEOUT) -> None:
+def until(run: Ranks, reached: Callable[[], bool], seconds: float = TIMEOUT) -> None:
     deadline = time.monotonic() + seconds
-    while not found():
+    while not reached():
         assert run.process.poll() is None, run.process.communicate()[0][-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -84,17 +84,17 @@ def test_tensorboard_shows_each_step_once(tmp_path):
     assert train(tmp_path / "run") == 0
     shutil.rmtree(checkpoint_of(tmp_path / "run", 6))
     assert train(tmp_path / "run", 7) == 0
-    found = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    assert [event.step for event in found.Scalars("loss")] == list(range(1, 8))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 8))
 
 
 # ------------------------------------------------------------------------------ checkpoints
 
 
 def edited(path: Path, **changes) -> None:
-    found = json.loads(path.read_text())
-    found.update(changes)
-    path.write_text(json.dumps(found))
+    record = json.loads(path.read_text())
+    record.update(changes)
+    path.write_text(json.dumps(record))
 
 
 def test_an_edited_state_is_refused(run, capsys):
@@ -124,10 +124,10 @@ def test_another_format_is_no_damage(run, capsys):
     """A newer or older version's checkpoint: nothing is fallen back to."""
     for format in ("jepa-checkpoint/1", "jepa-checkpoint/2", "vicreg-jepa-checkpoint/99"):
         state = checkpoint_of(run, 6) / "state.json"
-        found = json.loads(state.read_text())
-        found.pop("checksum", None)
-        found["format"] = format
-        state.write_text(json.dumps(found if format.endswith("1") else checkpoint.sealed(found)))
+        record = json.loads(state.read_text())
+        record.pop("checksum", None)
+        record["format"] = format
+        state.write_text(json.dumps(record if format.endswith("1") else checkpoint.sealed(record)))
         assert train(run, 8) == 2
         assert f"has format '{format}', takes 'vicreg-jepa-checkpoint/1'" in said(capsys)
 

@@ -95,8 +95,8 @@ def test_the_box_from_a_position_is_the_smallest(world):
     box = Box(position, position)
     push = pushes(2 * torch.rand(3000, 2, generator=generator) - 1, 0.8)
     after = reached(world, layout, box, push)
-    found = [outcomes(world, layout, box, push, generator)[0] for _ in range(200)]
-    low, high = torch.stack(found).amin(dim=0), torch.stack(found).amax(dim=0)
+    ends = [outcomes(world, layout, box, push, generator)[0] for _ in range(200)]
+    low, high = torch.stack(ends).amin(dim=0), torch.stack(ends).amax(dim=0)
     assert torch.allclose(low, after.low, rtol=0, atol=1e-5)
     assert torch.allclose(high, after.high, rtol=0, atol=1e-5)
 

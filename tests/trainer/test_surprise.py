@@ -98,8 +98,8 @@ def test_scores():
 def test_an_oracle_tells_every_property_and_the_control_not():
     """Surprise that knows which videos are exchanged; the control has nothing to know."""
 
-    def oracle(found: torch.Tensor) -> dict[str, list[float]]:
-        return {"mean": [float(i % 4 >= 2) for i in range(len(found))]}
+    def oracle(batch: torch.Tensor) -> dict[str, list[float]]:
+        return {"mean": [float(i % 4 >= 2) for i in range(len(batch))]}
 
     clips = physics_test.quadruplets("gravity", 3)
     score = physics_test.scores(oracle, clips, "gravity")["mean"]
@@ -109,8 +109,8 @@ def test_an_oracle_tells_every_property_and_the_control_not():
 def test_brightness_alone_tells_nothing():
     """The impossible videos are made of the possible ones' frames: every set is a tie."""
 
-    def brightness(found: torch.Tensor) -> dict[str, list[float]]:
-        return {"mean": found.long().sum(dim=(1, 2, 3, 4)).tolist()}
+    def brightness(batch: torch.Tensor) -> dict[str, list[float]]:
+        return {"mean": batch.long().sum(dim=(1, 2, 3, 4)).tolist()}
 
     for name in ("permanence", "solidity", "control"):
         clips = physics_test.quadruplets(name, 4)

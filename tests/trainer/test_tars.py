@@ -113,9 +113,9 @@ def test_links_stand_for_the_member_that_they_name(tmp_path):
     first = tar_of({"a/0.png": b"picture"})[:1024]
     for kind, target in ((tarfile.LNKTYPE, "a/0.png"), (tarfile.SYMTYPE, "../a/0.png")):
         path = put(tmp_path / "a.tar", first + linked(kind, "b/1.png", target) + bytes(1024))
-        found = tar_index.index(path)
-        assert [sample.key for sample in found] == ["a/0", "b/1"]
-        assert tar_index.read(path, found[1].files["png"]) == b"picture"
+        samples = tar_index.index(path)
+        assert [sample.key for sample in samples] == ["a/0", "b/1"]
+        assert tar_index.read(path, samples[1].files["png"]) == b"picture"
     for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE):
         path = put(tmp_path / "a.tar", first + linked(kind, "1.png", "/data/1.png") + bytes(1024))
         with pytest.raises(ValueError, match=r"'1\.png' is a link to '/data/1\.png'"):
@@ -148,14 +148,14 @@ def test_hidden_members_and_shards_are_skipped_with_a_word(tmp_path, capsys):
     shards = tar_index.paths(tmp_path)
     assert [path.name for path in shards] == ["a.tar"]
     assert "._a.tar" in capsys.readouterr().err
-    assert [[sample.key for sample in found] for found in tar_index.indices(shards)] == [["0"]]
+    assert [[sample.key for sample in shard] for shard in tar_index.indices(shards)] == [["0"]]
     told = capsys.readouterr().err
     assert "2 hidden files are skipped" in told
     assert "._0.png" in told
 
 
 @pytest.mark.parametrize(
-    ("names", "pattern", "found"),
+    ("names", "pattern", "stems"),
     [
         (["set[v2].tar"], "set[v2].tar", ["set[v2]"]),
         (["p[1]-0.tar", "p1-0.tar"], "p[1]-*.tar", ["p[1]-0"]),
@@ -165,15 +165,15 @@ def test_hidden_members_and_shards_are_skipped_with_a_word(tmp_path, capsys):
         (["why?.tar"], "why?.tar", ["why?"]),
     ],
 )
-def test_characters_of_patterns_in_names(names, pattern, found, tmp_path, monkeypatch):
+def test_characters_of_patterns_in_names(names, pattern, stems, tmp_path, monkeypatch):
     """A file of that very name is meant; brackets are no pattern."""
     folder = tmp_path / "run [v2]"
     folder.mkdir()
     for name in names:
         put(folder / name, b"")
-    assert [path.stem for path in tar_index.paths(folder / pattern)] == found
+    assert [path.stem for path in tar_index.paths(folder / pattern)] == stems
     monkeypatch.chdir(folder)
-    assert [path.stem for path in tar_index.paths(pattern)] == found
+    assert [path.stem for path in tar_index.paths(pattern)] == stems
     assert len(tar_index.paths(folder)) == len(names)
 
 

@@ -84,8 +84,8 @@ def samples(made: config.Config):
 
 def run(made: config.Config, folder: Path, stop: int | None = None) -> list[float]:
     torch.manual_seed(7)
-    found = samples(made)
-    trainer = Trainer(made, build.method(made, found.channels), Ranks(), folder)
+    source = samples(made)
+    trainer = Trainer(made, build.method(made, source.channels), Ranks(), folder)
     trainer.resume()
     losses: list[float] = []
 
@@ -95,7 +95,7 @@ def run(made: config.Config, folder: Path, stop: int | None = None) -> list[floa
             raise KeyboardInterrupt
 
     try:
-        trainer.fit(found, log)
+        trainer.fit(source, log)
     except KeyboardInterrupt:
         assert stop is not None
     return losses
@@ -134,9 +134,9 @@ def test_micro_batches_of_batch_statistics_train_alike(tmp_path):
     losses = []
     for pieces in (1, 4):
         made = settings("vicreg", accumulate=pieces)
-        found = samples(made)
+        source = samples(made)
         trainer = Trainer(made, build.method(made, 1).eval(), Ranks(), tmp_path / str(pieces))
-        losses.append([float(trainer.take(next(found.batches(0, Ranks().share)))) for _ in "abc"])
+        losses.append([float(trainer.take(next(source.batches(0, Ranks().share)))) for _ in "abc"])
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
 
 
@@ -393,8 +393,8 @@ def test_spread_is_the_variance_and_covariance_of_the_contexts_tokens(tmp_path):
 def test_the_backend_that_is_named_is_taken_everywhere():
     made = config.parse(config.describe(settings("ijepa")) | {"backend": "reference"})
     method = build.method(made, 1)
-    found = {part.backend for part in method.modules() if hasattr(part, "backend")}
-    assert found == {"reference"}
+    backends = {part.backend for part in method.modules() if hasattr(part, "backend")}
+    assert backends == {"reference"}
 
 
 def test_nothing_is_foreseen_from_later_frames():
@@ -420,8 +420,8 @@ def test_an_encoder_of_frames_sees_no_other_frame(kernels):
     clips = torch.rand(2, 3, 6, 32, 32)
     frames = clips.unflatten(2, (3, 2)).transpose(1, 2).flatten(0, 1)
     expected = encode(one, choice, frames, None).reshape(2, 48, 32)
-    found = encode(whole, choice, clips, None)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    encoded = encode(whole, choice, clips, None)
+    torch.testing.assert_close(encoded, expected, rtol=1e-5, atol=1e-6)
     places = [torch.arange(16), torch.tensor([0, 5, 6, 40, 47])]  # no token of the middle frame
     seen = encode(whole, choice, clips, places)
     for clip, at in enumerate(places):

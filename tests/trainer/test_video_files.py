@@ -73,11 +73,11 @@ def with_cover(film: bytes) -> bytes:
 @decoding
 def test_a_cover_is_not_the_film():
     film = encode()
-    found = video_decoders.PyAV("v", with_cover(film), 16)
+    decoded = video_decoders.PyAV("v", with_cover(film), 16)
     with av.open(io.BytesIO(with_cover(film))) as container:
         assert container.streams.video[0].codec_context.name == "mjpeg"  # the cover comes first
     plain = video_decoders.PyAV("v", film, 16)
-    assert (len(found), greys(found, 5)) == (24, greys(plain, 5))
+    assert (len(decoded), greys(decoded, 5)) == (24, greys(plain, 5))
 
 
 @decoding
@@ -141,9 +141,9 @@ def test_names_of_any_characters(name, tmp_path, monkeypatch):
     (tmp_path / f"{name}.mp4").write_bytes(encode(frames=3))
     monkeypatch.chdir(tmp_path)
     for folder in (tmp_path, Path()):
-        found = videos.VideoFolder(folder, 16, "pyav")
-        assert [len(found[n]) for n in range(len(found))] == [3]
-        assert found[0][0:3].shape == (3, 16, 16, 3)
+        source = videos.VideoFolder(folder, 16, "pyav")
+        assert [len(source[n]) for n in range(len(source))] == [3]
+        assert source[0][0:3].shape == (3, 16, 16, 3)
 
 
 @decoding
@@ -232,8 +232,8 @@ def test_hidden_and_linked_videos(undecoded, tmp_path, capsys):
     (root / "set").symlink_to(real)
     (real / "above").symlink_to(root)  # leads back: entered once
     (root / "e.mp4").symlink_to(real / "a.mp4")
-    found = videos.VideoFolder(root, 16)
-    names = [os.path.relpath(path, root) for path in found.files]
+    source = videos.VideoFolder(root, 16)
+    names = [os.path.relpath(path, root) for path in source.files]
     assert names == ["c.mkv", "e.mp4", "set/a.mp4", "set/deep/b.MP4"]
     told = capsys.readouterr().err
     assert "._c.mkv" in told

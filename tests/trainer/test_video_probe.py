@@ -35,12 +35,12 @@ def hidden() -> tuple[torch.Tensor, video_probe.Labelled]:
 
 
 def test_the_attentive_probe_finds_the_token_that_matters(hidden):
-    tokens, found = hidden
-    real = video_probe.scores(tokens, found, heads=2, seed=0)
+    tokens, labels = hidden
+    real = video_probe.scores(tokens, labels, heads=2, seed=0)
     assert real.attentive > 0.9
     assert real.linear < 0.75
     # the sceptic's control: a probe that could learn labels by heart would not show it here
-    control = video_probe.scores(tokens, video_probe.shuffled(found, 0), heads=2, seed=0)
+    control = video_probe.scores(tokens, video_probe.shuffled(labels, 0), heads=2, seed=0)
     assert max(control.attentive, control.linear) < 0.5
 
 
@@ -58,9 +58,9 @@ def test_its_gradient_is_that_of_plain_attention(hidden):
     torch.testing.assert_close(probe(tokens), expected)
     single = video_probe.AttentiveProbe(32, 2, 3).requires_grad_(True)
     single.load_state_dict({k: z.float() for k, z in probe.state_dict().items()})
-    (found,) = torch.autograd.grad(single(tokens.float()).square().sum(), [single.query])
+    (gradient,) = torch.autograd.grad(single(tokens.float()).square().sum(), [single.query])
     (wanted,) = torch.autograd.grad(expected.square().sum(), [probe.query])
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="heads: got 5, takes a divisor of 32"):
         video_probe.AttentiveProbe(32, 5, 3)
 
@@ -76,9 +76,9 @@ def test_physics_and_its_controls():
     with torch.no_grad():
         tokens = method.tokens(clips.float() / 255)
     assert torch.equal(tokens.mean(dim=1), method.features(clips.float() / 255))
-    found = video_probe.labelled([str(len(s.record["blocks"]) > 0) for s in samples])
-    real = video_probe.scores(tokens, found, heads=3, seed=0)
-    control = video_probe.scores(tokens, video_probe.shuffled(found, 0), heads=3, seed=0)
+    labels = video_probe.labelled([str(len(s.record["blocks"]) > 0) for s in samples])
+    real = video_probe.scores(tokens, labels, heads=3, seed=0)
+    control = video_probe.scores(tokens, video_probe.shuffled(labels, 0), heads=3, seed=0)
     assert real.attentive > 0.75
     assert real.linear > 0.65
     assert max(control.attentive, control.linear) < 0.65
@@ -112,12 +112,12 @@ def test_a_video_run_is_probed(run, capsys):
     assert cli.main(["probe", str(run), "--label", "shade", "--videos", "30"]) == 0
     out = capsys.readouterr().out
     assert "30 videos of 2 classes" in out
-    found = {
+    scores = {
         line[:24].strip(): [float(z) for z in re.findall(r"([\d.]+)%", line)]
         for line in out.splitlines()[2:-1]
     }
-    assert found["vjepa, step 1"] == [100.0, 100.0]
-    assert [len(found[name]) for name in ("untrained encoder", "shuffled labels")] == [2, 2]
+    assert scores["vjepa, step 1"] == [100.0, 100.0]
+    assert [len(scores[name]) for name in ("untrained encoder", "shuffled labels")] == [2, 2]
     assert re.fullmatch(r"the commonest class alone: \d\d\.\d%", out.splitlines()[-1])
     settings = restore(run)[0]
     for key, names in ((None, "01"), ("shade", ["dark", "bright"]), ("parts", "01")):
@@ -132,10 +132,10 @@ def test_labels_of_folders_are_their_names(tmp_path, monkeypatch):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
-    found = videos.VideoFolder(tmp_path, 16)
-    assert found.labels(None) == ["cat", "cat", "dog"]
+    source = videos.VideoFolder(tmp_path, 16)
+    assert source.labels(None) == ["cat", "cat", "dog"]
     with pytest.raises(ValueError, match="label: got 'x', but videos in folders"):
-        found.labels("x")
+        source.labels("x")
     (tmp_path / "4.mp4").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"label: video '4\.mp4' is in no class folder"):
         videos.VideoFolder(tmp_path, 16).labels(None)

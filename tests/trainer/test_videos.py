@@ -202,13 +202,13 @@ def test_arrays_in_shards(tmp_path):
         (1, 32, 48, 3), 10, np.uint8
     )
     write(tmp_path / "a.tar", {"0.npz": npz(video=frames), "0.json": b"{}"})
-    found = videos.of(settings("webdataset", tmp_path))
-    assert numbers(batches.Clips(found, 3, 2)[0, 0.99]) == [4, 6, 8]
-    assert found[0][:].shape == (9, 16, 16, 3)
+    source = videos.of(settings("webdataset", tmp_path))
+    assert numbers(batches.Clips(source, 3, 2)[0, 0.99]) == [4, 6, 8]
+    assert source[0][:].shape == (9, 16, 16, 3)
     with pytest.raises(ValueError, match="decoder: got 'pyav', but the shards hold arrays alone"):
         videos.of(settings("webdataset", tmp_path, "data.decoder=pyav"))
     with pytest.raises(ValueError, match=r"sample '0' has 9 frames, a clip takes 10"):
-        batches.Clips(found, 10, 1)[0, 0.0]
+        batches.Clips(source, 10, 1)[0, 0.0]
     for bad in (npz(video=frames[None]), npz(video=frames / 2), npz(other=frames), b"x"):
         write(tmp_path / "a.tar", {"0.npz": bad})
         with pytest.raises(ValueError, match=r"a\.tar', sample '0'"):

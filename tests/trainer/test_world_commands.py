@@ -95,14 +95,14 @@ def test_plan_takes_runs_on_one_world(runs, capsys):
 def test_a_good_model_passes_and_walking_straight_does_not():
     effort = report.planner()
     rows, result = report.measured([("position", Position())], TwoRooms(), effort, 10, full=True)
-    found = {row.name: row for row in rows}
-    assert found["straight"].success == int(
+    by_name = {row.name: row for row in rows}
+    assert by_name["straight"].success == int(
         followed(TwoRooms(), straight, report.seeds_of(10)).sum()
     )
-    assert found["position"].success >= 9
-    assert found["position"].rollout_steps < found["position, full budget"].rollout_steps
+    assert by_name["position"].success >= 9
+    assert by_name["position"].rollout_steps < by_name["position, full budget"].rollout_steps
     assert report.verdict(rows) == []
-    poor = report.Row("poor", 10, found["straight"].success + 1, 1.0, 1.0, 0.0, 1.0)
+    poor = report.Row("poor", 10, by_name["straight"].success + 1, 1.0, 1.0, 0.0, 1.0)
     assert report.verdict([*rows, poor])[0].startswith("poor: ")
     place = figure.decoded(
         Position(), TwoRooms(), TwoRooms().reset(report.seeds_of(1)), result.positions[0, :5]
@@ -126,8 +126,8 @@ def test_a_verdict_says_what_would_do(episodes, straight_has, success, takes):
         report.Row("straight", episodes, straight_has),
         report.Row("model", episodes, success, 1.0, 1.0, 0.0, 1.0),
     ]
-    found = report.verdict(rows)
-    assert found == [] if takes is None else takes in found[0]
+    advice = report.verdict(rows)
+    assert advice == [] if takes is None else takes in advice[0]
 
 
 def test_a_verdict_without_the_straight_line_takes_the_walk():
@@ -293,9 +293,9 @@ def test_the_picture_of_a_drift_has_a_line_for_every_run(tmp_path, monkeypatch):
 
 def test_a_right_model_does_not_drift():
     settings = config.load("world_two_rooms")
-    found = drift.measured("right", settings, Position(), TwoRooms(), 4)
+    curve = drift.measured("right", settings, Position(), TwoRooms(), 4)
     still = drift.still(TwoRooms(), 4)
-    assert max(found.mean) < 0.5 + found.read
+    assert max(curve.mean) < 0.5 + curve.read
     assert still.mean[31] > 5
 
 

@@ -60,11 +60,11 @@ def test_an_episode_is_what_the_world_does(played):
 
 
 def test_shards_give_back_what_was_played(played, written):
-    found = store.Shards(written)
-    assert len(found) == 7
-    assert list(found.lengths) == [12] * 7
-    assert found.settings["settings"] == ROOMS.settings()
-    assert all(same(found.episode(number), played[number]) for number in (6, 0, 3, 2))
+    shards = store.Shards(written)
+    assert len(shards) == 7
+    assert list(shards.lengths) == [12] * 7
+    assert shards.settings["settings"] == ROOMS.settings()
+    assert all(same(shards.episode(number), played[number]) for number in (6, 0, 3, 2))
     files = {path.name: path.read_bytes() for path in written.iterdir()}
     again = written.parent / "again"
     store.write(again, played, MADE, per_shard=3)
@@ -150,12 +150,12 @@ def test_collect(tmp_path, capsys):
     output = tmp_path / "maze"
     assert cli.main([*words, "--policy", "expert", "--output", str(output)]) == 0
     assert "3 episodes in 1 shards" in capsys.readouterr().out
-    found = store.Shards(output)
-    assert found.settings["settings"] == {"noise": 0.1, "cells": 3}
-    assert (found.settings["world"], found.settings["policy"]) == ("Maze", "expert")
+    shards = store.Shards(output)
+    assert shards.settings["settings"] == {"noise": 0.1, "cells": 3}
+    assert (shards.settings["world"], shards.settings["policy"]) == ("Maze", "expert")
     world = Maze(noise=0.1, cells=3)
     for number, episode in enumerate(episodes.play(world, policies.expert, 0, 3, 9)):
-        assert same(found.episode(number), episode)
+        assert same(shards.episode(number), episode)
     before = sorted(path.name for path in output.iterdir())
     assert cli.main([*words, "--output", str(output)]) == 2
     assert "output: got" in capsys.readouterr().err

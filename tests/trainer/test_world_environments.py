@@ -208,8 +208,8 @@ def test_a_task_is_what_the_info_says():
 def test_collect_from_gymnasium(tmp_path, capsys):
     words = ["vicreg_jepa/TwoRooms-v0", "wall=random", "--episodes", "2", "--length", "5"]
     assert cli.main(["collect", *words, "--output", str(tmp_path / "rooms")]) == 0
-    found = store.Shards(tmp_path / "rooms")
-    episode = found.episode(1)
+    shards = store.Shards(tmp_path / "rooms")
+    episode = shards.episode(1)
     state = TwoRooms(wall="random").reset(torch.tensor([episode.record["seed"]]))
     for action in torch.from_numpy(episode.actions):
         state = TwoRooms().step(state, action[None])
@@ -345,12 +345,12 @@ def test_minari(tmp_path, monkeypatch):
                 action_space=spaces.Box(-1, 1, (2,), np.float32),
                 jpeg_encoding=False,
             )
-    for found in (
+    for shards in (
         MinariTrajectories("rooms/image-v0"),
         MinariTrajectories("rooms/dict-v0", image="image"),
     ):
-        assert list(found.lengths) == [6, 6, 6]
-        frames, actions = found.windows(4).batch([8, 1])
+        assert list(shards.lengths) == [6, 6, 6]
+        frames, actions = shards.windows(4).batch([8, 1])
         assert np.array_equal(frames[0].numpy(), played[2].frames[2:7])
         assert np.array_equal(actions[1].numpy(), played[0].actions[1:5])
     with pytest.raises(ValueError, match=r"^name: got 'no/such-v0'"):

@@ -72,10 +72,10 @@ def test_the_loss_is_the_sum_of_its_terms_as_they_are_defined(kernels):
         for prefix, rows in (("", z), ("time_", deviations)):
             variance, covariance = published.variance_covariance(rows.flatten(0, 1))
             terms |= {f"{prefix}variance": variance, f"{prefix}covariance": covariance}
-        found = method.terms(frames, actions)
-        sigreg = found.pop("sigreg")
+        actual = method.terms(frames, actions)
+        sigreg = actual.pop("sigreg")
         total = method(frames, actions)
-    torch.testing.assert_close(found, terms, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(actual, terms, rtol=1e-4, atol=1e-6)
     expected = 0.6 * sigreg + sum(weights[name] * term for name, term in terms.items())
     torch.testing.assert_close(total, expected, rtol=1e-4, atol=0)
 
@@ -92,7 +92,7 @@ def test_pairs_of_frames_give_the_terms_of_these_frames(predictor):
     assert [time + 1 for time in times[::2]] == times[1::2]
     assert 1 <= times[2] <= times[4] <= 7
     with torch.no_grad():
-        found = method.terms(frames, actions)
+        terms = method.terms(frames, actions)
         z = torch.stack([method.encode(frames[:, t]) for t in times], dim=1)
         embedded = method.action_encoder(actions)
         rolled = method.predictor.unroll(z[:, :1], embedded)
@@ -100,19 +100,19 @@ def test_pairs_of_frames_give_the_terms_of_these_frames(predictor):
         firsts = [method.predictor.one_step(z[:, i : i + 1], embedded[:, times[i]][:, None])
                   for i in (0, 2, 4)]  # fmt: skip
         torch.testing.assert_close(
-            found["prediction"],
+            terms["prediction"],
             (rolled[:, places] - z[:, 1:]).square().mean(),
             rtol=1e-4,
             atol=1e-6,
         )
         off = torch.cat(firsts, dim=1) - z[:, 1::2]
-        torch.testing.assert_close(found["one_step"], off.square().mean(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(terms["one_step"], off.square().mean(), rtol=1e-4, atol=1e-6)
         change = (z[:, 1::2] - z[:, ::2]).square().mean()
-        torch.testing.assert_close(found["similarity"], change, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(terms["similarity"], change, rtol=1e-4, atol=1e-6)
         others = [time for time in range(9) if time not in times]
         frames[:, others] = 255
         assert method(frames, actions) == sum(
-            getattr(method.weights, name) * term for name, term in found.items()
+            getattr(method.weights, name) * term for name, term in terms.items()
         )
 
 
@@ -231,11 +231,11 @@ def test_candidates_are_rolled_out_each_by_itself():
     frames, _ = windows()
     with torch.no_grad():
         start, actions = method.encode(frames[:, 0]), torch.rand(6, 3, 5, method.actions)
-        found = method.rollout(start, actions)
-        assert found.shape == (6, 3, 5, 16)
+        rollout = method.rollout(start, actions)
+        assert rollout.shape == (6, 3, 5, 16)
         embedded = method.action_encoder(actions[4, 2])
         alone = method.predictor.unroll(start[4].view(1, 1, -1), embedded[None])[0]
-    torch.testing.assert_close(found[4, 2], alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rollout[4, 2], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_frames_of_another_dtype_are_refused():
@@ -302,12 +302,12 @@ def test_probes_read_what_is_there_and_no_more():
     )
     assert state_probe.varying(fit, test) == ["linear", "bent", "side", "signs", "noise"]
     del fit["same"], test["same"]
-    found = state_probe.errors(x[:480], x[480:], fit, test, seed=0)
-    assert found["linear"][0] < 0.1
-    assert found["bent"][0] > 2.2 > 1.5 > found["bent"][1]
-    assert max(found["side"]) < 0.1
-    assert max(found["signs"]) < 0.1
-    assert min(found["noise"]) > 0.85
+    errors = state_probe.errors(x[:480], x[480:], fit, test, seed=0)
+    assert errors["linear"][0] < 0.1
+    assert errors["bent"][0] > 2.2 > 1.5 > errors["bent"][1]
+    assert max(errors["side"]) < 0.1
+    assert max(errors["signs"]) < 0.1
+    assert min(errors["noise"]) > 0.85
     means = {name: state_probe.constant(fit[name], test[name]) for name in fit}
     assert means["linear"] == pytest.approx(10 * 2**0.5, rel=0.1)
     assert means["signs"] == pytest.approx(0.5, abs=0.12)

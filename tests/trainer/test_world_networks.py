@@ -76,8 +76,8 @@ def test_a_keypoint_is_the_place_of_what_its_channel_marks():
         points.scores.weight.copy_(torch.tensor([50.0, 0.0]).view(2, 1, 1, 1))
     maps = torch.zeros(1, 1, 5, 9)
     maps[0, 0, 1, 6] = 1.0
-    found = points(maps)[0]  # x of both points, then y of both
-    torch.testing.assert_close(found, torch.tensor([0.5, 0.0, -0.5, 0.0]))
+    places = points(maps)[0]  # x of both points, then y of both
+    torch.testing.assert_close(places, torch.tensor([0.5, 0.0, -0.5, 0.0]))
 
 
 # ------------------------------------------------------------------------------ predictors
@@ -94,9 +94,9 @@ def test_a_rollout_is_the_repeated_one_step(name, seen):
     for count in range(seen, seen + 7):
         following = predictor.one_step(latents, actions[:, :count])
         latents = torch.cat((latents, following[:, -1:]), dim=1)
-    found = predictor.unroll(start, actions)
-    assert found.shape == (2, 7, LATENT)
-    torch.testing.assert_close(found, latents[:, seen:], rtol=1e-4, atol=1e-5)
+    rollout = predictor.unroll(start, actions)
+    assert rollout.shape == (2, 7, LATENT)
+    torch.testing.assert_close(rollout, latents[:, seen:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", PREDICTORS)
@@ -203,9 +203,9 @@ def test_fused_and_reference_ops_of_the_transformer_agree():
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_terms_of_groups_are_the_mean_of_each_groups(kernels):
     z = torch.randn(3, 6, 4)
-    found = choose.named(kernels).variance_covariance(z, None)
+    together = choose.named(kernels).variance_covariance(z, None)
     each = torch.tensor([published.variance_covariance(group) for group in z])
-    torch.testing.assert_close(torch.stack(found), each.mean(dim=0))
+    torch.testing.assert_close(torch.stack(together), each.mean(dim=0))
 
 
 def test_a_block_begins_as_the_identity():

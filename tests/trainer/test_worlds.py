@@ -224,8 +224,8 @@ def test_two_rooms_as_told():
     assert bool(((state.goal[:, 0] > facts["wall"]) != right).all())
     assert len(set(state.layout[:, 0].tolist())) > 20
     for which, least, most in ((0, 15, 47), (1, 3, 51)):
-        found = TwoRooms(wall="random").reset(seeds(3000)).layout[:, which]
-        assert (int(found.min()), int(found.max())) == (least, most)
+        places = TwoRooms(wall="random").reset(seeds(3000)).layout[:, which]
+        assert (int(places.min()), int(places.max())) == (least, most)
 
 
 @pytest.mark.parametrize("cells", [2, 5, 9])
@@ -278,10 +278,10 @@ def test_the_shortest_way_is_that_of_a_search_on_the_pixels(world):
     state = state._replace(position=state.position.round(), goal=state.goal.round())
     starts, goals = ([tuple(p) for p in z.tolist()] for z in (state.position, state.goal))
     for place, way in enumerate(world.way(state)):
-        found = float(world.distance(state)[place])
+        distance = float(world.distance(state)[place])
         numbers = [int(x + world.size * y) for x, y in (starts[place], goals[place])]
         searched = dijkstra(ways(walls[place]), indices=numbers[0])[numbers[1]]
-        assert found - 1e-6 <= searched <= 1.014 * found + 1e-6
+        assert distance - 1e-6 <= searched <= 1.014 * distance + 1e-6
         assert (way[0], way[-1]) == (starts[place], goals[place])
         for ends in pairwise(way):
             points = np.linspace(*ends, 30)

@@ -99,12 +99,12 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
             return torch.empty(groups, dim, rows, dtype=dtype, device="meta").mT
         return torch.empty(groups, rows, dim, dtype=dtype, device="meta")
 
-    found: dict[str, Any] = {}
+    kernels: dict[str, Any] = {}
     kept = {name: getattr(launchers, name) for name in KERNELS}
     real = devices.device
     try:
         for name in KERNELS:
-            setattr(launchers, name, Recorder(kept[name], found))
+            setattr(launchers, name, Recorder(kept[name], kernels))
         devices.device = lambda index: devices.Device("default", 132, case.arch // 10)
         x, y = view(), None if case.layout == "one" else view()
         settings = (1.0, 1e-4, True, [1.0, 0.5, 0.1], [25.0, 25.0, 1.0])
@@ -115,25 +115,25 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         devices.device = real
         for name, value in kept.items():
             setattr(launchers, name, value)
-    return found[case.kernel]
+    return kernels[case.kernel]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel(case: Case, compiled: dict[str, Any]) -> None:
-    found = compiled[str(case)]
+    kernel = compiled[str(case)]
     # Two blocks of the TMA products share a multiprocessor: one computes while the other stores.
     limit = (
         audit_triton.LARGE_SHARED_LIMIT // 2 if case.kernel in TMA else audit_triton.SHARED_LIMIT
     )
-    audit_triton.check("vicreg", str(case), found, limit)
-    assert (found["tma_loads"] > 0) == (case.kernel in TMA)
-    assert (found["tma_stores"] > 0) == (case.kernel == "symmetric_kernel")
+    audit_triton.check("vicreg", str(case), kernel, limit)
+    assert (kernel["tma_loads"] > 0) == (case.kernel in TMA)
+    assert (kernel["tma_stores"] > 0) == (case.kernel == "symmetric_kernel")
     if case.kernel in PRODUCTS:
-        assert found["matrix"] == [MATRIX[case.arch]]
+        assert kernel["matrix"] == [MATRIX[case.arch]]
     else:
-        assert found["matrix"] == []
+        assert kernel["matrix"] == []
     if case.shape[-1] > 1 and case.kernel not in ("terms_kernel", "symmetric_kernel"):
-        assert found["wide_loads"] > 0, "every load is narrower than 16 bytes"
+        assert kernel["wide_loads"] > 0, "every load is narrower than 16 bytes"
 
 
 def test_every_shipped_shape_can_be_launched() -> None:

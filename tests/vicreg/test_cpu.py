@@ -124,14 +124,14 @@ def test_half_strides(fused, dtype, layout):
 @pytest.mark.parametrize("shape", [(9, 21), (21, 9)])
 def test_gradient_of_either_view(fused, shape, grads):
     x, y = views(shapes.contiguous, shape, fused, grads=grads)
-    found = assert_matches_reference(vicreg_loss, fused.name, x, y)
-    assert tuple(g is not None for g in found.gradients) == grads
+    outcome = assert_matches_reference(vicreg_loss, fused.name, x, y)
+    assert tuple(g is not None for g in outcome.gradients) == grads
     both = differentiate(
         lambda x, y: vicreg_loss(x, y, backend=fused.name),
         x.detach().requires_grad_(),
         y.detach().requires_grad_(),
     )
-    for alone, together in zip(found.gradients, both.gradients, strict=True):
+    for alone, together in zip(outcome.gradients, both.gradients, strict=True):
         assert alone is None or torch.equal(alone, together)
 
 
@@ -146,8 +146,8 @@ def test_both_views_the_same_tensor(fused, shape):
         return vicreg_terms(z, z, backend=backend)
 
     (z,) = views(shapes.contiguous, shape, fused, grads=(True,))
-    found = assert_matches_reference(function, fused.name, z, cotangents=FOUR)
-    assert found.values[1].item() == 0.0
+    outcome = assert_matches_reference(function, fused.name, z, cotangents=FOUR)
+    assert outcome.values[1].item() == 0.0
 
 
 SETTINGS = st.fixed_dictionaries(
@@ -224,11 +224,11 @@ def test_collapsed(fused, shape):
     z = shapes.collapsed(*shape, device=fused.device).requires_grad_()
     slope = 1.0 / (shape[1] * (shape[0] - 1) * 1e-2)
     floor = slope * torch.finfo(torch.float32).eps * z.abs().max().item()
-    found = assert_matches_reference(
+    outcome = assert_matches_reference(
         variance_covariance, fused.name, z, cotangents=(1.0, 1.0), floor=floor
     )
-    assert found.values[0].item() == pytest.approx(0.99, rel=1e-6)
-    assert found.values[1].item() < 1e-12
+    assert outcome.values[0].item() == pytest.approx(0.99, rel=1e-6)
+    assert outcome.values[1].item() < 1e-12
 
 
 @pytest.mark.parametrize("shape", [(9, 21), (21, 9)])
@@ -370,10 +370,10 @@ for shape in [(7, 13), (13, 7), (300, 700), (700, 300)]:
     x, y = (torch.randn(shape, requires_grad=True) for _ in range(2))
     for backend in ("cpu", "reference"):
         terms = vicreg_terms(x, y, backend=backend)
-        found = [*terms, *torch.autograd.grad(terms.loss, (x, y))]
+        outcome = [*terms, *torch.autograd.grad(terms.loss, (x, y))]
         if backend == "cpu":
-            mine = found
-    for a, b in zip(mine, found):
+            mine = outcome
+    for a, b in zip(mine, outcome):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 """
 

@@ -120,8 +120,8 @@ def test_gradient_of_either_view(shape, grads, dtype):
     x, y = (draw(*shape, dtype=dtype) for _ in range(2))
     both = differentiate(lambda x, y: vicreg_loss(x, y, backend="cuda"), x, y)
     x.requires_grad_(grads[0]), y.requires_grad_(grads[1])
-    found = check(vicreg_loss, x, y)
-    for alone, together, wants in zip(found.gradients, both.gradients, grads, strict=True):
+    outcome = check(vicreg_loss, x, y)
+    for alone, together, wants in zip(outcome.gradients, both.gradients, grads, strict=True):
         assert (alone is not None) == wants
         assert alone is None or torch.equal(alone, together)
 
@@ -182,9 +182,9 @@ def test_collapsed(shape):
     z = shapes.collapsed(*shape).requires_grad_()
     slope = 1.0 / (shape[1] * (shape[0] - 1) * 1e-2)
     floor = slope * torch.finfo(torch.float32).eps * z.abs().max().item()
-    found = check(variance_covariance, z, cotangents=(1.0, 1.0), floor=floor)
-    assert found.values[0].item() == pytest.approx(0.99, rel=1e-6)
-    assert found.values[1].item() < 1e-12
+    outcome = check(variance_covariance, z, cotangents=(1.0, 1.0), floor=floor)
+    assert outcome.values[0].item() == pytest.approx(0.99, rel=1e-6)
+    assert outcome.values[1].item() < 1e-12
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -294,10 +294,10 @@ def test_any_order_of_blocks_gives_the_same_bits(shape, dtype, monkeypatch):
 
     def run(seed):
         monkeypatch.setenv("EMULATOR_SEED", str(seed))
-        found = differentiate(
+        outcome = differentiate(
             lambda x, y: vicreg_terms(x, y, backend="cuda"), x, y, cotangents=FOUR
         )
-        return found.values + found.gradients
+        return outcome.values + outcome.gradients
 
     first = run(0)
     for seed in (1, 2, 3):

@@ -136,9 +136,9 @@ def test_runs_on_the_current_stream(backend):
         with torch.no_grad():
             x.copy_(source[0])
             y.copy_(source[1])
-        found = gradients(lambda *v: vicreg_loss(*v, backend=backend), x, y)
+        actual = gradients(lambda *v: vicreg_loss(*v, backend=backend), x, y)
     side.synchronize()
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(actual, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
 
 
@@ -192,6 +192,6 @@ def test_compiled_full_graph(backend, shape):
         return vicreg_loss(x, y, backend=backend)
 
     torch.compiler.reset()
-    found = gradients(torch.compile(loss, fullgraph=True), x, y)
-    for a, b in zip(found, gradients(loss, x, y), strict=True):
+    actual = gradients(torch.compile(loss, fullgraph=True), x, y)
+    for a, b in zip(actual, gradients(loss, x, y), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)

@@ -127,30 +127,30 @@ def penalty(views, rank):
 
 
 def worker(rank, ranks):
-    found = {}
+    results = {}
     for name in (*CANCELLING, *WHITE):
         z = rows_of(one(name), rank)
-        found[name] = [
+        results[name] = [
             differentiate(lambda z: grouped_covariance(z, process_group=True), z) for _ in "12"
         ]
     for name in PAIRS:
         views = [rows_of(z, rank) for z in pair(name)]
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found[name] = differentiate(
+            results[name] = differentiate(
                 lambda *v: terms(*v, process_group=True), *views, cotangents=TERMS
             )
     one_needed = [rows_of(z, rank) for z in pair("40x70 float32")]
     one_needed[0].requires_grad_(False)
-    found["only y"] = differentiate(
+    results["only y"] = differentiate(
         lambda *v: terms(*v, process_group=True), *one_needed, cotangents=TERMS
     )
     broken = torch.randn(8, 12).requires_grad_()
     with torch.no_grad():
         broken[0, 0] = torch.nan if rank == 1 else 0.0
-    found["nan"] = differentiate(lambda z: covariance(z, process_group=True), broken)
-    found["penalty"] = penalty([z.double() for z in pair("40x70 float32")], rank)
-    found["gram compiled"] = fullgraph(rank, (5, 40), [(6, 30), (3, 25)])
-    found["covariance compiled"] = fullgraph(rank, (20, 5), [(30, 6), (25, 7)])
+    results["nan"] = differentiate(lambda z: covariance(z, process_group=True), broken)
+    results["penalty"] = penalty([z.double() for z in pair("40x70 float32")], rank)
+    results["gram compiled"] = fullgraph(rank, (5, 40), [(6, 30), (3, 25)])
+    results["covariance compiled"] = fullgraph(rank, (20, 5), [(30, 6), (25, 7)])
     for shape in ((4, 2, 20), (20, 2, 4)):
         views = [torch.randn(shape).requires_grad_() for _ in "xy"]
         with RecordedOps() as ops:
@@ -159,12 +159,12 @@ def worker(rank, ranks):
             args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
             op = getattr(torch.ops.vicreg_kernels, name).default
             torch.library.opcheck(op, tuple(args))
-            found.setdefault("checked", []).append(name)
+            results.setdefault("checked", []).append(name)
     x, y = (torch.randn(4, 9).requires_grad_() for _ in "xy")
     (grad,) = torch.autograd.grad(vicreg_loss(x, y, process_group=True), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiates once"):
         grad.square().sum().backward()
-    return found
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -192,15 +192,15 @@ def reference(function, *views, wide):
 @pytest.mark.parametrize("name", CANCELLING)
 def test_squares_that_cancel(name, everyone):
     z = one(name)
-    found = together([each[name][0] for each in everyone])
+    outcome = together([each[name][0] for each in everyone])
     plain, truth = (reference(grouped_covariance, z, wide=wide) for wide in (False, True))
     plain, truth = (
         Outcome(o.values, tuple(g / TERMS[0] for g in o.gradients)) for o in (plain, truth)
     )
-    assert relative_error(found.values[0], truth.values[0]) <= CANCELLATION
+    assert relative_error(outcome.values[0], truth.values[0]) <= CANCELLATION
     mine, theirs, true = (
         o.gradients[0] if z.dim() == 2 else o.gradients[0].transpose(0, 1)
-        for o in (found, plain, truth)
+        for o in (outcome, plain, truth)
     )
     assert relative_error(mine, true) <= CANCELLATION
     allowed = max(CANCELLATION, PLAIN_FACTOR * column_errors(theirs, true).max().item())
@@ -210,10 +210,10 @@ def test_squares_that_cancel(name, everyone):
 @pytest.mark.parametrize("name", WHITE)
 def test_near_white(name, everyone):
     """No worse than twice the plain D x D formula in float32, with nothing added for rounding."""
-    found = together([each[name][0] for each in everyone])
+    outcome = together([each[name][0] for each in everyone])
     plain, truth = (reference(covariance, one(name), wide=wide) for wide in (False, True))
     for k, factor in (("values", 1.0), ("gradients", TERMS[0])):
-        mine, theirs, true = (getattr(o, k)[0] for o in (found, plain, truth))
+        mine, theirs, true = (getattr(o, k)[0] for o in (outcome, plain, truth))
         allowed = PLAIN_FACTOR * relative_error(theirs, true)
         assert relative_error(mine * factor, true) <= allowed
 
@@ -230,12 +230,12 @@ def test_two_runs_are_equal(name, everyone):
 def test_terms_and_gradients(name, everyone):
     """The rule of tolerances.py; autocast lowers nothing."""
     shape, dtype = PAIRS[name]
-    found = together([each[name] for each in everyone])
+    outcome = together([each[name] for each in everyone])
     plain, truth = (reference(terms, *pair(name), wide=wide) for wide in (False, True))
     length = max(shape[0] + shape[-1], FEWEST_ROUNDINGS)
     for kind in ("values", "gradients"):
         for i, (mine, true, formula) in enumerate(
-            zip(*(getattr(o, kind) for o in (found, truth, plain)), strict=True)
+            zip(*(getattr(o, kind) for o in (outcome, truth, plain)), strict=True)
         ):
             assert_close_to_truth(mine, true, formula, dtype, length, f"{kind} {i}")
             assert mine.dtype == (torch.float32 if kind == "values" else dtype)

@@ -270,9 +270,9 @@ def test_half_inputs(fused, half, compiled):
     function, _, cotangents = functions(fused.name)["vicreg_terms"]
     if compiled:
         function = torch.compile(function, fullgraph=True, backend="aot_eager")
-    found = differentiate(function, *two_views((9, 14), fused, half), cotangents=cotangents)
-    assert {value.dtype for value in found.values} == {torch.float32}
-    assert {grad.dtype for grad in found.gradients} == {half}
+    outcome = differentiate(function, *two_views((9, 14), fused, half), cotangents=cotangents)
+    assert {value.dtype for value in outcome.values} == {torch.float32}
+    assert {grad.dtype for grad in outcome.gradients} == {half}
 
 
 @pytest.mark.parametrize("weigh", [False, True])

@@ -22,8 +22,8 @@ def views(count, *shape, dtype=torch.float64):
 
 def pairs(name, views, weights):
     """The mean over pairs of the published two-view loss: each view is in as many pairs."""
-    found = [PUBLISHED[name](x, y, weights) for x, y in itertools.combinations(views, 2)]
-    return sum(found) / len(found)
+    losses = [PUBLISHED[name](x, y, weights) for x, y in itertools.combinations(views, 2)]
+    return sum(losses) / len(losses)
 
 
 def assert_same(ours, theirs, views):

@@ -78,7 +78,7 @@ SETS = ((2, 2), (1, 0), (0, 2))
 def check_match(backend: str, a: Tensor, b: Tensor, exact: bool = False) -> Matches:
     """exact: no distance is rounded, so that every index must be the reference's."""
     a, b = a.detach(), b.detach()
-    found, expected = op.match(a, b, backend), reference.match(a.double(), b.double())
+    matches, expected = op.match(a, b, backend), reference.match(a.double(), b.double())
     truths = [
         torch.cdist(one, b.double(), compute_mode="donot_use_mm_for_euclid_dist")
         for one in a.double()
@@ -86,13 +86,13 @@ def check_match(backend: str, a: Tensor, b: Tensor, exact: bool = False) -> Matc
     squares = torch.stack(truths).square()  # [U, V, B, L1, L2]
     for side, distances in ((0, squares), (2, squares.mT)):
         for i, name in ((side, "nearest"), (side + 1, "rank")):
-            assert found[i].shape == expected[i].shape
-            assert found[i].dtype == torch.int32
-            assert found[i].is_contiguous()
+            assert matches[i].shape == expected[i].shape
+            assert matches[i].dtype == torch.int32
+            assert matches[i].is_contiguous()
             if exact:
-                same(found[i], expected[i], name)
+                same(matches[i], expected[i], name)
         rounding = torch.finfo(torch.float32).eps * max(FEWEST_ROUNDINGS, a.shape[-1]) ** 0.5
-        nearest, rank = (z.long() for z in found[side : side + 2])
+        nearest, rank = (z.long() for z in matches[side : side + 2])
         least = distances.amin(-1)
         taken = distances.gather(-1, nearest[..., None])[..., 0]
         assert (taken <= least * (1 + rounding)).all(), "not the nearest"
@@ -100,15 +100,15 @@ def check_match(backend: str, a: Tensor, b: Tensor, exact: bool = False) -> Matc
         assert torch.equal(rank.sort(-1).values, places.expand_as(rank)), "ranks twice"
         placed = least.sort(-1).values.gather(-1, rank)
         assert ((placed - least).abs() <= least * rounding).all(), "not its rank"
-    return found
+    return matches
 
 
-def check_pairs(backend: str, a: Tensor, b: Tensor, found: Matches, *kept: Kept) -> None:
+def check_pairs(backend: str, a: Tensor, b: Tensor, matches: Matches, *kept: Kept) -> None:
     """Value and gradients of the maps that want one; two runs bitwise equal."""
 
     def run(name: str, a: Tensor, b: Tensor):
         def function(a: Tensor, b: Tensor) -> Tensor:
-            return op.pairs(a, b, found, *kept, name)
+            return op.pairs(a, b, matches, *kept, name)
 
         return differentiate(function, a, b, cotangents=(-1.5,))
 
@@ -139,10 +139,10 @@ def check_pairs(backend: str, a: Tensor, b: Tensor, found: Matches, *kept: Kept)
 
 def check(backend: str, a: Tensor, b: Tensor, sets: tuple[tuple[int, int], ...] = SETS) -> None:
     """Both ops; sets: which of a's and of b's `rules` are kept."""
-    found = check_match(backend, a, b)
+    matches = check_match(backend, a, b)
     of_a, of_b = rules(a.shape[2]), rules(b.shape[2])
     for i, j in sets:
-        check_pairs(backend, a, b, found, of_a[i], of_b[j])
+        check_pairs(backend, a, b, matches, of_a[i], of_b[j])
 
 
 def grid(height: int, width: int, step: float = 1.0) -> Tensor:
@@ -165,9 +165,9 @@ def check_close_positions(backend: str, device: str = "cpu") -> None:
     """Positions a thousandth of their size apart: |a|^2 + |b|^2 - 2 a.b finds other matches."""
     a = 4096 + torch.randn(1, 2, 20, 40).mul(16).round().div(16)
     b = a[:, :, torch.randperm(20)] + torch.randn(1, 2, 20, 40).mul(8).round().div(16)
-    found = check_match(backend, a.to(device), b.to(device), exact=True)
+    matches = check_match(backend, a.to(device), b.to(device), exact=True)
     products = torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist").argmin(-1)
-    assert not torch.equal(found.nearest_a[0, 0].cpu().long(), products[0])
+    assert not torch.equal(matches.nearest_a[0, 0].cpu().long(), products[0])
 
 
 def check_not_finite(backend: str, device: str = "cpu", views: int = 2) -> None:
@@ -178,13 +178,13 @@ def check_not_finite(backend: str, device: str = "cpu", views: int = 2) -> None:
         b[:, 0, 0, 2] = bad  # inf - inf in front of inf - number
         b[-1, 1, 4, 8] = bad
         a[0, 1, :, 0] = bad
-        found = op.match(a, b, backend)
-        for mine, theirs in zip(found, reference.match(a, b), strict=True):
+        matches = op.match(a, b, backend)
+        for mine, theirs in zip(matches, reference.match(a, b), strict=True):
             same(mine, theirs, str(bad))
         both = rules(7)[2], rules(5)[2]
         leaves = [z.requires_grad_() for z in (a, b)]
         for name in (backend, "reference"):
-            loss = op.pairs(a, b, found, *both, name)
+            loss = op.pairs(a, b, matches, *both, name)
             outcome = loss, *torch.autograd.grad(loss, leaves)
             if name == backend:
                 mine = outcome
@@ -193,19 +193,19 @@ def check_not_finite(backend: str, device: str = "cpu", views: int = 2) -> None:
             assert torch.equal(one.isinf(), other.isinf()), bad
         few = Kept([2], [1.0])  # what is not kept is not read
         leaves = [z.detach()[:, :1].clone().requires_grad_() for z in (a, b)]
-        found = Matches(*(z[:, :, :1].contiguous() for z in found))
-        loss = op.pairs(*leaves, found, few, few, backend)
+        matches = Matches(*(z[:, :, :1].contiguous() for z in matches))
+        loss = op.pairs(*leaves, matches, few, few, backend)
         assert all(z.isfinite().all() for z in (loss, *torch.autograd.grad(loss, leaves)))
 
 
 def check_out_of_range(kernels: contract.Kernels, bad: int, device: str = "cpu") -> None:
     """An index out of range is not followed: NaN in the value and in its position's gradient."""
     a, b = (z.to(device) for z in maps((1, 1, 2, 6, 5, 8), grad=False))
-    found = kernels.match(a, b)
+    matches = kernels.match(a, b)
     settings = [6], [1.0], [5], [1.0]
     grad = torch.ones((), device=device)
-    good = kernels.pairs_backward(grad, a, b, *found, True, True, *settings)
-    broken = [z.clone() for z in found]
+    good = kernels.pairs_backward(grad, a, b, *matches, True, True, *settings)
+    broken = [z.clone() for z in matches]
     broken[0][0, 0, 1, 2] = bad
     assert kernels.pairs_forward(a, b, *broken, *settings).isnan()
     grad_a, grad_b = kernels.pairs_backward(grad, a, b, *broken, True, True, *settings)
@@ -213,7 +213,7 @@ def check_out_of_range(kernels: contract.Kernels, bad: int, device: str = "cpu")
     grad_a[0, 1, 2] = good[0][0, 1, 2]
     same(grad_a, good[0], "gradient of a")
     # b's position that it named has one match less, all others are as they were
-    named = int(found[0][0, 0, 1, 2])
+    named = int(matches[0][0, 0, 1, 2])
     assert grad_b.isfinite().all()
     grad_b[0, 1, named] = good[1][0, 1, named]
     same(grad_b, good[1], "gradient of b")

@@ -57,13 +57,13 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     a = torch.empty(views_a, samples, rows_a, dim, dtype=dtype, device="meta")
     b = torch.empty(views_b, samples, rows_b, dim, dtype=dtype, device="meta")
     rules = [20, 4], [0.5, 0.5], [min(20, rows_b), 4], [0.5, 0.5]
-    found: dict[str, Any] = {}
+    kernels: dict[str, Any] = {}
     names = (*KERNELS, "finish_kernel")
     replaced = {name: getattr(launchers, name) for name in names}
     real = devices.device
     try:
         for name in names:
-            setattr(launchers, name, Recorder(replaced[name], found))
+            setattr(launchers, name, Recorder(replaced[name], kernels))
         devices.device = lambda index: devices.Device("default", 132, case.arch // 10)
         matches = launchers.match(a, b)
         loss = launchers.pairs_forward(a, b, *matches, *rules)
@@ -72,18 +72,18 @@ def launched(case: Case) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         devices.device = real
         for name, value in replaced.items():
             setattr(launchers, name, value)
-    return found[case.kernel]
+    return kernels[case.kernel]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel(case: Case, compiled: dict[str, Any]) -> None:
-    found = compiled[str(case)]
-    audit_triton.check("vicregl", str(case), found)
-    assert found["matrix"] == []
+    kernel = compiled[str(case)]
+    audit_triton.check("vicregl", str(case), kernel)
+    assert kernel["matrix"] == []
     if case.kernel != "rank_kernel" and case.shape != GRIDS:
-        assert found["wide_loads"] > 0, "every load is narrower than 16 bytes"
-    if case.kernel == "match_kernel" and case.arch < 100 and found["fused"] is not None:
-        assert found["fused"] >= 16, "squares are not multiply-adds"  # sm_100 packs two in one
+        assert kernel["wide_loads"] > 0, "every load is narrower than 16 bytes"
+    if case.kernel == "match_kernel" and case.arch < 100 and kernel["fused"] is not None:
+        assert kernel["fused"] >= 16, "squares are not multiply-adds"  # sm_100 packs two in one
 
 
 if __name__ == "__main__":

@@ -31,14 +31,14 @@ def maps(shape, device, dtype=torch.float32):
     return a.to(device=device, dtype=dtype), b.to(device=device, dtype=dtype)
 
 
-def assert_matches(a, b, found):
+def assert_matches(a, b, matches):
     """Each choice is the truth's, or one that float32 cannot tell from it."""
     wide = reference._distances(a[:, None].double(), b[None].double()).square()
     # Rounding of the differences' sum, and of differences of values far from zero.
     slack = 4 * torch.finfo(torch.float32).eps * (a.shape[-1] ** 0.5 + 4)
     for distances, nearest, rank in (
-        (wide, found.nearest_a, found.rank_a),
-        (wide.mT, found.nearest_b, found.rank_b),
+        (wide, matches.nearest_a, matches.rank_a),
+        (wide.mT, matches.nearest_b, matches.rank_b),
     ):
         assert nearest.dtype == rank.dtype == torch.int32
         assert nearest.shape == rank.shape == distances.shape[:-1]
@@ -61,8 +61,8 @@ def test_match(fused, shape):
     # Products of small whole numbers are exact: every tie must go to the lower index.
     a, b = a.round(), b.round()
     for dtype in (torch.float32, *HALVES):
-        found = op.match(a.to(dtype), b.to(dtype), fused.name)
-        for mine, theirs in zip(found, exact_matches(a, b), strict=True):
+        matches = op.match(a.to(dtype), b.to(dtype), fused.name)
+        for mine, theirs in zip(matches, exact_matches(a, b), strict=True):
             assert torch.equal(mine, theirs)
 
 
@@ -79,8 +79,8 @@ def test_match_of_what_is_not_a_number(fused):
     b[0, 0, 4, 8] = torch.inf
     a[0, 1, 5] = -torch.inf
     b[0, 2] = torch.nan
-    found = op.match(a, b, fused.name)
-    for mine, theirs in zip(found, reference.match(a, b), strict=True):
+    matches = op.match(a, b, fused.name)
+    for mine, theirs in zip(matches, reference.match(a, b), strict=True):
         assert torch.equal(mine, theirs)
 
 
@@ -100,12 +100,12 @@ RULES = [
 ]
 
 
-def hold_pairs(fused, a, b, found, kept_a, kept_b, grads=(True, True)):
+def hold_pairs(fused, a, b, matches, kept_a, kept_b, grads=(True, True)):
     dtype = a.dtype
 
     def run(backend, x, y):
         x, y = (z.detach().requires_grad_(g) for z, g in zip((x, y), grads, strict=True))
-        value = op.pairs(x, y, found, kept_a, kept_b, backend)
+        value = op.pairs(x, y, matches, kept_a, kept_b, backend)
         wanted = [z for z in (x, y) if z.requires_grad]
         return value.detach(), *torch.autograd.grad(-1.7 * value, wanted)
 
@@ -126,13 +126,13 @@ def hold_pairs(fused, a, b, found, kept_a, kept_b, grads=(True, True)):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_pairs(fused, shape, dtype):
     a, b = maps(shape, fused.device, dtype)
-    found = op.match(a, b, fused.name)
+    matches = op.match(a, b, fused.name)
     for kept in RULES:
         counts = [
             op.Kept([min(c, length) for c in rule.counts], rule.weights)
             for rule, length in zip(kept, (a.shape[2], b.shape[2]), strict=True)
         ]
-        hold_pairs(fused, a, b, found, *counts)
+        hold_pairs(fused, a, b, matches, *counts)
 
 
 @pytest.mark.triton_takes(lambda layout_a, layout_b, **_: layout_b == "contiguous")
@@ -142,17 +142,17 @@ def test_strides(fused, layout_a, layout_b):
     for dtype in (torch.float32, torch.bfloat16):
         a, b = maps((2, 2, 3, 7, 9, 21), fused.device, dtype)
         a, b = LAYOUTS[layout_a](a), LAYOUTS[layout_b](b)
-        found = op.match(a, b, fused.name)
-        assert_matches(a.contiguous(), b.contiguous(), found)
-        hold_pairs(fused, a, b, found, *RULES[1])
+        matches = op.match(a, b, fused.name)
+        assert_matches(a.contiguous(), b.contiguous(), matches)
+        hold_pairs(fused, a, b, matches, *RULES[1])
 
 
 @pytest.mark.parametrize("grads", [(True, False), (False, True)])
 def test_the_gradient_of_one_side(fused, grads):
     a, b = maps((2, 2, 3, 7, 9, 21), fused.device)
-    found = op.match(a, b, fused.name)
-    (alone,) = hold_pairs(fused, a, b, found, *RULES[0], grads=grads)[1:]
-    both = hold_pairs(fused, a, b, found, *RULES[0])[1:]
+    matches = op.match(a, b, fused.name)
+    (alone,) = hold_pairs(fused, a, b, matches, *RULES[0], grads=grads)[1:]
+    both = hold_pairs(fused, a, b, matches, *RULES[0])[1:]
     assert torch.equal(alone, both[grads.index(True)])
 
 
@@ -166,8 +166,8 @@ def test_one_position_matched_by_all(fused):
         torch.arange(n, dtype=torch.int32, device=fused.device).expand(1, 2, 2, n).contiguous()
         for n in (49, 25)
     ]
-    found = op.Matches(nearest[0], ranks[0], nearest[1], ranks[1])
-    hold_pairs(fused, a, b, found, op.Kept([49, 20], [1.0, 1.0]), op.Kept([25], [1.0]))
+    matches = op.Matches(nearest[0], ranks[0], nearest[1], ranks[1])
+    hold_pairs(fused, a, b, matches, op.Kept([49, 20], [1.0, 1.0]), op.Kept([25], [1.0]))
 
 
 def hold(fused, inputs, **settings):
@@ -181,8 +181,8 @@ def hold(fused, inputs, **settings):
     length = max(sum(inputs[1][0].shape) if inputs[1] else 0, leaf.shape[-1], FEWEST_ROUNDINGS)
     dtype = leaf.dtype
     for kind, eps_dtype in (("values", value_dtype(fused.name, dtype)), ("gradients", dtype)):
-        found = [getattr(o, kind) for o in (actual, truth, plain)]
-        for i, (mine, true, formula) in enumerate(zip(*found, strict=True)):
+        values = [getattr(o, kind) for o in (actual, truth, plain)]
+        for i, (mine, true, formula) in enumerate(zip(*values, strict=True)):
             assert (mine is None) == (true is None)
             if mine is not None:
                 assert_close_to_truth(mine, true, formula, eps_dtype, length, f"{kind} {i}")
@@ -251,16 +251,16 @@ def test_nan_propagates(fused):
 def test_threads_do_not_change_bits():
     inputs = draw(VIEWS["small"], batch=5)
     count = torch.get_num_threads()
-    found = []
+    runs = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(outcome(inputs, "cpu", fast_vc_reg=True))
+            runs.append(outcome(inputs, "cpu", fast_vc_reg=True))
     finally:
         torch.set_num_threads(count)
-    for other in found[1:]:
-        assert torch.equal(other.values[4], found[0].values[4])
-        for mine, theirs in zip(other.gradients[5:], found[0].gradients[5:], strict=True):
+    for other in runs[1:]:
+        assert torch.equal(other.values[4], runs[0].values[4])
+        for mine, theirs in zip(other.gradients[5:], runs[0].gradients[5:], strict=True):
             torch.testing.assert_close(mine, theirs)
 
 
@@ -283,5 +283,5 @@ def test_parts_of_a_float16_gradient_may_be_past_float16(fused):
         assert gradient("reference", wide, alone).abs().max() > most
     truth = gradient("reference", wide, weights)
     assert truth.abs().max() < most
-    found = gradient(fused.name, maps, weights).double()
-    assert (found - truth).norm() < 2 * torch.finfo(torch.float16).eps * truth.norm()
+    actual = gradient(fused.name, maps, weights).double()
+    assert (actual - truth).norm() < 2 * torch.finfo(torch.float16).eps * truth.norm()

@@ -24,25 +24,25 @@ for u, v, batch, l1, l2, channels in shapes:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         a = torch.randn(u, batch, l1, channels).to(dtype)
         b = torch.randn(v, l2, batch, channels).to(dtype).transpose(1, 2)
-        found = op.vicregl_match(a, b)
+        matches = op.vicregl_match(a, b)
         if dtype == torch.float32:
-            for mine, theirs in zip(found, reference.match(a, b)):
+            for mine, theirs in zip(matches, reference.match(a, b)):
                 assert (mine != theirs).float().mean() < 0.02
         if short and l1 > 1:
-            found = [native.shortened(z) for z in found]
+            matches = [native.shortened(z) for z in matches]
         rules = ([l1, 1], [0.5, 1.0], [l2], [-2.0])
-        value = op.vicregl_pairs_forward(a, b, *found, *rules)
+        value = op.vicregl_pairs_forward(a, b, *matches, *rules)
         for need in ((True, True), (True, False), (False, True)):
-            grads = op.vicregl_pairs_backward(torch.ones(()), a, b, *found, *need, *rules)
-        grads = op.vicregl_pairs_backward(torch.ones(()), a, b, *found, True, True, *rules)
+            grads = op.vicregl_pairs_backward(torch.ones(()), a, b, *matches, *need, *rules)
+        grads = op.vicregl_pairs_backward(torch.ones(()), a, b, *matches, True, True, *rules)
         x, y = a.double().requires_grad_(), b.double().requires_grad_()
-        truth = reference.pairs(x, y, *found, *rules)
+        truth = reference.pairs(x, y, *matches, *rules)
         truth.backward()
         torch.testing.assert_close(value.double(), truth.detach(), rtol=1e-5, atol=1e-5)
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2
         for mine, theirs in zip(grads, (x.grad, y.grad)):
             torch.testing.assert_close(mine.double(), theirs, rtol=tolerance, atol=tolerance)
-    nothing = op.vicregl_pairs_forward(a, b, *found, [], [], [], [])
+    nothing = op.vicregl_pairs_forward(a, b, *matches, [], [], [], [])
     assert nothing.item() == 0.0
 print("clean")
 """

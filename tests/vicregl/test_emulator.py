@@ -92,9 +92,9 @@ def test_any_device_and_any_order_of_blocks_gives_the_same_bits(monkeypatch):
         monkeypatch.setenv("EMULATOR_MULTIPROCESSORS", str(multiprocessors))
         torch.manual_seed(1)
         a, b = maps((2, 2, 2, 40, 20, 40))
-        found = op.match(a, b, "cuda")
-        value = op.pairs(a, b, found, rules(40)[2], rules(20)[2], "cuda")
-        return *found, *torch.autograd.grad(value, (a, b)), value.detach()
+        matches = op.match(a, b, "cuda")
+        value = op.pairs(a, b, matches, rules(40)[2], rules(20)[2], "cuda")
+        return *matches, *torch.autograd.grad(value, (a, b)), value.detach()
 
     first = results(0, 4)
     for seed, multiprocessors in ((1, 4), (2, 4), (3, 1), (4, 132)):
@@ -121,17 +121,17 @@ for U, V, B, L1, L2, C in [(1, 1, 1, 1, 1, 1), (1, 3, 2, 9, 57, 33), (1, 1, 1, 2
         a, b = (torch.randn(v, B, l, C).to(dtype) for v, l in ((U, L1), (V, L2)))
         if dtype == torch.float16:
             a = a.mT.contiguous().mT
-        found = op.vicregl_match(a, b)
-        for nearest, rank, length in ((*found[:2], L2), (*found[2:], L1)):
+        matches = op.vicregl_match(a, b)
+        for nearest, rank, length in ((*matches[:2], L2), (*matches[2:], L1)):
             assert nearest.min() >= 0 and nearest.max() < length
             assert (rank.sort(-1).values == torch.arange(rank.shape[-1])).all()
         settings = [L1, 1], [1.0, 0.5], [L2, 1], [1.0, 0.5]
-        loss = op.vicregl_pairs_forward(a, b, *found, *settings)
-        grads = op.vicregl_pairs_backward(loss, a, b, *found, True, True, *settings)
+        loss = op.vicregl_pairs_forward(a, b, *matches, *settings)
+        grads = op.vicregl_pairs_backward(loss, a, b, *matches, True, True, *settings)
         assert loss.isfinite() and all(grad.isfinite().all() for grad in grads)
 print("clean", flush=True)
-native.shortened(found[3])
-op.vicregl_pairs_backward(loss, a, b, *found, True, True, *settings)
+native.shortened(matches[3])
+op.vicregl_pairs_backward(loss, a, b, *matches, True, True, *settings)
 """
 
 

@@ -76,18 +76,18 @@ def test_whole_loss(backend, views, way):
     plain = vicregl_cases.outcome(inputs, "reference", **settings)
     truth = vicregl_cases.outcome(inputs, "reference", double=True, **settings)
     outcomes = ((*o.values, *o.gradients) for o in (mine, plain, truth))
-    for found, formula, true in zip(*outcomes, strict=True):
-        assert (found is None) == (true is None)
-        if found is not None:
+    for actual, formula, true in zip(*outcomes, strict=True):
+        assert (actual is None) == (true is None)
+        if actual is not None:
             allowed = 2 * (formula.double() - true).norm() + 1e-5 * true.norm()
-            assert (found.double() - true).norm() <= allowed
+            assert (actual.double() - true).norm() <= allowed
 
 
 def whole_step(backend, a, b):
     """A search and both directions' pairs, forward and backward."""
-    found = op.match(a, b, backend)
-    value = op.pairs(a, b, found, rules(a.shape[2])[2], rules(b.shape[2])[2], backend)
-    return *found, value.detach(), *torch.autograd.grad(value, (a, b))
+    matches = op.match(a, b, backend)
+    value = op.pairs(a, b, matches, rules(a.shape[2])[2], rules(b.shape[2])[2], backend)
+    return *matches, value.detach(), *torch.autograd.grad(value, (a, b))
 
 
 def inputs():
@@ -119,8 +119,8 @@ def test_graph_replay_after_poison(backend):
             for z, new in zip(given, fresh, strict=True):
                 z.copy_(new)
         graph.replay()
-        for found, wanted in zip(results, whole_step(backend, *fresh), strict=True):
-            same(found, wanted, "replay")
+        for actual, wanted in zip(results, whole_step(backend, *fresh), strict=True):
+            same(actual, wanted, "replay")
 
 
 def test_no_host_synchronisation(backend):
@@ -140,9 +140,9 @@ def test_runs_on_the_current_stream(backend):
         with torch.no_grad():
             for z, new in zip(later, source, strict=True):
                 z.copy_(new)
-        found = whole_step(backend, *later)
+        actual = whole_step(backend, *later)
     side.synchronize()
-    for mine, theirs in zip(found, wanted, strict=True):
+    for mine, theirs in zip(actual, wanted, strict=True):
         same(mine, theirs, "side stream")
 
 

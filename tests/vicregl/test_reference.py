@@ -17,12 +17,12 @@ from vicreg_kernels.vicregl import VICRegLLoss, op, reference, vicregl_loss, vic
 
 def nearest(from_, to):
     """For each row of from_, (distance, row, nearest row of to), in order of distance."""
-    found = []
+    pairs = []
     for i, x in enumerate(from_.tolist()):
         distances = [math.dist(x, y) for y in to.tolist()]
         least = min(distances)
-        found.append((least, i, distances.index(least)))
-    return sorted(found)
+        pairs.append((least, i, distances.index(least)))
+    return sorted(pairs)
 
 
 def matched(own, other, places, other_places, count, order):
@@ -47,8 +47,8 @@ def hinge_and_squares(z, margin, eps):
 
 def per_place(z, margin, eps):
     """The mean over the places of [B, K, C]."""
-    found = [hinge_and_squares(z[:, k], margin, eps) for k in range(z.shape[1])]
-    return [torch.stack(terms).mean() for terms in zip(*found, strict=True)]
+    parts = [hinge_and_squares(z[:, k], margin, eps) for k in range(z.shape[1])]
+    return [torch.stack(terms).mean() for terms in zip(*parts, strict=True)]
 
 
 def published(
@@ -63,10 +63,10 @@ def published(
     zero = torch.zeros((), dtype=torch.float64)
     joint, local = [zero] * 3, [zero] * 3
     if alpha > 0:
-        found = [hinge_and_squares(z, margin, eps) for z in embeddings]
+        parts = [hinge_and_squares(z, margin, eps) for z in embeddings]
         joint = [
             torch.stack([(embeddings[i] - embeddings[j]).pow(2).mean() for i, j in pairs]).mean(),
-            *(torch.stack(terms).mean() for terms in zip(*found, strict=True)),
+            *(torch.stack(terms).mean() for terms in zip(*parts, strict=True)),
         ]
     if alpha < 1:
         collected = []
@@ -84,11 +84,11 @@ def published(
             collected.append(torch.stack(way_terms).sum(0))
         local = list(torch.stack(collected).mean(0))
         if fast_vc_reg:
-            found = [per_place(z, margin, eps) for z in maps]
-            local[1] = sum(h for h, _ in found) / count
-            local[2] = sum(c for _, c in found) / count
+            parts = [per_place(z, margin, eps) for z in maps]
+            local[1] = sum(h for h, _ in parts) / count
+            local[2] = sum(c for _, c in parts) / count
             if covariance == "last_view":
-                local[2] = 2 * found[-1][1] / count
+                local[2] = 2 * parts[-1][1] / count
     weights = (25.0, 25.0, 1.0)
     both = [sum(w * t for w, t in zip(weights, ts, strict=True)) for ts in (joint, local)]
     return alpha * both[0] + (1 - alpha) * both[1], *joint, *local
@@ -126,15 +126,15 @@ def test_worked_example():
     """One channel, three positions a view: matches and differences by hand."""
     a = torch.tensor([[[0.0], [2.0], [5.0]]], dtype=torch.float64)[None]
     b = torch.tensor([[[1.0], [5.5], [1.0]]], dtype=torch.float64)[None]
-    found = op.match(a, b, "reference")
+    matches = op.match(a, b, "reference")
     # a's nearest: 0 -> 1.0 (first of two), 2 -> 1.0 (first), 5 -> 5.5; distances 1, 1, 0.5
-    assert found.nearest_a.tolist() == [[[[0, 0, 1]]]]
-    assert found.rank_a.tolist() == [[[[1, 2, 0]]]]
+    assert matches.nearest_a.tolist() == [[[[0, 0, 1]]]]
+    assert matches.rank_a.tolist() == [[[[1, 2, 0]]]]
     # b's nearest: 1 -> 0 (a tie with 2), 5.5 -> 5, 1 -> 0; distances 1, 0.5, 1
-    assert found.nearest_b.tolist() == [[[[0, 2, 0]]]]
-    assert found.rank_b.tolist() == [[[[1, 0, 2]]]]
+    assert matches.nearest_b.tolist() == [[[[0, 2, 0]]]]
+    assert matches.rank_b.tolist() == [[[[1, 0, 2]]]]
     kept_a, kept_b = op.Kept([2, 3], [1.0, 3.0]), op.Kept([1], [10.0])
-    value = op.pairs(a, b, found, kept_a, kept_b, "reference")
+    value = op.pairs(a, b, matches, kept_a, kept_b, "reference")
     expected = (0.25 + 1.0) / 2 + 3.0 * (0.25 + 1.0 + 1.0) / 3 + 10.0 * 0.25
     torch.testing.assert_close(value, torch.tensor(expected, dtype=torch.float64))
 
@@ -145,13 +145,13 @@ def test_nan_counts_as_infinitely_far():
     a[0, 0, 1] = torch.nan
     b[0, 0, 3] = torch.inf
     b[0, 1] = torch.nan
-    found = op.match(a, b, "reference")
-    assert found.rank_a[0, 0, 0, 1] == 3
-    assert found.rank_b[0, 0, 0, 3] == 4
-    assert not (found.nearest_b[0, 0, 0] == 1).any()
-    assert not (found.nearest_a[0, 0, 0] == 3).any()
-    assert found.nearest_a[0, 0, 1].tolist() == [0] * 4
-    assert found.rank_a[0, 0, 1].tolist() == list(range(4))
+    matches = op.match(a, b, "reference")
+    assert matches.rank_a[0, 0, 0, 1] == 3
+    assert matches.rank_b[0, 0, 0, 3] == 4
+    assert not (matches.nearest_b[0, 0, 0] == 1).any()
+    assert not (matches.nearest_a[0, 0, 0] == 3).any()
+    assert matches.nearest_a[0, 0, 1].tolist() == [0] * 4
+    assert matches.rank_a[0, 0, 1].tolist() == list(range(4))
 
 
 def test_identical_views_differ_nowhere():

@@ -56,23 +56,23 @@ def gram(
     packed = scatter.new_zeros(1 + (scatter.numel() if rounded else 0))
     if rounded:
         packed[1:] = operands.float().square_().sum(dim=1).flatten()
-    between_taken = scatter.new_zeros(())
+    between_deflated = scatter.new_zeros(())
     factors = []
     for v in range(views):
         planes = arriving[v].wait().transpose(0, 1)  # [G, M, D], M = ranks * longest
         picked = columns(index[v])
-        taken = planes[picked].double()  # [G, K, M]
+        deflated_columns = planes[picked].double()  # [G, K, M]
         planes[picked] = 0.0
         kr = product(planes[:, mine], planes.mT)  # [G, n, M]
-        wide, own_taken = kr.double(), taken[..., mine]
-        along = taken @ wide.mT  # [G, K, n]
-        between = taken @ taken.mT
+        wide, own_deflated = kr.double(), deflated_columns[..., mine]
+        along = deflated_columns @ wide.mT  # [G, K, n]
+        between = deflated_columns @ deflated_columns.mT
         between.diagonal(dim1=-2, dim2=-1).zero_()
-        packed[0] += wide.square().sum() + 2.0 * (own_taken * along).sum()
-        between_taken += between.square().sum()
+        packed[0] += wide.square().sum() + 2.0 * (own_deflated * along).sum()
+        between_deflated += between.square().sum()
         if needs[v]:
-            kr.baddbmm_(own_taken.mT.float(), taken.float())
-            factors.append((kr, planes, (along + between @ own_taken).float()))
+            kr.baddbmm_(own_deflated.mT.float(), deflated_columns.float())
+            factors.append((kr, planes, (along + between @ own_deflated).float()))
     summing = distributed.start_sum_ranks_(OP, group, packed)
     gradients = [own.new_empty(0) for _ in range(views)]
     for v in range(views):
@@ -89,7 +89,7 @@ def gram(
             gradients[v].addcmul_(
                 operands[v].transpose(0, 1), left[v].float().unsqueeze(1), value=-1
             )
-    return packed[0] + between_taken - left.square().sum(), scatter, gradients
+    return packed[0] + between_deflated - left.square().sum(), scatter, gradients
 
 
 def covariance(

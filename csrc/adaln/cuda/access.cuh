@@ -1,7 +1,7 @@
 // How the CUDA kernels of adaptive layer norm reach their elements, W adjacent ones at a time.
 #pragma once
 
-#include "common/cuda/pieces.cuh"
+#include "common/cuda/columns.cuh"
 #include "common/divider.h"
 
 namespace adaln {
@@ -75,29 +75,18 @@ struct Strided {
   static constexpr int W = 1;
   void* data;
   Place place;
-  int dtype;  // 0 float32, 1 float16, 2 bfloat16
+  int dtype;  // as common::dtype_code
 
+  __device__ __forceinline__ int64_t at(int64_t frame, int64_t token, int64_t column) const {
+    return frame * place.frame + token * place.token + column * place.column;
+  }
   __device__ __forceinline__ void read(int64_t frame, int64_t token, int64_t column,
                                        float (&out)[W]) const {
-    const int64_t i = frame * place.frame + token * place.token + column * place.column;
-    if (dtype == 0) {
-      out[0] = static_cast<const float*>(data)[i];
-    } else if (dtype == 1) {
-      out[0] = widen(static_cast<const __half*>(data)[i]);
-    } else {
-      out[0] = widen(static_cast<const __nv_bfloat16*>(data)[i]);
-    }
+    common::pieces::load(data, dtype, at(frame, token, column), out);
   }
   __device__ __forceinline__ void write(int64_t frame, int64_t token, int64_t column,
                                         const float (&in)[W]) const {
-    const int64_t i = frame * place.frame + token * place.token + column * place.column;
-    if (dtype == 0) {
-      static_cast<float*>(data)[i] = in[0];
-    } else if (dtype == 1) {
-      static_cast<__half*>(data)[i] = narrow<__half>(in[0]);
-    } else {
-      static_cast<__nv_bfloat16*>(data)[i] = narrow<__nv_bfloat16>(in[0]);
-    }
+    common::pieces::store(data, dtype, at(frame, token, column), in);
   }
   __device__ __forceinline__ void read(int64_t frame, int64_t column, float (&out)[W]) const {
     read(frame, 0, column, out);

@@ -13,11 +13,10 @@ __global__ void __launch_bounds__(kThreads)
     gate_rows(Cut q, Divider tokens, Divider tiles, Tokens x, Branch y, Gates gate, Tokens out) {
   constexpr int W = Tokens::W;
   const int64_t pieces = q.frames * q.tokens * tiles.by;
-  for (int64_t i = int64_t{blockIdx.x} * kWarps + threadIdx.x / kLanes; i < pieces;
-       i += int64_t{gridDim.x} * kWarps) {
+  for (int64_t i = common::first_row(); i < pieces; i += common::row_step()) {
     int64_t tile, token;
     const int64_t frame = tokens.divide(tiles.divide(i, tile), token);
-    const int64_t c = (tile * kLanes + threadIdx.x % kLanes) * W;
+    const int64_t c = (tile * kLanes + common::lane()) * W;
     if (c >= q.dim) continue;
     float own[W], other[W], open[W];
     x.read(frame, token, c, own);

@@ -22,14 +22,14 @@ namespace cpu {
 // The largest magnitude among numbers, as its bits: they are in the order of magnitudes, with
 // infinity past all numbers and NaN past infinity.
 KERNELS_VECTOR inline int32_t largest_bits(const float* values, int64_t count) {
-  int32_t found = 0;
+  int32_t largest = 0;
   for (int64_t j = 0; j < count; ++j) {
     int32_t bits;
     __builtin_memcpy(&bits, values + j, sizeof bits);
     bits &= 0x7fffffff;
-    found = bits > found ? bits : found;
+    largest = bits > largest ? bits : largest;
   }
-  return found;
+  return largest;
 }
 
 inline bool is_finite(int32_t bits) { return bits < 0x7f800000; }

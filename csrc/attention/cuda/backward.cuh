@@ -79,9 +79,9 @@ __device__ __forceinline__ float row_products(const T* x, const T* y) {
       sum += __shfl_xor_sync(common::kAllLanes, sum, offset);
     }
     const int mine = lane % kTile - step * Shape::kRowsAtOnce;  // the lane's token in this step
-    const float found = __shfl_sync(common::kAllLanes, sum,
-                                    (mine & (Shape::kRowsAtOnce - 1)) * Shape::kRowLanes);
-    if (mine >= 0 && mine < Shape::kRowsAtOnce) result = found;
+    const float product = __shfl_sync(common::kAllLanes, sum,
+                                      (mine & (Shape::kRowsAtOnce - 1)) * Shape::kRowLanes);
+    if (mine >= 0 && mine < Shape::kRowsAtOnce) result = product;
   }
   return result;
 }

@@ -9,9 +9,6 @@ namespace kernels {
 
 using namespace common;
 
-// For half inputs too, although their accesses are of 8 bytes then: 8 columns of two views spill.
-constexpr int kGradientColumns = 4;
-
 // A view's product, for the rows and columns of a Cut: float32, element (0, 0) of the cut first. For
 // float inputs it is the gradient's own memory. For half inputs and N < D the Gram matrix is rounded
 // without its diagonal, N^0.5 or more times the rest, which multiplies z here instead: most of that
@@ -49,8 +46,7 @@ struct Gradient {
 };
 
 // Standardises the views' own values, whose dtype the stored z may have rounded: in a gradient that
-// points along z2 - C_jj z1, small where the views agree, that rounding would be large. The bits of a
-// half input leave no room for an offset that the mean's second part would serve, so there it is one.
+// points along z2 - C_jj z1, small where the views agree, that rounding would be large.
 template <typename T, int W, bool Vectors>
 struct Standardised {
   float first[2][W] = {}, mean[2][W] = {}, inverse[2][W] = {};
@@ -59,16 +55,12 @@ struct Standardised {
 #pragma unroll
     for (int v = 0; v < 2; ++v) {
       const float* moments = g.moments + v * 3 * g.dim;
-      load(moments, 1, columns, first[v]);
-      load(moments + g.dim, 1, columns, mean[v]);
+      load_means(moments, g.dim, columns, first[v], mean[v]);
       load(moments + 2 * g.dim, 1, columns, inverse[v]);
 #pragma unroll
       for (int w = 0; w < W; ++w) {
         inverse[v][w] = inverse_std(inverse[v][w], g.standard);
-        if (sizeof(T) == 2) {
-          mean[v][w] += first[v][w];
-          first[v][w] = 0.f;
-        }
+        join_means<T>(first[v][w], mean[v][w]);
       }
     }
   }
@@ -161,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 
 #pragma unroll 1
-  for (int64_t n = at.row_begin + threadIdx.x / kLanes; n < at.row_end; n += kWarps) {
+  for (int64_t n = at.row_begin + warp(); n < at.row_end; n += kWarps) {
     float z[2][W] = {};
 #pragma unroll
     for (int v = 0; v < 2; ++v) standardised.read(views, v, n, columns, z[v]);

@@ -30,16 +30,14 @@ __device__ __forceinline__ void finish_loss(double sum, double* sums, const Fini
 __global__ void __launch_bounds__(kThreads)
     gram_rows(int64_t rows, int64_t dim, int64_t row_blocks, const float* grams,
               const float* products, double* sums, Finish finish) {
-  const int lane = threadIdx.x % kLanes;
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
   double sum = 0.0;
-  for (int64_t n = warp; n < rows; n += static_cast<int64_t>(gridDim.x) * kWarps) {
+  for (int64_t n = first_row(); n < rows; n += row_step()) {
     const float *x = grams + n * rows, *y = x + rows * rows;
     float part = 0.f;
 #pragma unroll 4
-    for (int64_t m = n + 1 + lane; m < rows; m += kLanes) part += x[m] * y[m];
+    for (int64_t m = n + 1 + lane(); m < rows; m += kLanes) part += x[m] * y[m];
     sum += 2.0 * part;
-    if (lane == 0) sum += static_cast<double>(x[n]) * y[n];
+    if (lane() == 0) sum += static_cast<double>(x[n]) * y[n];
   }
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t j = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; j < dim; j += step) {
@@ -54,14 +52,12 @@ __global__ void __launch_bounds__(kThreads)
 // row.
 __global__ void __launch_bounds__(kThreads)
     cross_rows(int64_t dim, float inverse_rows, float* cross, double* sums, Finish finish) {
-  const int lane = threadIdx.x % kLanes;
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
   double sum = 0.0;
-  for (int64_t i = warp; i < dim; i += static_cast<int64_t>(gridDim.x) * kWarps) {
+  for (int64_t i = first_row(); i < dim; i += row_step()) {
     float* row = cross + i * dim;
     float part = 0.f;
 #pragma unroll 4
-    for (int64_t j = lane; j < dim; j += kLanes) {
+    for (int64_t j = lane(); j < dim; j += kLanes) {
       const float value = j == i ? 0.f : row[j] * inverse_rows;
       row[j] = value;
       part += value * value;
@@ -78,15 +74,14 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     cross_squares(Cut cut, const float* cross, float power, T* rounded, float* by_row,
                   float* by_column) {
-  constexpr int W = 4, kSlots = kLanes * W;
-  SHARED_ARRAY(float, shared, kWarps * kSlots);
+  constexpr int W = 4;
+  SHARED_ARRAY(float, shared, kThreads * W);
   const Place at = place(cut);
   const Columns<W, false> columns(cut, at.tile);
   const int64_t dim = cut.columns;
-  const int warp = threadIdx.x / kLanes;
   float sum[W] = {};
 #pragma unroll 2
-  for (int64_t i = at.row_begin + warp; i < at.row_end; i += kWarps) {
+  for (int64_t i = at.row_begin + warp(); i < at.row_end; i += kWarps) {
     float value[W] = {}, row = 0.f;
     load(cross + i * dim, 1, columns, value);
     if constexpr (!std::is_same_v<T, float>) {
@@ -102,18 +97,11 @@ __global__ void __launch_bounds__(kThreads)
     }
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) row += __shfl_xor_sync(kAllLanes, row, offset);
-    if (threadIdx.x % kLanes == 0) by_row[at.tile * dim + i] = row;
+    if (lane() == 0) by_row[at.tile * dim + i] = row;
   }
 #pragma unroll
-  for (int w = 0; w < W; ++w) shared[warp * kSlots + columns.slot(w)] = sum[w];
-  __syncthreads();
-  for (int slot = threadIdx.x; slot < kSlots; slot += kThreads) {
-    float total = 0.f;
-    for (int i = 0; i < kWarps; ++i) total += shared[i * kSlots + slot];
-    if (columns.begin + slot < columns.end) {
-      by_column[at.row_block * dim + columns.begin + slot] = total;
-    }
-  }
+  for (int w = 0; w < W; ++w) shared[warp() * kLanes * W + columns.slot(w)] = sum[w];
+  add_warps<kLanes * W>(shared, columns.begin, columns.end, by_column + at.row_block * dim);
 }
 
 // For the gradient of half inputs where N < D: rounded [2, N, N] = grams times `power`, the diagonal
@@ -121,12 +109,10 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     round_grams(int64_t rows, const float* grams, float power, T* rounded) {
-  const int lane = threadIdx.x % kLanes;
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
-  for (int64_t at = warp; at < 2 * rows; at += static_cast<int64_t>(gridDim.x) * kWarps) {
+  for (int64_t at = first_row(); at < 2 * rows; at += row_step()) {
     const int64_t n = at % rows;
 #pragma unroll 4
-    for (int64_t m = lane; m < rows; m += kLanes) {
+    for (int64_t m = lane(); m < rows; m += kLanes) {
       rounded[at * rows + m] = narrow<T>(m == n ? 0.f : grams[at * rows + m] * power);
     }
   }

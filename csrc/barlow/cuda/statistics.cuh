@@ -95,9 +95,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// The second stage, a thread a column: moments [2, 3, D], each mean as row 0 and the rest, because
-// rounding their sum where the common offset is large would shift every centred value; diagonal [D];
-// sums[block] = sum of (C_jj - 1)^2.
+// The second stage, a thread a column: moments [2, 3, D], each mean as load_means has it and the scatter;
+// diagonal [D]; sums[block] = sum of (C_jj - 1)^2.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4)
     column_finish(Views<T> views, Cut cut, Standard standard, const float* partials,
@@ -144,8 +143,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   float first[2][W] = {}, mean[2][W] = {}, inverse[2][W] = {};
 #pragma unroll
   for (int v = 0; v < 2; ++v) {
-    load(moments + v * 3 * dim, 1, columns, first[v]);
-    load(moments + (v * 3 + 1) * dim, 1, columns, mean[v]);
+    load_means(moments + v * 3 * dim, dim, columns, first[v], mean[v]);
     load(moments + (v * 3 + 2) * dim, 1, columns, inverse[v]);
 #pragma unroll
     for (int w = 0; w < W; ++w) inverse[v][w] = inverse_std(inverse[v][w], standard);

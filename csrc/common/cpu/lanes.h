@@ -5,12 +5,8 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "common/cpu/vector.h"
-#include "common/inline.h"
-
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are returned by what is always inlined
 
 namespace common {
 namespace lanes {
@@ -18,11 +14,7 @@ namespace lanes {
 constexpr int64_t kLanes = 16;
 using Vector = float __attribute__((vector_size(64)));
 
-KERNELS_ALWAYS_INLINE Vector load(const float* from) {
-  Vector value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
+KERNELS_ALWAYS_INLINE Vector load(const float* from) { return common::load<Vector>(from); }
 
 // The last count % 16 elements, the rest `fill`.
 KERNELS_ALWAYS_INLINE Vector load_rest(const float* from, int64_t count, float fill) {

@@ -4,8 +4,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "common/tensors.h"
+#include "common/chunk.h"
 #include "common/cpu/vector.h"
+#include "common/tensors.h"
 
 namespace common {
 
@@ -35,6 +36,10 @@ struct __attribute__((visibility("hidden"))) Matrix {  // as torch's Tensor is
 
 inline Matrix contiguous(const Tensor& base, int64_t rows, int64_t columns, int64_t offset) {
   return {base, rows, columns, columns, 1, offset};
+}
+
+inline Matrix contiguous(const Tensor& base, const Chunk& c, int64_t offset) {
+  return contiguous(base, c.rows, c.columns, offset);
 }
 
 // Multiplications of a product up to which plain loops are faster than the views, the checks and

@@ -6,14 +6,7 @@
 // atomic. All offsets are int64.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <cstring>
-#include <type_traits>
-
-#include "common/cuda/launch.h"
+#include "common/cuda/pieces.cuh"
 
 namespace common {
 
@@ -22,24 +15,12 @@ constexpr int kWarps = 8;
 constexpr int kThreads = kLanes * kWarps;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-__device__ __forceinline__ float widen(float value) { return value; }
-__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
-__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ int lane() { return threadIdx.x % kLanes; }
+__device__ __forceinline__ int warp() { return threadIdx.x / kLanes; }
 
-template <typename T>
-__device__ __forceinline__ T narrow(float value);
-template <>
-__device__ __forceinline__ float narrow<float>(float value) {
-  return value;
-}
-template <>
-__device__ __forceinline__ __half narrow<__half>(float value) {
-  return __float2half_rn(value);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float value) {
-  return __float2bfloat16_rn(value);
-}
+// Where a warp takes whole rows, one after the other: its first one, and how far the next lies.
+__device__ __forceinline__ int64_t first_row() { return int64_t{blockIdx.x} * kWarps + warp(); }
+__device__ __forceinline__ int64_t row_step() { return int64_t{gridDim.x} * kWarps; }
 
 // One view: [G, N, D] of any strides.
 template <typename T>
@@ -59,7 +40,6 @@ struct Views {
                   : View<T>{y.data, y.group, y.row, y.column};
   }
 };
-
 
 // Cuts [batches, rows, columns], which begins at row0 and column0 of each batch, into one block for
 // each tile of 32 W columns and each block of rows.
@@ -90,6 +70,10 @@ __device__ __forceinline__ Place place(const Cut& cut) {
 template <typename T, bool Vectors>
 constexpr int kColumns = Vectors ? 16 / static_cast<int>(sizeof(T)) : 4;
 
+// The same in the gradient of two views, for half inputs too, although their accesses are of 8 bytes
+// then: 8 columns of two views spill.
+constexpr int kGradientColumns = 4;
+
 // Which they are: adjacent ones for vector accesses, else 32 apart, so that a warp's scalar
 // accesses fall together.
 template <int W, bool Vectors>
@@ -99,31 +83,10 @@ struct Columns {
   __device__ __forceinline__ Columns(const Cut& cut, int64_t tile)
       : begin(cut.column0 + tile * kLanes * W), end(cut.column0 + cut.columns) {}
   __device__ __forceinline__ static int slot(int w) {
-    const int lane = threadIdx.x % kLanes;
-    return Vectors ? lane * W + w : lane + w * kLanes;
+    return Vectors ? lane() * W + w : lane() + w * kLanes;
   }
   __device__ __forceinline__ int64_t operator[](int w) const { return begin + slot(w); }
   __device__ __forceinline__ bool has(int w) const { return begin + slot(w) < end; }
-};
-
-// N adjacent elements, moved by one access of 16 or 8 bytes.
-template <typename T, int N>
-struct alignas(N * sizeof(T)) Pack {
-  T values[N];
-
-  using Bits = std::conditional_t<N * sizeof(T) == 16, uint4, uint2>;
-  __device__ __forceinline__ static Pack read(const T* from) {
-    static_assert(sizeof(Bits) == sizeof(Pack));
-    const Bits bits = *reinterpret_cast<const Bits*>(from);
-    Pack result;
-    memcpy(&result, &bits, sizeof bits);
-    return result;
-  }
-  __device__ __forceinline__ void write(T* to) const {
-    Bits bits;
-    memcpy(&bits, this, sizeof bits);
-    __stwb(reinterpret_cast<Bits*>(to), bits);  // an assignment is split into scalar stores
-  }
 };
 
 // out[w] = row[column w * stride], untouched where there is no such column.
@@ -132,7 +95,7 @@ __device__ __forceinline__ void load(const T* row, int64_t stride,
                                      const Columns<W, Vectors>& columns, float (&out)[W]) {
   if constexpr (Vectors) {
     if (!columns.has(0)) return;
-    constexpr int N = W * sizeof(T) < 16 ? W : 16 / static_cast<int>(sizeof(T));
+    constexpr int N = pieces::kPart<W, T>;
 #pragma unroll
     for (int part = 0; part < W; part += N) {
       const auto pack = Pack<T, N>::read(row + columns[part]);
@@ -165,6 +128,38 @@ __device__ __forceinline__ void store(T* row, const Columns<W, Vectors>& columns
   }
 }
 
+// The mean of each column in two parts, row 0 and the rest, because rounding their sum where the
+// common offset is large would shift every centred value; moments [2 or more, D] begin with them.
+template <int W, bool Vectors>
+__device__ __forceinline__ void load_means(const float* moments, int64_t dim,
+                                           const Columns<W, Vectors>& columns, float (&first)[W],
+                                           float (&rest)[W]) {
+  load(moments, 1, columns, first);
+  load(moments + dim, 1, columns, rest);
+}
+
+// Makes one of both for half values, whose bits leave no room for an offset that the second would
+// serve.
+template <typename T>
+__device__ __forceinline__ void join_means(float& first, float& rest) {
+  if (sizeof(T) == 2) {
+    rest += first;
+    first = 0.f;
+  }
+}
+
+// out[first + slot] = the sum over the block's warps of shared[kWarps, Slots], before `end`. Begins
+// with a barrier of the whole block.
+template <int Slots>
+__device__ __forceinline__ void add_warps(const float* shared, int64_t first, int64_t end,
+                                          float* out) {
+  __syncthreads();
+  for (int slot = threadIdx.x; slot < Slots; slot += kThreads) {
+    float total = 0.f;
+    for (int i = 0; i < kWarps; ++i) total += shared[i * Slots + slot];
+    if (first + slot < end) out[first + slot] = total;
+  }
+}
 
 __device__ __forceinline__ double warp_sum(double value) {
 #pragma unroll
@@ -177,7 +172,7 @@ __device__ __forceinline__ double block_sum(double value) {
   SHARED_ARRAY(double, warps, kWarps);
   value = warp_sum(value);
   __syncthreads();  // the array may still be read from a sum before
-  if (threadIdx.x % kLanes == 0) warps[threadIdx.x / kLanes] = value;
+  if (lane() == 0) warps[warp()] = value;
   __syncthreads();
   double total = 0.0;
 #pragma unroll

@@ -7,6 +7,8 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <type_traits>
+
 #include "common/tensors.h"
 
 // Shared memory of a size known at compile time, or at the launch; the emulator has its own.
@@ -44,6 +46,25 @@ void by_dtype(const char* op, ScalarType dtype, F&& run) {
       return run(__nv_bfloat16{});
   }
 }
+
+// run(element, vectors) with an element of this dtype and `vectors` as a constant.
+template <typename F>
+void by_kind(const char* op, ScalarType dtype, bool vectors, F&& run) {
+  by_dtype(op, dtype, [&](auto element) {
+    if (vectors) {
+      run(element, std::true_type{});
+    } else {
+      run(element, std::false_type{});
+    }
+  });
+}
+
+// What tells a kernel a dtype that it does not know before the launch.
+inline int dtype_code(ScalarType dtype) {
+  return dtype == ScalarType::Float ? 0 : dtype == ScalarType::Half ? 1 : 2;
+}
+
+inline int64_t element_bytes(ScalarType dtype) { return dtype == ScalarType::Float ? 4 : 2; }
 
 inline void check(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "CUDA error: ", cudaGetErrorString(error));

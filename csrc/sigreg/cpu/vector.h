@@ -5,10 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/cpu/vector.h"
 #include "sigreg/formula.h"
-
-// Vectors wider than the baseline's are passed in memory; no call is left to care.
-#pragma GCC diagnostic ignored "-Wpsabi"
 
 // For lambdas, which would else be functions of the baseline's width.
 #define SIGREG_ALWAYS __attribute__((always_inline))
@@ -22,12 +20,7 @@ typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint64_t Indices __attribute__((vector_size(8 * kLanes)));
 
-template <typename V>
-KERNELS_ALWAYS_INLINE V load(const void* from) {
-  V value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
+using common::load;
 
 template <typename V>
 KERNELS_ALWAYS_INLINE void store(void* to, const V& value) {

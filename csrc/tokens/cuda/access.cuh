@@ -4,29 +4,15 @@
 // along D, W elements each: 16 bytes' worth where every row is aligned for it, else one.
 #pragma once
 
-#include "common/cuda/pieces.cuh"
+#include "common/cuda/columns.cuh"
 #include "tokens/index.h"
 
 namespace tokens {
 namespace kernels {
 
-using common::kAllLanes;
-using common::kLanes;
-using common::kThreads;
-using common::kWarps;
-using common::narrow;
-using common::Pack;
-using common::warp_sum;
-using common::widen;
-using common::pieces::kWidth;
-using common::pieces::load;
-using common::pieces::store;
-
-__device__ __forceinline__ int lane() { return threadIdx.x % kLanes; }
-__device__ __forceinline__ int64_t first_row() {
-  return int64_t{blockIdx.x} * kWarps + threadIdx.x / kLanes;
-}
-__device__ __forceinline__ int64_t row_step() { return int64_t{gridDim.x} * kWarps; }
+using common::first_row, common::lane, common::row_step, common::warp, common::warp_sum;
+using common::kLanes, common::kThreads, common::kWarps;
+using common::pieces::kWidth, common::pieces::load, common::pieces::store;
 
 __device__ __forceinline__ float not_a_number() {
   const unsigned bits = 0x7fffffffu;

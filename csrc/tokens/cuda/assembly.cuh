@@ -24,12 +24,12 @@ struct List {
   // How many entries lie below `position`; with `equal`, also those at it.
   __device__ __forceinline__ int64_t below(int64_t position, bool equal, bool sorted) const {
     if (!sorted) {
-      int64_t found = 0;
+      int64_t lower = 0;
       for (int64_t i = 0; i < count; ++i) {
         const int64_t own = (*this)[i];
-        found += own < position || (equal && own == position);
+        lower += own < position || (equal && own == position);
       }
-      return found;
+      return lower;
     }
     int64_t low = 0, high = count;
     while (low < high) {
@@ -46,12 +46,12 @@ struct List {
   // The place of entry i among them, equal ones by their order.
   __device__ __forceinline__ int64_t rank(int64_t i, int64_t position, bool sorted) const {
     if (sorted) return i;
-    int64_t found = 0;
+    int64_t before = 0;
     for (int64_t j = 0; j < count; ++j) {
       const int64_t own = (*this)[j];
-      found += own < position || (own == position && j < i);
+      before += own < position || (own == position && j < i);
     }
-    return found;
+    return before;
   }
 };
 
@@ -179,9 +179,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t block = tiles.divide(blockIdx.x, tile);
   const int64_t c = (tile * kLanes + lane()) * W;
   const int64_t end = count < (block + 1) * block_rows ? count : (block + 1) * block_rows;
-  const int warp = threadIdx.x / kLanes;
   float sum[W] = {};
-  for (int64_t r = block * block_rows + warp; r < end; r += kWarps) {
+  for (int64_t r = block * block_rows + warp(); r < end; r += kWarps) {
     const int64_t row = rows[r];
     if (c >= dim || row < 0 || row >= length) continue;
     float own[W];
@@ -191,14 +190,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 #pragma unroll
   for (int w = 0; w < W; ++w) sums[threadIdx.x * W + w] = sum[w];
-  __syncthreads();
-  for (int slot = threadIdx.x; slot < kLanes * W; slot += kThreads) {
-    const int64_t column = tile * kLanes * W + slot;
-    if (column >= dim) continue;
-    float total = 0.f;
-    for (int i = 0; i < kWarps; ++i) total += sums[i * kLanes * W + slot];
-    partials[block * dim + column] = total;
-  }
+  common::add_warps<kLanes * W>(sums, tile * kLanes * W, dim, partials + block * dim);
 }
 
 // A thread a column.

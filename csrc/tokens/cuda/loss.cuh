@@ -34,27 +34,13 @@ struct Strided {
   static constexpr int W = 1;
   void* data;
   Place place;
-  int dtype;  // 0 float32, 1 float16, 2 bfloat16
+  int dtype;  // as common::dtype_code
 
   __device__ __forceinline__ void read(int64_t at, int64_t column, float (&out)[W]) const {
-    const int64_t i = at + column * place.column;
-    if (dtype == 0) {
-      out[0] = static_cast<const float*>(data)[i];
-    } else if (dtype == 1) {
-      out[0] = widen(static_cast<const __half*>(data)[i]);
-    } else {
-      out[0] = widen(static_cast<const __nv_bfloat16*>(data)[i]);
-    }
+    load(data, dtype, at + column * place.column, out);
   }
   __device__ __forceinline__ void write(int64_t at, int64_t column, const float (&in)[W]) const {
-    const int64_t i = at + column * place.column;
-    if (dtype == 0) {
-      static_cast<float*>(data)[i] = in[0];
-    } else if (dtype == 1) {
-      static_cast<__half*>(data)[i] = narrow<__half>(in[0]);
-    } else {
-      static_cast<__nv_bfloat16*>(data)[i] = narrow<__nv_bfloat16>(in[0]);
-    }
+    store(data, dtype, at + column * place.column, in);
   }
 };
 
@@ -183,9 +169,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // One block: the sum of the partials in a fixed order, times scale.
 __global__ void __launch_bounds__(kThreads)
     loss_finish(const double* partials, int64_t count, double scale, float* loss) {
-  double total = 0.0;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) total += partials[i];
-  total = common::block_sum(total);
+  const double total = common::sum_of(partials, count);
   if (threadIdx.x == 0) *loss = static_cast<float>(total * scale);
 }
 

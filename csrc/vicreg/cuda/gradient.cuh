@@ -9,9 +9,6 @@ namespace kernels {
 
 using namespace common;
 
-// For half inputs too, although their accesses are of 8 bytes then: 8 columns of two views spill.
-constexpr int kGradientColumns = 4;
-
 // The product of the squares and the centred values, for the rows and columns of a Cut: float32,
 // element (0, 0) of the cut first. For float inputs it is the gradient's own memory.
 struct Product {
@@ -27,7 +24,7 @@ struct Gradient {
   float scales[3], weights[3];
   float degrees, margin, eps;
   int64_t groups, rows, dim;
-  int take;
+  int deflated_count;     // K
   const float* moments;   // [V, G, 3, D]
   const float* deflated;  // [V, G, K, N]
   const int64_t* index;   // [V, G, K]
@@ -45,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const bool gram = g.rows < g.dim, pair = views.y.data != nullptr;
 
   float grads[4] = {};
-  #pragma unroll
+#pragma unroll
   for (int i = 0; i < 4; ++i) {
     if (i < g.grad_count) grads[i] = g.grads[i * g.grad_stride];
   }
@@ -53,9 +50,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Coefficients a = coefficients(grads, g.grad_count, g.scales, g.weights, groups, all,
                                       all * static_cast<float>(g.rows), g.degrees);
 
-  // zc = (z - first) - mean for float inputs; the bits of a half one leave no room for an offset
-  // that would need it, so there first stays 0.
-  constexpr bool kHalf = sizeof(T) == 2;
   float first[2][W] = {}, mean[2][W] = {}, factor[2][W] = {};
   unsigned deflated[2] = {};  // 4 bits a column: 1 + the place in T
 #pragma unroll
@@ -63,17 +57,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (g.out[v] == nullptr) continue;
     const int64_t batch = v * g.groups + at.batch;
     const float* moments = g.moments + batch * 3 * g.dim;
-    load(moments, 1, columns, first[v]);
-    load(moments + g.dim, 1, columns, mean[v]);
+    load_means(moments, g.dim, columns, first[v], mean[v]);
     load(moments + 2 * g.dim, 1, columns, factor[v]);
 #pragma unroll
     for (int w = 0; w < W; ++w) {
-      if (kHalf) {
-        mean[v][w] += first[v][w];
-        first[v][w] = 0.f;
-      }
-      for (int k = 0; k < g.take; ++k) {
-        if (g.index[batch * g.take + k] == columns[w]) deflated[v] |= (k + 1u) << (4 * w);
+      join_means<T>(first[v][w], mean[v][w]);
+      for (int k = 0; k < g.deflated_count; ++k) {
+        if (g.index[batch * g.deflated_count + k] == columns[w]) deflated[v] |= (k + 1u) << (4 * w);
       }
       const bool subtract = gram && (deflated[v] >> (4 * w) & 15u) == 0u;
       factor[v][w] = column_factor(a, hinge_slope(factor[v][w], g.degrees, g.margin, g.eps),
@@ -82,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 
 #pragma unroll 1
-  for (int64_t n = at.row_begin + threadIdx.x / kLanes; n < at.row_end; n += kWarps) {
+  for (int64_t n = at.row_begin + warp(); n < at.row_end; n += kWarps) {
     float value[2][W] = {};
 #pragma unroll
     for (int v = 0; v < 2; ++v) {
@@ -109,7 +99,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (int w = 0; w < W; ++w) {
           const unsigned k = deflated[v] >> (4 * w) & 15u;
           if (k == 0u) continue;
-          result[w] = g.deflated[((v * g.groups + at.batch) * g.take + k - 1) * g.rows + n];
+          const int64_t plane = v * g.groups + at.batch;
+          result[w] = g.deflated[(plane * g.deflated_count + k - 1) * g.rows + n];
         }
       }
 #pragma unroll

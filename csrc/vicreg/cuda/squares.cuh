@@ -37,24 +37,24 @@ __device__ __forceinline__ void finish_terms(double sum, double* sums, const Fin
 __global__ void __launch_bounds__(kThreads)
     gram_rows(int64_t batches, int64_t rows, int64_t dim, int64_t row_blocks, Deflation deflation,
               float* squares, float* deflated, double* sums, Finish finish) {
-  const int lane = threadIdx.x % kLanes, take = deflation.take;
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
+  const int count = deflation.count;
   double sum = 0.0;
-  for (int64_t at = warp; at < batches * rows; at += static_cast<int64_t>(gridDim.x) * kWarps) {
+  for (int64_t at = first_row(); at < batches * rows; at += row_step()) {
     const int64_t batch = at / rows, n = at % rows;
-    const float* z = deflation.taken + batch * take * rows;
+    const float* z = deflation.deflated_columns + batch * count * rows;
     float* row = squares + at * rows;
-    float own[kTaken] = {}, product[kTaken] = {}, pair[kTaken][kTaken] = {}, square = 0.f;
+    float own[kMostDeflated] = {}, product[kMostDeflated] = {};
+    float pair[kMostDeflated][kMostDeflated] = {}, square = 0.f;
 #pragma unroll
-    for (int k = 0; k < kTaken; ++k) {
-      if (k < take) own[k] = z[k * rows + n];
+    for (int k = 0; k < kMostDeflated; ++k) {
+      if (k < count) own[k] = z[k * rows + n];
     }
-    for (int64_t m = lane; m < rows; m += kLanes) {
+    for (int64_t m = lane(); m < rows; m += kLanes) {
       const float value = row[m];
-      float whole = value, other[kTaken] = {};
+      float whole = value, other[kMostDeflated] = {};
 #pragma unroll
-      for (int k = 0; k < kTaken; ++k) {
-        if (k >= take) break;
+      for (int k = 0; k < kMostDeflated; ++k) {
+        if (k >= count) break;
         other[k] = z[k * rows + m];
         product[k] += value * other[k];
         whole += own[k] * other[k];
@@ -66,31 +66,31 @@ __global__ void __launch_bounds__(kThreads)
     }
     sum += square;
 
-    double products[kTaken], pairs[kTaken][kTaken];
+    double products[kMostDeflated], pairs[kMostDeflated][kMostDeflated];
 #pragma unroll
-    for (int k = 0; k < kTaken; ++k) {
+    for (int k = 0; k < kMostDeflated; ++k) {
       products[k] = warp_sum(product[k]);
 #pragma unroll
       for (int i = 0; i < k; ++i) pairs[i][k] = pairs[k][i] = warp_sum(pair[i][k]);
     }
-    if (lane == 0) {
+    if (lane() == 0) {
 #pragma unroll
-      for (int k = 0; k < kTaken; ++k) {
-        if (k >= take) break;
+      for (int k = 0; k < kMostDeflated; ++k) {
+        if (k >= count) break;
         double gradient = products[k];
 #pragma unroll
-        for (int i = 0; i < kTaken; ++i) {
+        for (int i = 0; i < kMostDeflated; ++i) {
           if (i == k) continue;
           gradient += pairs[i][k] * own[i];
           if (n == 0) sum += pairs[i][k] * pairs[i][k];
         }
         sum += 2.0 * own[k] * products[k];
-        deflated[(batch * take + k) * rows + n] = static_cast<float>(gradient);
+        deflated[(batch * count + k) * rows + n] = static_cast<float>(gradient);
       }
     }
 
     const int64_t end = (n + 1) * dim / rows;
-    for (int64_t j = n * dim / rows + lane; j < end; j += kLanes) {
+    for (int64_t j = n * dim / rows + lane(); j < end; j += kLanes) {
       float scatter = 0.f;  // of a deflated column too: nothing of it was stored
       for (int64_t r = 0; r < row_blocks; ++r) {
         scatter += deflation.scatters[(r * batches + batch) * dim + j];
@@ -104,19 +104,17 @@ __global__ void __launch_bounds__(kThreads)
 // N >= D. Zeroes the diagonal of squares [V, G, D, D] and sums the rest; a warp takes a row.
 __global__ void __launch_bounds__(kThreads)
     covariance_rows(int64_t batches, int64_t dim, float* squares, double* sums, Finish finish) {
-  const int lane = threadIdx.x % kLanes;
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
   double sum = 0.0;
-  for (int64_t at = warp; at < batches * dim; at += static_cast<int64_t>(gridDim.x) * kWarps) {
+  for (int64_t at = first_row(); at < batches * dim; at += row_step()) {
     const int64_t i = at % dim;
     float* row = squares + at * dim;
     float square = 0.f;
 #pragma unroll 4
-    for (int64_t j = lane; j < dim; j += kLanes) {
+    for (int64_t j = lane(); j < dim; j += kLanes) {
       const float value = j == i ? 0.f : row[j];
       square += value * value;
     }
-    if (i % kLanes == lane) row[i] = 0.f;
+    if (i % kLanes == lane()) row[i] = 0.f;
     sum += square;
   }
   finish_terms(sum, sums, finish);
@@ -128,12 +126,10 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     round_rows(int64_t rows, int64_t length, const float* squares, T* rounded, float* powers) {
-  const int lane = threadIdx.x % kLanes;
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
-  for (int64_t at = warp; at < rows; at += static_cast<int64_t>(gridDim.x) * kWarps) {
+  for (int64_t at = first_row(); at < rows; at += row_step()) {
     const float* row = squares + at * length;
     float largest = 0.f;
-    for (int64_t j = lane; j < length; j += kLanes) largest = fmaxf(largest, fabsf(row[j]));
+    for (int64_t j = lane(); j < length; j += kLanes) largest = fmaxf(largest, fabsf(row[j]));
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) {
       largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, offset));
@@ -142,10 +138,10 @@ __global__ void __launch_bounds__(kThreads)
     if (largest > 0.f && largest <= 3.4e38f) frexpf(largest, &exponent);
     exponent = max(-126, min(126, exponent));
     const float down = ldexpf(1.f, -exponent);
-    for (int64_t j = lane; j < length; j += kLanes) {
+    for (int64_t j = lane(); j < length; j += kLanes) {
       rounded[at * length + j] = narrow<T>(row[j] * down);
     }
-    if (lane == 0) powers[at] = ldexpf(1.f, exponent);
+    if (lane() == 0) powers[at] = ldexpf(1.f, exponent);
   }
 }
 

@@ -9,7 +9,7 @@ namespace kernels {
 
 using namespace common;
 
-constexpr int kTaken = static_cast<int>(kDeflatedColumns);
+constexpr int kMostDeflated = static_cast<int>(kDeflatedColumns);
 
 // A column and its scatter, for the choice of the largest.
 struct Candidate {
@@ -32,7 +32,6 @@ __device__ __forceinline__ Candidate warp_largest(Candidate mine) {
   }
   return mine;
 }
-
 
 // partials[row block, v, g, 0 or 1, D]: mean minus row 0, and scatter, of each column over the rows
 // of a block; differences[block] = sum (x - y)^2. Welford's update on values less row 0: a common
@@ -110,13 +109,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// The second stage, a thread a column: moments[v, g, 3, D], the mean as row 0 and the rest, because
-// rounding their sum where the common offset is large would shift every centred value, and the
-// scatter; hinges[block]; and of each block the `take` columns of largest scatter, keys and
-// key_columns [v, g, block, K].
+// The second stage, a thread a column: moments[v, g, 3, D], the mean as load_means has it and the scatter;
+// hinges[block]; and of each block the `count` columns of largest scatter, keys and key_columns
+// [v, g, block, K].
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    column_finish(Views<T> views, Cut cut, int64_t batches, int64_t dim, int take, float degrees,
+    column_finish(Views<T> views, Cut cut, int64_t batches, int64_t dim, int count, float degrees,
                   float margin, float eps, const float* partials, float* moments, double* hinges,
                   float* keys, int* key_columns, unsigned* done) {
   const int64_t blocks = (dim + kThreads - 1) / kThreads;
@@ -143,47 +141,51 @@ __global__ void __launch_bounds__(kThreads)
   gap = block_sum(gap);
   if (threadIdx.x == 0) hinges[blockIdx.x] = gap;
 
-  if (take == 0) return;
-  SHARED_ARRAY(float, best_keys, kWarps * kTaken);
-  SHARED_ARRAY(int, best_columns, kWarps * kTaken);
+  if (count == 0) return;
+  SHARED_ARRAY(float, best_keys, kWarps * kMostDeflated);
+  SHARED_ARRAY(int, best_columns, kWarps * kMostDeflated);
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  for (int k = 0; k < kTaken; ++k) {
+  for (int k = 0; k < kMostDeflated; ++k) {
     const Candidate best = warp_largest(mine);
     if (best.column == mine.column) mine.key = kNoCandidate;
     if (lane == k) {
-      best_keys[warp * kTaken + k] = best.key;
-      best_columns[warp * kTaken + k] = best.column;
+      best_keys[warp * kMostDeflated + k] = best.key;
+      best_columns[warp * kMostDeflated + k] = best.column;
     }
   }
   __syncthreads();
   if (warp != 0) return;
   mine = {best_keys[lane], best_columns[lane]};
-  for (int k = 0; k < take; ++k) {
+  for (int k = 0; k < count; ++k) {
     const Candidate best = warp_largest(mine);
     if (best.column == mine.column) mine.key = kNoCandidate;
     if (lane == k) {
-      keys[(batch * blocks + block) * kTaken + k] = best.key;
-      key_columns[(batch * blocks + block) * kTaken + k] = best.column;
+      keys[(batch * blocks + block) * kMostDeflated + k] = best.key;
+      key_columns[(batch * blocks + block) * kMostDeflated + k] = best.column;
     }
   }
 }
 
-// The `take` largest columns of a batch among the candidates of its blocks, by one warp.
+// The `count` largest columns of a batch among the candidates of its blocks, by one warp.
 __device__ __forceinline__ void largest_columns(const float* keys, const int* key_columns,
-                                                int64_t count, int take, int* best_columns) {
+                                                int64_t candidates, int count,
+                                                int* best_columns) {
   const int lane = threadIdx.x % kLanes;
-  int chosen[kTaken] = {-1, -1, -1, -1};
+  int chosen[kMostDeflated] = {-1, -1, -1, -1};
 #pragma unroll
-  for (int k = 0; k < kTaken; ++k) {
-    if (k >= take) break;
+  for (int k = 0; k < kMostDeflated; ++k) {
+    if (k >= count) break;
     Candidate mine = {kNoCandidate, 0};
-    for (int64_t i = lane; i < count; i += kLanes) {
-      if (i % kTaken >= take) continue;
+    for (int64_t i = lane; i < candidates; i += kLanes) {
+      if (i % kMostDeflated >= count) continue;
       const Candidate next = {keys[i], key_columns[i]};
-      bool taken = false;
+      bool chosen_before = false;
 #pragma unroll
-      for (int other = 0; other < kTaken; ++other) taken |= chosen[other] == next.column;
-      if (!taken && (next.key > mine.key || (next.key == mine.key && next.column < mine.column))) {
+      for (int other = 0; other < kMostDeflated; ++other) {
+        chosen_before |= chosen[other] == next.column;
+      }
+      if (!chosen_before &&
+          (next.key > mine.key || (next.key == mine.key && next.column < mine.column))) {
         mine = next;
       }
     }
@@ -192,15 +194,14 @@ __device__ __forceinline__ void largest_columns(const float* keys, const int* ke
   }
 }
 
-
 struct Deflation {
-  int take;                // K, 0 on the covariance side
-  int64_t candidates;      // of each batch
-  const float* keys;       // [V, G, candidates]
-  const int* key_columns;  // [V, G, candidates]
-  float* taken;            // [V, G, K, N]: the deflated columns, centred, float32
-  float* scatters;         // [row block, V, G, D]: sum over its rows of what was stored, squared
-  int64_t* index;          // [V, G, K]
+  int count;                // K, 0 on the covariance side
+  int64_t candidates;       // of each batch
+  const float* keys;        // [V, G, candidates]
+  const int* key_columns;   // [V, G, candidates]
+  float* deflated_columns;  // [V, G, K, N], centred, float32
+  float* scatters;          // [row block, V, G, D]: sum over its rows of what was stored, squared
+  int64_t* index;           // [V, G, K]
 };
 
 // centred = z - mean in z's dtype, the deflated columns zeroed: the operand of the products.
@@ -209,38 +210,37 @@ __global__ void __launch_bounds__(kThreads, 2)
     centre(Views<T> views, int64_t groups, Cut cut, const float* moments, Deflation deflation,
            T* centred) {
   constexpr int W = kColumns<T, Vectors>;
-  SHARED_ARRAY(int, best_columns, kTaken);
+  SHARED_ARRAY(int, best_columns, kMostDeflated);
   SHARED_ARRAY(float, scatters, kThreads * W);
   const Place at = place(cut);
   const Columns<W, Vectors> columns(cut, at.tile);
   const int64_t rows = cut.rows, dim = cut.columns;
-  const int warp = threadIdx.x / kLanes, take = deflation.take;
+  const int warp = threadIdx.x / kLanes, count = deflation.count;
   const View<T> z = views[at.batch / groups];
   const T* base = z.data + at.batch % groups * z.group;
 
   unsigned deflated[W] = {};  // 1 + the place in T
-  if (take > 0) {
+  if (count > 0) {
     if (warp == 0) {
       largest_columns(deflation.keys + at.batch * deflation.candidates,
                       deflation.key_columns + at.batch * deflation.candidates,
-                      deflation.candidates, take, best_columns);
+                      deflation.candidates, count, best_columns);
     }
     __syncthreads();
-    for (int k = 0; k < take; ++k) {
+    for (int k = 0; k < count; ++k) {
       const int column = best_columns[k];
 #pragma unroll
       for (int w = 0; w < W; ++w) {
         if (columns[w] == column) deflated[w] = k + 1;
       }
       if (at.tile == 0 && at.row_block == 0 && threadIdx.x == 0) {
-        deflation.index[at.batch * take + k] = column;
+        deflation.index[at.batch * count + k] = column;
       }
     }
   }
 
   float first[W] = {}, mean[W] = {}, scatter[W] = {};
-  load(moments + at.batch * 3 * dim, 1, columns, first);
-  load(moments + at.batch * 3 * dim + dim, 1, columns, mean);
+  load_means(moments + at.batch * 3 * dim, dim, columns, first, mean);
 #pragma unroll 2
   for (int64_t n = at.row_begin + warp; n < at.row_end; n += kWarps) {
     float value[W] = {};
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int w = 0; w < W; ++w) {
       value[w] = (value[w] - first[w]) - mean[w];
       if (deflated[w] != 0u) {
-        deflation.taken[(at.batch * take + deflated[w] - 1) * rows + n] = value[w];
+        deflation.deflated_columns[(at.batch * count + deflated[w] - 1) * rows + n] = value[w];
         value[w] = 0.f;
       }
       const float stored = widen(narrow<T>(value[w]));
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     store(centred + (at.batch * rows + n) * dim, columns, value);
   }
-  if (take == 0) return;
+  if (count == 0) return;
 
 #pragma unroll
   for (int w = 0; w < W; ++w) scatters[warp * kLanes * W + columns.slot(w)] = scatter[w];

@@ -5,14 +5,11 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "common/cpu/rows.h"
 #include "common/cpu/vector.h"
 #include "vicregl/formula.h"
-
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed to what is always inlined
 
 namespace vicregl {
 namespace {  // included by cpu.cpp alone
@@ -23,11 +20,7 @@ using common::Tensor;
 constexpr int64_t kLanes = 8;
 using Vector = float __attribute__((vector_size(32)));
 
-KERNELS_ALWAYS_INLINE Vector load(const float* from) {
-  Vector value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
+KERNELS_ALWAYS_INLINE Vector load(const float* from) { return common::load<Vector>(from); }
 
 KERNELS_ALWAYS_INLINE float lane_sum(const Vector& a) {
   return ((a[0] + a[4]) + (a[1] + a[5])) + ((a[2] + a[6]) + (a[3] + a[7]));
@@ -111,23 +104,23 @@ KERNELS_VECTOR inline int32_t first_least(const float* d, int64_t count) {
       at[lane] = closer ? static_cast<int32_t>(j + lane) : at[lane];
     }
   }
-  int32_t found = 0;
+  int32_t nearest = 0;
   float least = d[0];
   if (whole > 0) {
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      if (before(best[lane], at[lane], least, found)) {
+      if (before(best[lane], at[lane], least, nearest)) {
         least = best[lane];
-        found = at[lane];
+        nearest = at[lane];
       }
     }
   }
   for (int64_t j = whole; j < count; ++j) {
     if (d[j] < least) {
       least = d[j];
-      found = static_cast<int32_t>(j);
+      nearest = static_cast<int32_t>(j);
     }
   }
-  return found;
+  return nearest;
 }
 
 // order: scratch, [count].

@@ -7,14 +7,9 @@
 namespace vicregl {
 namespace kernels {
 
-using common::kAllLanes;
-using common::kLanes;
-using common::kThreads;
-using common::kWarps;
-using common::narrow;
-using common::Pack;
-using common::warp_sum;
-using common::widen;
+using common::first_row, common::lane, common::row_step, common::warp, common::warp_sum;
+using common::kAllLanes, common::kLanes, common::kThreads, common::kWarps;
+using common::pieces::kWidth, common::pieces::load, common::pieces::store;
 
 template <typename T>
 struct Maps {
@@ -26,11 +21,11 @@ struct Maps {
   }
 };
 
-// The same, of a dtype that only the launch knows: 0 float32, 1 float16, 2 bfloat16.
+// The same, of a dtype that only the launch knows.
 struct AnyMaps {
   const void* data;
   int64_t view, sample, row, column;
-  int dtype;
+  int dtype;  // as common::dtype_code
 
   __device__ __forceinline__ int64_t at(int64_t v, int64_t n, int64_t position) const {
     return v * view + n * sample + position * row;
@@ -43,45 +38,6 @@ struct Shape {
 
   __host__ __device__ int64_t samples() const { return views_a * views_b * batch; }
 };
-
-// Elements an access moves: 16 bytes' worth where every row is aligned for them, else one.
-template <typename T, bool Vectors>
-constexpr int kWidth = Vectors ? 16 / static_cast<int>(sizeof(T)) : 1;
-
-// out = W adjacent elements.
-template <int W, typename T>
-__device__ __forceinline__ void load(const T* from, float (&out)[W]) {
-  if constexpr (W == 1) {
-    out[0] = widen(*from);
-  } else {
-    const auto pack = Pack<T, W>::read(from);
-#pragma unroll
-    for (int w = 0; w < W; ++w) out[w] = widen(pack.values[w]);
-  }
-}
-
-template <int W>
-__device__ __forceinline__ void load(const AnyMaps& z, int64_t at, float (&out)[W]) {
-  if (z.dtype == 0) {
-    load(static_cast<const float*>(z.data) + at, out);
-  } else if (z.dtype == 1) {
-    load(static_cast<const __half*>(z.data) + at, out);
-  } else {
-    load(static_cast<const __nv_bfloat16*>(z.data) + at, out);
-  }
-}
-
-template <int W, typename T>
-__device__ __forceinline__ void store(T* to, const float (&in)[W]) {
-  if constexpr (W == 1) {
-    *to = narrow<T>(in[0]);
-  } else {
-    Pack<T, W> pack;
-#pragma unroll
-    for (int w = 0; w < W; ++w) pack.values[w] = narrow<T>(in[w]);
-    pack.write(to);
-  }
-}
 
 }  // namespace kernels
 }  // namespace vicregl

@@ -56,9 +56,11 @@ struct Stage {
       for (int w = 0; w < W; ++w) kept[step][w] = 0.f;
       if (c >= channels) continue;
       if (r < TA) {
-        if (r < rows_a) kernels::load(a, a0 + r * a.row + c * a.column, kept[step]);
+        if (r < rows_a) kernels::load(a.data, a.dtype, a0 + r * a.row + c * a.column, kept[step]);
       } else if (r - TA < rows_b) {
-        if (r < TA + TB) kernels::load(b, b0 + (r - TA) * b.row + c * b.column, kept[step]);
+        if (r < TA + TB) {
+          kernels::load(b.data, b.dtype, b0 + (r - TA) * b.row + c * b.column, kept[step]);
+        }
       }
     }
   }

@@ -19,12 +19,6 @@ struct Matches {
   Kept kept;
 };
 
-__device__ __forceinline__ int lane() { return threadIdx.x % kLanes; }
-__device__ __forceinline__ int64_t first_row() {
-  return int64_t{blockIdx.x} * kWarps + threadIdx.x / kLanes;
-}
-__device__ __forceinline__ int64_t row_step() { return int64_t{gridDim.x} * kWarps; }
-
 __device__ __forceinline__ int lowest(unsigned mask) {
 #ifdef __CUDACC__
   return __ffs(static_cast<int>(mask)) - 1;
@@ -77,9 +71,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 // One block: the sum of the partials in a fixed order.
 __global__ void __launch_bounds__(kThreads)
     pair_finish(const double* partials, int64_t count, float* result) {
-  double total = 0.0;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) total += partials[i];
-  total = common::block_sum(total);
+  const double total = common::sum_of(partials, count);
   if (threadIdx.x == 0) *result = static_cast<float>(total);
 }
 

@@ -20,14 +20,14 @@ def store_gradient(
     sx_g, sx_n, sx_d, sy_g, sy_n, sy_d,
     invariance_factor, variance_factor, covariance_factor, w0, w1, w2,
     degrees, margin, eps,
-    VIEWS: tl.constexpr, GRAM: tl.constexpr, TAKEN: tl.constexpr, FORMAT: tl.constexpr,
+    VIEWS: tl.constexpr, GRAM: tl.constexpr, DEFLATED: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Turns a tile of the product, acc at `row` and `column`, into one of the gradient:
 
         a_inv (x - y) - a_var [std < margin] zc / (degrees std) + a_cov (product - d zc)
 
     where d is the column's scatter on the Gram side, so that i = j drops out, and 0 on the other;
-    taken columns have theirs in `deflated`. each: grads holds those of the four terms, else of the
+    deflated columns have theirs in `deflated`. each: grads holds those of the four terms, else of
     loss. There d multiplies the operand's value, as the product did: what rounding is left is that
     of d, no larger than that of the square operand.
     """
@@ -62,8 +62,8 @@ def store_gradient(
     centred = (own - origin[None, :]) - offset[None, :]
     if GRAM:
         acc -= scatter[None, :] * value(centred, FORMAT)
-        for k in tl.static_range(TAKEN):
-            at = p * TAKEN + k
+        for k in tl.static_range(DEFLATED):
+            at = p * DEFLATED + k
             exact = tl.load(deflated + at * rows + tall, mask=row < rows, other=0.0)
             acc = tl.where((column == tl.load(index + at))[None, :], exact[:, None], acc)
     grad = a_cov * acc - slope[None, :] * centred
@@ -88,7 +88,7 @@ def gradient_kernel(
     sx_g, sx_n, sx_d, sy_g, sy_n, sy_d,
     invariance_factor, variance_factor, covariance_factor, w0, w1, w2,
     degrees, margin, eps,
-    VIEWS: tl.constexpr, GRAM: tl.constexpr, TAKEN: tl.constexpr,
+    VIEWS: tl.constexpr, GRAM: tl.constexpr, DEFLATED: tl.constexpr,
     FORMAT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -153,5 +153,5 @@ def gradient_kernel(
         acc, row, column, plane, grads, x, y, moments, deflated, index, grad_x, grad_y,
         groups, rows, dim, each, sx_g, sx_n, sx_d, sy_g, sy_n, sy_d,
         invariance_factor, variance_factor, covariance_factor, w0, w1, w2, degrees, margin, eps,
-        VIEWS, GRAM, TAKEN, FORMAT,
+        VIEWS, GRAM, DEFLATED, FORMAT,
     )  # fmt: skip

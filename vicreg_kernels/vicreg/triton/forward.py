@@ -25,8 +25,10 @@ def next_largest(key, index):
 
 
 @triton.jit
-def largest_columns(candidates, candidate_index, blocks, TAKEN: tl.constexpr, WIDTH: tl.constexpr):
-    """The TAKEN (3 or 4) columns of largest scatter among the blocks' candidates, [4]; -1: none.
+def largest_columns(
+    candidates, candidate_index, blocks, DEFLATED: tl.constexpr, WIDTH: tl.constexpr
+):
+    """The DEFLATED (3 or 4) columns of largest scatter among the blocks' candidates, [4]; -1: none.
 
     Also the sum of the other columns' squared variances. WIDTH >= 4 blocks.
     """
@@ -37,7 +39,7 @@ def largest_columns(candidates, candidate_index, blocks, TAKEN: tl.constexpr, WI
     second, key = next_largest(key, index)
     third, key = next_largest(key, index)
     fourth = third * 0 - 1
-    if TAKEN > 3:
+    if DEFLATED > 3:
         fourth, key = next_largest(key, index)
     k = tl.arange(0, 4)
     chosen = tl.where(k == 0, first, tl.where(k == 1, second, tl.where(k == 2, third, fourth)))
@@ -48,20 +50,21 @@ def largest_columns(candidates, candidate_index, blocks, TAKEN: tl.constexpr, WI
 
 @triton.jit(do_not_specialize=["groups", "rows", "blocks", "splits"])
 def product_kernel(
-    x, y, moments, out, sums, candidates, candidate_index, index, taken, diagonal,
+    x, y, moments, out, sums, candidates, candidate_index, index, deflated_columns, diagonal,
     groups, rows, dim, side, blocks, splits, chunk,
     sx_g, sx_n, sx_d, sy_g, sy_n, sy_d,
     degrees,
     GRAM: tl.constexpr, WHOLE: tl.constexpr, FORMAT: tl.constexpr, PRECISION: tl.constexpr,
-    TAKEN: tl.constexpr, WIDTH: tl.constexpr,
+    DEFLATED: tl.constexpr, WIDTH: tl.constexpr,
     TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One tile (i <= j) of one plane over one chunk of the reduction, and its mirror image.
 
     GRAM: Zr Zr^T [N, N] over columns, where Zr leaves out the columns of largest scatter: they go
-    to `taken` [planes, 4, N] and `index`, the sum of the others' squared variances to `diagonal`.
-    Else Zc^T Zc [D, D] over rows with a zero diagonal. out: [planes, splits, m, m]; side: m.
-    WHOLE (D x D, one split): the sum of squared covariances too; else `strips_kernel` finds it.
+    to `deflated_columns` [planes, 4, N] and `index`, the sum of the others' squared variances to
+    `diagonal`. Else Zc^T Zc [D, D] over rows with a zero diagonal. out: [planes, splits, m, m];
+    side: m. WHOLE (D x D, one split): the sum of squared covariances too; else `strips_kernel`
+    finds it.
 
     N D m operations a view, half of the full product's; a tile reads 2 TILE chunk elements and
     writes at most 8 TILE^2 bytes. Splits fill the GPU where tiles are few, and keep the tensor
@@ -94,7 +97,7 @@ def product_kernel(
     b_ptr = z + b_side.to(tl.int64)[:, None] * s_side
     if GRAM:
         chosen, others = largest_columns(
-            candidates + p * blocks * 5, candidate_index + p * blocks * 4, blocks, TAKEN, WIDTH
+            candidates + p * blocks * 5, candidate_index + p * blocks * 4, blocks, DEFLATED, WIDTH
         )
         k = tl.arange(0, 4)
         t0 = tl.sum(tl.where(k == 0, chosen, 0))
@@ -110,9 +113,9 @@ def product_kernel(
             centred = (column - origin[None, :]) - offset[None, :]
             column = tl.where(there[None, :], centred, 0.0)
             at = (p * 4 + k)[None, :] * rows + a_side[:, None]
-            tl.store(taken + at, column, mask=a_live)
+            tl.store(deflated_columns + at, column, mask=a_live)
             if i == 0:
-                tl.store(index + p * TAKEN + k, chosen.to(tl.int64), mask=k < TAKEN)
+                tl.store(index + p * DEFLATED + k, chosen.to(tl.int64), mask=k < DEFLATED)
                 tl.store(diagonal + p, others)
     else:
         a_origin, a_offset = load_mean(mean_ptr, dim, a_side, a_side < side)
@@ -156,20 +159,20 @@ def product_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def strips_kernel(
-    parts, squares, sums, taken, deflated, diagonal,
+    parts, squares, sums, deflated_columns, deflated, diagonal,
     side, splits,
     degrees,
-    GRAM: tl.constexpr, TAKEN: tl.constexpr, ROUND: tl.constexpr,
+    GRAM: tl.constexpr, DEFLATED: tl.constexpr, ROUND: tl.constexpr,
     STRIP: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """STRIP rows of one plane's square matrix: adds the splits, stores, sums squared covariances.
 
-    GRAM: brings the taken columns back without cancellation (docs/cancellation.md): with Kr the
+    GRAM: brings the deflated columns back without cancellation (docs/cancellation.md): with Kr the
     matrix of the others, `squares` = Kr + Z_T Z_T^T, `deflated` row k = Kr z_k + sum over the other
-    taken i of z_i (z_i . z_k), and the sum gains 2 z_k^T Kr z_k and the taken columns' own products
-    and loses `diagonal`. parts: [planes, splits, m, m], or `squares` itself with one split.
-    squares: float32, or bfloat16 where the gradient's product takes it so. ROUND: the interpreter
-    truncates to bfloat16.
+    deflated i of z_i (z_i . z_k), and the sum gains 2 z_k^T Kr z_k and the deflated columns' own
+    products and loses `diagonal`. parts: [planes, splits, m, m], or `squares` itself with one
+    split. squares: float32, or bfloat16 where the gradient's product takes it so. ROUND: the
+    interpreter truncates to bfloat16.
 
     Reads 4 splits m^2 bytes a plane and writes 4 m^2, from and to L2 at the sizes that are split.
     """
@@ -182,9 +185,11 @@ def strips_kernel(
     k = tl.arange(0, 4)
     line = row.to(tl.int64)[:, None] * side
     plane_size = tl.cast(side, tl.int64) * side
-    taken_ptr = taken + p * 4 * side
+    deflated_ptr = deflated_columns + p * 4 * side
     if GRAM:
-        own = tl.load(taken_ptr + k[None, :] * side + row[:, None], mask=live[:, None], other=0.0)
+        own = tl.load(
+            deflated_ptr + k[None, :] * side + row[:, None], mask=live[:, None], other=0.0
+        )
         applied = tl.zeros((STRIP, 4), tl.float32)  # Kr z_k
         cross = tl.zeros((4, 4), tl.float32)  # z_i . z_k
 
@@ -203,7 +208,7 @@ def strips_kernel(
         total += c * c
         if GRAM:
             inside = (column < side)[None, :]
-            z = tl.load(taken_ptr + k[:, None] * side + column[None, :], mask=inside, other=0.0)
+            z = tl.load(deflated_ptr + k[:, None] * side + column[None, :], mask=inside, other=0.0)
             applied += tl.sum(m[:, None, :] * z[None, :, :], axis=2)
             cross += tl.sum(z[:, None, :] * z[None, :, :], axis=2)
             m += tl.sum(own[:, :, None] * z[None, :, :], axis=1)
@@ -218,8 +223,8 @@ def strips_kernel(
             c = cross * inverse
             answer += tl.sum(c * c).to(tl.float64) - tl.load(diagonal + p)
         applied += tl.sum(own[:, :, None] * cross[None, :, :], axis=1)
-        at = deflated + p * TAKEN * side + k[None, :] * side + row[:, None]
-        tl.store(at, applied, mask=live[:, None] & (k < TAKEN)[None, :])
+        at = deflated + p * DEFLATED * side + k[None, :] * side + row[:, None]
+        tl.store(at, applied, mask=live[:, None] & (k < DEFLATED)[None, :])
     tl.store(sums + p * strips + strip, answer)
 
 

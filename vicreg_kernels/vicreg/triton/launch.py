@@ -39,7 +39,7 @@ class LaunchPlan:
         self.gram = self.rows < self.dim
         self.side, self.length = min(self.rows, self.dim), max(self.rows, self.dim)
         # The D x D side takes none, and is not compiled for how many there are.
-        self.taken = min(contract.DEFLATED_COLUMNS, self.dim) if self.gram else 0
+        self.deflated_count = min(contract.DEFLATED_COLUMNS, self.dim) if self.gram else 0
         self.degrees = float(self.rows - (1 if unbiased else 0))
         name, self.processors, _ = device_of(x)
         self.format, self.forward_precision, self.backward_precision = operand_format(x, tf32x3)
@@ -93,7 +93,7 @@ _CENTRE = (16, 128, 4, 8)
 
 class _Columns:
     """What the Gram side's statistics tell its product: candidates for the columns of largest
-    scatter, and what the product tells `strips_kernel`: the columns taken, and the others' sum.
+    scatter, and what the product tells `strips_kernel`: the deflated columns, and the others' sum.
     """
 
     def __init__(self, p: LaunchPlan, blocks: int, diagonal: Tensor) -> None:
@@ -101,7 +101,7 @@ class _Columns:
         self.blocks, self.diagonal = blocks, diagonal
         self.candidates = p.empty(planes, blocks, 5)
         self.candidate_index = p.empty(planes, blocks, 4, dtype=torch.int32)
-        self.taken = p.empty(planes, 4, p.rows)
+        self.deflated_columns = p.empty(planes, 4, p.rows)
         # At least 512, so that one kernel serves up to 128 blocks of columns, D = 8192.
         self.width = max(512, triton.next_power_of_2(4 * blocks))
 
@@ -128,11 +128,11 @@ class _Product:
         tile, depth, warps, stages = p.config.product
         product_kernel[(p.planes * self.splits * self.tiles,)](
             p.x, p.y, moments, out, sums, columns.candidates, columns.candidate_index, index,
-            columns.taken, columns.diagonal,
+            columns.deflated_columns, columns.diagonal,
             p.groups, p.rows, p.dim, p.side, columns.blocks, self.splits, self.chunk, *p.strides,
             p.degrees,
             GRAM=p.gram, WHOLE=self.whole, FORMAT=p.format, PRECISION=p.forward_precision,
-            TAKEN=p.taken, WIDTH=columns.width,
+            DEFLATED=p.deflated_count, WIDTH=columns.width,
             TILE=tile, DEPTH=depth, num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
@@ -144,9 +144,9 @@ class _Product:
         row_blocks = triton.cdiv(p.rows, height * steps)
         centre_kernel[(p.planes * row_blocks * triton.cdiv(p.dim, width),)](
             p.x, p.y, moments, centred, columns.candidates, columns.candidate_index, index,
-            columns.taken, columns.diagonal,
+            columns.deflated_columns, columns.diagonal,
             p.groups, p.rows, p.dim, columns.blocks, row_blocks, *p.strides,
-            GRAM=p.gram, FORMAT=p.format, TAKEN=p.taken, WIDTH=columns.width,
+            GRAM=p.gram, FORMAT=p.format, DEFLATED=p.deflated_count, WIDTH=columns.width,
             ROWS=height, COLUMNS=width, STEPS=steps, num_warps=warps,
         )  # fmt: skip
         height, width, depth, warps, stages, band = p.config.tma_product
@@ -226,8 +226,8 @@ def forward(
             product.launch(p, columns, moments, parts, sums, index)
         if not product.whole:
             strips_kernel[(p.planes * strips,)](
-                parts, squares, sums, columns.taken, deflated, diagonal, p.side, product.splits,
-                p.degrees, GRAM=p.gram, TAKEN=p.taken,
+                parts, squares, sums, columns.deflated_columns, deflated, diagonal, p.side,
+                product.splits, p.degrees, GRAM=p.gram, DEFLATED=p.deflated_count,
                 ROUND=p.format == "bf16 in fp32" and squares.dtype == x.dtype,
                 STRIP=strip, WIDTH=strip_width, num_warps=strip_warps,
             )  # fmt: skip
@@ -278,7 +278,7 @@ def backward(
             tiled_gradient_kernel[(planes * tiles,)](
                 _described(a, (height, depth)), _described(b, (depth, width)),
                 grads, p.x, p.y, moments, deflated, index, grad_x, grad_y, *sizes, *shared,
-                VIEWS=p.views, GRAM=p.gram, TAKEN=p.taken, FORMAT=p.format,
+                VIEWS=p.views, GRAM=p.gram, DEFLATED=p.deflated_count, FORMAT=p.format,
                 ROWS=height, COLUMNS=width, DEPTH=depth, BAND=band,
                 num_warps=warps, num_stages=stages,
             )  # fmt: skip
@@ -288,7 +288,7 @@ def backward(
             gradient_kernel[(planes * tiles,)](
                 grads, p.x, p.y, moments, squares, deflated, index, grad_x, grad_y,
                 *sizes, p.side, *shared,
-                VIEWS=p.views, GRAM=p.gram, TAKEN=p.taken,
+                VIEWS=p.views, GRAM=p.gram, DEFLATED=p.deflated_count,
                 FORMAT=p.format, PRECISION=p.backward_precision,
                 ROWS=height, COLUMNS=width, DEPTH=depth, num_warps=warps, num_stages=stages,
             )  # fmt: skip

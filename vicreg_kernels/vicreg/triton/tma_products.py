@@ -27,17 +27,17 @@ from vicreg_kernels.vicreg.triton.forward import largest_columns
 
 @triton.jit(do_not_specialize=["groups", "rows", "blocks", "row_blocks"])
 def centre_kernel(
-    x, y, moments, centred, candidates, candidate_index, index, taken, diagonal,
+    x, y, moments, centred, candidates, candidate_index, index, deflated_columns, diagonal,
     groups, rows, dim, blocks, row_blocks,
     sx_g, sx_n, sx_d, sy_g, sy_n, sy_d,
-    GRAM: tl.constexpr, FORMAT: tl.constexpr, TAKEN: tl.constexpr, WIDTH: tl.constexpr,
+    GRAM: tl.constexpr, FORMAT: tl.constexpr, DEFLATED: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """The operands of one plane's products, centred [planes, N, D], ROWS STEPS rows of COLUMNS.
 
-    GRAM: with zeros in the columns of largest scatter, which go to `taken` [planes, 4, N] and
-    `index`; the sum of the others' squared variances goes to `diagonal`. Reads N D elements a view
-    and writes as many.
+    GRAM: with zeros in the columns of largest scatter, which go to `deflated_columns`
+    [planes, 4, N] and `index`; the sum of the others' squared variances goes to `diagonal`. Reads
+    N D elements a view and writes as many.
     """
     across = tl.cdiv(dim, COLUMNS)
     j = tl.program_id(0) % across
@@ -54,14 +54,14 @@ def centre_kernel(
     origin, offset = load_mean(mean_ptr, dim, column, inside)
     if GRAM:
         chosen, others = largest_columns(
-            candidates + p * blocks * 5, candidate_index + p * blocks * 4, blocks, TAKEN, WIDTH
+            candidates + p * blocks * 5, candidate_index + p * blocks * 4, blocks, DEFLATED, WIDTH
         )
         k = tl.arange(0, 4)
         left_out = tl.max((chosen[:, None] == column[None, :]).to(tl.int32), axis=0)
         there = chosen >= 0
         t_origin, t_offset = load_mean(mean_ptr, dim, chosen, there)
         if (i == 0) & (j == 0):
-            tl.store(index + p * TAKEN + k, chosen.to(tl.int64), mask=k < TAKEN)
+            tl.store(index + p * DEFLATED + k, chosen.to(tl.int64), mask=k < DEFLATED)
             tl.store(diagonal + p, others)
     for step in range(STEPS):
         row = (i * STEPS + step) * ROWS + tl.arange(0, ROWS)
@@ -74,11 +74,12 @@ def centre_kernel(
         if GRAM:
             own = tl.where((left_out == 0)[None, :], own, 0.0)
             if j == 0:
-                taken_at = z + tall * s_n + chosen.to(tl.int64)[None, :] * s_d
-                value = tl.load(taken_at, mask=live & there[None, :], other=0.0).to(tl.float32)
+                deflated_at = z + tall * s_n + chosen.to(tl.int64)[None, :] * s_d
+                value = tl.load(deflated_at, mask=live & there[None, :], other=0.0).to(tl.float32)
                 value = (value - t_origin[None, :]) - t_offset[None, :]
                 value = tl.where(there[None, :], value, 0.0)
-                tl.store(taken + (p * 4 + k)[None, :] * rows + row[:, None], value, mask=live)
+                to = deflated_columns + (p * 4 + k)[None, :] * rows + row[:, None]
+                tl.store(to, value, mask=live)
         target = centred + (p * rows + tall) * dim + column[None, :]
         tl.store(target, operand(own, FORMAT).to(centred.dtype.element_ty), mask=keep)
 
@@ -177,7 +178,7 @@ def tiled_gradient_kernel(
     sx_g, sx_n, sx_d, sy_g, sy_n, sy_d,
     invariance_factor, variance_factor, covariance_factor, w0, w1, w2,
     degrees, margin, eps,
-    VIEWS: tl.constexpr, GRAM: tl.constexpr, TAKEN: tl.constexpr, FORMAT: tl.constexpr,
+    VIEWS: tl.constexpr, GRAM: tl.constexpr, DEFLATED: tl.constexpr, FORMAT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """One tile of the gradient of one plane: the product K Zc (GRAM) or Zc S, then the epilogue of
@@ -215,5 +216,5 @@ def tiled_gradient_kernel(
                     grads, x, y, moments, deflated, index, grad_x, grad_y,
                     groups, rows, dim, each, sx_g, sx_n, sx_d, sy_g, sy_n, sy_d,
                     invariance_factor, variance_factor, covariance_factor, w0, w1, w2,
-                    degrees, margin, eps, VIEWS, GRAM, TAKEN, FORMAT,
+                    degrees, margin, eps, VIEWS, GRAM, DEFLATED, FORMAT,
                 )  # fmt: skip
