@@ -12,3 +12,5 @@ if not os.environ.get("CI") and not all(map(find_spec, TRAINER)):
     collect_ignore_glob += ["test_*.py"]
 if not os.environ.get("CI") and find_spec("gymnasium") is None:  # the extra `worlds`
     collect_ignore_glob += ["test_world_environments.py"]
+if not os.environ.get("CI") and find_spec("kornia") is None:  # the extra `augment`
+    collect_ignore_glob += ["test_natural.py"]

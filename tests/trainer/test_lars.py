@@ -18,8 +18,10 @@ from vicreg_jepa.training.optimizers import LARS
 RATE, MOMENTUM, TRUST, DECAY = 0.3, 0.9, 0.001, 0.05
 
 
-def literal(weights, gradients, decay: float) -> torch.Tensor:
-    """You, Gitman and Ginsburg (2017), algorithm 1, step by step in float64."""
+def literal(weights, gradients, decay: float, cap: bool = False) -> torch.Tensor:
+    """You, Gitman and Ginsburg (2017), algorithm 1, step by step in float64; with cap as solo-learn
+    changes it.
+    """
     w, v = weights.double(), torch.zeros_like(weights, dtype=torch.float64)
     for g in gradients:
         g = g.double()
@@ -27,7 +29,8 @@ def literal(weights, gradients, decay: float) -> torch.Tensor:
         if decay:
             norms = w.norm(), g.norm()
             if norms[0] > 0 and norms[1] > 0:
-                rate = RATE * float(TRUST * norms[0] / (norms[1] + decay * norms[0]))
+                trust = float(TRUST * norms[0] / (norms[1] + decay * norms[0]))
+                rate = min(trust, RATE) if cap else RATE * trust
         v = MOMENTUM * v + rate / RATE * (g + decay * w)
         w = w - RATE * v
     return w
@@ -35,17 +38,18 @@ def literal(weights, gradients, decay: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("start", [1.0, 0.0, 1e-20, 1e15])
 @pytest.mark.parametrize("decay", [0.0, DECAY])
-def test_it_is_the_published_rule(start, decay):
+@pytest.mark.parametrize("cap", [False, True])
+def test_it_is_the_published_rule(start, decay, cap):
     weights = torch.randn(7, 5) * start
     gradients = [torch.randn(7, 5) for _ in range(4)]
     gradients[2].zero_()
     made = nn.Parameter(weights.clone())
-    optimizer = LARS([{"params": [made], "weight_decay": decay}], lr=RATE)
+    optimizer = LARS([{"params": [made], "weight_decay": decay}], lr=RATE, cap_trust=cap)
     for gradient in gradients:
         made.grad = gradient.clone()
         optimizer.step()
         assert torch.equal(made.grad, gradient)
-    expected = literal(weights, gradients, decay)
+    expected = literal(weights, gradients, decay, cap)
     torch.testing.assert_close(made.detach().double(), expected, rtol=1e-5, atol=1e-9)
 
 

@@ -14,6 +14,7 @@ from vicreg_jepa.config.load import (
     recipes,
 )
 from vicreg_jepa.config.settings import (
+    Augmentation,
     Config,
     Data,
     Loss,
@@ -23,6 +24,7 @@ from vicreg_jepa.config.settings import (
 )
 
 __all__ = [
+    "Augmentation",
     "Config",
     "ConfigError",
     "Data",

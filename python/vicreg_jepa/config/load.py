@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from vicreg_jepa.config import yaml_text
-from vicreg_jepa.config.rules import KINDS, OF_VIT
-from vicreg_jepa.config.settings import Config, Data, Model, Optimizer
+from vicreg_jepa.config.rules import KINDS, OF_LARS, OF_NATURAL, OF_VIT
+from vicreg_jepa.config.settings import Augmentation, Config, Data, Model, Optimizer
 from vicreg_jepa.methods.base import taken_by
 
 RECIPES = Path(__file__).with_name("recipes")
@@ -27,9 +27,9 @@ def recipes() -> list[str]:
 def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Load a recipe by name, or a YAML file, and apply `key=value` or `section.key=value`.
 
-    If an override replaces data.kind, method, model.encoder or optimizer.name, the file's settings
-    that apply only to its own choice are dropped. Raises ConfigError naming the key, also if a key
-    is given twice, as by a shell that expands braces.
+    If an override replaces data.kind, method, augment.name, model.encoder or optimizer.name, the
+    file's settings that apply only to its own choice are dropped. Raises ConfigError naming the
+    key, also if a key is given twice, as by a shell that expands braces.
     """
     values = _read(source)
     keys = [_key(word) for word in overrides]
@@ -90,10 +90,13 @@ def _give_way(values: dict[str, Any], chosen: dict[str, Any]) -> None:
         if method not in methods:
             section, name = key.split(".")
             drop(section, [name])
-    if replaced("model", "encoder", Model().encoder) == "conv":
+    if replaced("augment", "name", Augmentation().name) == "digits":
+        drop("augment", OF_NATURAL)
+    if replaced("model", "encoder", Model().encoder) not in (None, "vit"):
         drop("model", OF_VIT)
-    if replaced("optimizer", "name", Optimizer().name) == "lars":
-        drop("optimizer", ["betas"])
+    optimizer = replaced("optimizer", "name", Optimizer().name)
+    if optimizer is not None:
+        drop("optimizer", ["betas"] if optimizer == "lars" else OF_LARS)
 
 
 def layered(words: Sequence[str], over: Sequence[str]) -> list[str]:

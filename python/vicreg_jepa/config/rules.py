@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vicreg_jepa.methods import drawing
 from vicreg_jepa.methods.base import METHODS, check_encoder, check_heads, taken_by
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ KINDS = {
 }
 
 OF_VIT = ("depth", "heads", "patch")
+OF_NATURAL = drawing.NATURAL
+OF_LARS = ("trust", "cap_trust")
 DATA_KINDS = {
     "images": ("digits", "images", "torchvision", "webdataset"),
     "videos": ("videos", "webdataset", "physics"),
@@ -42,11 +45,12 @@ def check(config: Config) -> None:
         takes = f"{kind.data}: {', '.join(kinds)}"
         raise ValueError(f"data.kind: got {config.data.kind!r}, {method} takes {takes}")
     if kind.learns == "tokens" and config.model.encoder != "vit":
-        raise ValueError(f"model.encoder: got 'conv', {method} takes 'vit'")
+        raise ValueError(f"model.encoder: got {config.model.encoder!r}, {method} takes 'vit'")
     _all_are_taken(config)
     if kind.check is not None:
         kind.check(config)
     check_encoder(config)
+    drawing.check(config)
     if kind.learns == "tokens":
         check_heads(config.model, "predictor_heads", "predictor_dim")
     if config.loss.vc_weight and config.training.accumulate > 1:
@@ -68,12 +72,17 @@ def _all_are_taken(config: Config) -> None:
     for key, methods in taken_by().items():
         if config.method not in methods:
             _has_its_default(config, key, f"used by {', '.join(methods)}, not by {config.method}")
-    if config.model.encoder == "conv":
+    encoder = config.model.encoder
+    if encoder != "vit":
         for name in OF_VIT:
             key = f"model.{name}"
-            _has_its_default(config, key, "used by model.encoder 'vit', not by 'conv'")
+            _has_its_default(config, key, f"used by model.encoder 'vit', not by {encoder!r}")
     if config.optimizer.name == "lars":
         _has_its_default(config, "optimizer.betas", "used by optimizer.name 'adamw', not by 'lars'")
+    else:
+        for name in OF_LARS:
+            key = f"optimizer.{name}"
+            _has_its_default(config, key, "used by optimizer.name 'lars', not by 'adamw'")
 
 
 def _has_its_default(config: Config, key: str, users: str) -> None:
@@ -100,7 +109,8 @@ def _is_of_whole_batches(config: Config) -> None:
 def _can_be_sharded(config: Config) -> None:
     got = "training.parallel: got 'fsdp'"
     if config.model.encoder != "vit":
-        raise ValueError(f"{got}, which shards transformers; model.encoder 'conv' takes 'ddp'")
+        encoder = config.model.encoder
+        raise ValueError(f"{got}, which shards transformers; model.encoder {encoder!r} takes 'ddp'")
     if config.optimizer.name == "lars":
         raise ValueError(f"{got}; optimizer.name 'lars' needs whole tensors and takes 'ddp'")
     if config.training.compile:

@@ -17,6 +17,8 @@ from vicreg_jepa.methods.base import find
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+AboveZero = Annotated[float, Field(gt=0.0, le=1.0)]
+Half = Annotated[float, Field(ge=0.0, le=0.5)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 
 
@@ -98,16 +100,17 @@ class Data(Settings):
 
 
 class Model(Settings):
-    """The networks. patch, tubelet: pixels and frames of a token; sees: whether a video encoder's
-    tokens attend to the whole clip or only to their own token frame; expander: inner and output
-    width of the network before a loss of batch statistics; activation: of the expander and of a
-    conv encoder. Of world models: latent: the elements of a frame's latent; keypoints: the points
+    """The networks. encoder: resnet18 and, for images of about 32 pixels, resnet18_small are for
+    methods that compare views, and have their published width at dim 512. patch, tubelet: pixels
+    and frames of a token; sees: whether a video encoder's tokens attend to the whole clip or only
+    to their own token frame; expander: inner and output width of the network before a loss of batch
+    statistics; activation: of the expander and of an encoder that is not a vit. Of world models: latent: the elements of a frame's latent; keypoints: the points
     whose places a conv encoder also reads; action_dim: the width of embedded actions; predictor,
     and for the transformer latent_tokens, the tokens of a frame, and history, the number of frames
     that a frame sees, itself included.
     """
 
-    encoder: Literal["conv", "vit"] = "vit"
+    encoder: Literal["conv", "vit", "resnet18", "resnet18_small"] = "vit"
     dim: Positive = 128
     depth: Positive = 4
     heads: Positive = 4
@@ -163,10 +166,46 @@ class Loss(Settings):
     pairs: Annotated[int, Field(ge=0)] = 0
 
 
+class Augmentation(Settings):
+    """What draws the views of methods that compare views.
+
+    name: digits (small affine maps, contrast, noise, an erased rectangle; no flip and no colour) or
+    natural, for photographs, which needs kornia. Of natural: crop: the smallest and the largest
+    area of a crop, as fractions of the image's; jitter: the largest changes of brightness, contrast
+    and saturation (relative) and of hue (as a fraction of a turn); flip, jitter_probability,
+    grayscale: probabilities; blur, solarize: the probabilities for the first view and for the
+    others. The defaults are VICReg's.
+    """
+
+    name: Literal["digits", "natural"] = "digits"
+    crop: tuple[AboveZero, AboveZero] = (0.08, 1.0)
+    flip: Fraction = 0.5
+    jitter: tuple[Fraction, Fraction, Fraction, Half] = (0.4, 0.4, 0.2, 0.1)
+    jitter_probability: Fraction = 0.8
+    grayscale: Fraction = 0.2
+    blur: tuple[Fraction, Fraction] = (1.0, 0.1)
+    solarize: tuple[Fraction, Fraction] = (0.0, 0.2)
+
+    @model_validator(mode="after")
+    def _of_its_name(self) -> Augmentation:
+        if self.crop[0] > self.crop[1]:
+            raise ValueError(f"crop: got {self.crop}, takes the smallest area first")
+        for key in rules.OF_NATURAL:
+            value = getattr(self, key)
+            if self.name != "natural" and value != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key}: got {str(value)!r}, but it is used by augment.name natural, not by "
+                    f"{self.name!r}"
+                )
+        return self
+
+
 class Optimizer(Settings):
     """The learning rate rises linearly over the share `warmup` of all steps and falls as a cosine
     to final_rate; the weight decay moves as a cosine to final_weight_decay; the teacher's momentum
-    rises linearly to 1.
+    rises linearly to 1. Of lars: trust: its coefficient; cap_trust: divide a tensor's own rate by
+    the learning rate and cap the quotient at 1, as solo-learn does, so that no tensor moves faster
+    than by the learning rate.
     """
 
     name: Literal["adamw", "lars"] = "adamw"
@@ -178,6 +217,8 @@ class Optimizer(Settings):
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     clip: NonNegative = 0.0
     momentum: Fraction = 0.996
+    trust: Annotated[float, Field(gt=0.0)] = 0.001
+    cap_trust: bool = False
 
 
 class Training(Settings):
@@ -209,6 +250,7 @@ class Config(Settings):
     backend: Literal["reference", "cpu", "triton", "cuda"] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     data: Data = Data()
+    augment: Augmentation = Augmentation()
     model: Model = Model()
     loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()

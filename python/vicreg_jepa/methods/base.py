@@ -158,6 +158,14 @@ METHOD_SETTINGS = (
     "loss.pairs",
     "optimizer.momentum",
     "training.checkpointing",
+    "augment.name",
+    "augment.crop",
+    "augment.flip",
+    "augment.jitter",
+    "augment.jitter_probability",
+    "augment.grayscale",
+    "augment.blur",
+    "augment.solarize",
 )
 
 
@@ -270,6 +278,8 @@ def check_heads(model: Model, heads: str, dim: str) -> None:
 
 # Of conv encoders: the first map has a quarter of model.dim; frames are halved four times.
 LEAST_CHANNELS, LEAST_FRAME = 4, 16
+RESNETS = ("resnet18", "resnet18_small")
+RESNET_STEP = 8  # of model.dim: the last map is eight times as wide as the first
 
 
 def check_encoder(config: Config) -> None:
@@ -282,6 +292,17 @@ def check_encoder(config: Config) -> None:
             raise ValueError(f"model.dim: got {model.dim}, {least.format(LEAST_CHANNELS)}")
         if frames and data.size < LEAST_FRAME:
             raise ValueError(f"data.size: got {data.size}, {least.format(LEAST_FRAME)}")
+        return
+    if model.encoder in RESNETS:
+        if frames:
+            raise ValueError(
+                f"model.encoder: got {model.encoder!r}, {config.method} takes 'conv' or 'vit'"
+            )
+        if model.dim % RESNET_STEP:
+            raise ValueError(
+                f"model.dim: got {model.dim}, takes a multiple of {RESNET_STEP} with model.encoder "
+                f"{model.encoder!r}"
+            )
         return
     check_heads(model, "heads", "dim")
     if frames:

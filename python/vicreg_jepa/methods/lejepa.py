@@ -5,15 +5,16 @@ predictor.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from vicreg_jepa.methods import networks
-from vicreg_jepa.methods.augment import Augment
+from vicreg_jepa.methods import drawing, networks
 from vicreg_jepa.methods.base import MethodKind, register
-from vicreg_jepa.methods.vicreg import EXPANDER, DrawView, VICReg
+from vicreg_jepa.methods.drawing import DrawView
+from vicreg_jepa.methods.vicreg import EXPANDER, VICReg
 from vicreg_jepa.ops.choose import Kernels
 
 if TYPE_CHECKING:
@@ -33,13 +34,12 @@ class LeJEPA(VICReg):
         encoder: nn.Module,
         expander: nn.Module,
         kernels: Kernels,
-        augment: DrawView,
+        augments: Sequence[DrawView],
         *,
         sigreg: float = 0.05,
         slices: int = 1024,
-        views: int = 2,
     ) -> None:
-        super().__init__(encoder, expander, kernels, augment, views=views)
+        super().__init__(encoder, expander, kernels, augments)
         self.sigreg, self.slices = sigreg, slices
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
@@ -59,10 +59,9 @@ def build(config: Config, kernels: Kernels, channels: int) -> LeJEPA:
     terms: dict[str, Any] = {
         "sigreg": loss.sigreg,
         "slices": loss.slices,
-        "views": loss.views,
     }
-    return LeJEPA(encoder, expander, kernels, Augment(), **terms)
+    return LeJEPA(encoder, expander, kernels, drawing.of(config, loss.views), **terms)
 
 
-SETTINGS = ("loss.sigreg", "loss.slices", "loss.views", *EXPANDER)
+SETTINGS = ("loss.sigreg", "loss.slices", "loss.views", *EXPANDER, *drawing.SETTINGS)
 register(MethodKind("lejepa", LeJEPA, build, "views", "images", SETTINGS))

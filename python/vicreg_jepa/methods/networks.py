@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from vicreg_jepa.methods.base import RESNETS
 from vicreg_jepa.models.conv import ACTIVATIONS, ConvEncoder, Expander
+from vicreg_jepa.models.resnet import ResNet18
 from vicreg_jepa.models.vit import Predictor, ViT
 from vicreg_jepa.ops.choose import Kernels
 from vicreg_jepa.ops.encode import encode
@@ -37,6 +39,9 @@ def encoder_and_expander(
     encoder: Any
     if model.encoder == "conv":
         encoder = ConvEncoder(channels, model.dim, activation)
+    elif model.encoder in RESNETS:
+        small = model.encoder == "resnet18_small"
+        encoder = ResNet18(channels, model.dim, activation, small=small)
     else:
         vit = ViT(
             (channels, 1, data.size, data.size), (1, model.patch, model.patch), model.dim,

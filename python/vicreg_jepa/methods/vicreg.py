@@ -2,44 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from vicreg_jepa.methods import networks
-from vicreg_jepa.methods.augment import Augment
+from vicreg_jepa.methods import drawing, networks
 from vicreg_jepa.methods.base import MethodKind, register
+from vicreg_jepa.methods.drawing import DrawView
 from vicreg_jepa.ops.choose import Kernels
 
 if TYPE_CHECKING:
     from vicreg_jepa.config.settings import Config
 
-DrawView = Callable[[Tensor, torch.Generator], Tensor]
 WEIGHTS = ("loss.invariance", "loss.variance", "loss.covariance")
 EXPANDER = ("model.expander", "model.activation")
 
 
 class VICReg(nn.Module):
-    """weights: invariance, variance, covariance."""
+    """augments: draw one view each; weights: invariance, variance, covariance."""
 
     def __init__(
         self,
         encoder: nn.Module,
         expander: nn.Module,
         kernels: Kernels,
-        augment: DrawView,
+        augments: Sequence[DrawView],
         *,
         weights: tuple[float, float, float] = (25.0, 25.0, 1.0),
-        views: int = 2,
     ) -> None:
         super().__init__()
         self.encoder, self.expander = encoder, expander
-        self.kernels, self.augment, self.weights, self.count = kernels, augment, weights, views
+        self.kernels, self.augments, self.weights = kernels, augments, weights
 
     def views(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        return tuple(self.augment(images, generator) for _ in range(self.count))
+        return tuple(augment(images, generator) for augment in self.augments)
 
     def forward(self, view: Tensor) -> Tensor:
         return self.expander(self.encoder(view))
@@ -65,7 +63,8 @@ def weights(config: Config) -> tuple[float, float, float]:
 
 def build(config: Config, kernels: Kernels, channels: int) -> VICReg:
     encoder, expander = networks.encoder_and_expander(config, kernels, channels)
-    return VICReg(encoder, expander, kernels, Augment(), weights=weights(config))
+    return VICReg(encoder, expander, kernels, drawing.of(config, 2), weights=weights(config))
 
 
-register(MethodKind("vicreg", VICReg, build, "views", "images", (*WEIGHTS, *EXPANDER)))
+SETTINGS = (*WEIGHTS, *EXPANDER, *drawing.SETTINGS)
+register(MethodKind("vicreg", VICReg, build, "views", "images", SETTINGS))

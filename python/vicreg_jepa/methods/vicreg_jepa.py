@@ -5,15 +5,16 @@ towards autonomous machine intelligence", section 4.5; the terms are VICReg's).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from vicreg_jepa.methods import networks
-from vicreg_jepa.methods.augment import Augment
+from vicreg_jepa.methods import drawing, networks
 from vicreg_jepa.methods.base import MethodKind, register
-from vicreg_jepa.methods.vicreg import EXPANDER, WEIGHTS, DrawView, VICReg, weights
+from vicreg_jepa.methods.drawing import DrawView
+from vicreg_jepa.methods.vicreg import EXPANDER, WEIGHTS, VICReg, weights
 from vicreg_jepa.models.perceptron import mlp
 from vicreg_jepa.ops.choose import Kernels
 
@@ -30,11 +31,11 @@ class VICRegJEPA(VICReg):
         expander: nn.Module,
         predictor: nn.Module,
         kernels: Kernels,
-        augment: DrawView,
+        augments: Sequence[DrawView],
         *,
         weights: tuple[float, float, float] = (25.0, 25.0, 1.0),
     ) -> None:
-        super().__init__(encoder, expander, kernels, augment, weights=weights)
+        super().__init__(encoder, expander, kernels, augments, weights=weights)
         self.predictor = predictor
 
     def forward(self, view: Tensor) -> Tensor:
@@ -57,8 +58,9 @@ def build(config: Config, kernels: Kernels, channels: int) -> VICRegJEPA:
     encoder, expander = networks.encoder_and_expander(config, kernels, channels)
     width = config.model.expander[1]
     predictor = mlp(width, config.model.predictor_dim, width)
-    return VICRegJEPA(encoder, expander, predictor, kernels, Augment(), weights=weights(config))
+    augments = drawing.of(config, 2)
+    return VICRegJEPA(encoder, expander, predictor, kernels, augments, weights=weights(config))
 
 
-SETTINGS = (*WEIGHTS, *EXPANDER, "model.predictor_dim")
+SETTINGS = (*WEIGHTS, *EXPANDER, *drawing.SETTINGS, "model.predictor_dim")
 register(MethodKind("vicreg_jepa", VICRegJEPA, build, "views", "images", SETTINGS))

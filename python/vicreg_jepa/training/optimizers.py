@@ -24,7 +24,7 @@ def build(settings: Optimizer, module: nn.Module) -> torch.optim.Optimizer:
     parameters = groups(module, settings.weight_decay)
     if settings.name == "adamw":
         return torch.optim.AdamW(parameters, lr=settings.rate, betas=settings.betas)
-    return LARS(parameters, lr=settings.rate)
+    return LARS(parameters, settings.rate, trust=settings.trust, cap_trust=settings.cap_trust)
 
 
 class LARS(torch.optim.Optimizer):
@@ -33,7 +33,8 @@ class LARS(torch.optim.Optimizer):
         v <- momentum v + r (g + decay w);  w <- w - lr v,   r = trust |w| / (|g| + decay |w|)
 
     for each tensor w with gradient g. As VICReg and Barlow Twins train, a group without decay keeps
-    r = 1, and so does a tensor while w or g is zero.
+    r = 1, and so does a tensor while w or g is zero. cap_trust: r is min(r / lr, 1) instead, as
+    solo-learn trains them.
     """
 
     def __init__(
@@ -43,8 +44,10 @@ class LARS(torch.optim.Optimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         trust: float = 0.001,
+        cap_trust: bool = False,
     ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust}
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        defaults |= {"trust": trust, "cap_trust": cap_trust}
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -64,6 +67,8 @@ class LARS(torch.optim.Optimizer):
         if decay:
             size, slope = w.norm(), w.grad.norm()
             ratio = group["trust"] * size / (slope + decay * size)
+            if group["cap_trust"]:
+                ratio = (ratio / group["lr"]).clamp(max=1.0)
             ratio = torch.where((size > 0) & (slope > 0), ratio, 1.0)
             update = (w.grad + decay * w) * ratio
         state = self.state[w]

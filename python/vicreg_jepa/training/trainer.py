@@ -261,7 +261,7 @@ class Trainer:
         theirs = describe(parse(state["config"]))  # newer settings have their defaults
         for name in READING:
             theirs["data"][name] = mine["data"][name]
-        for section in ("method", "data", "model", "loss", "optimizer", "seed"):
+        for section in ("method", "data", "augment", "model", "loss", "optimizer", "seed"):
             if mine[section] != theirs.get(section):
                 raise checkpoint.CheckpointError(
                     f"{path}: was written with {section} {theirs.get(section)}, this run has "
