@@ -15,7 +15,9 @@ from vicreg_jepa import config
 from vicreg_jepa.data import batches, sources
 from vicreg_jepa.methods import build
 from vicreg_jepa.methods.natural import Natural
+from vicreg_jepa.methods.vicreg import weights as weights_of
 from vicreg_jepa.models.resnet import ResNet18
+from vicreg_jepa.ops import choose
 from vicreg_jepa.training.run import train
 
 NOTHING = {
@@ -232,3 +234,24 @@ def test_recipes_of_photographs(name, tmp_path):
     # another choice drops what only this one takes
     digits = config.load(name, ["augment.name=digits", "optimizer.name=adamw"])
     assert (digits.augment, digits.optimizer.trust) == (config.Augmentation(), 0.001)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [("vicreg_cifar10", (1.0, 1.0, 80.0 / 2047)), ("vicreg_imagenet100", (25.0, 25.0, 1.0))],
+)
+def test_the_losses_of_recipes_are_the_published_ones(name, weights):
+    """eb_jepa's and solo-learn's add the hinges of both views; eb_jepa's covariance term is the
+    mean over the off-diagonal elements, of which there are 2047 in a row.
+    """
+    x, y = (torch.randn(12, 2048, generator=generator(seed)) / 2 for seed in (1, 2))
+    expected = weights[0] * (x - y).square().mean()
+    for z in (x, y):
+        hinge = (1 - (z.var(dim=0) + 1e-4).sqrt()).relu().mean()
+        covariance = z.T.cov()
+        others = covariance.square().sum() - covariance.diagonal().square().sum()
+        expected = expected + weights[1] * hinge + weights[2] * others / 2048
+    made = config.load(name)
+    assert made.model.expander[1] == 2048
+    loss = choose.named("fused", None).vicreg(x, y, weights_of(made), None)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)

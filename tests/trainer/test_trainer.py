@@ -272,7 +272,10 @@ def test_a_setting_that_a_method_does_not_take_is_refused(key):
     section, name = key.split(".")
     default = type(getattr(config.load("vicreg_digits"), section)).model_fields[name].default
     others = {"clip": "frame", "gelu": "relu", "auto": "pyav", "mlp": "gru", None: "held_out"}
-    if isinstance(default, tuple):
+    others["digits"] = "natural"
+    if isinstance(default, tuple) and isinstance(default[0], float):
+        other = [value / 2 for value in default]
+    elif isinstance(default, tuple):
         other = [default[0] + 1, default[1] + 1]
     elif isinstance(default, bool):
         other = not default
@@ -294,6 +297,8 @@ def test_a_setting_that_a_method_does_not_take_is_refused(key):
             kind = {"data.test": "images", "data.white": "images", "data.decoder": "videos"}.get(
                 key
             )
+            if section == "augment":
+                values["augment"]["name"], kind = "natural", "images"
             if kind:
                 values["data"] |= {"kind": kind, "path": "somewhere"}
             config.parse(values)

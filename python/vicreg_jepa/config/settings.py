@@ -104,10 +104,11 @@ class Model(Settings):
     methods that compare views, and have their published width at dim 512. patch, tubelet: pixels
     and frames of a token; sees: whether a video encoder's tokens attend to the whole clip or only
     to their own token frame; expander: inner and output width of the network before a loss of batch
-    statistics; activation: of the expander and of an encoder that is not a vit. Of world models: latent: the elements of a frame's latent; keypoints: the points
-    whose places a conv encoder also reads; action_dim: the width of embedded actions; predictor,
-    and for the transformer latent_tokens, the tokens of a frame, and history, the number of frames
-    that a frame sees, itself included.
+    statistics; activation: of the expander and of an encoder that is not a vit. Of world models:
+    latent: the elements of a frame's latent; keypoints: the points whose places a conv encoder also
+    reads; action_dim: the width of embedded actions; predictor, and for the transformer
+    latent_tokens, the tokens of a frame, and history, the number of frames that a frame sees,
+    itself included.
     """
 
     encoder: Literal["conv", "vit", "resnet18", "resnet18_small"] = "vit"
