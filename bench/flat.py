@@ -37,19 +37,20 @@ class Folder:
 
 
 def collect(paths: list[Path]) -> list[Folder]:
-    """Every folder of or below the paths that holds records. Raises ValueError as `report.read`."""
+    """Every folder of or below the paths that holds records, with those that hold times. Raises
+    ValueError as `report.read`.
+    """
     found: dict[Path, None] = {}
     for path in paths:
         files = sorted(path.rglob("*.json")) if path.is_dir() else []
         for place in [file.parent for file in files] or ([path] if path.is_file() else []):
             found.setdefault(place)
     names = _names([place.resolve() for place in found])
-    return [
-        Folder(
-            name, place, report.load(sorted(place.glob("*.json")) if place.is_dir() else [place])
-        )
-        for name, place in zip(names, found, strict=True)
-    ]
+    folders = []
+    for name, place in zip(names, found, strict=True):
+        files = sorted(place.glob("*.json")) if place.is_dir() else [place]
+        folders.append(Folder(name, place, report.timings(report.load(files))))
+    return folders
 
 
 def _names(places: list[Path]) -> list[str]:

@@ -8,6 +8,7 @@ SCHEMA = "vicreg-kernels/parity/1"
 SCALED = "float16, scaled"
 # What a row of a table is called, beside the loss.
 CONTENDERS = {"theirs": "theirs", "drop_in": "drop-in", "ours": "vk.VICRegLoss"}
+FIELDS = ("op", "name", "contender", "shape", "precision", "loss", "gradient")  # of every row
 Row = dict[str, Any]
 
 

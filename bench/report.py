@@ -192,6 +192,9 @@ def read(file: Path) -> dict[str, Any]:
     schema = record.get("schema") if isinstance(record, dict) else None
     if schema not in READABLE:
         raise ValueError(f"{file}: schema {schema!r}, this reads {READABLE}")
+    if schema == parity_table.SCHEMA:
+        _check_parity(record, file)
+        return dict(record)
     _check(record, RECORD, str(file))
     for i, run in enumerate(record["runs"]):
         where = f"{file}: run {i}"
@@ -206,6 +209,22 @@ def read(file: Path) -> dict[str, Any]:
             if not all(0 < row["ms"][name] < float("inf") for name in ("p20", "p50", "p80")):
                 raise ValueError(f"{where}: row {j}: ms holds a time that is not positive")
     return record
+
+
+def _check_parity(record: dict[str, Any], file: Path) -> None:
+    """The same of a record of errors by precision, which has no times."""
+    _check(record, {name: RECORD[name] for name in ("op", "title", "runs")}, str(file))
+    for i, run in enumerate(record["runs"]):
+        where = f"{file}: run {i}"
+        _check(run, {name: kind for name, kind in RUN.items() if name != "ceilings"}, where)
+        _check(run["versions"], {"torch": str, "peers": dict}, f"{where}: versions")
+        for j, row in enumerate(run["rows"]):
+            _check(row, dict.fromkeys(parity_table.FIELDS, str), f"{where}: row {j}")
+
+
+def timings(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the records that hold times."""
+    return [record for record in records if record["schema"] != parity_table.SCHEMA]
 
 
 def load(paths: list[Path]) -> list[dict[str, Any]]:

@@ -22,7 +22,9 @@ def _packages(root: Path) -> set[str]:
     found = set()
     for package in (root / "vicreg_kernels", root / "python" / "vicreg_jepa"):
         for path in package.rglob("*"):
-            kept = path.suffix in (".py", ".json", ".yaml") or path.name == "py.typed"
+            kept = (
+                path.suffix in (".py", ".json", ".yaml", ".safetensors") or path.name == "py.typed"
+            )
             if kept and path.name != "build_report.json":
                 found.add(path.relative_to(package.parent).as_posix())
     return found

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import vicreg_kernels as vk
-from tests.compat import peers
+from bench import peers
 from vicreg_kernels.compat.meta_jepa import apply_masks
 
 

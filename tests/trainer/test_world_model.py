@@ -255,14 +255,14 @@ def test_frames_of_another_dtype_are_refused():
         (["data.length=8"], "data.length: got 8, takes at least data.window, 32"),
         (["model.history=2"], "model.history: got 2, but it is used by model.predictor 'transf"),
         (["model.encoder=vit", "model.keypoints=3"], "keypoints: got 3, but it is used by model"),
-        (["model.encoder=vit", "model.keypoints=0"], "model.heads: got 4 for dim 32, takes a div"),
+        (["model.encoder=vit", "model.keypoints=0"], "model.heads: got 4 for model.dim 32"),
         (["model.predictor=transformer", "model.predictor_heads=5"], "predictor_heads: got 5 for"),
         (["model.predictor=transformer", "model.latent_tokens=3"], "takes a divisor of model.lat"),
         (["training.accumulate=2"], "training.accumulate: got 2, world takes 1: a step on traj"),
         (["training.compile=true"], "training.compile: got True, world takes false"),
         (["training.parallel=fsdp"], "training.parallel: got 'fsdp', world takes 'ddp'"),
         (["data.kind=digits"], "data.kind: got 'digits', world takes trajectories: world, traj"),
-        (["data.kind=trajectories"], "path: missing, takes a folder with kind='trajectories'"),
+        (["data.kind=trajectories"], "data.path: missing, takes a folder with data.kind"),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_named(words, message):
@@ -273,8 +273,12 @@ def test_wrong_settings_are_named(words, message):
 @pytest.mark.parametrize(
     ("recipe", "word", "message"),
     [
-        ("ijepa_digits", "model.heads=3", "model.heads: got 3 for dim 64, takes a divisor"),
-        ("vjepa_physics", "model.predictor_heads=8", "model.predictor_heads: got 8 for predictor_"),
+        ("ijepa_digits", "model.heads=3", "model.heads: got 3 for model.dim 64, takes a divisor"),
+        (
+            "vjepa_physics",
+            "model.predictor_heads=8",
+            "predictor_heads: got 8 for model.predictor_",
+        ),
     ],
 )
 def test_heads_that_do_not_fit_are_named_by_their_setting(recipe, word, message):
