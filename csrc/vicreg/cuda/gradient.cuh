@@ -51,7 +51,10 @@ __global__ void __launch_bounds__(kThreads, 2)
                                       all * static_cast<float>(g.rows), g.degrees);
 
   float first[2][W] = {}, mean[2][W] = {}, factor[2][W] = {};
-  unsigned deflated[2] = {};  // 4 bits a column: 1 + the place in T
+  // 4 bits a column: 7 - its place in T, or 0. Joined by `or`, the places of a column that an index
+  // holds twice are still a place in T.
+  static_assert(kDeflatedColumns <= 4, "7 - place has its bit of 4");
+  unsigned deflated[2] = {};
 #pragma unroll
   for (int v = 0; v < 2; ++v) {
     if (g.out[v] == nullptr) continue;
@@ -62,8 +65,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int w = 0; w < W; ++w) {
       join_means<T>(first[v][w], mean[v][w]);
-      for (int k = 0; k < g.deflated_count; ++k) {
-        if (g.index[batch * g.deflated_count + k] == columns[w]) deflated[v] |= (k + 1u) << (4 * w);
+      const int64_t* index = g.index + batch * g.deflated_count;
+      for (int k = 7; k > 7 - g.deflated_count; --k, ++index) {
+        if (*index == columns[w]) deflated[v] |= static_cast<unsigned>(k) << (4 * w);
       }
       const bool subtract = gram && (deflated[v] >> (4 * w) & 15u) == 0u;
       factor[v][w] = column_factor(a, hinge_slope(factor[v][w], g.degrees, g.margin, g.eps),
@@ -100,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           const unsigned k = deflated[v] >> (4 * w) & 15u;
           if (k == 0u) continue;
           const int64_t plane = v * g.groups + at.batch;
-          result[w] = g.deflated[(plane * g.deflated_count + k - 1) * g.rows + n];
+          result[w] = g.deflated[(plane * g.deflated_count + 7 - k) * g.rows + n];
         }
       }
 #pragma unroll
