@@ -22,9 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from vicreg_jepa.memory.reader import Reader
 from vicreg_jepa.memory.rows import Format, Ids
-from vicreg_jepa.memory.store import Reader, Writer
 from vicreg_jepa.memory.usearch_index import UsearchIndex
+from vicreg_jepa.memory.writer import Writer
 
 Search = Callable[[NDArray[np.float32]], Ids]
 WORLD = "a world"

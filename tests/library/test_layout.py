@@ -29,6 +29,8 @@ BELOW = ("core", "configs", "distributed", "version")
 # What an op that is composed of others may import of them: public functions, what backends take,
 # and the specification, of which its own is composed.
 PUBLIC = ("", "contract", "reference")
+LONGEST = 450  # lines of a file
+WRITTEN = {".py", ".h", ".cuh", ".cu", ".cpp", ".js"}  # the kinds of files that people write
 
 
 @cache
@@ -221,3 +223,12 @@ def test_schemas_are_written_from_settings():
     assert list(rules) == ["rules", "rope", "scale"]
     with pytest.raises(AssertionError):
         schema.arguments(vicreg.Settings, no_such_field="SymInt")
+
+
+def test_no_file_is_long():
+    folders = ("bench", "csrc", "docs", "python", "tests", "vicreg_kernels")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*")]
+    written = [file for file in [*files, ROOT / "setup.py"] if file.suffix in WRITTEN]
+    assert len(written) > 500
+    lines = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in written}
+    assert {file: count for file, count in lines.items() if count > LONGEST} == {}

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 from vicreg_jepa.memory import database
+from vicreg_jepa.memory.reader import Reader
 from vicreg_jepa.memory.rows import Format, Rows
-from vicreg_jepa.memory.store import Reader, Writer
+from vicreg_jepa.memory.writer import Writer
 
 FORMAT = Format(model="a test", embedding=16, place=2, action=2, outcome=3)
 AT_ONCE = 4  # rows of a commit
@@ -37,6 +38,34 @@ def drawn(number: int, count: int = AT_ONCE) -> dict[str, Any]:
 
 def write(store: Writer, episodes: Any, number: int) -> None:
     store.write(np.resize(episodes, AT_ONCE), np.full(AT_ONCE, number), **drawn(number))
+
+
+def filled(writer: Writer, numbers: range) -> None:
+    """Write the commits of these numbers, in an episode of each world."""
+    episodes = writer.begin(WORLDS)
+    for number in numbers:
+        write(writer, episodes, number)
+
+
+def version_1(path: Path, commits: int) -> None:
+    """A store as version 1 wrote it: without counts of use and checksums."""
+    connection = database.connect(path, "rwc")
+    connection.execute("PRAGMA journal_mode = WAL")
+    database.migrate(connection, path, FORMAT, to=1)
+    connection.execute("INSERT INTO sessions (begun) VALUES (1.5)")
+    for world in WORLDS:
+        connection.execute("INSERT INTO episodes (session, world) VALUES (1, ?)", [world])
+    for number in range(commits):
+        values = drawn(number)
+        for i in range(AT_ONCE):
+            blobs = [values[name][i].tobytes() for name in ("actions", "outcomes", "embeddings")]
+            place = None if number == 2 else values["places"][i].tobytes()
+            connection.execute(
+                "INSERT INTO rows (episode, time, surprise, place, action, outcome, embedding) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [1 + i % 2, number, values["surprises"][i], place, *blobs],
+            )
+    connection.close()
 
 
 def is_drawn(rows: Rows) -> bool:

@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from vicreg_jepa.memory import database, report
-from vicreg_jepa.memory.store import Reader, StoreError, Writer
+from vicreg_jepa.memory.database import StoreError
+from vicreg_jepa.memory.reader import Reader
+from vicreg_jepa.memory.writer import Writer
 
 from tests.trainer.memory_processes import (
     AT_ONCE,
@@ -26,9 +28,9 @@ from tests.trainer.memory_processes import (
     digest,
     drawn,
     is_drawn,
+    version_1,
     write,
 )
-from tests.trainer.test_memory import version_1
 
 ROOT = Path(__file__).resolve().parents[2]
 

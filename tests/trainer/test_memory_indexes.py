@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from vicreg_jepa.memory.qdrant_index import QdrantIndex, QdrantReader
-from vicreg_jepa.memory.store import Reader, Writer
+from vicreg_jepa.memory.reader import Reader
 from vicreg_jepa.memory.usearch_index import UsearchIndex
+from vicreg_jepa.memory.writer import Writer
 
 from tests.trainer.memory_processes import AT_ONCE, FORMAT, QUERY, WORLDS, is_drawn, write
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vicreg_jepa.memory.rows import LARGEST, Found, Ids, array, whole
-from vicreg_jepa.memory.store import Writer
+from vicreg_jepa.memory.writer import Writer
 
 
 class Memory:

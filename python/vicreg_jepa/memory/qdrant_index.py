@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from vicreg_jepa.memory.index import Hits
 from vicreg_jepa.memory.rows import EMBEDDING, Format, Found, Ids, Rows, matrix, name, whole
-from vicreg_jepa.memory.store import joined
+from vicreg_jepa.memory.stored import joined
 
 AT_ONCE = 256
 

@@ -7,9 +7,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from vicreg_jepa.files import listing
-from vicreg_jepa.memory import database
+from vicreg_jepa.memory import database, stored
 from vicreg_jepa.memory.database import StoreError
-from vicreg_jepa.memory.store import SELECT, sound, stored_format
 
 SHOWN = 10  # worlds, and problems
 
@@ -45,7 +44,7 @@ def _lines(connection: sqlite3.Connection, path: Path) -> list[str]:
     def one(query: str) -> tuple[float, ...]:
         return tuple(value or 0 for value in connection.execute(query).fetchone())
 
-    sizes = stored_format(connection, path)
+    sizes = stored.format_of(connection, path)
     rows, least, most, uses = one(
         "SELECT count(*), min(surprise), max(surprise), sum(uses) FROM rows"
     )
@@ -89,13 +88,13 @@ def problems(path: Path) -> list[str]:
     found: list[str] = []
     try:
         with database.transaction(connection, path):
-            sizes = stored_format(connection, path)
+            sizes = stored.format_of(connection, path)
             for (text,) in connection.execute(f"PRAGMA integrity_check({SHOWN})"):
                 found += [] if text == "ok" else text.splitlines()
             for table, row, _, _ in connection.execute("PRAGMA foreign_key_check"):
                 found.append(f"{table}: row {row} belongs to nothing")
-            for values in connection.execute(SELECT):
-                if not sound(values, sizes):
+            for values in connection.execute(stored.SELECT):
+                if not stored.sound(values, sizes):
                     found.append(f"row {values[0]} is damaged: its checksum differs")
     except StoreError as error:
         found.append(str(error))
