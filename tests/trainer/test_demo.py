@@ -77,6 +77,13 @@ def test_views_are_made_where_the_images_are():
     assert augment.Augment()(images, generator(0)).device.type == "meta"
 
 
+def test_autocast_does_not_change_views():
+    images = image_sets.digits().images[:64]
+    view = augment.Augment()(images, generator(1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(augment.Augment()(images, generator(1)), view)
+
+
 def test_every_image_has_its_own_draw():
     image = image_sets.digits().images[:1]
     view = augment.Augment()(image.expand(16, -1, -1, -1), generator(0))

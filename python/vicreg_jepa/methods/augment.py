@@ -48,7 +48,9 @@ class Augment:
             torch.stack((sin, shear * sin + cos, 2 * self.shift * down), dim=-1),
         )
         theta = torch.stack(rows, dim=-2)  # [N, 2, 3]
-        grid = functional.affine_grid(theta, list(images.shape), align_corners=False)
+        # In float64, which autocast leaves alone: in bfloat16 a place would have eight bits.
+        grid = functional.affine_grid(theta.double(), list(images.shape), align_corners=False)
+        grid = grid.to(images.dtype)
         return functional.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
 
     def _tones(self, images: Tensor, generator: torch.Generator) -> Tensor:
