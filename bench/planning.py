@@ -89,7 +89,7 @@ def stable_worldmodel() -> Peer:
     def search(model: LatentModel, request: PlanRequest) -> Tensor:
         start = request.start
         costs = SimpleNamespace(
-            get_cost=lambda info, actions: cost(model, info["start"][:, 0], request.energy, actions)
+            get_cost=lambda info, actions: cost(model, info["start"][:, 0], request.minimised, actions)
         )
         solver = CEMSolver(
             costs,
@@ -118,7 +118,7 @@ def eb_jepa() -> Peer:
         actions = []
         for number in range(len(request.start)):
             row = torch.tensor([number])
-            one = request.energy.rows(row)  # type: ignore[attr-defined]
+            one = request.minimised.rows(row)
             planner = CEMPlanner(
                 lambda first, actions, one=one: cost(  # actions: [K, A, H]
                     model, first, one, actions.transpose(1, 2)[None]

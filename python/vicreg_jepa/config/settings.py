@@ -108,7 +108,9 @@ class Model(Settings):
     latent: the elements of a frame's latent; keypoints: the points whose places a conv encoder also
     reads; action_dim: the width of embedded actions; predictor, and for the transformer
     latent_tokens, the tokens of a frame, and history, the number of frames that a frame sees,
-    itself included.
+    itself included. Of a hierarchy: macros: for each level above the world model the most actions
+    of a chunk; macro_dim: the elements of a chunk's code; landmarks: the most that are counted;
+    spacing: the distance between them, in mean distances of consecutive latents.
     """
 
     encoder: Literal["conv", "vit", "resnet18", "resnet18_small"] = "vit"
@@ -129,6 +131,10 @@ class Model(Settings):
     predictor: Literal["mlp", "gru", "transformer"] = "mlp"
     latent_tokens: Positive = 1
     history: Positive = 4
+    macros: Annotated[tuple[Positive, ...], Field(min_length=1)] = (12,)
+    macro_dim: Positive = 4
+    landmarks: Annotated[int, Field(ge=1, le=8192)] = 2048
+    spacing: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 2.0
 
 
 class Loss(Settings):
@@ -223,13 +229,15 @@ class Optimizer(Settings):
 
 
 class Training(Settings):
-    """batch: samples of a step over all ranks; accumulate: micro-batches of a rank's share, exact
+    """begin: the folder of the run that a hierarchy's world model is taken from;
+    batch: samples of a step over all ranks; accumulate: micro-batches of a rank's share, exact
     for every loss (batch norm sees one micro-batch of all ranks at a time); parallel: with several
     ranks each holds a copy of the model (ddp) or a shard of it (fsdp); checkpointing: recompute a
     transformer's blocks in the backward; keep: the number of checkpoints kept; compile: true for
     torch.compile, "reduce-overhead" also for CUDA graphs.
     """
 
+    begin: Path | None = None
     steps: Positive = 1000
     batch: Annotated[int, Field(ge=2)] = 128
     accumulate: Positive = 1

@@ -5,6 +5,7 @@ Importing a method's file registers it in METHODS.
 """
 
 from vicreg_jepa.methods import (
+    hierarchy,
     ijepa,
     lejepa,
     pixels,
@@ -20,6 +21,7 @@ from vicreg_jepa.methods.base import METHODS, MethodKind, register
 __all__ = [
     "METHODS",
     "MethodKind",
+    "hierarchy",
     "ijepa",
     "lejepa",
     "pixels",

@@ -157,11 +157,7 @@ class World(nn.Module):
         """
         if not self.pairs:
             return list(range(actions + 1))
-        generator = torch.Generator().manual_seed(int(self.step))
-        edges = torch.linspace(1, actions, self.pairs)
-        u = torch.rand(self.pairs - 1, generator=generator)
-        firsts = (edges[:-1] + u * edges.diff()).long().clamp(max=actions - 1).tolist()
-        return [time + next_one for time in (0, *firsts) for next_one in (0, 1)]
+        return pair_times(self.pairs, actions, torch.Generator().manual_seed(int(self.step)))
 
     def _spread(self, z: Tensor, process_group: Any) -> dict[str, Tensor]:
         """The terms against collapse of latents [B, F, D]."""
@@ -190,6 +186,16 @@ class World(nn.Module):
 
     def exported(self) -> tuple[str, nn.Module]:
         return "encoder", self.encoder
+
+
+def pair_times(pairs: int, actions: int, generator: torch.Generator) -> list[int]:
+    """The numbers of the frames of `pairs` pairs of consecutive frames of a window: the first two,
+    and a pair at a random place in each of pairs - 1 equal parts of the rest.
+    """
+    edges = torch.linspace(1, actions, pairs)
+    u = torch.rand(pairs - 1, generator=generator)
+    firsts = (edges[:-1] + u * edges.diff()).long().clamp(max=actions - 1).tolist()
+    return [time + next_one for time in (0, *firsts) for next_one in (0, 1)]
 
 
 def _scaled(frames: Tensor) -> Tensor:
@@ -246,6 +252,17 @@ def _predictor(config: Config, kernels: Kernels) -> Dynamics:
     )
 
 
+def frozen(config: Config, kernels: Kernels, channels: int) -> World:
+    """The networks that encode and predict, without a loss: for weights that are loaded."""
+    model, data = config.model, config.data
+    encoder = _encoder(config, kernels, channels)
+    embed = mlp(data.actions, model.action_dim, model.action_dim)
+    predictor = _predictor(config, kernels)
+    return World(
+        encoder, embed, predictor, None, kernels, actions=data.actions, weights=Weights()
+    )
+
+
 def build(config: Config, kernels: Kernels, channels: int) -> World:
     model, data, loss = config.model, config.data, config.loss
     encoder = _encoder(config, kernels, channels)
@@ -281,6 +298,12 @@ def check(config: Config) -> None:
             f"loss.pairs: got {loss.pairs}, takes 0 for all frames, or at most data.window, "
             f"{data.window}"
         )
+    check_networks(config)
+
+
+def check_networks(config: Config) -> None:
+    """Check the settings of the encoder and the predictor."""
+    model = config.model
     if model.encoder == "vit" and model.keypoints:
         raise ValueError(
             f"model.keypoints: got {model.keypoints}, but it is used by model.encoder 'conv', not "
@@ -303,11 +326,7 @@ def check(config: Config) -> None:
     check_heads(model, "predictor_heads", "predictor_dim")
 
 
-SETTINGS = (
-    *(f"loss.{name}" for name in Weights.__dataclass_fields__),
-    "loss.unroll",
-    "loss.pairs",
-    "loss.slices",
+NETWORKS = (
     "model.latent",
     "model.keypoints",
     "model.action_dim",
@@ -317,5 +336,12 @@ SETTINGS = (
     "model.predictor_heads",
     "model.latent_tokens",
     "model.history",
+)
+SETTINGS = (
+    *(f"loss.{name}" for name in Weights.__dataclass_fields__),
+    "loss.unroll",
+    "loss.pairs",
+    "loss.slices",
+    *NETWORKS,
 )
 register(MethodKind("world", World, build, "trajectories", "trajectories", SETTINGS, check))

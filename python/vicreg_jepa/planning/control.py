@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vicreg_jepa.planning import checks
-from vicreg_jepa.planning.energies import Arrival, EnergyLike, to_goal
+from vicreg_jepa.planning.energies import Arrival, EnergyLike
 from vicreg_jepa.planning.model import LatentModel
-from vicreg_jepa.planning.planner import Plan, PlanRequest
+from vicreg_jepa.planning.planner import Plan, PlanRequest, Upper
 
 
 class Plans(Protocol):
@@ -30,7 +30,7 @@ class Control:
     executed until the next one.
 
     goal: the latents [N, D] to reach. near: a plan has arrived within this distance of the goal's
-    latents. energy: a function of the goal's latents; by default to_goal. keep: whether the plans
+    latents. energy: a function of the goal's latents; by default to_goal, and with a hierarchy none. keep: whether the plans
     are kept in `plans`.
     """
 
@@ -45,11 +45,12 @@ class Control:
         keep: bool = True,
     ) -> None:
         self.model, self.planner, self.seeds, self.keep = model, planner, seeds, keep
-        self.minimised = to_goal(goal, near) if energy is None else energy(goal)
+        self.minimised = None if energy is None else energy(goal)
         self.arrives = Arrival(goal, near)
         self.iterations = self.rollout_steps = torch.zeros_like(seeds)
         self.plans: list[Plan] = []
         self.former: Tensor | None = None
+        self.above: tuple[Upper, ...] = ()
         self.coming, self.seconds = torch.empty(0), 0.0
 
     def action(self, step: int, latents: Callable[[], Tensor]) -> Tensor:
@@ -63,11 +64,14 @@ class Control:
 
     def _plan(self, step: int, latents: Tensor) -> None:
         begun = time.perf_counter()
-        request = PlanRequest(latents, self.minimised, self.seeds, step, self.former, self.arrives)
+        request = PlanRequest(
+            latents, self.minimised, self.seeds, step, self.former, self.arrives, self.above
+        )
         plan = self.planner.plan(self.model, request)
         self.seconds += time.perf_counter() - begun
         self.coming = self.planner.held(plan.actions)
         self.former = self.planner.shifted(plan.actions, self.planner.interval)
+        self.above = plan.above
         self.iterations = self.iterations + plan.iterations
         self.rollout_steps = self.rollout_steps + plan.rollout_steps
         if self.keep:

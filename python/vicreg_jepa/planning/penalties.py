@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vicreg_jepa.planning import checks
-from vicreg_jepa.planning.energies import Energy, energy_of
+from vicreg_jepa.planning.energies import Energy
 from vicreg_jepa.planning.guardrails import Constraint
 from vicreg_jepa.planning.model import LatentModel
 from vicreg_jepa.planning.planner import Plan, Planner, PlanRequest
@@ -73,7 +73,7 @@ class Lagrangian:
         return self.planner.shifted(actions, steps)
 
     def plan(self, model: LatentModel, request: PlanRequest) -> Plan:
-        energy, former = energy_of(request.energy), request.former
+        energy, former = request.minimised, request.former
         multiplier = request.start.new_zeros(len(request.start))
         plans: list[Plan] = []
         for _ in range(self.rounds):

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from vicreg_jepa.planning import checks
-from vicreg_jepa.planning.energies import Arrival, EnergyLike, energy_of, evaluated
+from vicreg_jepa.planning.energies import (
+    Arrival,
+    Energy,
+    EnergyLike,
+    energy_of,
+    evaluated,
+    to_goal,
+)
 from vicreg_jepa.planning.model import LatentModel
 from vicreg_jepa.planning.noise import Draws
 
@@ -18,21 +25,43 @@ Rows = dict[str, Tensor]  # what a planner knows of each environment and action:
 
 
 @dataclass(frozen=True)
+class Upper:
+    """The plans of B environments on a level above the lowest. path: [B, H, D], the latents after
+    its macro-actions, of which the first is the goal of the level below. between: bool [B], whether
+    that is a subgoal; else it is the level's own goal, and so is the rest of the path.
+    """
+
+    path: Tensor
+    between: Tensor
+
+
+@dataclass(frozen=True)
 class PlanRequest:
     """What a planner is asked for: plans of B environments.
 
-    start: [B, D], the latents to plan from; energy: what the plans are to minimise; seed: int64
-    [B], and time: int64 [B] or an integer for all, which together determine all random numbers;
-    former: [B, H, A], the former plans, shifted to now, or None; arrival: tells whether a predicted
-    path arrives, or None, for a planner without effort.
+    start: [B, D], the latents to plan from; energy: what the plans are to minimise, or None for
+    `to_goal` of the arrival's goal and threshold; seed: int64 [B], and time: int64 [B] or an
+    integer for all, which together determine all random numbers; former: [B, H, A], the former
+    plans, shifted to now, or None; arrival: tells whether a predicted path arrives, or None, for a
+    planner without effort; above: of a hierarchy's former plans, or (), see Plan.
     """
 
     start: Tensor
-    energy: EnergyLike
+    energy: EnergyLike | None
     seed: Tensor
     time: Tensor | int = 0
     former: Tensor | None = None
     arrival: Arrival | None = None
+    above: tuple[Upper, ...] = ()
+
+    @property
+    def minimised(self) -> Energy:
+        """The energy. Raises ValueError if there is neither an energy nor an arrival."""
+        if self.energy is not None:
+            return energy_of(self.energy)
+        if self.arrival is None:
+            raise ValueError("energy: got None without an arrival, takes an energy or an Arrival")
+        return to_goal(self.arrival.goal, self.arrival.threshold)
 
 
 @dataclass(frozen=True)
@@ -44,7 +73,8 @@ class Plan:
     predicted to arrive; iterations: int64 [B]; rollout_steps: int64 [B], the steps of the model
     that were computed; history: [B, iterations], the lowest energy so far after each iteration,
     NaN where none was made; path: [B, H * repeat, D], the predicted latents, NaN beyond the horizon
-    that was planned.
+    that was planned; above: the plans of the levels above, from the lowest to the highest, if the
+    planner has any.
     """
 
     actions: Tensor
@@ -54,6 +84,7 @@ class Plan:
     rollout_steps: Tensor
     history: Tensor
     path: Tensor
+    above: tuple[Upper, ...] = ()
 
     @property
     def finite(self) -> Tensor:
@@ -191,6 +222,8 @@ class Planner(ABC):
             checks.finite("former", request.former)
         if self.effort is not None and request.arrival is None:
             raise ValueError("arrival: got None, takes an Arrival, since the planner has an effort")
+        if request.above:
+            raise ValueError("above: got levels above, takes none: this planner has one level")
 
 
 @dataclass(frozen=True)
@@ -236,7 +269,7 @@ class _Search:
         count, steps = len(start), planner.horizon * planner.repeat
         time = torch.as_tensor(request.time, dtype=torch.int64, device=start.device)
         self.planner, self.model, self.start, self.mean = planner, model, start, mean
-        self.energy, self.arrival = energy_of(request.energy), request.arrival
+        self.energy, self.arrival = request.minimised, request.arrival
         self.draws = Draws(request.seed, time.expand(count))
         self.index = torch.arange(count, device=start.device)
         self.rows = planner.begun(mean, self.draws)

@@ -23,6 +23,7 @@ from vicreg_jepa.training import checkpoint, exported, locking, rank_failure, st
 from vicreg_jepa.training.log import Log, SpreadMonitor
 from vicreg_jepa.training.trainer import Trainer, bfloat16_is_slow
 
+BELOW = "world"  # the method whose runs training.begin takes
 PREPARED = 512  # frames that a method of trajectories is initialised from
 
 
@@ -60,6 +61,8 @@ def _train(settings: Config, folder: Path, process: Ranks, stop: stopping.Stop) 
         method.prepare(source.sample(PREPARED))
     trainer = Trainer(settings, method, process, folder)
     step = trainer.resume()
+    if not step and settings.training.begin is not None:
+        _begin(settings, method)
     if process.rank == 0:
         described = json.dumps(config.describe(settings), indent=1)
         output.replace(folder / "config.json", described.encode())
@@ -82,6 +85,20 @@ def _train(settings: Config, folder: Path, process: Ranks, stop: stopping.Stop) 
             sharded = settings.training.parallel == "fsdp"
             trainer.fit(source, lambda step, *_: spread(step) if sharded else None, stop)
     return trainer.step
+
+
+def _begin(settings: Config, method: nn.Module) -> None:
+    """Give a method the world model of an earlier run on the same world."""
+    folder = settings.training.begin
+    assert folder is not None
+    theirs, below, _ = restore(folder)
+    if theirs.method != BELOW:
+        raise ValueError(f"training.begin: {folder} trained {theirs.method}, takes {BELOW}")
+    for name in ("kind", "path", "world", "settings", "size", "actions"):
+        mine, its = getattr(settings.data, name), getattr(theirs.data, name)
+        if mine != its:
+            raise ValueError(f"data.{name}: got {mine!r}, takes that of {folder}, {its!r}")
+    method.begin(below.state_dict())
 
 
 def restore(folder: Path) -> tuple[Config, nn.Module, int]:

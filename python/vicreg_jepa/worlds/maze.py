@@ -27,12 +27,19 @@ class Maze(World):
     Each episode has its own maze, the minimum spanning tree for uniform random weights. Start and
     goal are in different cells. layout: int64 [N, cells, cells, 2], by row and column, 1 if there
     is a passage to the next cell to the right, and below.
+
+    maze: the seed of one maze, which is that of all episodes; -1: each has its own.
     """
 
     cells: int = 5
+    maze: int = -1
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.maze, bool) or not isinstance(self.maze, int):
+            raise ValueError(f"maze: got {self.maze!r}, takes an integer")
+        if not -1 <= self.maze < 2**31:
+            raise ValueError(f"maze: got {self.maze}, takes -1 to {2**31 - 1}")
         if isinstance(self.cells, bool) or not isinstance(self.cells, int):
             raise ValueError(f"cells: got {self.cells!r}, takes an integer")
         if not LEAST_CELLS <= self.cells <= MOST_CELLS:
@@ -55,7 +62,12 @@ class Maze(World):
             FIRST + PITCH * torch.stack([cell % self.cells, cell // self.cells], dim=1) + ROOM * its
             for cell, its in ((start, u[:, 2:4]), (goal, u[:, 4:6]))
         )
-        return State(position, target, self._trees(seeds), seeds, torch.zeros_like(seeds))
+        if self.maze < 0:
+            layout = self._trees(seeds)
+        else:
+            its = self._trees(torch.tensor([self.maze], device=seeds.device))
+            layout = its.repeat(len(seeds), 1, 1, 1)
+        return State(position, target, layout, seeds, torch.zeros_like(seeds))
 
     def _trees(self, seeds: Tensor) -> Tensor:
         """The layouts, by Prim's algorithm on the whole batch."""

@@ -1,0 +1,56 @@
+"""How runs with levels plan: the hierarchy of a trained method, and the rows beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from vicreg_jepa.planning.energies import EnergyLike
+from vicreg_jepa.planning.hierarchy.energies import Steps
+from vicreg_jepa.planning.hierarchy.landmarks import Landmarks
+from vicreg_jepa.planning.hierarchy.planner import Hierarchy, Level
+from vicreg_jepa.planning.planner import Effort, Planner
+from vicreg_jepa.planning.planners import ICEM
+
+LOW = {"horizon": 4, "candidates": 64, "elites": 8, "iterations": 4}
+HIGH = {"horizon": 4, "candidates": 64, "elites": 8, "iterations": 4, "deviation": 0.6}
+TRUSTED = 1.5  # a level's longest chunks, as counted steps: the reach of the level below
+HASTE = 0.2  # as to_goal's
+
+
+def low_planner(settings: dict[str, Any]) -> Planner:
+    """The planner of the lowest level: a subgoal is near, so a plan is short. settings: override
+    those of LOW.
+    """
+    return ICEM(**{**LOW, **settings}, effort=Effort(horizon=1, growth=2.0, every=1))
+
+
+def hierarchy(method: Any, landmarks: Landmarks, low: Planner) -> Hierarchy:
+    """The planner of a trained method `hierarchy`. Each level plans as often as the one below, for
+    four of its macro-actions.
+    """
+    levels = tuple(
+        Level(
+            level,
+            ICEM(repeat=1, interval=1, warm=False, **HIGH),
+            low.interval,
+            TRUSTED * level.longest,
+        )
+        for level in method.levels
+    )
+    return Hierarchy(low, levels, landmarks)
+
+
+def counted_steps(landmarks: Landmarks) -> Callable[[Tensor], EnergyLike]:
+    """The energy of flat planning with counted steps: what the distance is worth without levels."""
+    return lambda goal: Steps(landmarks, goal, "end") + HASTE * Steps(landmarks, goal, "sum")
+
+
+def has_levels(method: nn.Module) -> bool:
+    return hasattr(method, "levels") and hasattr(method, "landmarks")
+
+
+__all__ = ["Hierarchy", "counted_steps", "has_levels", "hierarchy", "low_planner", "replace"]
