@@ -89,7 +89,9 @@ def stable_worldmodel() -> Peer:
     def search(model: LatentModel, request: PlanRequest) -> Tensor:
         start = request.start
         costs = SimpleNamespace(
-            get_cost=lambda info, actions: cost(model, info["start"][:, 0], request.minimised, actions)
+            get_cost=lambda info, actions: cost(
+                model, info["start"][:, 0], request.minimised, actions
+            )
         )
         solver = CEMSolver(
             costs,

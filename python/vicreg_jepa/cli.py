@@ -62,6 +62,9 @@ def parser() -> argparse.ArgumentParser:
         "--output", type=Path, help="folder of the pictures; default RUN/plan, or plan"
     )
     seven.add_argument("--episodes", type=integer(4), default=50)
+    seven.add_argument(
+        "--steps", type=integer(1), help="of an episode, on a simulated world; default 200"
+    )
     seven.add_argument("--full", action="store_true", help="also the first with its whole budget")
     seven.add_argument(
         "--planner", nargs="+", default=[], metavar="key=value", help="horizon=12 repeat=5 ..."
@@ -267,6 +270,9 @@ def _plan_world(options: argparse.Namespace, restored: Any, planner: Any, output
     from vicreg_jepa.data.trajectories import world_of
     from vicreg_jepa.files.output import writing
     from vicreg_jepa.planning import figure, report
+    from vicreg_jepa.planning.hierarchy import trained
+    from vicreg_jepa.worlds.collect import parsed
+    from vicreg_jepa.worlds.world import STEPS
 
     runs, worlds = [], []
     for run, settings, method, step in restored:
@@ -274,7 +280,10 @@ def _plan_world(options: argparse.Namespace, restored: Any, planner: Any, output
         runs.append((_row_name(run, step), method))
         if worlds[-1] != worlds[0]:
             raise config.ConfigError(f"run: {run} has {worlds[-1]}, takes that of the first run")
-    rows, first = report.measured(runs, worlds[0], planner, options.episodes, options.full)
+    low = trained.low_planner(parsed(options.planner))
+    rows, first = report.measured(
+        runs, worlds[0], planner, options.episodes, options.full, options.steps or STEPS, low
+    )
     seeds, interval = report.seeds_of(options.episodes), planner.interval
     method, longest = runs[0][1], figure.chosen(first)[-1]
     picture, film = output / "episodes.png", output / "episode.gif"
@@ -293,6 +302,8 @@ def _plan_adapted(options: argparse.Namespace, restored: Any, planner: Any, outp
 
     if options.full:
         raise config.ConfigError("--full: takes runs with data.kind 'world'")
+    if options.steps is not None:
+        raise config.ConfigError("--steps: takes runs with data.kind 'world'")
     runs, described = [], []
     for run, settings, method, step in restored:
         described.append(collected(settings))

@@ -104,9 +104,8 @@ def test_a_good_model_passes_and_walking_straight_does_not():
     assert report.verdict(rows) == []
     poor = report.Row("poor", 10, by_name["straight"].success + 1, 1.0, 1.0, 0.0, 1.0)
     assert report.verdict([*rows, poor])[0].startswith("poor: ")
-    place = figure.decoded(
-        Position(), TwoRooms(), TwoRooms().reset(report.seeds_of(1)), result.positions[0, :5]
-    )
+    decode = figure.Decoder(Position(), TwoRooms(), TwoRooms().reset(report.seeds_of(1)))
+    place = decode(result.positions[0, :5])
     assert torch.linalg.vector_norm(place - result.positions[0, :5], dim=1).max() < figure.GRID
 
 

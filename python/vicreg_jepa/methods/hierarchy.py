@@ -87,7 +87,9 @@ class Hierarchy(nn.Module):
         try:
             self.world.load_state_dict({name: z for name, z in weights.items() if name in mine})
         except RuntimeError as error:
-            raise ValueError(f"training.begin: the run does not fit the settings: {error}") from error
+            raise ValueError(
+                f"training.begin: the run does not fit the settings: {error}"
+            ) from error
         self.begun.fill_(True)
 
     def prepare(self, frames: Tensor) -> None:
@@ -128,7 +130,13 @@ class Hierarchy(nn.Module):
         if not int(self.step):
             moved = torch.linalg.vector_norm(z[:, 1::2] - z[:, ::2], dim=2).mean()
             self.counts.spacing.copy_(self.spacing * moved)
-        self.counts.see(z, times)
+        try:
+            self.counts.see(z, times)
+        except ValueError as error:
+            raise ValueError(
+                f"model.landmarks: got {len(self.counts.places)}, takes more, or a larger "
+                f"model.spacing ({error})"
+            ) from error
         rows = (int(self.step) * len(z) + torch.arange(len(z), device=z.device)) % KEPT
         self.latents[rows], self.acted[rows] = z, actions.float()
         self.times[rows] = torch.tensor(times, device=z.device)
@@ -238,6 +246,4 @@ SETTINGS = (
     "model.spacing",
     "training.begin",
 )
-register(
-    MethodKind("hierarchy", Hierarchy, build, "trajectories", "trajectories", SETTINGS, check)
-)
+register(MethodKind("hierarchy", Hierarchy, build, "trajectories", "trajectories", SETTINGS, check))

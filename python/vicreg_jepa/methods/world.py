@@ -258,9 +258,7 @@ def frozen(config: Config, kernels: Kernels, channels: int) -> World:
     encoder = _encoder(config, kernels, channels)
     embed = mlp(data.actions, model.action_dim, model.action_dim)
     predictor = _predictor(config, kernels)
-    return World(
-        encoder, embed, predictor, None, kernels, actions=data.actions, weights=Weights()
-    )
+    return World(encoder, embed, predictor, None, kernels, actions=data.actions, weights=Weights())
 
 
 def build(config: Config, kernels: Kernels, channels: int) -> World:

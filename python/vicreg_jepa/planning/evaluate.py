@@ -119,10 +119,15 @@ def episodes(
     )
 
 
-def followed(world: World, policy: Callable[[World, State], Tensor], seeds: Tensor) -> Tensor:
+def followed(
+    world: World,
+    policy: Callable[[World, State], Tensor],
+    seeds: Tensor,
+    steps: int = STEPS,
+) -> Tensor:
     """bool [N]: the success of a policy at the last step, the control of a planner."""
     state = world.reset(seeds)
-    for _ in range(STEPS):
+    for _ in range(steps):
         state = world.step(state, policy(world, state))
     return world.success(state)
 

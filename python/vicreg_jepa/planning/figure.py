@@ -11,30 +11,37 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from vicreg_jepa.planning.evaluate import Result
+from vicreg_jepa.planning.model import encoded
 from vicreg_jepa.planning.planner import Plan
 from vicreg_jepa.worlds.pictures import painted
 from vicreg_jepa.worlds.world import State, World
 
 GRID = 1.5  # pixels between the positions that latents are compared with
 SCALE = 5
+LEVELS = ("#c07a10", "#7a3fb0")  # the levels above the lowest
 EXECUTED, PLANNED, SHORTEST = "#ce2828", "#2868c8", "#9aa0aa"
 MILLISECONDS = 80  # of a frame of the GIF
 
 
-def decoded(model: Any, world: World, state: State, path: Tensor) -> Tensor:
-    """Positions [H, 2] of the latents [H, D] of one environment: of all positions of a grid, the
-    one whose frame has the nearest latent. It trains nothing and uses no label, but it knows the
-    world. state: of one environment.
+class Decoder:
+    """Reads positions from latents of one environment: of all positions of a grid, the one whose
+    frame has the nearest latent. It trains nothing and uses no label, but it knows the world.
+    state: of one environment.
     """
-    ticks = torch.arange(0.0, world.size, GRID)
-    places = torch.cartesian_prod(ticks, ticks)
-    layout = state.layout.expand(len(places), *state.layout.shape[1:])
-    places = places[world.inside(places, layout)]
-    count = len(places)
-    every = State(*(field.expand(count, *field.shape[1:]) for field in state))
-    with torch.no_grad():
-        latents = model.encode(world.render(every._replace(position=places)))
-    return places[torch.cdist(path, latents).argmin(dim=1)]
+
+    def __init__(self, model: Any, world: World, state: State) -> None:
+        ticks = torch.arange(0.0, world.size, GRID)
+        places = torch.cartesian_prod(ticks, ticks)
+        layout = state.layout.expand(len(places), *state.layout.shape[1:])
+        self.places = places[world.inside(places, layout)]
+        count = len(self.places)
+        every = State(*(field.expand(count, *field.shape[1:]) for field in state))
+        every = every._replace(position=self.places)
+        self.latents = encoded(model, world, State(*(field[None] for field in every)))[0]
+
+    def __call__(self, path: Tensor) -> Tensor:
+        """Positions [H, 2] of the latents [H, D]."""
+        return self.places[torch.cdist(path, self.latents).argmin(dim=1)]
 
 
 def _plan_path(plan: Plan, number: int) -> Tensor:
@@ -60,7 +67,8 @@ def draw(
     model: Any, world: World, seeds: Tensor, result: Result, interval: int, path: Path
 ) -> None:
     """A row for each of four episodes: the first frame with the goal and the path of the first
-    plan; the executed path; the energy of each plan over its iterations. Writes a PNG.
+    plan, on all its levels; the executed path, and with levels the subgoal of each plan; the energy
+    of each plan over its iterations, with levels that of the lowest. Writes a PNG.
     """
     import matplotlib
 
@@ -81,13 +89,27 @@ def draw(
             axis.imshow(painted(world, state)[0], extent=extent, interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
-        places = decoded(model, world, state, _plan_path(result.plans[0], number))
+        decode, plan = Decoder(model, world, state), result.plans[0]
+        places = decode(_plan_path(plan, number))
         row[0].plot(*way.T, color=SHORTEST, linewidth=1.2, linestyle="--", label="shortest path")
         row[0].plot(*places.T, ".-", color=PLANNED, linewidth=1, markersize=3, label="first plan")
+        for level, upper in enumerate(plan.above):
+            goals = torch.cat([state.position, decode(upper.path[number])])
+            row[0].plot(*goals.T, "o-", color=LEVELS[level % len(LEVELS)], linewidth=0.8,
+                        markersize=4, fillstyle="none", label=f"level {level + 2}")  # fmt: skip
+        if plan.above:
+            firsts = [each.above[0].path[number, :1] for each in result.plans]
+            reached = result.steps()[number] // interval + 1
+            goals = decode(torch.cat(firsts[: int(reached)]))
+            row[1].plot(*goals.T, "o", color=LEVELS[0], markersize=3, fillstyle="none")
         row[0].set_title(f"first plan, shortest path {float(result.distance[number]):.0f} pixels",
                          fontsize=9)  # fmt: skip
         row[0].legend(
-            fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2, frameon=False
+            fontsize=7,
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0.0),
+            ncols=2 + len(plan.above),
+            frameon=False,
         )
         row[1].plot(*result.positions[number].T, color=EXECUTED, linewidth=1.6)
         steps = int(result.steps()[number])
@@ -130,16 +152,17 @@ def animate(
     model: Any, world: World, seeds: Tensor, result: Result, number: int, interval: int, path: Path
 ) -> None:
     """Writes one episode as a GIF: the frame, the current plan in blue, the executed path in
-    red.
+    red, and the latents of the plans above, level by level, as rings.
     """
     state = world.reset(seeds).rows(slice(number, number + 1))
     last = min(int(result.steps()[number]) + 10, result.positions.shape[1] - 1)
-    frames, places = [], torch.empty(0, 2)
+    frames, places, above = [], torch.empty(0, 2), []
+    decode = Decoder(model, world, state)
     for step in range(last + 1):
         if step % interval == 0 and step // interval < len(result.plans):
-            places = decoded(
-                model, world, state, _plan_path(result.plans[step // interval], number)
-            )
+            plan = result.plans[step // interval]
+            places = decode(_plan_path(plan, number))
+            above = [decode(upper.path[number]) for upper in plan.above]
         now = state._replace(position=result.positions[number, step : step + 1])
         edge = SCALE * world.size
         picture = Image.fromarray(painted(world, now)[0])
@@ -147,10 +170,18 @@ def animate(
         ahead = torch.cat([now.position, places[step % interval :]])
         _line(picture, ahead, PLANNED, 2)
         _line(picture, result.positions[number, : step + 1], EXECUTED, 3)
+        for level, goals in enumerate(above):
+            _rings(picture, goals, LEVELS[level % len(LEVELS)], 4 + 3 * level)
         frames.append(picture)
     frames[0].save(
         path, save_all=True, append_images=frames[1:], duration=MILLISECONDS, loop=0, optimize=True
     )
+
+
+def _rings(picture: Image.Image, places: Tensor, colour: str, radius: int) -> None:
+    draw = ImageDraw.Draw(picture)
+    for x, y in (SCALE * places).tolist():
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=2)
 
 
 def _line(picture: Image.Image, places: Tensor, colour: str, width: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from vicreg_jepa.files import output
-from vicreg_jepa.planning.control import Control
+from vicreg_jepa.planning.control import Control, Plans
+from vicreg_jepa.planning.energies import EnergyLike
 from vicreg_jepa.planning.evaluate import Result, episodes, followed, rank_correlation
+from vicreg_jepa.planning.hierarchy.trained import counted_steps, has_levels, hierarchy
 from vicreg_jepa.planning.model import LatentModel, TrueModel, encoded
 from vicreg_jepa.planning.planner import Effort, Planner
 from vicreg_jepa.planning.planners import ICEM
 from vicreg_jepa.worlds.episodes import episode_seed, walks
 from vicreg_jepa.worlds.policies import expert, straight, walk
-from vicreg_jepa.worlds.world import World
+from vicreg_jepa.worlds.world import STEPS, World
 
 COLLECTION = 2**20  # of the episodes that are planned: no training has so large a seed
 WALKS, WALKED = 128, 16  # held-out walks, and their steps, that measure the length of a step
@@ -27,6 +29,7 @@ CONTROLS = {"walk": walk, "straight": straight, "expert": expert}
 MARGIN = 0.2  # of all episodes, by which planning must surpass walking straight
 NEAR = 1.5  # mean steps of a walk: so near to the goal a plan has arrived
 TRUE_NEAR = 2.0  # pixels, with the true dynamics
+FLAT, COUNTED = ", flat", ", flat, counted steps"  # the controls of a hierarchy
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,9 @@ class Row:
     """The results of one way to act in the same episodes. success: the number of episodes that end
     at the goal. The other fields are None for a policy. rollout_steps, iterations: means over
     episodes. rank: Spearman's correlation of an episode's iterations with the length of its
-    shortest path. milliseconds: the wall time of planning for each episode.
+    shortest path. milliseconds: the wall time of planning for each episode. thirds: the successes
+    of each third of the episodes by the length of the shortest path, the shortest first. of: the
+    name of the row that this one is a control of.
     """
 
     name: str
@@ -44,6 +49,8 @@ class Row:
     iterations: float | None = None
     rank: float | None = None
     milliseconds: float | None = None
+    thirds: list[int] | None = None
+    of: str | None = None
 
 
 def seeds_of(count: int) -> Tensor:
@@ -59,11 +66,18 @@ def step_length(model: LatentModel, world: World) -> float:
 
 
 def planned(
-    model: Any, world: World, planner: Planner, seeds: Tensor, near: float, keep: bool = False
+    model: Any,
+    world: World,
+    planner: Plans,
+    seeds: Tensor,
+    near: float,
+    steps: int = STEPS,
+    keep: bool = False,
+    energy: Callable[[Tensor], EnergyLike] | None = None,
 ) -> Result:
     """Run episodes of a model. near: a plan has arrived this near to the goal's latents."""
     with torch.no_grad():
-        return episodes(model, world, planner, seeds, near, keep=keep)
+        return episodes(model, world, planner, seeds, near, steps, keep=keep, energy=energy)
 
 
 def row_of(name: str, result: Result) -> Row:
@@ -75,7 +89,14 @@ def row_of(name: str, result: Result) -> Row:
         float(result.iterations.double().mean()),
         rank_correlation(result.iterations, result.distance),
         result.milliseconds,
+        thirds(result.success, result.distance),
     )
+
+
+def thirds(success: Tensor, distance: Tensor) -> list[int]:
+    """The successes among the third of the episodes with the shortest paths, the next, the rest."""
+    order = distance.argsort(stable=True)
+    return [int(success[part].sum()) for part in order.tensor_split(3)]
 
 
 def row_of_control(name: str, success: Tensor, control: Control) -> Row:
@@ -109,27 +130,42 @@ def measured(
     effort: Planner,
     count: int,
     full: bool = False,
+    steps: int = STEPS,
+    low: Planner | None = None,
 ) -> tuple[list[Row], Result]:
     """The rows of the table, and the episodes of the first run, with its plans.
 
     runs: (name, trained method) of the same world. effort: a planner that has one. full: whether
     the first run also plans with the whole budget of iterations and horizon each time, which takes
-    20 to 60 times as many steps of the model.
+    20 to 60 times as many steps of the model. steps: of an episode. low: the planner of the lowest
+    level, for methods with levels; beside them stands flat planning with `effort`, and flat
+    planning with `low` and the counted steps as its energy.
     """
     seeds = seeds_of(count)
-    rows = [
-        Row(name, count, int(followed(world, policy, seeds).sum()))
-        for name, policy in CONTROLS.items()
-    ]
-    true = planned(TrueModel(world), world, effort, seeds, TRUE_NEAR)
+    distance = world.distance(world.reset(seeds))
+    rows = []
+    for name, policy in CONTROLS.items():
+        success = followed(world, policy, seeds, steps)
+        rows.append(Row(name, count, int(success.sum()), thirds=thirds(success, distance)))
+    true = planned(TrueModel(world), world, effort, seeds, TRUE_NEAR, steps)
     rows.append(row_of("true dynamics", true))
     first: Result | None = None
     for name, method in runs:
         near = NEAR * step_length(method, world)
-        result = planned(method, world, effort, seeds, near, keep=first is None)
+        its = effort
+        if has_levels(method):
+            if low is None:
+                raise ValueError(f"low: got None, takes the planner of {name}'s lowest level")
+            landmarks = method.landmarks()
+            its = hierarchy(method, landmarks, low)
+            beside = ((FLAT, effort, None), (COUNTED, low, counted_steps(landmarks)))
+            for kind, flat, energy in beside:
+                result = planned(method, world, flat, seeds, near, steps, energy=energy)
+                rows.append(replace(row_of(f"{name}{kind}", result), of=name))
+        result = planned(method, world, its, seeds, near, steps, keep=first is None)
         rows.append(row_of(name, result))
         if full and first is None:
-            whole = planned(method, world, replace(effort, effort=None), seeds, near)
+            whole = planned(method, world, replace(effort, effort=None), seeds, near, steps)
             rows.append(row_of(f"{name}, full budget", whole))
         first = first or result
     assert first is not None
@@ -140,7 +176,7 @@ def table(rows: Sequence[Row]) -> str:
     width = max(len(row.name) for row in rows) + 2
     lines = [
         f"{'at the goal at the end':<{width}}{'success':>12}{'model steps':>14}{'iterations':>12}"
-        f"{'rank corr.':>12}{'ms/episode':>12}"
+        f"{'rank corr.':>12}{'ms/episode':>12}{'  by thirds of path length':>27}"
     ]
     for row in rows:
         line = f"{row.name:<{width}}{row.success:>6} of {row.episodes:<3}"
@@ -148,30 +184,47 @@ def table(rows: Sequence[Row]) -> str:
             rank = "" if row.rank is None else f"{row.rank:.2f}"
             line += f"{row.rollout_steps:>13,.0f}{row.iterations:>12.1f}{rank:>12}"
             line += f"{row.milliseconds:>12.0f}"
+        if row.thirds is not None:
+            line += " " * (width + 74 - len(line)) + "   ".join(map(str, row.thirds))
         lines.append(line.rstrip())
     return "\n".join(lines)
 
 
 def verdict(rows: Sequence[Row]) -> list[str]:
     """Return a sentence for each planner that is not well above its control, which is walking
-    straight at the goal, or a random walk in an environment without that control.
+    straight at the goal, or a random walk in an environment without that control; and for each
+    hierarchy that flat planning is not well below: it takes MARGIN more successes with no more
+    rollout steps, or as many with a third of them.
     """
     success = {row.name: row.success for row in rows}
     control = "straight" if "straight" in success else "walk"
     count = rows[0].episodes
     # Rounded, since binary fractions must not ask for one more.
-    least = success[control] + math.ceil(round(MARGIN * count, 9))
+    margin = math.ceil(round(MARGIN * count, 9))
+    least = success[control] + margin
     takes = f"takes {least} or more: {control} has {success[control]}"
     if least > count:
         takes = (
             f"but {control} has {success[control]}, too many for a margin of {MARGIN:.0%}: take "
             "more --episodes, or a world that needs a plan"
         )
-    return [
-        f"{row.name}: {row.success} of {row.episodes}, {takes}"
-        for row in rows
-        if row.rollout_steps is not None and row.success < least
-    ]
+    planned = [row for row in rows if row.rollout_steps is not None and row.of is None]
+    words = [f"{row.name}: {row.success} of {count}, {takes}" for row in planned
+             if row.success < least]  # fmt: skip
+    for flat in rows:
+        for row in planned:
+            if flat.of == row.name and flat.name.endswith(FLAT) and not _above(row, flat, margin):
+                words.append(
+                    f"{row.name}: {row.success} of {count} with {row.rollout_steps:,.0f} model "
+                    f"steps, flat planning has {flat.success} with {flat.rollout_steps:,.0f}"
+                )
+    return words
+
+
+def _above(row: Row, flat: Row, margin: int) -> bool:
+    steps, its = row.rollout_steps or 0.0, flat.rollout_steps or 0.0
+    better = row.success >= flat.success + margin and steps <= its
+    return better or (row.success >= flat.success and 3 * steps <= its)
 
 
 def write(rows: Sequence[Row], folder: Path) -> None:

@@ -16,8 +16,7 @@ from vicreg_jepa.planning.hierarchy.landmarks import Landmarks
 class Steps(Energy):
     """The counted steps from the latents of a path to the goal's latents [B, D].
 
-    at: "sum" over the horizon, or at its "end". Latents that no walk came near are infinitely far:
-    a prediction that leaves what was seen is wrong, or not known to be right.
+    at: "sum" over the horizon, or at its "end".
     """
 
     landmarks: Landmarks
@@ -31,10 +30,9 @@ class Steps(Energy):
     def __call__(self, path: Tensor, actions: Tensor) -> Tensor:
         if self.at == "end":
             path = path[:, :, -1:]
-        here, known = self.landmarks.nearest(path)
+        here, off = self.landmarks.nearest(path)
         there, _ = self.landmarks.nearest(self.goal)
-        steps = self.landmarks.steps[here, there[:, None, None]]
-        return torch.where(known, steps, torch.inf).sum(dim=2)
+        return (off + self.landmarks.steps[here, there[:, None, None]]).sum(dim=2)
 
     def rows(self, which: Tensor) -> Steps:
         return Steps(self.landmarks, self.goal[which], self.at)
@@ -43,8 +41,8 @@ class Steps(Energy):
 @dataclass(frozen=True)
 class Reach(Energy):
     """0 for a path whose every latent is at most `most` counted steps from the one before it, the
-    first from `start` [B, D], and infinite for all others, and for latents that no walk came near:
-    what the level below cannot reach is no candidate.
+    first from `start` [B, D], and infinite for all others: what the level below cannot reach is no
+    candidate.
     """
 
     landmarks: Landmarks
@@ -56,10 +54,10 @@ class Reach(Energy):
         checks.number("most", self.most, open_low=True)
 
     def __call__(self, path: Tensor, actions: Tensor) -> Tensor:
-        there, known = self.landmarks.nearest(path)
+        there, off = self.landmarks.nearest(path)
         first = self.landmarks.nearest(self.start)[0][:, None, None].expand_as(there[..., :1])
         here = torch.cat([first, there[..., :-1]], dim=2)
-        near = known & (self.landmarks.steps[here, there] <= self.most)
+        near = off + self.landmarks.steps[here, there] <= self.most
         return torch.where(near.all(dim=2), 0.0, torch.inf)
 
     def rows(self, which: Tensor) -> Reach:

@@ -13,6 +13,7 @@ from vicreg_jepa.planning import checks
 
 LAGS = 16  # steps of a walk: the longest piece that is counted
 PASSAGE = 1.0  # steps that a piece costs more than it took: a landmark stands for its surroundings
+OFF = 4.0  # steps
 LOOKED_UP = 1 << 22  # distances at once
 MOST = 4096  # landmarks: their table of steps has 64 MiB
 NONE = 255  # of the fewest steps: no walk was seen
@@ -24,8 +25,7 @@ class Landmarks:
 
     places: [M, D], latents that were seen, at least `spacing` from each other, so that each latent
     of the walks is less than `spacing` from one of them. steps: [M, M], the fewest steps from one
-    to another over pieces of walks, infinite where none connects them. A latent counts as its
-    nearest landmark; it is known if that is at most `spacing` away.
+    to another over pieces of walks, infinite where none connects them.
     """
 
     places: Tensor
@@ -38,20 +38,22 @@ class Landmarks:
         checks.number("spacing", self.spacing, open_low=True)
 
     def nearest(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """(int64 [...], the number of the nearest landmark; bool [...], whether it is known) of
-        latents [..., D].
+        """(int64 [...], the number of the nearest landmark; float [...], steps that stand for the
+        way to it) of latents [..., D]. Within `spacing` the way costs nothing, and OFF steps for
+        each `spacing` more: walks came nowhere near such a latent, so that it is likely to be a
+        wrong prediction.
         """
         flat = latents.reshape(-1, latents.shape[-1])
         rows = max(1, LOOKED_UP // len(self.places))
         found = [torch.cdist(some, self.places).min(dim=1) for some in flat.split(rows)]
         distance = torch.cat([one.values for one in found])
         place = torch.cat([one.indices for one in found])
-        known = distance <= self.spacing
-        return place.view(latents.shape[:-1]), known.view(latents.shape[:-1])
+        off = OFF * (distance / self.spacing - 1).clamp(min=0)
+        return place.view(latents.shape[:-1]), off.view(latents.shape[:-1])
 
     def between(self, latents: Tensor, others: Tensor) -> Tensor:
-        """float [...]: the counted steps from latents to others, [..., D] each, known or not;
-        infinite where no walk connects them.
+        """float [...]: the counted steps from latents to others, [..., D] each, without the ways to
+        their landmarks; infinite where no walk connects them.
         """
         return self.steps[self.nearest(latents)[0], self.nearest(others)[0]]
 
@@ -140,5 +142,7 @@ def shortest(costs: Tensor) -> Tensor:
 
     known = torch.isfinite(costs) & (costs > 0)
     rows, columns = known.nonzero(as_tuple=True)
-    graph = csr_matrix((costs[known].double().numpy(), (rows.numpy(), columns.numpy())), costs.shape)
+    graph = csr_matrix(
+        (costs[known].double().numpy(), (rows.numpy(), columns.numpy())), costs.shape
+    )
     return torch.from_numpy(dijkstra(graph)).to(costs)

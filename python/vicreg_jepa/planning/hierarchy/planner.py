@@ -53,8 +53,10 @@ class Hierarchy:
     `interval` is a multiple of the one below. landmarks: count the steps between latents.
 
     The highest level seeks the goal. Its energy is the sum over its path of the counted steps from
-    there to the goal; paths that leave the reach of the level below are no candidates. Where it has
-    no candidate, the goal itself is handed down. A plan's rollout_steps and iterations are the sums
+    there to the goal; paths that leave the reach of the level below are no candidates. What it
+    hands down is the landmark of the first latent of its path: a latent that was seen, where the
+    predicted one may be off all that frames can give, and never be arrived at. Where it has no
+    candidate, the goal itself is handed down. A plan's rollout_steps and iterations are the sums
     over all levels.
     """
 
@@ -138,6 +140,7 @@ class Hierarchy:
             spent[0][rows] += plan.iterations
             spent[1][rows] += plan.rollout_steps
             found = plan.finite
-            path[rows[found]] = plan.path[found]
+            places = self.landmarks.nearest(plan.path[found])[0]
+            path[rows[found]] = self.landmarks.places[places]
             far[rows[~found]] = False
         return Upper(path, far)

@@ -1,9 +1,8 @@
-"""How runs with levels plan: the hierarchy of a trained method, and the rows beside it."""
+"""The hierarchy of a trained method, and flat planning with its counted steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from vicreg_jepa.planning.planner import Effort, Planner
 from vicreg_jepa.planning.planners import ICEM
 
 LOW = {"horizon": 4, "candidates": 64, "elites": 8, "iterations": 4}
-HIGH = {"horizon": 4, "candidates": 64, "elites": 8, "iterations": 4, "deviation": 0.6}
+HIGH = {"horizon": 6, "candidates": 128, "elites": 8, "iterations": 5, "deviation": 0.6}
 TRUSTED = 1.5  # a level's longest chunks, as counted steps: the reach of the level below
 HASTE = 0.2  # as to_goal's
 
@@ -30,7 +29,7 @@ def low_planner(settings: dict[str, Any]) -> Planner:
 
 def hierarchy(method: Any, landmarks: Landmarks, low: Planner) -> Hierarchy:
     """The planner of a trained method `hierarchy`. Each level plans as often as the one below, for
-    four of its macro-actions.
+    six of its macro-actions.
     """
     levels = tuple(
         Level(
@@ -51,6 +50,3 @@ def counted_steps(landmarks: Landmarks) -> Callable[[Tensor], EnergyLike]:
 
 def has_levels(method: nn.Module) -> bool:
     return hasattr(method, "levels") and hasattr(method, "landmarks")
-
-
-__all__ = ["Hierarchy", "counted_steps", "has_levels", "hierarchy", "low_planner", "replace"]
