@@ -282,7 +282,7 @@ OF_TRANSFORMER = ("predictor_heads", "latent_tokens", "history")
 
 def check(config: Config) -> None:
     """Check the settings that must fit together."""
-    model, data, loss = config.model, config.data, config.loss
+    data, loss = config.data, config.loss
     if loss.prediction == 0:
         raise ValueError(
             "loss.prediction: got 0, world takes more: nothing else trains the predictor"

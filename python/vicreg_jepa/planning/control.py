@@ -30,8 +30,8 @@ class Control:
     executed until the next one.
 
     goal: the latents [N, D] to reach. near: a plan has arrived within this distance of the goal's
-    latents. energy: a function of the goal's latents; by default to_goal, and with a hierarchy none. keep: whether the plans
-    are kept in `plans`.
+    latents. energy: a function of the goal's latents; by default to_goal, of each level's own goal
+    with a hierarchy. keep: whether the plans are kept in `plans`.
     """
 
     def __init__(

@@ -26,10 +26,11 @@ Rows = dict[str, Tensor]  # what a planner knows of each environment and action:
 
 @dataclass(frozen=True)
 class Upper:
-    """The plans of B environments on a level above the lowest. path: [B, H, D], the landmarks of the
-    latents after its macro-actions, of which the first is the goal of the level below. between:
-    bool [B], whether that is a subgoal; else it is the level's own goal, and so is the rest of the
-    path.
+    """The plans of B environments on a level above the lowest.
+
+    path: [B, H, D], the landmarks of the latents after its macro-actions, of which the first is the
+    goal of the level below. between: bool [B], whether that is a subgoal; else it is the level's
+    own goal, and so is the rest of the path.
     """
 
     path: Tensor
