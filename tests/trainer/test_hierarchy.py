@@ -129,7 +129,7 @@ def test_counted_steps_are_those_of_the_shortest_path():
 def test_paths_out_of_reach_are_no_candidates():
     u = corridor()
     start = torch.tensor([[0.0, 0.0], [0.0, 2.0]])
-    paths = torch.tensor([[[3, 0], [6, 0]], [[3, 0], [9, 0]], [[0, 1], [3, 0]]]).float()
+    paths = torch.tensor([[[3, 0], [6, 0]], [[3, 0], [9, 0]], [[0, 1.5], [3, 0]]]).float()
     paths = paths[None].expand(2, -1, -1, -1)
     none = paths[..., :0]
     energy = Reach(u, start, 4 + PASSAGE)(paths, none)
@@ -174,7 +174,7 @@ def request() -> tuple[TrueModel, PlanRequest]:
     return model, PlanRequest(model.observe(state), None, state.seed, 0, arrival=Arrival(goal, 2.0))
 
 
-def test_the_first_latent_of_a_level_is_the_goal_of_the_one_below():
+def test_a_latent_of_a_level_is_the_goal_of_the_one_below():
     model, asked = request()
     its = hierarchy(12, 24)
     plan = its.plan(model, asked)
@@ -182,14 +182,17 @@ def test_the_first_latent_of_a_level_is_the_goal_of_the_one_below():
     assert low.between.any()
     assert high.between.any()
     start, reach = asked.start, its.levels[0].reach
-    steps = its.landmarks.between(start, low.path[:, 0])
-    assert (steps[low.between] <= reach).all()
-    subgoal = low.path[:, 0]
+    steps = its.landmarks.between(start[:, None].expand_as(low.path), low.path)[low.between]
+    inside = steps <= reach
+    assert inside[:, 0].all()
+    for row, goal, path in zip(inside, low.goal[low.between], low.path[low.between], strict=True):
+        assert torch.equal(goal, path[row.nonzero()[-1, 0]])
+    subgoal = low.goal
     alone = LOW.plan(model, replace(asked, arrival=Arrival(subgoal, 2.0)))
     assert torch.equal(plan.actions, alone.actions)
     assert (plan.rollout_steps > alone.rollout_steps)[low.between].all()
     near = ~high.between
-    assert torch.equal(high.path[near, 0], asked.arrival.goal[near])
+    assert torch.equal(high.goal[near], asked.arrival.goal[near])
 
 
 def test_a_level_keeps_its_plan_until_the_next_is_due():
@@ -223,7 +226,7 @@ def test_without_a_candidate_the_goal_is_handed_down():
     nowhere = Landmarks(asked.start[:1] + 100, torch.zeros(1, 1), 1.0)
     plan = replace(hierarchy(), landmarks=nowhere).plan(model, asked)
     assert not plan.above[0].between.any()
-    assert torch.equal(plan.above[0].path[:, 0], asked.arrival.goal)
+    assert torch.equal(plan.above[0].goal, asked.arrival.goal)
     assert torch.equal(plan.actions, LOW.plan(model, asked).actions)
 
 

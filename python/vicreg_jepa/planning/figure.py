@@ -98,7 +98,7 @@ def draw(
             row[0].plot(*goals.T, "o-", color=LEVELS[level % len(LEVELS)], linewidth=0.8,
                         markersize=4, fillstyle="none", label=f"level {level + 2}")  # fmt: skip
         if plan.above:
-            firsts = [each.above[0].path[number, :1] for each in result.plans]
+            firsts = [each.above[0].goal[number, None] for each in result.plans]
             reached = result.steps()[number] // interval + 1
             goals = decode(torch.cat(firsts[: int(reached)]))
             row[1].plot(*goals.T, "o", color=LEVELS[0], markersize=3, fillstyle="none")

@@ -28,12 +28,13 @@ Rows = dict[str, Tensor]  # what a planner knows of each environment and action:
 class Upper:
     """The plans of B environments on a level above the lowest.
 
-    path: [B, H, D], the landmarks of the latents after its macro-actions, of which the first is the
-    goal of the level below. between: bool [B], whether that is a subgoal; else it is the level's
-    own goal, and so is the rest of the path.
+    path: [B, H, D], the landmarks of the latents after its macro-actions. goal: [B, D], the one of
+    them that is the goal of the level below. between: bool [B], whether that is a subgoal; else it
+    is the level's own goal, and so is the whole path.
     """
 
     path: Tensor
+    goal: Tensor
     between: Tensor
 
 

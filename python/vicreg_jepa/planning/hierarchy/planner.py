@@ -1,4 +1,4 @@
-"""Planning on several levels: the first latent that a level predicts is the goal of the one below.
+"""Planning on several levels: a latent that a level predicts is the goal of the one below.
 
 A level's model maps a latent and a macro-action to the latent after it. Every level searches with
 the same planners, from its own time steps; only the lowest plans actions of the world.
@@ -53,10 +53,10 @@ class Hierarchy:
     `interval` is a multiple of the one below. landmarks: count the steps between latents.
 
     The highest level seeks the goal. Its energy is the sum over its path of the counted steps from
-    there to the goal; paths that leave the reach of the level below are no candidates. What it
-    hands down is the landmark of the first latent of its path: a latent that was seen, where the
-    predicted one may be off all that frames can give, and never be arrived at. Where it has no
-    candidate, the goal itself is handed down. A plan's rollout_steps and iterations are the sums
+    there to the goal; paths with a step beyond the reach of the level below are no candidates. It
+    hands down the last latent of its path that is in reach from where the environment is, or rather
+    the landmark of that: a latent that was seen, where the predicted one may be off all that frames
+    can give, and never be arrived at. Where it has no candidate, the goal itself is handed down. A plan's rollout_steps and iterations are the sums
     over all levels.
     """
 
@@ -112,7 +112,7 @@ class Hierarchy:
             else:
                 upper = self._searched(level, request, goal, spent)
             uppers.append(upper)
-            goal = upper.path[:, 0]
+            goal = upper.goal
         near = request.arrival.threshold
         below = replace(request, arrival=Arrival(goal, near, request.arrival.at), above=())
         plan = self.low.plan(model, below)
@@ -129,6 +129,7 @@ class Hierarchy:
         """A level's plan to a goal [B, D]; adds its iterations and rollout steps to `spent`."""
         count, size = goal.shape
         path = goal[:, None].expand(count, level.planner.horizon, size).clone()
+        below = goal.clone()
         far = ~(self.landmarks.between(request.start, goal) <= level.reach)
         rows = far.nonzero()[:, 0]
         if len(rows):
@@ -140,7 +141,16 @@ class Hierarchy:
             spent[0][rows] += plan.iterations
             spent[1][rows] += plan.rollout_steps
             found = plan.finite
-            places = self.landmarks.nearest(plan.path[found])[0]
-            path[rows[found]] = self.landmarks.places[places]
             far[rows[~found]] = False
-        return Upper(path, far)
+            rows, start = rows[found], start[found]
+            path[rows], below[rows] = self._handed_down(level, start, plan.path[found])
+        return Upper(path, below, far)
+
+    def _handed_down(self, level: Level, start: Tensor, path: Tensor) -> tuple[Tensor, Tensor]:
+        """(the landmarks of a path, [B, H, D]; the last of them that is in reach from the start)"""
+        places, _ = self.landmarks.nearest(path)
+        here = self.landmarks.nearest(start)[0]
+        reached = self.landmarks.steps[here[:, None], places] <= level.reach  # the first always is
+        last = (reached * torch.arange(1, places.shape[1] + 1)).argmax(dim=1)
+        seen = self.landmarks.places[places]
+        return seen, seen[torch.arange(len(last)), last]
