@@ -20,6 +20,7 @@ GRID = 1.5  # pixels between the positions that latents are compared with
 SCALE = 5
 LEVELS = ("#c07a10", "#7a3fb0")  # the levels above the lowest
 EXECUTED, PLANNED, SHORTEST = "#ce2828", "#2868c8", "#9aa0aa"
+LABELS = 7  # about so many plans have their step written beside their energies
 MILLISECONDS = 80  # of a frame of the GIF
 
 
@@ -127,14 +128,18 @@ def _energies(axis: Any, result: Result, number: int, interval: int) -> None:
     energy rises: the horizon has grown, and energies of different horizons cannot be compared.
     """
     place = 0
+    counts = [int((~torch.isnan(plan.history[number])).sum()) for plan in result.plans]
+    apart, last = sum(counts) / LABELS, -torch.inf  # iterations between the labels of two plans
     for count, plan in enumerate(result.plans):
         history = plan.history[number]
         history = history[~torch.isnan(history)]
         if not len(history):
             continue
         axis.axvline(place + 0.5, color=SHORTEST, linewidth=0.8, linestyle=":")
-        axis.text(place + 0.6, 0.99, f"step {count * interval}", fontsize=7, va="top",
-                  transform=axis.get_xaxis_transform())  # fmt: skip
+        if place - last >= apart:
+            last = place
+            axis.text(place + 0.6, 0.99, f"step {count * interval}", fontsize=7, va="top",
+                      transform=axis.get_xaxis_transform())  # fmt: skip
         steps = torch.arange(len(history)) + place + 1
         breaks = ((history[1:] > history[:-1]).nonzero()[:, 0] + 1).tolist()
         for part in torch.tensor_split(torch.arange(len(history)), breaks):

@@ -56,8 +56,8 @@ class Hierarchy:
     there to the goal; paths with a step beyond the reach of the level below are no candidates. It
     hands down the last latent of its path that is in reach from where the environment is, or rather
     the landmark of that: a latent that was seen, where the predicted one may be off all that frames
-    can give, and never be arrived at. Where it has no candidate, the goal itself is handed down. A plan's rollout_steps and iterations are the sums
-    over all levels.
+    can give, and never be arrived at. Where it has no candidate, the goal itself is handed down. A
+    plan's rollout_steps and iterations are the sums over all levels.
     """
 
     low: Planner

@@ -15,7 +15,13 @@ from vicreg_jepa.planning.planner import Effort, Planner
 from vicreg_jepa.planning.planners import ICEM
 
 LOW: dict[str, Any] = {"horizon": 4, "candidates": 64, "elites": 8, "iterations": 4}
-HIGH: dict[str, Any] = {"horizon": 6, "candidates": 64, "elites": 8, "iterations": 4, "deviation": 0.6}
+HIGH: dict[str, Any] = {
+    "horizon": 6,
+    "candidates": 64,
+    "elites": 8,
+    "iterations": 4,
+    "deviation": 0.6,
+}
 TRUSTED = 1.5  # a level's longest chunks, as counted steps: the reach of the level below
 HASTE = 0.2  # as to_goal's
 
