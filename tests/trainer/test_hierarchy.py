@@ -10,12 +10,12 @@ from functools import cache
 import pytest
 import torch
 from torch import Tensor
+from vicreg_jepa.models.landmarks import OFF, PASSAGE, Counts, Landmarks, counted
 from vicreg_jepa.planning import zones
 from vicreg_jepa.planning.energies import Arrival, to_goal
 from vicreg_jepa.planning.evaluate import episodes
 from vicreg_jepa.planning.guardrails import Zone
 from vicreg_jepa.planning.hierarchy.energies import Reach, Steps
-from vicreg_jepa.planning.hierarchy.landmarks import OFF, PASSAGE, Counts, Landmarks, counted
 from vicreg_jepa.planning.hierarchy.levels import Held
 from vicreg_jepa.planning.hierarchy.planner import Hierarchy, Level
 from vicreg_jepa.planning.model import TrueModel
@@ -277,7 +277,7 @@ def test_bad_settings_are_named():
         Held(model, 0)
     with pytest.raises(ValueError, match=r"^spacing: got 0.1, .* more than 5 landmarks"):
         counted(torch.arange(8.0)[None, :, None], 0.1, most=5)
-    with pytest.raises(ValueError, match=r"^walks: got 1 latents"):
+    with pytest.raises(ValueError, match=r"^walks: got shape \[2, 1, 3\]"):
         counted(torch.zeros(2, 1, 3), 1.0)
     with pytest.raises(ValueError, match=r"^walks: got values that are not finite"):
         counted(torch.full((2, 2, 3), torch.nan), 1.0)

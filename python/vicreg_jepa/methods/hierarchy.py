@@ -5,7 +5,7 @@ A level encodes chunks of up to so many actions as codes, and predicts the laten
 the latent before it and its code. The codes have VICReg's variance and covariance (Bardes, Ponce
 and LeCun, 2022, arXiv:2105.04906), so that they fill the box in which planners draw them, and
 inverse dynamics: a code must be read from the latents before and after its chunk, so that it says
-what changes them and nothing else. Landmarks count the steps (planning/hierarchy/landmarks.py).
+what changes them and nothing else. Landmarks count the steps (models/landmarks.py).
 
 As the encoder is frozen, latents stay valid: those of earlier windows are kept, and each step
 trains on chunks of all of them.
@@ -23,9 +23,9 @@ from torch.nn import functional as F
 
 from vicreg_jepa.methods import world
 from vicreg_jepa.methods.base import MethodKind, register
+from vicreg_jepa.models.landmarks import Counts, Landmarks
 from vicreg_jepa.models.macro import Macro
 from vicreg_jepa.ops.choose import Kernels
-from vicreg_jepa.planning.hierarchy.landmarks import Counts, Landmarks
 
 if TYPE_CHECKING:
     from vicreg_jepa.config.settings import Config

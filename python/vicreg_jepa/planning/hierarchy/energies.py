@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vicreg_jepa.models.landmarks import Landmarks
 from vicreg_jepa.planning import checks
 from vicreg_jepa.planning.energies import Energy
-from vicreg_jepa.planning.hierarchy.landmarks import Landmarks
 
 
 @dataclass(frozen=True)

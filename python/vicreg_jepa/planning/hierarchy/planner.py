@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vicreg_jepa.models.landmarks import Landmarks
 from vicreg_jepa.planning import checks
 from vicreg_jepa.planning.energies import Arrival
 from vicreg_jepa.planning.hierarchy.energies import Reach, Steps
-from vicreg_jepa.planning.hierarchy.landmarks import Landmarks
 from vicreg_jepa.planning.model import LatentModel
 from vicreg_jepa.planning.planner import Plan, Planner, PlanRequest, Upper
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vicreg_jepa.models.landmarks import Landmarks
 from vicreg_jepa.planning.energies import EnergyLike
 from vicreg_jepa.planning.hierarchy.energies import Steps
-from vicreg_jepa.planning.hierarchy.landmarks import Landmarks
 from vicreg_jepa.planning.hierarchy.planner import Hierarchy, Level
 from vicreg_jepa.planning.planner import Effort, Planner
 from vicreg_jepa.planning.planners import ICEM

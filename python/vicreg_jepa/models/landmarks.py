@@ -9,8 +9,6 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from vicreg_jepa.planning import checks
-
 LAGS = 16  # steps of a walk: the longest piece that is counted
 PASSAGE = 1.0  # steps that a piece costs more than it took: a landmark stands for its surroundings
 OFF = 4.0  # steps
@@ -33,9 +31,11 @@ class Landmarks:
     spacing: float
 
     def __post_init__(self) -> None:
-        checks.shaped("places", self.places, None, None)
-        checks.shaped("steps", self.steps, len(self.places), len(self.places))
-        checks.number("spacing", self.spacing, open_low=True)
+        count = len(self.places)
+        if self.places.dim() != 2 or self.steps.shape != (count, count):
+            shapes = [list(self.places.shape), list(self.steps.shape)]
+            raise ValueError(f"places, steps: got shapes {shapes}, take [M, D] and [M, M]")
+        _above_zero(self.spacing)
 
     def nearest(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """(int64 [...], the number of the nearest landmark; float [...], steps that stand for the
@@ -73,7 +73,8 @@ class Counts(nn.Module):
 
     def __init__(self, dim: int, most: int) -> None:
         super().__init__()
-        checks.whole("most", most, 1)
+        if most < 1:
+            raise ValueError(f"most: got {most}, takes 1 or more")
         self.register_buffer("places", torch.zeros(most, dim))
         self.register_buffer("fewest", torch.full((most, most), NONE, dtype=torch.uint8))
         self.register_buffer("found", torch.zeros((), dtype=torch.int64))
@@ -123,16 +124,21 @@ def counted(walks: Tensor, spacing: float, most: int = MOST) -> Landmarks:
     """Count the landmarks of walks, latents [N, T, D] of T consecutive steps, at least 2. Raises
     ValueError for more than `most`.
     """
-    checks.shaped("walks", walks, None, None, None)
-    checks.number("spacing", spacing, open_low=True)
-    checks.finite("walks", walks)
-    if walks.shape[1] < 2:
-        raise ValueError(f"walks: got {walks.shape[1]} latents of each, takes two or more")
+    if walks.dim() != 3 or walks.shape[1] < 2:
+        raise ValueError(f"walks: got shape {list(walks.shape)}, takes [N, T, D], T two or more")
+    if not bool(torch.isfinite(walks).all()):
+        raise ValueError("walks: got values that are not finite, takes finite numbers")
+    _above_zero(spacing)
     counts = Counts(walks.shape[2], most)
     counts.spacing.fill_(spacing)
     for some in walks.split(256):
         counts.see(some, range(walks.shape[1]))
     return counts.landmarks()
+
+
+def _above_zero(spacing: float) -> None:
+    if not 0 < spacing < torch.inf:
+        raise ValueError(f"spacing: got {spacing}, takes a finite number of more than 0")
 
 
 def shortest(costs: Tensor) -> Tensor:
