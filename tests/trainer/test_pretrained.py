@@ -35,6 +35,16 @@ def test_planning_reaches_the_goals(tmp_path, capsys):
     assert (tmp_path / "episode.gif").stat().st_size > 1000
 
 
+def test_what_surprise_does_not_take(tmp_path, capsys):
+    again = tmp_path / pretrained.FILES["surprise"]
+    again.write_bytes(pretrained.path("surprise").read_bytes())
+    words = ["surprise", "--pretrained", "--output", str(tmp_path / "pictures")]
+    assert cli.main([*words, "--beside", str(again)]) == 2
+    assert "has the name of another run" in capsys.readouterr().err
+    assert cli.main([*words, "--video", "clip.mp4", "--beside", str(again)]) == 2
+    assert "--video: takes no --beside" in capsys.readouterr().err
+
+
 def test_a_vanished_thing_surprises():
     settings, method, _ = restore(pretrained.path("surprise"))
     surprise_of = physics_test.of_method(method, settings.data.stride)
