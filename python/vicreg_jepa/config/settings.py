@@ -191,13 +191,6 @@ class Augmentation(Settings):
     def _of_its_name(self) -> Augmentation:
         if self.crop[0] > self.crop[1]:
             raise ValueError(f"crop: got {self.crop}, takes the smallest area first")
-        for key in rules.OF_NATURAL:
-            value = getattr(self, key)
-            if self.name != "natural" and value != type(self).model_fields[key].default:
-                raise ValueError(
-                    f"{key}: got {str(value)!r}, but it is used by augment.name natural, not by "
-                    f"{self.name!r}"
-                )
         return self
 
 
