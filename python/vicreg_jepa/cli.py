@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     three.add_argument(
         "--beside", type=Path, nargs="+", default=[], metavar="RUN", help="runs to compare with"
     )
-    three.add_argument("--quadruplets", type=integer(1), default=50, help="per property")
+    three.add_argument("--quadruplets", type=integer(1), help="per property; default 50")
     four = commands.add_parser(
         "compare", help="fused kernels against the reference: steps/s, memory"
     )
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         choices=("own", "timm", "whole"),
         default="own",
         help="own: the encoder for vicreg_jepa.load_encoder; timm: for its VisionTransformer, from "
-        "a ViT; whole: the method in float16, for surprise and plan",
+        "a ViT; whole: the method in float16, for the commands that take a run",
     )
     seven = commands.add_parser("plan", help="plan with runs of a world model, beside controls")
     seven.add_argument(
@@ -156,17 +156,18 @@ def _probe(options: argparse.Namespace) -> int:
 
 
 def _surprise(options: argparse.Namespace) -> int:
-    from vicreg_jepa.files.output import writing
+    from vicreg_jepa.config import ConfigError
     from vicreg_jepa.methods import build
     from vicreg_jepa.physics import PROPERTIES
     from vicreg_jepa.surprise import physics_test, report
 
+    if options.video is not None and (options.beside or options.quadruplets is not None):
+        raise ConfigError("--video: takes no --beside and no --quadruplets, which are of the test")
     (run,) = _runs("surprise", [options.run] if options.run else [], options.pretrained)
     name, settings, method = _video_run(run)
     stride, size = settings.data.stride, settings.data.size
     output = options.output or _beside(run, "surprise")
-    with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
+    _make(output)
     if options.video is not None:
         report.draw_video(method, options.video, size, output, stride=stride)
         return 0
@@ -177,9 +178,12 @@ def _surprise(options: argparse.Namespace) -> int:
     }
     for beside in options.beside:
         other, its, trained = _video_run(beside)
+        if other in models:
+            raise ConfigError(f"--beside: {beside} has the name of another run, {other!r}")
         models[other] = physics_test.of_method(trained, its.data.stride)
-    scores = report.test(models, options.quadruplets, output)
-    print(report.table(scores, options.quadruplets))
+    count = options.quadruplets or 50
+    scores = report.test(models, count, output)
+    print(report.table(scores, count))
     for property in PROPERTIES:
         report.draw_quadruplet(method, property, output, stride=stride)
     print(f"pictures of every property: {output}")
@@ -235,7 +239,6 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from vicreg_jepa.files.output import writing
     from vicreg_jepa.planning import report
     from vicreg_jepa.training.run import restore
     from vicreg_jepa.worlds.collect import parsed
@@ -245,8 +248,6 @@ def _plan(options: argparse.Namespace) -> int:
     restored = [(run, *restore(run)) for run in runs]
     output = options.output or _beside(runs[0], "plan")
     simulated = restored[0][1].data.kind == "world"
-    with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
     rows = (_plan_world if simulated else _plan_adapted)(options, restored, planner, output)
     report.write(rows, output)
     print(report.table(rows))
@@ -255,6 +256,13 @@ def _plan(options: argparse.Namespace) -> int:
     for words in failed:
         print(f"failed: {words}")
     return 1 if failed else 0
+
+
+def _make(folder: Path) -> None:
+    from vicreg_jepa.files.output import writing
+
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def _row_name(run: Path, step: int) -> str:
@@ -274,6 +282,7 @@ def _plan_world(options: argparse.Namespace, restored: Any, planner: Any, output
         runs.append((_row_name(run, step), method))
         if worlds[-1] != worlds[0]:
             raise config.ConfigError(f"run: {run} has {worlds[-1]}, takes that of the first run")
+    _make(output)
     rows, first = report.measured(runs, worlds[0], planner, options.episodes, options.full)
     seeds, interval = report.seeds_of(options.episodes), planner.interval
     method, longest = runs[0][1], figure.chosen(first)[-1]
@@ -299,6 +308,7 @@ def _plan_adapted(options: argparse.Namespace, restored: Any, planner: Any, outp
         runs.append((_row_name(run, step), method))
         if described[-1] != described[0]:
             raise config.ConfigError(f"run: {run} has another environment than the first run")
+    _make(output)
     make = adapted_report.maker(described[0])
     rows, first = adapted_report.measured(runs, make, planner, options.episodes)
     picture, film = output / "episodes.png", output / "episode.gif"
@@ -324,9 +334,8 @@ def _drift(options: argparse.Namespace) -> int:
     for run, (settings, _, _) in zip(folders[1:], runs[1:], strict=True):
         if world_of(settings) != world:
             raise config.ConfigError(f"--beside: {run} has another world than {options.run}")
-    folder = options.output or options.run / "drift"
-    with output.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = options.output or _beside(options.run, "drift")
+    _make(folder)
     drifts = [
         drift.measured(_row_name(run, step), settings, method, world, options.walks)
         for run, (settings, method, step) in zip(folders, runs, strict=True)
