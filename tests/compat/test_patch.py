@@ -113,6 +113,26 @@ def test_context(lightly):
     assert loss.SIGReg is theirs
 
 
+def test_a_context_whose_names_are_restored_inside(lightly):
+    """The rest is restored too; the body's own error is the one that is seen."""
+    from lightly import loss
+
+    theirs = loss.SIGReg, loss.VICRegLoss
+
+    def restore_one(*error):
+        with vk.patch("lightly"):
+            vk.unpatch("lightly", "SIGReg")
+            for each in error:
+                raise each
+
+    with pytest.raises(KeyError, match="of the body"):
+        restore_one(KeyError("of the body"))
+    assert (loss.SIGReg, loss.VICRegLoss) == theirs
+    with pytest.raises(ValueError, match="names: got SIGReg of lightly, restored within"):
+        restore_one()
+    assert (loss.SIGReg, loss.VICRegLoss) == theirs
+
+
 def test_the_page_has_every_library():
     """Its code is run with that of the other pages."""
     text = (Path(__file__).parents[2] / "docs" / "drop_in.md").read_text()
