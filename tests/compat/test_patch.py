@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pickle
 import sys
 import textwrap
@@ -240,6 +241,44 @@ def test_a_library_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(patching.PACKAGES, "eb_jepa", "no_such_module")
     with pytest.raises(ImportError, match="peer: got 'eb_jepa', which cannot be imported here"):
         vk.patch("eb_jepa")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed"
+)
+def test_the_stand_in_is_gone_afterwards(tmp_path, monkeypatch):
+    """With the modules that were imported beside it, and no others; nested too."""
+    (tmp_path / "lightly").mkdir()
+    text = "import torchvision.ops as ops\nfrom torchvision.transforms import Mode\n"
+    text += "class Layer(ops.Conv2dNormActivation):\n    pass\nnames = {Mode.NEAREST: 1}\n"
+    (tmp_path / "lightly" / "__init__.py").write_text(text)
+    for name in [n for n in sys.modules if n.split(".")[0] in ("lightly", "timm")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    before, finders = dict(sys.modules), list(sys.meta_path)
+    with peers.importable("lightly"):
+        lightly = importlib.import_module("lightly")
+        assert issubclass(lightly.Layer, torch.nn.Module)
+        with pytest.raises(ModuleNotFoundError, match="timm is hidden"):
+            importlib.import_module("timm")
+        with pytest.raises(ImportError):
+            importlib.import_module("torchvision.models.vision_transformer")
+        with peers.without_torchvision("timm"):
+            pass
+        assert sys.modules["lightly"] is lightly
+    assert sys.modules == before
+    assert sys.meta_path == finders
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("torchvision")
+
+    def fail():
+        with peers.importable("lightly"):
+            importlib.import_module("lightly")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert sys.modules == before
 
 
 def test_a_stand_in_finds_what_is_left_of_another(monkeypatch):
