@@ -48,6 +48,10 @@ def ops_of(run: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(row["op"] for row in run["rows"]))
 
 
+def shapes(run: dict[str, Any]) -> str:
+    return ", ".join(dict.fromkeys(row["shape"] for row in run["rows"]))
+
+
 def where(run: dict[str, Any]) -> str:
     versions = run["versions"]
     cuda = f", CUDA {versions['cuda']}" if run["device"]["type"] == "cuda" else ""
@@ -71,9 +75,8 @@ def remarks(run: dict[str, Any]) -> list[str]:
 
 def text(record: dict[str, Any], run: dict[str, Any]) -> str:
     """One run, for a terminal."""
-    shapes = ", ".join(dict.fromkeys(row["shape"] for row in run["rows"]))
     parts = [f"{record['title']}\n{where(run)}"]
-    parts[0] += f"\nloss, gradient: the largest relative error over N x D of {shapes}"
+    parts[0] += f"\nloss, gradient: the largest relative error over N x D of {shapes(run)}"
     for op in ops_of(run):
         lines = lines_of(run, op)
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -81,17 +84,3 @@ def text(record: dict[str, Any], run: dict[str, Any]) -> str:
         parts.append("\n".join(line.rstrip() for line in shown))
     left = [f"left out: {remark}" for remark in remarks(run)]
     return "\n\n".join([*parts, *(["\n".join(left)] if left else [])])
-
-
-def markdown(record: dict[str, Any]) -> str:
-    """All runs, for docs/results.md."""
-    parts = []
-    for run in record["runs"]:
-        shapes = ", ".join(dict.fromkeys(row["shape"] for row in run["rows"]))
-        parts.append(f"{record['title']}, the largest over N x D of {shapes}; {where(run)}.")
-        for op in ops_of(run):
-            head, *lines = lines_of(run, op)
-            rule = ["---", "---", *["---:"] * (len(head) - 2)]
-            parts.append("\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines]))
-        parts += [f"Left out: {remark}." for remark in remarks(run)]
-    return "\n\n".join(parts)
