@@ -285,6 +285,7 @@ class Run:
     def add(self, name: str, shapes: list[str]) -> None:
         """All rows of a loss."""
         published = LOSSES[name]
+        about = {"op": published.op, "name": name}
         with peers.importable(published.peer) if published.peer else contextlib.nullcontext():
             contenders = {}
             for contender, find in _contenders(published).items():
@@ -292,7 +293,7 @@ class Run:
                     contenders[contender] = find()
                     contenders[contender]()
                 except Exception as error:
-                    self._skip({"name": name, "contender": contender}, error)
+                    self._skip({**about, "contender": contender}, error)
                     return
             exact = contenders.get("drop_in") or contenders["ours"]
             for shape in shapes:
@@ -305,13 +306,13 @@ class Run:
                     }
                 except Exception as error:
                     mine = "drop_in" if "drop_in" in contenders else "ours"
-                    self._skip({"name": name, "contender": mine, "shape": shape}, error)
+                    self._skip({**about, "contender": mine, "shape": shape}, error)
                     continue
                 for precision, kind in PRECISIONS.items():
                     for contender, make in contenders.items():
-                        about = {"op": published.op, "name": name, "contender": contender}
-                        about |= {"shape": shape, "precision": precision}
-                        self._row(about, make, truths[kind.dtype], kind.scaled)
+                        row = {**about, "contender": contender}
+                        row |= {"shape": shape, "precision": precision}
+                        self._row(row, make, truths[kind.dtype], kind.scaled)
 
     def _row(
         self, about: dict[str, Any], make: Callable[[], Loss], truth: Truth, scaled: bool

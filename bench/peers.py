@@ -79,7 +79,8 @@ def importable(peer: str) -> Iterator[None]:
     # timm would be imported by lightly's models, which no test needs, as they are where a part of
     # torchvision is missing
     absent = ("torchvision.models.vision_transformer",)
-    with without_torchvision(patching.PACKAGES[peer], hidden=("timm",), absent=absent):
+    hidden = ("timm",) if peer == "lightly" else ()
+    with without_torchvision(patching.PACKAGES[peer], hidden=hidden, absent=absent):
         yield
 
 

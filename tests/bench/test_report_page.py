@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from bench import flat, report, report_page, scaling
+from bench import flat, parity_table, report, report_page, scaling
 from tests.helpers.bench_records import errors, record, row, write
 
 PROBE = Path(__file__).resolve().parents[1] / "helpers" / "report_probe.js"
@@ -48,6 +48,12 @@ def folders(tmp_path) -> list[Path]:
     write(one, losses())
     write(one, step())
     write(two, losses() | {"runs": [losses()["runs"][0] | {"commit": "fff0000"}]})
+    precise = errors()
+    other = {"op": "SIGReg", "name": "some SIGReg", "loss": "inf", "loss_error": None}
+    precise["runs"][0]["rows"] += [each | other for each in precise["runs"][0]["rows"]]
+    reason = {"name": "another", "contender": "theirs", "why": "cannot be imported"}
+    precise["runs"][0]["skipped"] = [{"op": "VICReg"} | reason]
+    write(two, precise)
     return [one, two]
 
 
@@ -63,6 +69,17 @@ def test_the_rows_hold_what_the_records_hold(folders):
     tiny = next(r for r in rows if r["case"] == "tiny")
     assert (tiny["floor_ms"], tiny["bound"], tiny["gbps"]) == (None, None, None)
     assert flat.collect([folders[0].parent, folders[0]])[0].name == "cpu"
+
+
+def test_errors_by_precision_are_rows_of_their_own(folders):
+    found = report_page.data(flat.collect(folders))
+    vicreg, sigreg = found["errors"]
+    assert (vicreg["op"], sigreg["op"]) == ("vicreg", "sigreg")
+    assert (vicreg["float32 loss"], sigreg["float32 loss"]) == (1e-7, "inf")
+    assert (vicreg["folder"], vicreg["commit"]) == ("two/cpu", "abc1234")
+    assert [run["rows"] for run in found["runs"] if run["op"] == "parity"] == [8]
+    assert found["skipped"][-1]["reason"] == "cannot be imported"
+    assert report_page.data(flat.collect(folders[:1]))["errors"] == []
 
 
 def test_the_last_of_several_runs_counts(tmp_path):
@@ -254,6 +271,14 @@ def test_the_page_in_a_browser(folders, tmp_path):
     (text,) = re.findall(r'<pre id="told">([^<]*)</pre>', done.stdout)
     told = json.loads(unquote(text))
     assert told["op"] == "vicreg"
+    head, line = told["published"]
+    figures = dict(zip(head, line, strict=True))
+    assert (figures["Loss"], figures["Whose"]) == ("some VICRegLoss", "theirs")
+    assert (figures["float32: loss"], figures["bfloat16: gradient"]) == ("1e-7", "2e-7")
+    scaled = f"{parity_table.SCALED}: gradient"
+    assert (figures[scaled], figures["Scale"], figures["Shapes"]) == ("NaN", "2048", "64x256")
+    assert told["allPublished"] == 2
+    assert "cannot be imported" in told["reason"]
     assert told["figures"] == [1, 1, 1, 1, 4, 1]
     ours, eager = (
         [f(n) for n in (64, 128, 256, 1024)] for f in (lambda n: n**1.5 / 100, math.sqrt)
