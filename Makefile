@@ -92,7 +92,7 @@ lint: setup ## run ruff and mypy
 
 bench: setup ## time the kernels against plain PyTorch and other libraries
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps scipy tqdm
-	$(BIN)/python -m bench.run
+	$(BIN)/python -m bench.run --accuracy
 
 # Three commands for a machine with an NVIDIA GPU, with its own python3, without network or .venv, each
 # over within ten minutes (docs/gpu_run.md): build, tests, first figures; all figures; sanitizers.

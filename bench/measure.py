@@ -307,8 +307,8 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     clock = make_clock(device)
 
     def best(step: Step) -> float:
-        step()
-        return min(clock(step) for _ in range(7)) / 1e3
+        first = clock(step)  # a type that the processor does not have takes seconds a product
+        return first / 1e3 if first >= 1e3 * SLOW else min(clock(step) for _ in range(7)) / 1e3
 
     out = torch.empty_like(a)
     return {

@@ -83,3 +83,13 @@ def test_a_step_of_several_ops_records_its_shares(fake, tmp_path):
     (run_,) = read(tmp_path / "fake.json")["runs"]
     for row in run_["rows"]:
         assert row["shares"].keys() == {"torch: linear layers and convolution", "rest"}
+
+
+@pytest.mark.parametrize(("milliseconds", "calls"), [(10.0, 8), (2000.0, 1)])
+def test_a_rate_of_a_slow_type_takes_one_call(milliseconds, calls, monkeypatch):
+    counted = []
+    clock = lambda step: counted.append(step) or milliseconds  # noqa: E731
+    monkeypatch.setattr(measure, "make_clock", lambda device: clock)
+    found = measure.ceilings(torch.device("cpu"), torch.float32)
+    assert len(counted) == 2 * calls
+    assert found["matmul_tflops"] == pytest.approx(2 * 2048**3 / (milliseconds / 1e3) / 1e12)
