@@ -84,7 +84,9 @@ def where(run: dict[str, Any]) -> str:
     versions = run["versions"]
     cuda = f", CUDA {versions['cuda']}" if run["device"]["type"] == "cuda" else ""
     peers = "".join(f", {name} {version}" for name, version in versions["peers"].items())
-    return f"{run['device']['name']}, {run['date'][:10]}, torch {versions['torch']}{cuda}{peers}"
+    commit = f", commit {run['commit']}" if run.get("commit") else ""
+    made = f"{run['device']['name']}, {run['date'][:10]}{commit}"
+    return f"{made}, torch {versions['torch']}{cuda}{peers}"
 
 
 def remarks(run: dict[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import accuracy, adaln, attention, measure
+from bench import accuracy, adaln, attention, ema, measure
 from bench.case import Case, Plan
 from tests.helpers.bench_fake import CPU, fake_fixture, fake_op, go, read  # noqa: F401
 from vicreg_kernels import ema_update_, prediction_loss
@@ -93,3 +93,12 @@ def test_a_rate_of_a_slow_type_takes_one_call(milliseconds, calls, monkeypatch):
     found = measure.ceilings(torch.device("cpu"), torch.float32)
     assert len(counted) == 2 * calls
     assert found["matmul_tflops"] == pytest.approx(2 * 2048**3 / (milliseconds / 1e3) / 1e12)
+
+
+def test_the_accuracy_of_an_update_in_place(monkeypatch):
+    """A step of EMA returns what it has changed."""
+    monkeypatch.setattr(ema, "parameter_shapes", lambda *size: [(5, 3), (7,)])
+    case = ema.CASES["vit_b"]
+    assert accuracy.error(case, "reference", CPU, "float64") == 0
+    assert 0 < accuracy.error(case, "reference", CPU, "float32") < 1e-6
+    assert 1e-4 < accuracy.error(case, "reference", CPU, "bfloat16") < 1e-1
