@@ -175,7 +175,7 @@ ROW = {"case": str, "dtype": str, "contender": str, "rounds": int, "ms": dict, "
 ROW |= {"backend": (str, ABSENT), "graph_ms": (dict, ABSENT)}
 ROW |= dict.fromkeys(("ratio", "target", "graph_ratio", "peak_mib"), NUMBER_OR_NONE)
 # What a row may hold: newer records do.
-MORE = {"gbps": NUMBER_OR_NONE, "tflops": NUMBER_OR_NONE, "bound": (str, ABSENT)}
+MORE: dict[str, Any] = {"gbps": NUMBER_OR_NONE, "tflops": NUMBER_OR_NONE, "bound": (str, ABSENT)}
 MORE |= {"most_ms": NUMBER_OR_NONE, "launches": (int, ABSENT), "error": NUMBER_OR_NONE}
 MORE |= {"shares": (dict, ABSENT)}
 RATES = dict.fromkeys(("copy_gbps", "matmul_tflops"), NUMBER)
