@@ -65,8 +65,9 @@ def lines_of(run: dict[str, Any], op: str) -> list[list[str]]:
             continue
         cells = [entry["name"], entry["whose"]]
         for precision in columns:
-            pair = [entry.get(f"{precision} {what}") for what in ("loss", "gradient")]
-            cells.append("-" if None in pair else ", ".join(map(_shown, pair)))
+            names = [f"{precision} {what}" for what in ("loss", "gradient")]
+            measured = all(name in entry for name in names)
+            cells.append(", ".join(_shown(entry[name]) for name in names) if measured else "-")
         scale = entry.get("scale", "")
         lines.append([*cells, scale if isinstance(scale, str) else f"{scale:.0f}"])
     return lines
