@@ -85,14 +85,21 @@ def test_a_step_of_several_ops_records_its_shares(fake, tmp_path):
         assert row["shares"].keys() == {"torch: linear layers and convolution", "rest"}
 
 
-@pytest.mark.parametrize(("milliseconds", "calls"), [(10.0, 8), (2000.0, 1)])
-def test_a_rate_of_a_slow_type_takes_one_call(milliseconds, calls, monkeypatch):
-    counted = []
-    clock = lambda step: counted.append(step) or milliseconds  # noqa: E731
+@pytest.mark.parametrize(("gflops", "edge"), [(100.0, 2048), (0.1, 1024), (0.01, 256)])
+def test_the_rate_of_a_slow_type_is_of_a_smaller_product(gflops, edge, monkeypatch):
+    edges = []
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: edges.append(len(a)))
+
+    def clock(step):
+        before = len(edges)
+        step()
+        return 2 * edges[-1] ** 3 / gflops / 1e6 if len(edges) > before else 1.0
+
     monkeypatch.setattr(measure, "make_clock", lambda device: clock)
-    found = measure.ceilings(torch.device("cpu"), torch.float32)
-    assert len(counted) == 2 * calls
-    assert found["matmul_tflops"] == pytest.approx(2 * 2048**3 / (milliseconds / 1e3) / 1e12)
+    found = measure.ceilings(CPU, torch.bfloat16)
+    assert edges[-8:] == [edge] * 8
+    assert edge == 2048 or max(edges) == edge
+    assert found["matmul_tflops"] == pytest.approx(gflops / 1e3)
 
 
 def test_the_accuracy_of_an_update_in_place(monkeypatch):
