@@ -61,7 +61,7 @@ class MazeWindow(World):
         return self.maze.free(position, layout, axis)
 
     def inside(self, position: Tensor, layout: Tensor) -> Tensor:
-        return self.maze.inside(position, layout)
+        return self.maze.inside(position, layout[..., :2])
 
     def walls(self, layout: Tensor) -> tuple[Tensor, Tensor]:
         """Those of the whole map."""

@@ -1,0 +1,149 @@
+"""Visits to mazes: one explores, a later one, in another process, finds a goal that was seen then."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vicreg_jepa.memory.memory import Memory
+from vicreg_jepa.memory.rows import Format
+from vicreg_jepa.memory.writer import Writer
+from vicreg_jepa.planning.model import LatentModel
+from vicreg_jepa.recall.agent import Agent
+from vicreg_jepa.recall.places import PlaceModel
+from vicreg_jepa.worlds.window import MazeWindow
+from vicreg_jepa.worlds.world import ACTIONS, REACHED, State
+
+DRAWS = 200  # of a start and a goal, until the goal is out of view
+APART = 1 << 40  # between the seeds of a visit's draws: no maze has so large a seed
+SPAN = 16  # the last frames, of an agent without memory
+
+
+@dataclass(frozen=True)
+class Models:
+    """model: the encoder and the predictor of windows; places: of places; match: how near the
+    latents of one place are; name: what the store calls the encoder.
+    """
+
+    model: LatentModel
+    places: PlaceModel
+    match: float
+    name: str
+
+
+@dataclass
+class Visit:
+    """What came of a visit to each of N mazes.
+
+    success: bool [N], at the end, or, of a visit that ends there, on the way. steps, rollout_steps:
+    int64 [N], of the world and of the models. positions: [N, T + 1, 2], the true ones, constant
+    after the end. places: [N, T + 1, 2], where the agent took itself to be. state: the last states.
+    explored: bool [N, cells, cells], the cells in which the dot was, by row and column. agent: None
+    if it was left in its process.
+    """
+
+    success: Tensor
+    steps: Tensor
+    rollout_steps: Tensor
+    positions: Tensor
+    places: Tensor
+    explored: Tensor
+    state: State
+    goal: Tensor
+    subgoals: Tensor
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def names(seeds: Tensor) -> list[str]:
+    """The names of mazes in a store."""
+    return [f"maze {seed}" for seed in seeds.tolist()]
+
+
+def begun(world: MazeWindow, seeds: Tensor, number: int, been: Tensor | None = None) -> State:
+    """The first states of visit `number` to the mazes of these seeds: the start and the goal are
+    drawn anew, until the goal is out of view. been: positions [N, T, 2]; the start and the goal are
+    then at most REACHED pixels from one of these. Raises ValueError if no draw is so.
+    """
+    state = world.reset(seeds)
+    done = torch.zeros(len(seeds), dtype=torch.bool)
+    for draw in range(DRAWS):
+        other = world.reset(seeds + APART * (1 + number * DRAWS + draw))
+        drawn = state._replace(position=other.position, goal=other.goal)
+        good = ~world.in_view(drawn, drawn.goal)
+        if been is not None:
+            for place in (drawn.position, drawn.goal):
+                apart = torch.linalg.vector_norm(been - place[:, None], dim=2)
+                good = good & (apart.amin(dim=1) <= REACHED)
+        state, done = drawn.where(good & ~done, state), done | good
+        if bool(done.all()):
+            return state
+    raise ValueError(f"been: {int((~done).sum())} mazes have no goal that was seen, and is not now")
+
+
+def visit(
+    world: MazeWindow,
+    state: State,
+    models: Models,
+    steps: int,
+    store: Path | None = None,
+    worlds: Sequence[str] | None = None,
+    seeks: bool = True,
+    ends: bool = False,
+    span: int | None = None,
+) -> Visit:
+    """Visit mazes from these states, for `steps` steps.
+
+    store: the file of the memory; None: none. worlds: the names of the mazes there; by default
+    those of their seeds. seeks: whether the agent is shown the picture at the goal; else it
+    explores. ends: whether a visit ends when the goal is reached. span: the last frames that an
+    agent without memory knows; None: all of this visit.
+    """
+    with ExitStack() as stack, torch.no_grad():
+        memory = None
+        seen = models.model.encode(world.render(state))
+        if store is not None:
+            size = seen.shape[1]
+            format = Format(models.name, embedding=size, place=2, action=ACTIONS, outcome=size)
+            writer = stack.enter_context(Writer(store, format))
+            memory = Memory(writer, names(state.seed) if worlds is None else worlds)
+        goal = models.model.encode(world.render(world.at(state, state.goal))) if seeks else None
+        agent = Agent(
+            models.model, models.places, world, state, models.match, goal, memory, span
+        )
+        return _run(world, agent, steps, seeks and ends)
+
+
+def _run(world: MazeWindow, agent: Agent, steps: int, ends: bool) -> Visit:
+    state = agent.state
+    count = len(state.position)
+    active = torch.ones(count, dtype=torch.bool)
+    taken = torch.zeros(count, dtype=torch.int64)
+    explored = torch.zeros(count, world.cells, world.cells, dtype=torch.bool)
+    positions, places, subgoals = [state.position], [_places(agent)], []
+    for _ in range(steps):
+        if ends:
+            active = active & ~world.success(state)
+        if not bool(active.any()):
+            break
+        state = agent.act(active)
+        taken += active
+        positions.append(state.position)
+        places.append(_places(agent))
+        subgoals.append(agent.subgoals.clone())
+        column, row = world.facts(state)["cell"].unbind(1)
+        explored[torch.arange(count), row, column] = True
+    return Visit(
+        world.success(state), taken, agent.rollout_steps, torch.stack(positions, 1),
+        torch.stack(places, 1), explored, state, state.goal, torch.stack(subgoals, 1),
+    )  # fmt: skip
+
+
+def _places(agent: Agent) -> Tensor:
+    return torch.from_numpy(np.stack([agent.place(n) for n in range(len(agent.minds))]))
