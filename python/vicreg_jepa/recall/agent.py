@@ -1,40 +1,43 @@
-"""An agent that sees windows: it knows where it has been, finds back, and explores what it lacks."""
+"""An agent that sees windows: it finds back to where it has been, and explores what it lacks."""
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vicreg_jepa.memory.memory import Memory
 from vicreg_jepa.memory.rows import Rows
 from vicreg_jepa.planning.model import LatentModel
-from vicreg_jepa.planning.planner import Effort, PlanRequest, Planner
+from vicreg_jepa.planning.planner import Effort, Planner, PlanRequest
 from vicreg_jepa.planning.planners import ICEM
 from vicreg_jepa.recall.graph import Floats, Graph, ahead
 from vicreg_jepa.recall.places import PlaceArrival, PlaceModel, to_place
-from vicreg_jepa.worlds.world import ACTIONS, State, World
+from vicreg_jepa.worlds.world import ACTIONS, SPEED, State, World
 
-AHEAD = 14.0  # pixels of walking to a subgoal: within the window
-NEAR = 1.5  # pixels: a plan arrives so near to its subgoal
+AHEAD = 12.0  # pixels of walking to a subgoal: within the window
+NEAR = 1.5  # pixels: a plan arrives so near to its subgoal, and so near to a goal it stands still
 RAYS, RAY = 16, 8  # directions that are imagined, and their steps
 NEW = 6.0  # pixels: an imagined place so far from every known one is worth a visit
 TRIES, SLOW = 2, 6.0  # plans for an imagined place: these, and one for so many pixels of the way
 VOTERS, MOST_VOTES = 8, 80  # rows that vote, in each plan and in all, for where the agent is
 SHARP = 0.65  # of `match`: the scale of the weights of votes
 RECALLED = 32  # rows that look like the goal
+BESIDE, TICKS, LOOKS = 5.0, 9, 4  # pixels from a goal, motions along an axis, and looks at it
 PATIENCE = 1  # plans at a place that does not look like the goal, before it is refused
 AGREE, LOCATED = 3.0, 1.0  # pixels, and the least weight, of votes that agree
 
 
 def planner() -> Planner:
-    """The low-level planner: twelve steps ahead, a plan every six."""
+    """The low-level planner: eight steps ahead, a plan every six, ended when it arrives."""
     return ICEM(
-        horizon=6, repeat=2, candidates=48, elites=8, kept=4, iterations=4, interval=6,
-        effort=Effort(horizon=3, growth=2.0),
+        horizon=4, repeat=2, candidates=32, elites=6, kept=3, iterations=3, interval=6,
+        effort=Effort(horizon=4),
     )  # fmt: skip
 
 
@@ -57,22 +60,26 @@ class Mind:
     memory's frame is that of the first visit. Places are in the memory's frame if the agent is
     located in it, else in its own.
 
-    rows: what the memory had of this world. recalled: ([K, 2], [K]), the places in the
-    memory's frame and the distances of the rows that look most like the goal; refused: places that
-    did not, when it was there, and waits: for how many plans it has been at the goal. trail: (time, place in its own frame, distance of the
-    latents to the goal's) of the frames. graph: places where it has been. given_up: imagined places that it
-    did not reach. offset: of the memory's frame from its own; None: it is not located. votes: (offset,
-    weight).
+    rows: what the memory had of this world. trail: (time, place in its own frame) of the frames.
+    alike: (time, place in its own frame, distance) of those that looked like the goal; recalled:
+    ([K, 2], [K]), the places in the memory's frame and the distances of rows that did; refused:
+    places that did not when it was there, and waits: for how many plans it has been at the goal.
+    found: the goal's place in its own frame, by `looks` looks at it from beside it.
+    graph: places where it has been. given_up: imagined places that it did not reach. offset: of the
+    memory's frame from its own; None: it is not located. votes: (offset, weight).
     """
 
     rows: Rows | None
-    trail: deque[tuple[int, Floats, float]]
+    trail: deque[tuple[int, Floats]]
+    alike: list[tuple[int, Floats, float]] = field(default_factory=list)
     recalled: tuple[Floats, Floats] | None = None
     graph: Graph = field(default_factory=Graph)
     frontiers: list[Frontier] = field(default_factory=list)
     given_up: list[Floats] = field(default_factory=list)
     refused: list[Floats] = field(default_factory=list)
     waits: int = 0
+    found: Floats | None = None
+    looks: int = 0
     offset: Floats | None = None
     votes: list[tuple[Floats, float]] = field(default_factory=list)
 
@@ -100,41 +107,41 @@ class Mind:
         self.given_up = [place + moved for place in self.given_up]
         assert self.rows is not None
         self.graph = Graph.of(self.rows)
-        for time, place, _ in self.trail:
+        for time, place in self.trail:
             self.graph.add(place + offset, time)
 
     def goal(self, match: float) -> Floats | None:
         """Where a frame looked like the goal, if any did: the mean of the places around the best
         that look as much like it.
         """
-        parts = []
-        if self.trail:
-            parts.append((
-                np.array([place for _, place, _ in self.trail]) + self.shift,
-                np.array([apart for _, _, apart in self.trail]),
-            ))  # fmt: skip
+        if self.found is not None:
+            return np.asarray(self.found + self.shift)
+        found = [(place + self.shift, apart) for _, place, apart in self.alike]
         if self.recalled is not None and self.offset is not None:
-            parts.append(self.recalled)
-        if not parts:
+            found += zip(*self.recalled, strict=True)
+        found = [
+            (place, apart)
+            for place, apart in found
+            if apart <= match and all(np.linalg.norm(place - no) >= NEW for no in self.refused)
+        ]
+        if not found:
             return None
-        place, apart = (np.concatenate(each) for each in zip(*parts, strict=True))
-        for refused in self.refused:
-            apart = np.where(np.linalg.norm(place - refused, axis=1) < NEW, np.inf, apart)
-        best = int(apart.argmin())
-        if not apart[best] <= match:
-            return None
-        near = np.linalg.norm(place - place[best], axis=1) <= AGREE
-        weight = near * np.exp(-2 * (apart / apart[best]) ** 2 + 2)
-        return np.asarray(weight @ np.where(near[:, None], place, 0) / weight.sum())
+        best, least = min(found, key=lambda one: one[1])
+        near = [one for one in found if np.linalg.norm(one[0] - best) <= AGREE]
+        weight = np.array([np.exp(2 - 2 * (apart / least) ** 2) for _, apart in near])
+        return np.asarray(weight @ np.array([place for place, _ in near]) / weight.sum())
 
-    def doubt(self, here: Floats, match: float) -> None:
-        """Refuse the goal's place if it is here, and does not look like the goal from here."""
-        place = self.goal(match)
-        there = place is not None and np.linalg.norm(place - here) <= NEAR + 0.5
+    def doubts(self, place: Floats | None, here: Floats, alike: bool) -> bool:
+        """Whether the goal's place is refused now: it has been there for some plans, and what it
+        sees is not `alike`.
+        """
+        there = place is not None and float(np.linalg.norm(place - here)) <= NEAR + 0.5
         self.waits = self.waits + 1 if there else 0
-        if there and self.waits > PATIENCE and self.trail[-1][2] > match:
-            self.refused.append(place)
-            self.waits = 0
+        if place is None or alike or self.waits <= PATIENCE:
+            return False
+        self.refused.append(place)
+        self.found, self.looks, self.waits = None, 0, 0
+        return True
 
 
 def rays() -> Tensor:
@@ -177,8 +184,17 @@ class Agent:
         self.former = torch.zeros(count, self.low.horizon, ACTIONS)
         self.coming = torch.zeros(count, self.low.interval, ACTIONS)
         self.subgoals = torch.zeros(count, 2)
+        self.goals = np.full((count, 2), np.nan)  # their places, where it knows them
         self.rays = rays()
         self._note()
+
+    def located(self) -> Floats:
+        """[N, 2]: where it takes itself to be in the memory's frame, NaN where it does not know."""
+        unknown = np.full(2, np.nan)
+        return np.stack([
+            unknown if mind.offset is None else self.place(number)
+            for number, mind in enumerate(self.minds)
+        ])  # fmt: skip
 
     def place(self, number: int) -> Floats:
         return np.asarray(self.own[number] + self.minds[number].shift)
@@ -188,6 +204,8 @@ class Agent:
         """Take over what the memory knows of these worlds, and where the goals are."""
         minds = [Mind(None, deque(maxlen=self.span)) for _ in range(count)]
         if self.memory is None:
+            for mind in minds:
+                mind.offset = np.zeros(2)  # there is no other frame than its own
             return minds
         rows = self.memory.store.rows()
         rows = rows.take(~np.isnan(rows.place[:, 0]))
@@ -224,9 +242,12 @@ class Agent:
         apart = torch.full((len(self.minds),), torch.inf)
         if self.goal is not None:
             apart = torch.linalg.vector_norm(self.latents - self.goal, dim=1)
-        for number, (mind, far) in enumerate(zip(self.minds, apart.tolist(), strict=True)):
+        self.apart = apart.tolist()
+        for number, (mind, far) in enumerate(zip(self.minds, self.apart, strict=True)):
             mind.graph.add(self.place(number), self.step)
-            mind.trail.append((self.step, self.own[number].copy(), far))
+            mind.trail.append((self.step, self.own[number].copy()))
+            if far <= self.match:
+                mind.alike.append((self.step, self.own[number].copy(), far))
 
     def _remember(self, action: Tensor, before: Tensor, active: Tensor) -> None:
         """The step just done, with the place where it began; without it if that is not known."""
@@ -260,12 +281,11 @@ class Agent:
                 if not any(near) and mind.graph.from_nodes(end).min() >= NEW:
                     mind.frontiers.append(Frontier(self.step, here, end))
 
-    def _subgoal(self, number: int) -> Floats:
-        """A place within reach on the way to the goal, or to what is to be explored."""
+    def _subgoal(self, number: int, target: Floats | None) -> Floats:
+        """A place within reach on the way to the goal's place, or to what is to be explored."""
         mind, here = self.minds[number], self.place(number)
         graph = mind.graph
         lengths, before = graph.ways(graph.nearest(here))
-        target = mind.goal(self.match)
         if target is not None:
             node = graph.nearest(target)
         else:
@@ -307,9 +327,10 @@ class Agent:
         """Keep the last frames alone."""
         first = mind.trail[0][0]
         mind.graph = Graph()
-        for time, place, _ in mind.trail:
+        for time, place in mind.trail:
             mind.graph.add(place, time)
         mind.frontiers = [one for one in mind.frontiers if one.time >= first]
+        mind.alike = [one for one in mind.alike if one[0] >= first]
         mind.given_up = []
 
     # --------------------------------------------------------------------------------- what it does
@@ -319,14 +340,26 @@ class Agent:
         if self.span is not None:
             for mind in self.minds:
                 self._forget(mind)
+        goals = {}
         for number in numbers:
-            self.minds[number].doubt(self.place(number), self.match)
+            mind, here = self.minds[number], self.place(number)
+            goals[number] = mind.goal(self.match)
+            if mind.doubts(goals[number], here, self.apart[number] <= self.match):
+                goals[number] = mind.goal(self.match)
+            known = goals[number]
+            self.goals[number] = np.nan if known is None else known
+        self._look([number for number in numbers if self._is_beside(number)])
+        for number in numbers:
+            goals[number] = None if np.isnan(self.goals[number]).any() else self.goals[number]
+        numbers = [number for number in numbers if not self._arrived()[number]]
+        if not numbers:
+            return
         where = torch.from_numpy(np.stack([self.place(number) for number in numbers]))
         start = self.places.start(where, self.latents[numbers], self.state.rows(numbers))
-        lost = [p for p, number in enumerate(numbers) if self.minds[number].goal(self.match) is None]
+        lost = [p for p, number in enumerate(numbers) if goals[number] is None]
         if lost:
             self._imagine([numbers[p] for p in lost], start[lost])
-        subgoals = np.stack([self._subgoal(number) for number in numbers])
+        subgoals = np.stack([self._subgoal(number, goals[number]) for number in numbers])
         self.subgoals[numbers] = torch.from_numpy(subgoals).to(self.subgoals)
         to = self.subgoals[numbers].to(start)
         request = PlanRequest(
@@ -340,11 +373,44 @@ class Agent:
         self.former[numbers] = self.low.shifted(plan.actions, self.low.interval)
 
     def act(self, active: Tensor) -> State:
-        """Do one step in the environments that are active, bool [N], and see what comes of it."""
+        """Do the next step of a plan in the environments that are active, bool [N]."""
         if self.step % self.low.interval == 0:
             self._plan(active.nonzero()[:, 0].tolist())
-        action = self.coming[:, self.step % self.low.interval].clamp(-1, 1)
-        action = torch.where(active[:, None], action, 0.0)
+        action = self.coming[:, self.step % self.low.interval]
+        stands = torch.from_numpy(self._arrived())
+        return self.led(torch.where(stands[:, None], 0.0, action), active)
+
+    def _is_beside(self, number: int) -> bool:
+        apart = float(np.linalg.norm(self.place(number) - self.goals[number]))
+        return self.minds[number].looks < LOOKS and apart <= BESIDE
+
+    def _look(self, numbers: list[int]) -> None:
+        """From beside the goal: of all small motions, the one after which the model predicts to see
+        what looks most like the goal leads to it.
+        """
+        if not numbers or self.goal is None:
+            return
+        ticks = torch.linspace(-BESIDE, BESIDE, TICKS)
+        motions = torch.cartesian_prod(ticks, ticks)  # [K, 2], in pixels
+        steps = math.ceil(BESIDE / SPEED)
+        actions = (motions / (SPEED * steps))[None, :, None].expand(len(numbers), -1, steps, -1)
+        with torch.no_grad():
+            path = self.model.rollout(self.latents[numbers], actions)[:, :, -1]
+        best = torch.linalg.vector_norm(path - self.goal[numbers][:, None], dim=2).argmin(dim=1)
+        self.rollout_steps[numbers] += len(motions) * steps
+        for number, motion in zip(numbers, motions[best].double().numpy(), strict=True):
+            mind = self.minds[number]
+            mind.found, mind.looks = self.own[number] + motion, mind.looks + 1
+            self.goals[number] = mind.found + mind.shift
+
+    def _arrived(self) -> NDArray[np.bool_]:
+        """bool [N]: whether it takes itself to be at the goal."""
+        where = np.stack([self.place(number) for number in range(len(self.minds))])
+        return np.asarray(np.linalg.norm(where - self.goals, axis=1) <= NEAR)
+
+    def led(self, action: Tensor, active: Tensor) -> State:
+        """Do an action [N, A] in the environments that are active, and see what comes of it."""
+        self.action = action = torch.where(active[:, None], action.clamp(-1, 1), 0.0)
         state, before = self.world.step(self.state, action), self.latents
         self.latents = self._encoded(state)
         self._remember(action, before, active)

@@ -24,7 +24,7 @@ class Graph:
         self._places = np.empty((64, 2))
         self._times = np.zeros(64, np.int64)
         self._count = 0
-        self._edges: list[tuple[int, int, float]] = []
+        self._edges: dict[tuple[int, int], float] = {}
         self._last: int | None = None
 
     @staticmethod
@@ -70,11 +70,11 @@ class Graph:
                 self._times = np.concatenate([self._times, np.zeros_like(self._times)])
             self._places[node] = place
             self._count += 1
-            self._edges += [(node, int(other), float(distance[other])) for other in near]
+            self._edges |= {(node, int(other)): float(distance[other]) for other in near}
         self._times[node] = time
         if self._last is not None and self._last != node:
             apart = float(np.linalg.norm(self._places[node] - self._places[self._last]))
-            self._edges.append((self._last, node, apart))
+            self._edges[max(self._last, node), min(self._last, node)] = apart
         self._last = node
         return node
 
@@ -89,9 +89,8 @@ class Graph:
         """([M], [M]): the lengths of the shortest ways from a node, infinite where there is none,
         and the node before each on its way, negative at the beginning.
         """
-        joined = {(a, b): apart for a, b, apart in self._edges}  # a matrix would add doubles up
-        first, second = np.array([*joined], np.int64).reshape(-1, 2).T
-        lengths = np.maximum(np.array([*joined.values()]), 1e-6)
+        first, second = np.array([*self._edges], np.int64).reshape(-1, 2).T
+        lengths = np.maximum(np.array([*self._edges.values()]), 1e-6)  # 0 would be no edge
         matrix = coo_matrix((lengths, (first, second)), shape=(len(self),) * 2)
         found = dijkstra(matrix.tocsr(), directed=False, indices=node, return_predecessors=True)
         return found[0], found[1]

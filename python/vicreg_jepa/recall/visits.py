@@ -1,14 +1,13 @@
-"""Visits to mazes: one explores, a later one, in another process, finds a goal that was seen then."""
+"""Visits to mazes: on one the agent is led around, on a later one, in another process,
+it finds a goal that it saw then."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from vicreg_jepa.memory.writer import Writer
 from vicreg_jepa.planning.model import LatentModel
 from vicreg_jepa.recall.agent import Agent
 from vicreg_jepa.recall.places import PlaceModel
+from vicreg_jepa.recall.tour import Tour
 from vicreg_jepa.worlds.window import MazeWindow
 from vicreg_jepa.worlds.world import ACTIONS, REACHED, State
 
@@ -44,9 +44,10 @@ class Visit:
 
     success: bool [N], at the end, or, of a visit that ends there, on the way. steps, rollout_steps:
     int64 [N], of the world and of the models. positions: [N, T + 1, 2], the true ones, constant
-    after the end. places: [N, T + 1, 2], where the agent took itself to be. state: the last states.
-    explored: bool [N, cells, cells], the cells in which the dot was, by row and column. agent: None
-    if it was left in its process.
+    after the end. places: [N, T + 1, 2], where the agent took itself to be, in the frame of
+    its memory; NaN before it knew. state: the last states.
+    explored: bool [N, cells, cells], the cells in which the dot was, by row and column. goal:
+    [N, 2]. subgoals: [N, T, 2], of the plans, in the frame of `places`. actions: [N, T, A].
     """
 
     success: Tensor
@@ -58,7 +59,7 @@ class Visit:
     state: State
     goal: Tensor
     subgoals: Tensor
-    extra: dict[str, Any] = field(default_factory=dict)
+    actions: Tensor
 
 
 def names(seeds: Tensor) -> list[str]:
@@ -94,15 +95,15 @@ def visit(
     steps: int,
     store: Path | None = None,
     worlds: Sequence[str] | None = None,
-    seeks: bool = True,
+    leads: bool = False,
     ends: bool = False,
     span: int | None = None,
 ) -> Visit:
     """Visit mazes from these states, for `steps` steps.
 
     store: the file of the memory; None: none. worlds: the names of the mazes there; by default
-    those of their seeds. seeks: whether the agent is shown the picture at the goal; else it
-    explores. ends: whether a visit ends when the goal is reached. span: the last frames that an
+    those of their seeds. leads: whether the agent is led on a Tour and remembers; else it
+    is shown the picture at the goal, and seeks it. ends: whether a visit ends when the goal is reached. span: the last frames that an
     agent without memory knows; None: all of this visit.
     """
     with ExitStack() as stack, torch.no_grad():
@@ -113,37 +114,34 @@ def visit(
             format = Format(models.name, embedding=size, place=2, action=ACTIONS, outcome=size)
             writer = stack.enter_context(Writer(store, format))
             memory = Memory(writer, names(state.seed) if worlds is None else worlds)
-        goal = models.model.encode(world.render(world.at(state, state.goal))) if seeks else None
-        agent = Agent(
-            models.model, models.places, world, state, models.match, goal, memory, span
-        )
-        return _run(world, agent, steps, seeks and ends)
+        goal = models.model.encode(world.render(world.at(state, state.goal))) if not leads else None
+        agent = Agent(models.model, models.places, world, state, models.match, goal, memory, span)
+        return _run(world, agent, steps, ends, Tour(world, state) if leads else None)
 
 
-def _run(world: MazeWindow, agent: Agent, steps: int, ends: bool) -> Visit:
+def _run(world: MazeWindow, agent: Agent, steps: int, ends: bool, tour: Tour | None) -> Visit:
     state = agent.state
     count = len(state.position)
     active = torch.ones(count, dtype=torch.bool)
     taken = torch.zeros(count, dtype=torch.int64)
     explored = torch.zeros(count, world.cells, world.cells, dtype=torch.bool)
-    positions, places, subgoals = [state.position], [_places(agent)], []
+    positions, places = [state.position], [torch.from_numpy(agent.located())]
+    subgoals, actions = [], []
     for _ in range(steps):
         if ends:
             active = active & ~world.success(state)
         if not bool(active.any()):
             break
-        state = agent.act(active)
+        state = agent.act(active) if tour is None else agent.led(tour(world, state), active)
         taken += active
         positions.append(state.position)
-        places.append(_places(agent))
+        places.append(torch.from_numpy(agent.located()))
         subgoals.append(agent.subgoals.clone())
+        actions.append(agent.action)
         column, row = world.facts(state)["cell"].unbind(1)
         explored[torch.arange(count), row, column] = True
     return Visit(
         world.success(state), taken, agent.rollout_steps, torch.stack(positions, 1),
         torch.stack(places, 1), explored, state, state.goal, torch.stack(subgoals, 1),
+        torch.stack(actions, 1),
     )  # fmt: skip
-
-
-def _places(agent: Agent) -> Tensor:
-    return torch.from_numpy(np.stack([agent.place(n) for n in range(len(agent.minds))]))
