@@ -1,4 +1,4 @@
-"""`vicreg-jepa train | probe | surprise | compare | export | collect | plan | drift | memory | recall`."""
+"""`vicreg-jepa`: train, probe, surprise, compare, export, collect, plan, drift, memory, recall."""
 
 from __future__ import annotations
 
@@ -417,7 +417,7 @@ def _recall(options: argparse.Namespace) -> int:
     folder = options.output or _beside(run, "recall")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    learned = report.learned(run, method, world, _row_name(run, step), options.true)
+    learned = report.learned(settings, method, world, _row_name(run, step), options.true)
     found = report.measured(learned, world, options.episodes, folder)
     report.write(found, folder)
     print(report.table(found))

@@ -214,6 +214,6 @@ def paired(true: Sequence[float], changed: Sequence[float]) -> int:
 
 
 def auroc(true: Sequence[float], changed: Sequence[float]) -> float:
-    """The share of all (true, changed) whose changed scene surprises more; equal ones count half."""
+    """The share of all pairs of a true and a changed scene whose changed one surprises more."""
     a, b = np.array(true)[:, None], np.array(changed)[None]
     return float(((b > a) + 0.5 * (b == a)).mean())

@@ -3,7 +3,6 @@ it finds a goal that it saw then."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,16 +93,15 @@ def visit(
     models: Models,
     steps: int,
     store: Path | None = None,
-    worlds: Sequence[str] | None = None,
     leads: bool = False,
     ends: bool = False,
     span: int | None = None,
 ) -> Visit:
     """Visit mazes from these states, for `steps` steps.
 
-    store: the file of the memory; None: none. worlds: the names of the mazes there; by default
-    those of their seeds. leads: whether the agent is led on a Tour and remembers; else it
-    is shown the picture at the goal, and seeks it. ends: whether a visit ends when the goal is reached. span: the last frames that an
+    store: the file of the memory, where mazes have the names of their seeds; None: none. leads:
+    whether the agent is led on a Tour and remembers; else it is shown the picture at the goal, and
+    seeks it. ends: whether a visit ends when the goal is reached. span: the last frames that an
     agent without memory knows; None: all of this visit.
     """
     with ExitStack() as stack, torch.no_grad():
@@ -113,7 +111,7 @@ def visit(
             size = seen.shape[1]
             format = Format(models.name, embedding=size, place=2, action=ACTIONS, outcome=size)
             writer = stack.enter_context(Writer(store, format))
-            memory = Memory(writer, names(state.seed) if worlds is None else worlds)
+            memory = Memory(writer, names(state.seed))
         goal = models.model.encode(world.render(world.at(state, state.goal))) if not leads else None
         agent = Agent(models.model, models.places, world, state, models.match, goal, memory, span)
         return _run(world, agent, steps, ends, Tour(world, state) if leads else None)

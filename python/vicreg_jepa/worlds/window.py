@@ -18,8 +18,9 @@ HALF = 2  # a thing is a square of 2 HALF + 1 pixels
 
 @dataclass(frozen=True)
 class MazeWindow(World):
-    """A Maze whose frames are a window of a third of the map's side, 4 * cells + 1 of 12 * cells + 3
-    pixels, with the dot in its middle. What lies beyond the map is wall.
+    """A Maze whose frames are a window of a third of the map's side, so of a ninth of its area:
+    4 * cells + 1 of 12 * cells + 3 pixels, with the dot in its middle. What lies beyond the map is
+    wall.
 
     things: a number of cells, different ones, hold a thing: a square of 5 pixels in the middle of
     the cell, in the channel of the dot. The dot moves over it. layout: int64 [N, cells, cells, 3],
