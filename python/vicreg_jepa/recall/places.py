@@ -51,7 +51,7 @@ def fitted(model: LatentModel, world: World, seed: int = 0) -> Motion:
             rows = torch.randint(len(moved), (BATCH,))
             loss = F.mse_loss(motion(latents[rows], acted[rows]), moved[rows])
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
     return motion.eval().requires_grad_(False)
