@@ -22,6 +22,7 @@ from vicreg_jepa.worlds.world import ACTIONS, REACHED, State
 
 DRAWS = 200  # of a start and a goal, until the goal is out of view
 APART = 1 << 40  # between the seeds of a visit's draws: no maze has so large a seed
+SETTLED = 18  # steps: time to come nearer, and to see what the goal looks like
 SPAN = 16  # the last frames, of an agent without memory
 
 
@@ -41,7 +42,7 @@ class Models:
 class Visit:
     """What came of a visit to each of N mazes.
 
-    success: bool [N], at the end, or, of a visit that ends there, on the way. steps, rollout_steps:
+    success: bool [N], at the end. steps, rollout_steps:
     int64 [N], of the world and of the models. positions: [N, T + 1, 2], the true ones, constant
     after the end. places: [N, T + 1, 2], where the agent took itself to be, in the frame of
     its memory; NaN before it knew. state: the last states.
@@ -101,7 +102,7 @@ def visit(
 
     store: the file of the memory, where mazes have the names of their seeds; None: none. leads:
     whether the agent is led on a Tour and remembers; else it is shown the picture at the goal, and
-    seeks it. ends: whether a visit ends when the goal is reached. span: the last frames that an
+    seeks it. ends: whether a visit ends SETTLED steps after the goal is reached. span: the last frames that an
     agent without memory knows; None: all of this visit.
     """
     with ExitStack() as stack, torch.no_grad():
@@ -125,9 +126,11 @@ def _run(world: MazeWindow, agent: Agent, steps: int, ends: bool, tour: Tour | N
     explored = torch.zeros(count, world.cells, world.cells, dtype=torch.bool)
     positions, places = [state.position], [torch.from_numpy(agent.located())]
     subgoals, actions = [], []
+    settled = torch.zeros(count, dtype=torch.int64)  # steps since the goal was reached
     for _ in range(steps):
         if ends:
-            active = active & ~world.success(state)
+            settled = torch.where((settled > 0) | world.success(state), settled + 1, settled)
+            active = settled <= SETTLED
         if not bool(active.any()):
             break
         state = agent.act(active) if tour is None else agent.led(tour(world, state), active)
