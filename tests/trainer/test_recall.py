@@ -82,6 +82,13 @@ def test_votes_that_agree_locate(tmp_path):
     assert mind.graph.from_nodes(np.array([6.0, 5.5])).min() < AGREE  # and where it is
 
 
+def test_the_picture_of_the_goal_may_be_a_frame_that_was_seen():
+    mind = Mind(None, deque(), alike=[(0, np.array([1.0, 2.0]), 0.0), (1, np.zeros(2), 2.0)])
+    assert mind.goal(5.0).tolist() == [1.0, 2.0]
+    mind.refused.append(np.array([1.0, 2.0]))
+    assert mind.goal(5.0) is None  # the other is beside it
+
+
 def test_a_tour_comes_through_every_cell():
     world = MazeWindow(cells=4)
     state = world.reset(torch.arange(5))

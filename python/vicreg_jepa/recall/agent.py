@@ -127,6 +127,7 @@ class Mind:
         if not found:
             return None
         best, least = min(found, key=lambda one: one[1])
+        least = max(least, 1e-6)  # the picture of the goal may be a frame that it saw
         near = [one for one in found if np.linalg.norm(one[0] - best) <= AGREE]
         weight = np.array([np.exp(2 - 2 * (apart / least) ** 2) for _, apart in near])
         return np.asarray(weight @ np.array([place for place, _ in near]) / weight.sum())
