@@ -102,8 +102,8 @@ def visit(
 
     store: the file of the memory, where mazes have the names of their seeds; None: none. leads:
     whether the agent is led on a Tour and remembers; else it is shown the picture at the goal, and
-    seeks it. ends: whether a visit ends SETTLED steps after the goal is reached. span: the last frames that an
-    agent without memory knows; None: all of this visit.
+    seeks it. ends: whether a visit ends SETTLED steps after the goal is reached. span: the last
+    frames that an agent without memory knows; None: all of this visit.
     """
     with ExitStack() as stack, torch.no_grad():
         memory = None
