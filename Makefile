@@ -52,7 +52,7 @@ world: setup ## train world models, plan with them, measure their drift: half an
 	$(BIN)/vicreg-jepa drift runs/world --beside runs/world_pixels
 
 # The models that come with the package (python/vicreg_jepa/pretrained).
-PRETRAINED := vjepa_causal_physics world_two_rooms
+PRETRAINED := vjepa_causal_physics world_two_rooms world_maze_window
 
 pretrained: setup ## train the models that come with the package: half an hour
 	for recipe in $(PRETRAINED); do \

@@ -1,4 +1,4 @@
-"""`vicreg-jepa train | probe | surprise | compare | export | collect | plan | drift | memory`."""
+"""`vicreg-jepa`: train, probe, surprise, compare, export, collect, plan, drift, memory, recall."""
 
 from __future__ import annotations
 
@@ -88,6 +88,17 @@ def parser() -> argparse.ArgumentParser:
     )
     nine.add_argument("store", type=Path, help="its file")
     nine.add_argument("--migrate", action="store_true", help="first bring it to this version")
+    ten = commands.add_parser("recall", help="find remembered goals in mazes, beside controls")
+    ten.add_argument("run", type=Path, nargs="?", help="a run of world_maze_window, or its file")
+    ten.add_argument("--pretrained", action="store_true", help="the model of the package instead")
+    ten.add_argument(
+        "--output", type=Path, help="folder of the store and the picture; default RUN/recall, or "
+        "recall",
+    )  # fmt: skip
+    ten.add_argument("--episodes", type=integer(2), default=50)
+    ten.add_argument(
+        "--true", action="store_true", help="the planner has the true dynamics, not the model's"
+    )
     return parser
 
 
@@ -390,6 +401,37 @@ def _memory(options: argparse.Namespace) -> int:
     return 1 if found else 0
 
 
+def _recall(options: argparse.Namespace) -> int:
+    from vicreg_jepa import config
+    from vicreg_jepa.data.trajectories import world_of
+    from vicreg_jepa.files.output import writing
+    from vicreg_jepa.recall import figure, report
+    from vicreg_jepa.training.run import restore
+    from vicreg_jepa.worlds.window import MazeWindow
+
+    (run,) = _runs("recall", [options.run] if options.run else [], options.pretrained)
+    settings, method, step = restore(run)
+    world = world_of(settings)
+    if not isinstance(world, MazeWindow):
+        raise config.ConfigError(f"run: {run} has {world}, takes a run on MazeWindow")
+    folder = options.output or _beside(run, "recall")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    learned = report.learned(settings, method, world, _row_name(run, step), options.true)
+    found = report.measured(learned, world, options.episodes, folder)
+    report.write(found, folder)
+    print(report.table(found))
+    picture = folder / "episode.png"
+    with writing(picture):
+        ways = [found.found[name] for name in (report.WITH, report.ALONE)]
+        figure.draw(world, found.starts, found.explored, *ways, picture)
+    print(f"the picture of an episode: {picture}")
+    failed = report.verdict(found)
+    for words in failed:
+        print(f"failed: {words}")
+    return 1 if failed else 0
+
+
 COMMANDS = {
     "train": _train,
     "probe": _probe,
@@ -400,4 +442,5 @@ COMMANDS = {
     "plan": _plan,
     "drift": _drift,
     "memory": _memory,
+    "recall": _recall,
 }
