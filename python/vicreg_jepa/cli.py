@@ -33,7 +33,11 @@ def parser() -> argparse.ArgumentParser:
     three.add_argument(
         "--beside", type=Path, nargs="+", default=[], metavar="RUN", help="runs to compare with"
     )
-    three.add_argument("--quadruplets", type=integer(1), help="per property; default 50")
+    three.add_argument(
+        "--quadruplets",
+        type=integer(1),
+        help="per property and place of the exchange, in view and behind a panel; default 25",
+    )
     four = commands.add_parser(
         "compare", help="fused kernels against the reference: steps/s, memory"
     )
@@ -159,7 +163,7 @@ def _surprise(options: argparse.Namespace) -> int:
     from vicreg_jepa.config import ConfigError
     from vicreg_jepa.methods import build
     from vicreg_jepa.physics import PROPERTIES
-    from vicreg_jepa.surprise import physics_test, report
+    from vicreg_jepa.surprise import controls, physics_test, report
 
     if options.video is not None and (options.beside or options.quadruplets is not None):
         raise ConfigError("--video: takes no --beside and no --quadruplets, which are of the test")
@@ -181,9 +185,9 @@ def _surprise(options: argparse.Namespace) -> int:
         if other in models:
             raise ConfigError(f"--beside: {beside} has the name of another run, {other!r}")
         models[other] = physics_test.of_method(trained, its.data.stride)
-    count = options.quadruplets or 50
-    scores = report.test(models, count, output)
-    print(report.table(scores, count))
+    count = options.quadruplets or 25
+    scores = report.test(models, count, output, settings.data.noise)
+    print(report.table(scores, count, ("untrained", *controls.CONTROLS)))
     for property in PROPERTIES:
         report.draw_quadruplet(method, property, output, stride=stride)
     print(f"pictures of every property: {output}")

@@ -31,7 +31,7 @@ class Data(Settings):
 
     kind: digits (scikit-learn's), images (a folder of class folders), torchvision (its set `name`),
     videos (a folder of clips), webdataset (tars of images or clips, as the method needs), physics
-    (`videos` simulated ones), world (trajectories that are simulated for every step), trajectories
+    (`videos` simulated ones; noise: the strength of what cannot be predicted in them), world (trajectories that are simulated for every step), trajectories
     (a folder that `vicreg-jepa collect` wrote). path: a folder; for tars also a pattern with
     {000..127}, {a,b} and *. test: the path of the held-out images; without it a fifth of the images
     is held out. size: the edge in pixels to which images and frames are resized; the frames of
@@ -64,6 +64,7 @@ class Data(Settings):
     frames: Positive = 1
     stride: Positive = 1
     videos: Positive = 2000
+    noise: Fraction = 0.0
     world: str = "TwoRooms"
     settings: dict[str, bool | int | float | str] = {}
     policy: str = "walk"
@@ -103,7 +104,8 @@ class Model(Settings):
     """The networks. encoder: resnet18 and, for images of about 32 pixels, resnet18_small are for
     methods that compare views, and have their published width at dim 512. patch, tubelet: pixels
     and frames of a token; sees: whether a video encoder's tokens attend to the whole clip or only
-    to their own token frame; expander: inner and output width of the network before a loss of batch
+    to their own token frame; blur: the standard deviation, in pixels, of a Gaussian filter before a
+    method of pixels; expander: inner and output width of the network before a loss of batch
     statistics; activation: of the expander and of an encoder that is not a vit. Of world models:
     latent: the elements of a frame's latent; keypoints: the points whose places a conv encoder also
     reads; action_dim: the width of embedded actions; predictor, and for the transformer
@@ -123,6 +125,7 @@ class Model(Settings):
     predictor_heads: Positive = 3
     expander: tuple[Positive, Positive] = (512, 2048)
     activation: Literal["relu", "gelu"] = "gelu"
+    blur: NonNegative = 0.0
     latent: Positive = 128
     keypoints: Annotated[int, Field(ge=0)] = 0
     action_dim: Positive = 32

@@ -111,12 +111,6 @@ def curves(
     return [Curve(tuple(contexts), values[:, v]) for v in range(count)]
 
 
-def relative_accuracy(possible: Sequence[float], impossible: Sequence[float]) -> float:
-    """The share of pairs in which the impossible side surprises more; ties count half."""
-    pairs = list(zip(possible, impossible, strict=True))
-    return sum((b > a) + 0.5 * (a == b) for a, b in pairs) / len(pairs)
-
-
 def auroc(possible: Sequence[float], impossible: Sequence[float]) -> float:
     """The area under the ROC curve of a threshold that separates impossible videos from possible
     ones.
