@@ -31,18 +31,19 @@ class Data(Settings):
 
     kind: digits (scikit-learn's), images (a folder of class folders), torchvision (its set `name`),
     videos (a folder of clips), webdataset (tars of images or clips, as the method needs), physics
-    (`videos` simulated ones; noise: the strength of what cannot be predicted in them), world (trajectories that are simulated for every step), trajectories
-    (a folder that `vicreg-jepa collect` wrote). path: a folder; for tars also a pattern with
-    {000..127}, {a,b} and *. test: the path of the held-out images; without it a fifth of the images
-    is held out. size: the edge in pixels to which images and frames are resized; the frames of
-    trajectories must have it. frames: the frames of a clip; stride: the
-    distance between them in the video. decoder: of video files; auto is torchcodec if it can be
-    loaded, else PyAV. workers: the processes that read. white: the value of white in images of more
-    than 8 bits; the default is all bits for 16-bit images and 1 for floats. max_pixels: the largest
-    image or frame. max_bytes: the largest file in a shard, and the largest array when it is
-    unpacked. window: the actions of a window of a trajectory, which has a frame more; actions: the
-    elements of an action. world, settings, policy, length: the simulated world, its settings, the
-    policy that acts, and the actions of an episode, in which a window begins at any step.
+    (`videos` simulated ones; noise: the strength of what cannot be predicted in them), world
+    (trajectories that are simulated for every step), trajectories (a folder that `vicreg-jepa
+    collect` wrote). path: a folder; for tars also a pattern with {000..127}, {a,b} and *. test: the
+    path of the held-out images; without it a fifth of the images is held out. size: the edge in
+    pixels to which images and frames are resized; the frames of trajectories must have it. frames:
+    the frames of a clip; stride: the distance between them in the video. decoder: of video files;
+    auto is torchcodec if it can be loaded, else PyAV. workers: the processes that read. white: the
+    value of white in images of more than 8 bits; the default is all bits for 16-bit images and 1
+    for floats. max_pixels: the largest image or frame. max_bytes: the largest file in a shard, and
+    the largest array when it is unpacked. window: the actions of a window of a trajectory, which
+    has a frame more; actions: the elements of an action. world, settings, policy, length: the
+    simulated world, its settings, the policy that acts, and the actions of an episode, in which a
+    window begins at any step.
     """
 
     kind: Literal[

@@ -1,6 +1,7 @@
-"""Frame by frame prediction of the encoder's own embeddings (causal.py), without a teacher: VICReg's
-variance and covariance of the tokens (Bardes, Ponce and LeCun, 2022, arXiv:2105.04906), or SIGReg
-(Balestriero and LeCun, 2025, arXiv:2511.08544), keeps them from collapsing.
+"""Frame by frame prediction of the encoder's own embeddings (causal.py), without a teacher.
+
+VICReg's variance and covariance of the tokens (Bardes, Ponce and LeCun, 2022, arXiv:2105.04906) or
+SIGReg (Balestriero and LeCun, 2025, arXiv:2511.08544) keeps them from collapsing.
 
 The gradient of the prediction's error also goes through the target, so the encoder is taught to
 leave out what cannot be predicted; a teacher's embeddings learn it only through the inputs.

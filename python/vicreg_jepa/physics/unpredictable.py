@@ -30,7 +30,8 @@ RAIN, STREAK, WATER = 40, 7, 0.5  # drops a frame; their length in pixels; their
 WET = (190, 200, 215)
 LIGHT, SLOPE = 0.16, 0.12  # standard deviation and mean loss of brightness; of its slope across
 CAMERA = 14.0  # standard deviation in levels, of each pixel and colour by itself
-PLACES = (slice(8, SIZE, 16), slice(8, SIZE, 16))  # of the pixels that `facts` tells
+PATCH = 8  # pixels of the patches of which `facts` tells
+PLACES = (slice(PATCH // 2, SIZE, PATCH),) * 2  # of their centres
 
 
 class Disturbance:
@@ -50,7 +51,8 @@ class Disturbance:
             if layer not in LAYERS:
                 raise ValueError(f"layers: got {layer!r}, takes some of {', '.join(LAYERS)}")
         self.strength, self.layers = strength, layers
-        self.seed = (STREAM, *((seed,) if isinstance(seed, int) else seed))
+        parts = [seed] if isinstance(seed, int) else seed
+        self.seed = (STREAM, *parts)
         rng = np.random.default_rng(self.seed)
         self.patterns = [_pattern(rng) for _ in range(4)]
         self.drift = np.cumsum(rng.normal(0, DRIFT, (FRAMES, 4, 2)), axis=0)
@@ -58,7 +60,7 @@ class Disturbance:
         self.turn = rng.uniform(0, 2 * np.pi, (FRAMES, 2))  # the share of two patterns in each
         self.tint = rng.uniform(0.7, 1.3, (2, 3)).astype(np.float32)
         self.shake = rng.normal(0, SHAKE, (FRAMES, 2))
-        moved = rng.normal(0, FLUTTER, (FRAMES, LEAVES, 2)) + (0, FALL)
+        moved = rng.normal((0, FALL), FLUTTER, (FRAMES, LEAVES, 2))
         self.leaf = rng.uniform(0, SIZE, (LEAVES, 2)) + np.cumsum(moved, axis=0)
         self.leaf %= SIZE + 8
         self.leaf -= 4
@@ -79,19 +81,31 @@ class Disturbance:
         return np.clip(picture, 0, 255, out=picture).astype(np.uint8)
 
     def facts(self) -> dict[str, Floats]:
-        """What a probe may look for, [FRAMES, values] each: brightness, shift of the picture, place
-        of the first leaf, texture and camera noise at 16 pixels.
+        """What a probe may look for: brightness [FRAMES, 1], shift of the picture [FRAMES, 2] (down
+        and to the right), and of each of the 64 patches of 8 x 8 pixels [FRAMES, 64] the texture
+        and the red camera noise in its centre and the number of its leaves.
         """
         field = np.stack([self._field(0, frame)[PLACES] for frame in range(FRAMES)])
         pixels = np.stack([self._grain(frame)[PLACES][..., 0] for frame in range(FRAMES)])
         facts = {
             "light": self.light[:, :1],
             "shake": self.shake,
-            "leaf": self.leaf[:, 0],
+            "leaves": self._leaves_by_patch(),
             "texture": field.reshape(FRAMES, -1),
             "camera": pixels.reshape(FRAMES, -1),
         }
         return {name: fact.astype(np.float32) for name, fact in facts.items()}
+
+    def _leaves_by_patch(self) -> NDArray[np.int64]:
+        """[FRAMES, 64]: the leaves that are drawn with their centre in each patch."""
+        side = SIZE // PATCH
+        counts = np.zeros((FRAMES, side, side), np.int64)
+        drawn = int(np.ceil(self.strength * LEAVES))
+        column, row = np.moveaxis(np.floor(self.leaf[:, :drawn] / PATCH).astype(int), 2, 0)
+        frame = np.broadcast_to(np.arange(FRAMES)[:, None], row.shape)
+        inside = (row >= 0) & (row < side) & (column >= 0) & (column < side)
+        np.add.at(counts, (frame[inside], row[inside], column[inside]), 1)
+        return counts.reshape(FRAMES, -1)
 
     def _rng(self, layer: int, frame: int) -> np.random.Generator:
         return np.random.default_rng((*self.seed, layer, frame))

@@ -22,10 +22,10 @@ Scores = dict[str, dict[str, dict[str, dict[str, physics_test.Score]]]]
 
 
 def test(
-    models: Mapping[str, physics_test.SurpriseOf], count: int, output: Path, noise: float = 0.0
+    models: Mapping[str, physics_test.SurpriseOf], count: int, output: Path, strength: float
 ) -> Scores:
     """Score `count` quadruplets of every property and place of the exchange for each model and
-    control; writes surprise.json into `output`. noise: of the videos.
+    control; writes surprise.json into `output`. strength: of the videos' noise.
     """
     scorers = {**models, **CONTROLS}
     scores: Scores = {place: {name: {} for name in scorers} for place in physics_test.PLACES}
@@ -33,7 +33,7 @@ def test(
     with tqdm(total=rounds, desc="physics test", ncols=100) as bar:
         for place, hidden in physics_test.PLACES.items():
             for property in PROPERTIES:
-                clips = physics_test.quadruplets(property, count, 0, hidden, noise)
+                clips = physics_test.quadruplets(property, count, 0, hidden, strength)
                 for name, surprise_of in scorers.items():
                     made = physics_test.scores(surprise_of, clips, property)
                     scores[place][name][property] = made
