@@ -47,7 +47,7 @@ def seen(count: int, noise: float, stride: int) -> Seen:
     seed = FIRST
     while len(clips) < count:
         rng = np.random.default_rng([FIRST, seed])
-        video, record = possible(seed, noise)
+        video, record = possible(seed)
         if len(record["things"]) == 1:
             place = np.array(record["position"])[:, 0]
             inside = ((place > EDGE) & (place < SIZE - EDGE)).all(axis=1)
@@ -55,7 +55,8 @@ def seen(count: int, noise: float, stride: int) -> Seen:
             frames = np.flatnonzero(inside[stride:] & inside[:-stride]) + stride
             if len(frames):
                 frame = int(rng.choice(frames))
-                clips.append(video[[frame - stride, frame]])
+                both = [frame - stride, frame]
+                clips.append(of_possible(seed, noise)(video[both], both))
                 rows.append((seed, frame, record))
         seed += 1
     # Where nothing is drawn there is nothing to read.

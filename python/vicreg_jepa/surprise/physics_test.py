@@ -18,7 +18,7 @@ PLACES = {"in view": False, "behind a panel": True}
 # The points of relative accuracy by which a model must be above the best control at a property: a
 # control that does as well shows that the property can be told without having learned it.
 MARGIN = 25
-# uint8 [N, F, H, W, 3] -> {the reduction of a curve ("mean", "maximum"): N numbers}
+# uint8 [N, F, H, W, 3] -> {the reduction of a curve ("mean", "maximum", "peak"): N numbers}
 SurpriseOf = Callable[[Tensor], dict[str, list[float]]]
 
 
@@ -94,6 +94,10 @@ def of_method(method: Any, stride: int) -> SurpriseOf:
 
     def surprise_of(videos: Tensor) -> dict[str, list[float]]:
         each = curves.curves(method, videos, stride=stride)
-        return {"mean": [c.mean for c in each], "maximum": [c.maximum for c in each]}
+        return {
+            "mean": [c.mean for c in each],
+            "maximum": [c.maximum for c in each],
+            "peak": [c.peak for c in each],
+        }
 
     return surprise_of

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from vicreg_jepa.data import videos
 from vicreg_jepa.physics import PROPERTIES, quadruplet
-from vicreg_jepa.surprise import curves, figure, physics_test
+from vicreg_jepa.surprise import calibration, curves, figure, physics_test
 from vicreg_jepa.surprise.controls import CONTROLS
 
 DELAYS = ((1, 4), (5, 9), (10, 16), (17, 26))  # frames; 26 is the most of 32
@@ -50,9 +50,9 @@ def test(
 
 
 def table(scores: Scores, count: int, baselines: Sequence[str]) -> str:
-    """A table of each place of the exchange, in per cent: both scores and the AUROC of the first
-    model, the score of the mean of the others, and how far the first is above the best of the
-    `baselines`. The average leaves out the control, whose unbiased score is 50.
+    """A table of each place of the exchange, in per cent: both scores of the first model, the AUROC
+    of its mean and of its peak, the score of the mean of the others, and how far the first is above
+    the best of the `baselines`. The average leaves out the control, whose unbiased score is 50.
     """
     first = next(iter(next(iter(scores.values()))))
     return "\n".join(
@@ -78,10 +78,11 @@ def _of_place(
             return 100 * reduce([getattr(rows[name][p][kind], what) for p in properties])
 
         own = [of(first, "mean", "accuracy"), of(first, "maximum", "accuracy")]
-        return [*own, of(first, "mean", "auroc"), *(of(o, "mean", "accuracy") for o in others)]
+        own += [of(first, kind, "auroc") for kind in ("mean", "peak")]
+        return [*own, *(of(other, "mean", "accuracy") for other in others)]
 
     def line(label: str, values: list[float], end: str = "") -> str:
-        widths = [9, 10, 8] + [width] * len(others)
+        widths = [9, 10, 8, 8] + [width] * len(others)
         numbers = (f"{v:>{wide}.1f}" for v, wide in zip(values, widths, strict=True))
         return f"{label:<15}{''.join(numbers)}{end}"
 
@@ -92,7 +93,7 @@ def _of_place(
     names = "".join(f"{name:>{width}}" for name in others)
     return "\n".join(
         (
-            f"{place:<15}{'mean':>9}{'maximum':>10}{'AUROC':>8}{names}{'margin':>9}",
+            f"{place:<15}{'mean':>9}{'maximum':>10}{'AUROC':>8}{'of peak':>8}{names}{'margin':>9}",
             *(line(p, cells([p], sum), above(p)) for p in broken),
             line("average", cells(broken, lambda values: sum(values) / len(values))),
             line("least", cells(broken, min)),
@@ -142,11 +143,25 @@ def draw_quadruplet(
     figure.animation(clips, shown, output / f"{property}.gif")
 
 
-def draw_video(method: Any, path: Path, size: int, output: Path, *, stride: int) -> None:
+def draw_video(
+    method: Any,
+    path: Path,
+    size: int,
+    output: Path,
+    *,
+    stride: int,
+    peaks: Sequence[float],
+    false_alarms: float,
+) -> None:
+    """Draw the surprise at a video, and print whether and when it is above what one of the share
+    `false_alarms` of possible videos reaches. peaks: those of possible videos (calibration.py).
+    """
     video = videos.decode(path, size)
     (curve,) = curves.curves(method, video[None], stride=stride)
+    threshold = calibration.threshold(peaks, false_alarms)
     clip, shown = {"video": video}, {"video": curve}
     figure.picture(clip, shown, output / f"{path.stem}.png", path.name, None)
     figure.animation(clip, shown, output / f"{path.stem}.gif")
     values = curve.over_time.nan_to_num(-1.0)
     print(f"{path.name}: mean {curve.mean:.4f}, most {curve.maximum:.4f} at {int(values.argmax())}")
+    print(f"{path.name}: {calibration.verdict(curve, threshold, false_alarms, len(peaks))}")
