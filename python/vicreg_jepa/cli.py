@@ -33,8 +33,7 @@ def parser() -> argparse.ArgumentParser:
     three.add_argument(
         "--false-alarms",
         type=share,
-        default=0.05,
-        help="of --video: the share of possible videos that may be called impossible",
+        help="of --video: the share of possible videos that may be called impossible; default 0.05",
     )
     three.add_argument(
         "--beside", type=Path, nargs="+", default=[], metavar="RUN", help="runs to compare with"
@@ -173,6 +172,8 @@ def _surprise(options: argparse.Namespace) -> int:
 
     if options.video is not None and (options.beside or options.quadruplets is not None):
         raise ConfigError("--video: takes no --beside and no --quadruplets, which are of the test")
+    if options.video is None and options.false_alarms is not None:
+        raise ConfigError("--false-alarms: takes --video, whose verdict it is of")
     (run,) = _runs("surprise", [options.run] if options.run else [], options.pretrained)
     name, settings, method, step = _video_run(run)
     stride, size = settings.data.stride, settings.data.size
@@ -187,7 +188,7 @@ def _surprise(options: argparse.Namespace) -> int:
             output,
             stride=stride,
             peaks=calibration.peaks(method, settings, step, kept),
-            false_alarms=options.false_alarms,
+            false_alarms=options.false_alarms or 0.05,
         )
         return 0
     untrained = build.method(settings, method.channels).eval()

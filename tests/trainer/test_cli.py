@@ -72,7 +72,8 @@ def test_mistakes_are_named(words, message, capsys):
 
 def test_surprise_takes_a_video_model(trained, capsys):
     assert cli.main(["surprise", str(trained)]) == 2
-    assert "surprise takes jepa_causal or pixels or vjepa or vjepa_causal" in capsys.readouterr().err
+    takes = "surprise takes jepa_causal or pixels or vjepa or vjepa_causal"
+    assert takes in capsys.readouterr().err
 
 
 def test_surprise_draws_a_clip(tmp_path, monkeypatch, capsys):
