@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vicreg_jepa.cli_options import integer, reported
+from vicreg_jepa.cli_options import integer, reported, share
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,9 +31,18 @@ def parser() -> argparse.ArgumentParser:
     )
     three.add_argument("--video", type=Path, help="draw the surprise at this video instead")
     three.add_argument(
+        "--false-alarms",
+        type=share,
+        help="of --video: the share of possible videos that may be called impossible; default 0.05",
+    )
+    three.add_argument(
         "--beside", type=Path, nargs="+", default=[], metavar="RUN", help="runs to compare with"
     )
-    three.add_argument("--quadruplets", type=integer(1), help="per property; default 50")
+    three.add_argument(
+        "--quadruplets",
+        type=integer(1),
+        help="per property and place of the exchange, in view and behind a panel; default 25",
+    )
     four = commands.add_parser(
         "compare", help="fused kernels against the reference: steps/s, memory"
     )
@@ -170,17 +179,28 @@ def _surprise(options: argparse.Namespace) -> int:
     from vicreg_jepa.config import ConfigError
     from vicreg_jepa.methods import build
     from vicreg_jepa.physics import PROPERTIES
-    from vicreg_jepa.surprise import physics_test, report
+    from vicreg_jepa.surprise import calibration, controls, physics_test, report
 
     if options.video is not None and (options.beside or options.quadruplets is not None):
         raise ConfigError("--video: takes no --beside and no --quadruplets, which are of the test")
+    if options.video is None and options.false_alarms is not None:
+        raise ConfigError("--false-alarms: takes --video, whose verdict it is of")
     (run,) = _runs("surprise", [options.run] if options.run else [], options.pretrained)
-    name, settings, method = _video_run(run)
+    name, settings, method, step = _video_run(run)
     stride, size = settings.data.stride, settings.data.size
     output = options.output or _beside(run, "surprise")
     _make(output)
     if options.video is not None:
-        report.draw_video(method, options.video, size, output, stride=stride)
+        kept = calibration.beside(run) if run.is_file() else output / "peaks.json"
+        report.draw_video(
+            method,
+            options.video,
+            size,
+            output,
+            stride=stride,
+            peaks=calibration.peaks(method, settings, step, kept),
+            false_alarms=options.false_alarms or 0.05,
+        )
         return 0
     untrained = build.method(settings, method.channels).eval()
     models = {
@@ -188,13 +208,13 @@ def _surprise(options: argparse.Namespace) -> int:
         for one, trained in ((name, method), ("untrained", untrained))
     }
     for beside in options.beside:
-        other, its, trained = _video_run(beside)
+        other, its, trained, _ = _video_run(beside)
         if other in models:
             raise ConfigError(f"--beside: {beside} has the name of another run, {other!r}")
         models[other] = physics_test.of_method(trained, its.data.stride)
-    count = options.quadruplets or 50
-    scores = report.test(models, count, output)
-    print(report.table(scores, count))
+    count = options.quadruplets or 25
+    scores = report.test(models, count, output, settings.data.noise)
+    print(report.table(scores, count, ("untrained", *controls.CONTROLS)))
     for property in PROPERTIES:
         report.draw_quadruplet(method, property, output, stride=stride)
     print(f"pictures of every property: {output}")
@@ -217,8 +237,8 @@ def _beside(run: Path, name: str) -> Path:
     return Path(name) if run.is_file() else run / name
 
 
-def _video_run(run: Path) -> tuple[str, Any, Any]:
-    """(its name in the table, its configuration, its method)."""
+def _video_run(run: Path) -> tuple[str, Any, Any, int]:
+    """(its name in the table, its configuration, its method, its step)."""
     from vicreg_jepa import config
     from vicreg_jepa.methods import METHODS
     from vicreg_jepa.training.run import restore
@@ -227,7 +247,7 @@ def _video_run(run: Path) -> tuple[str, Any, Any]:
     if not settings.is_video:
         takes = " or ".join(name for name, kind in METHODS.items() if kind.data == "videos")
         raise config.ConfigError(f"run: {run} trained {settings.method}, surprise takes {takes}")
-    return _row_name(run, step), settings, method
+    return _row_name(run, step), settings, method, step
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from vicreg_jepa import cli, config, pretrained
-from vicreg_jepa.surprise import physics_test
+from vicreg_jepa.physics import possible
+from vicreg_jepa.surprise import calibration, curves, physics_test
 from vicreg_jepa.training.run import restore
 
 MOST = 5 * 2**20  # bytes of all files
@@ -52,3 +54,13 @@ def test_a_vanished_thing_surprises():
         surprise_of, physics_test.quadruplets("permanence", 4), "permanence"
     )
     assert scores["mean"].accuracy == 1.0
+
+
+def test_the_peaks_beside_the_model_are_its_own():
+    file = pretrained.path("surprise")
+    settings, method, step = restore(file)
+    kept = calibration.peaks(method, settings, step, calibration.beside(file))
+    assert len(kept) == calibration.COUNT
+    video = torch.from_numpy(possible(calibration.FIRST).video)[None]
+    (curve,) = curves.curves(method, video, stride=settings.data.stride)
+    assert min(abs(curve.peak - peak) for peak in kept) < 1e-4

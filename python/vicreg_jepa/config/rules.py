@@ -18,6 +18,7 @@ KINDS = {
     "download": ("torchvision",),
     "decoder": ("videos", "webdataset"),
     "videos": ("physics",),
+    "noise": ("physics",),
     "white": ("images", "webdataset"),
     "world": ("world",),
     "settings": ("world",),

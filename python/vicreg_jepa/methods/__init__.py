@@ -6,6 +6,7 @@ Importing a method's file registers it in METHODS.
 
 from vicreg_jepa.methods import (
     ijepa,
+    jepa_causal,
     lejepa,
     pixels,
     vicreg,
@@ -21,6 +22,7 @@ __all__ = [
     "METHODS",
     "MethodKind",
     "ijepa",
+    "jepa_causal",
     "lejepa",
     "pixels",
     "register",
