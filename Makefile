@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
-.PHONY: setup demo physics world test fuzz soak pretrained audit lint bench gpu gpu-bench gpu-check gpu-packages wheel wheel-cuda docs clean help
+.PHONY: setup demo physics filter world test fuzz soak pretrained audit lint bench gpu gpu-bench gpu-check gpu-packages wheel wheel-cuda docs clean help
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +43,11 @@ physics: setup ## train the physics models in full and measure their surprise: h
 # Two trainings side by side, one core each; runs that are there are resumed.
 TRAIN_WORLD = OMP_NUM_THREADS=1 $(BIN)/vicreg-jepa train
 
+# 60 trainings, which take days on two cores; arms, strengths, seeds and steps can be chosen, as in
+# make filter FILTER="--arms teacher pixels --strengths 0.5 --seeds 0 --steps 700".
+filter: setup ## compare predicting embeddings and pixels under noise (FILTER="--steps 700 ...")
+	$(BIN)/python -m vicreg_jepa.surprise.filter --output runs/filter $(FILTER)
+
 world: setup ## train world models, plan with them, measure their drift: half an hour
 	$(TRAIN_WORLD) world_two_rooms_random --output runs/world_random 2> /dev/null & random=$$!; \
 	$(TRAIN_WORLD) world_two_rooms --output runs/world && \
@@ -52,7 +57,7 @@ world: setup ## train world models, plan with them, measure their drift: half an
 	$(BIN)/vicreg-jepa drift runs/world --beside runs/world_pixels
 
 # The models that come with the package (python/vicreg_jepa/pretrained).
-PRETRAINED := vjepa_causal_physics world_two_rooms
+PRETRAINED := vjepa_causal_physics world_two_rooms world_maze_window
 
 pretrained: setup ## train the models that come with the package: half an hour
 	for recipe in $(PRETRAINED); do \
@@ -60,6 +65,8 @@ pretrained: setup ## train the models that come with the package: half an hour
 	    $(BIN)/vicreg-jepa export --format whole runs/pretrained/$$recipe \
 	        python/vicreg_jepa/pretrained/$$recipe.safetensors || exit 1; \
 	done
+	$(BIN)/python -m vicreg_jepa.surprise.calibration \
+	    python/vicreg_jepa/pretrained/vjepa_causal_physics.safetensors
 
 test: setup ## run all tests that end within 10 minutes
 	$(BIN)/python -m pytest -m "not gpu and not thorough" -n 2 --dist loadfile \
@@ -92,7 +99,7 @@ lint: setup ## run ruff and mypy
 
 bench: setup ## time the kernels against plain PyTorch and other libraries
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps scipy tqdm
-	$(BIN)/python -m bench.run
+	$(BIN)/python -m bench.run --accuracy
 
 # Three commands for a machine with an NVIDIA GPU, with its own python3, without network or .venv, each
 # over within ten minutes (docs/gpu_run.md): build, tests, first figures; all figures; sanitizers.

@@ -88,9 +88,19 @@ def change(old: dict[str, Any], new: dict[str, Any]) -> Change:
     )
 
 
-def load(paths: list[Path]) -> list[dict[str, Any]]:
-    """The flat rows of files and folders; of several runs of a file the last."""
-    return [row for row in flat.flattened(flat.collect(paths)) if row["latest"]]
+def last(folders: list[flat.Folder]) -> list[dict[str, Any]]:
+    """Their flat rows; of several runs of a file the last."""
+    return [row for row in flat.flattened(folders) if row["latest"]]
+
+
+def load_old(path: Path) -> list[dict[str, Any]]:
+    """The same of what is to be compared with. Raises ValueError as `flat.collect`, and where
+    nothing in it was timed.
+    """
+    rows = last(flat.collect([path]))
+    if not rows:
+        raise ValueError(f"--compare: {path} holds no times")
+    return rows
 
 
 def by_key(rows: list[dict[str, Any]]) -> dict[Key, dict[str, Any]]:

@@ -37,8 +37,10 @@ def parameter_shapes(width: int, depth: int, hidden: int, patch: int) -> list[tu
     return [*shapes, *block * depth, (width,), (width,)]
 
 
-def draw(shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    torch.manual_seed(0)
+def draw(
+    shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> list[Tensor]:
+    torch.manual_seed(seed)
     return [torch.randn(shape, device=device).to(dtype) for shape in shapes]
 
 
@@ -84,12 +86,14 @@ def build(
     """dtype: the student's. Mixed: a float32 teacher with a shadow of the student's dtype."""
     shapes = parameter_shapes(*MODELS[model])
     onlines = draw(shapes, device, dtype)
-    targets = draw(shapes, device, torch.float32 if mixed else dtype)
+    targets = draw(shapes, device, torch.float32 if mixed else dtype, seed=1)
     shadows = [t.to(dtype) for t in targets] if mixed else []
     elements = sum(t.numel() for t in targets)
-    ours = partial(
-        ema_update_, targets, onlines, MOMENTUM, shadows=shadows or None, backend=backend
-    )
+
+    def ours() -> list[Tensor]:
+        ema_update_(targets, onlines, MOMENTUM, shadows=shadows or None, backend=backend)
+        return [*targets, *shadows]
+
     steps: dict[str, Step] = {"ours": ours}
     if mixed:
         steps["separate"] = partial(separate, targets, onlines, shadows)
@@ -141,7 +145,7 @@ def exercise(backend: str, device: str) -> int:
     for target, online in pairs:
         for rounding in ("nearest", "stochastic"):
             shapes = [(1,), (7, 5), (1031,), (64, 40)]
-            targets = draw(shapes, torch.device(device), target)
+            targets = draw(shapes, torch.device(device), target, seed=1)
             onlines = draw(shapes, torch.device(device), online)
             targets.append(targets[-1].clone()[::2, ::3])
             onlines.append(onlines[-1].t().contiguous().t()[::2, ::3])

@@ -44,10 +44,10 @@ def default_folder(device: torch.device) -> Path:
     return ROOT / "bench" / "results" / slug(device_name(device))
 
 
-def commit() -> str | None:
-    """The checkout's commit, marked when files differ from it; None in a copy without git."""
+def commit(folder: Path = ROOT) -> str | None:
+    """A checkout's commit, marked when files differ from it; None in a copy without git."""
     try:
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None

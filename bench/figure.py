@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from bench import parity_table
+
 # By the contender's place in the record, ours on other backends last: the Okabe-Ito palette and two
 # of Paul Tol's, told apart by shape as well.
 MARKS = (
@@ -23,7 +25,14 @@ MARKS = (
 
 
 def draw(record: dict[str, Any], path: Path, dtype: str | None = None) -> None:
-    """Its first run, in dtype (default: that of the run's first row); a line a case."""
+    """Its first run, in dtype (default: that of the run's first row); a line a case.
+
+    Raises ValueError where there is nothing to draw.
+    """
+    if record["schema"] == parity_table.SCHEMA:
+        raise ValueError("--figure draws times, this is a record of errors by precision")
+    if not record["runs"] or not record["runs"][0]["rows"]:
+        raise ValueError(f"--figure: the first run of this record of {record['op']} has no rows")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -33,6 +42,8 @@ def draw(record: dict[str, Any], path: Path, dtype: str | None = None) -> None:
     run = record["runs"][0]
     dtype = dtype or run["rows"][0]["dtype"]
     rows = [row for row in run["rows"] if row["dtype"] == dtype]
+    if not any(row["contender"] == "ours" for row in rows):
+        raise ValueError(f"--figure: no row of ours in {dtype}, against which the others are drawn")
     ours = {row["case"]: row for row in rows if row["contender"] == "ours"}
     ratios = {
         case: [row["ratio"] for row in rows if row["case"] == case and row["ratio"]]

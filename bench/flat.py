@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,14 @@ FIELDS = (
 
 @dataclass(frozen=True)
 class Folder:
-    """The records of one folder, or of one file; name: what sets it apart from the others."""
+    """The records of one folder, or of one file; name: what sets it apart from the others.
+    parity: those of errors by precision, which hold no times.
+    """
 
     name: str
     path: Path
     records: list[dict[str, Any]]
+    parity: list[dict[str, Any]] = field(default_factory=list)
 
     def runs(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """Each run, with its record."""
@@ -37,8 +40,8 @@ class Folder:
 
 
 def collect(paths: list[Path]) -> list[Folder]:
-    """Every folder of or below the paths that holds records, with those that hold times. Raises
-    ValueError as `report.read`.
+    """Every folder of or below the paths that holds records. Raises ValueError as `report.read`,
+    and where two files of a folder are of one op.
     """
     found: dict[Path, None] = {}
     for path in paths:
@@ -48,9 +51,23 @@ def collect(paths: list[Path]) -> list[Folder]:
     names = _names([place.resolve() for place in found])
     folders = []
     for name, place in zip(names, found, strict=True):
-        files = sorted(place.glob("*.json")) if place.is_dir() else [place]
-        folders.append(Folder(name, place, report.timings(report.load(files))))
+        records = _read(sorted(place.glob("*.json")) if place.is_dir() else [place])
+        times, parity = report.apart(records)
+        folders.append(Folder(name, place, times, parity))
     return folders
+
+
+def _read(files: list[Path]) -> list[dict[str, Any]]:
+    """Their records in the order of the ops, one of each."""
+    found: dict[str, Path] = {}
+    records = []
+    for file in files:
+        record = report.read(file)
+        other = found.setdefault(record["op"], file)
+        if other != file:
+            raise ValueError(f"{other} and {file} are both of {record['op']}: a folder takes one")
+        records.append(record)
+    return report.in_order(records)
 
 
 def _names(places: list[Path]) -> list[str]:

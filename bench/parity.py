@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import shlex
 import sys
 import time
@@ -28,6 +29,7 @@ import vicreg_kernels as vk
 from bench import environment, parity_table, peers, record
 from bench.peers import Get
 from bench.vicreg_baselines import eager
+from vicreg_kernels.compat import patching
 from vicreg_kernels.core import dispatch
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -128,6 +130,8 @@ LOSSES = {
         lambda get: lambda x, y: get("sigreg_loss")(torch.cat((x, y)), 1024),
     ),
 }
+# What a library calls itself, where that is not its name here with hyphens.
+NAMES = {"eb_jepa": "eb_jepa"}
 OPS = tuple(dict.fromkeys(loss.op for loss in LOSSES.values()))
 
 
@@ -245,20 +249,29 @@ def measure(make: Callable[[], Loss], truth: Truth, scaled: bool) -> dict[str, A
     return row
 
 
-def _contenders(published: Published) -> dict[str, Callable[[], Loss]]:
-    """Within `peers.importable`. Raises ImportError where the peer is not installed."""
-    made: dict[str, Callable[[], Loss]] = {}
-    make = published.make
+def _contenders(published: Published) -> dict[str, Callable[[], Callable[[], Loss]]]:
+    """What finds each, within `peers.importable`; it raises what an import or the peer raises."""
+    found: dict[str, Callable[[], Callable[[], Loss]]] = {}
+    make, theirs, ours = published.make, published.theirs, published.ours
+
+    def of(make: Callable[[Get], Loss], get: Callable[[str], Get]) -> Callable[[], Loss]:
+        names = get(published.peer)
+        return lambda: make(names)
+
     if make is not None:
-        theirs, drop_in = peers.theirs(published.peer), peers.ours(published.peer)
-        made = {"theirs": lambda: make(theirs), "drop_in": lambda: make(drop_in)}
-    if published.theirs is not None:
-        made["theirs"] = published.theirs
-    if published.ours is not None:
-        made["ours"] = published.ours
-    for build in made.values():
-        build()
-    return made
+        found["theirs"] = lambda: of(make, peers.theirs)
+        found["drop_in"] = lambda: of(make, peers.ours)
+    if theirs is not None:
+        found["theirs"] = lambda: theirs
+    if ours is not None:
+        found["ours"] = lambda: ours
+    return found
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, ImportError):
+        return f"cannot be imported: {error}"
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 class Run:
@@ -272,44 +285,68 @@ class Run:
     def add(self, name: str, shapes: list[str]) -> None:
         """All rows of a loss."""
         published = LOSSES[name]
+        about = {"op": published.op, "name": name}
         with peers.importable(published.peer) if published.peer else contextlib.nullcontext():
-            try:
-                contenders = _contenders(published)
-            except ImportError as error:
-                reason = f"cannot be imported: {error}"
-                self.entry["skipped"].append({"name": name, "contender": "theirs", "why": reason})
-                return
+            contenders = {}
+            for contender, find in _contenders(published).items():
+                try:
+                    contenders[contender] = find()
+                    contenders[contender]()
+                except Exception as error:
+                    self._skip({**about, "contender": contender}, error)
+                    return
             exact = contenders.get("drop_in") or contenders["ours"]
             for shape in shapes:
                 rows, dim = map(int, shape.split("x"))
                 views = embeddings(rows, dim, self.device)
-                truths = {
-                    dtype: Truth.of(exact, views, dtype)
-                    for dtype in dict.fromkeys(p.dtype for p in PRECISIONS.values())
-                }
+                try:
+                    truths = {
+                        dtype: Truth.of(exact, views, dtype)
+                        for dtype in dict.fromkeys(p.dtype for p in PRECISIONS.values())
+                    }
+                except Exception as error:
+                    mine = "drop_in" if "drop_in" in contenders else "ours"
+                    self._skip({**about, "contender": mine, "shape": shape}, error)
+                    continue
                 for precision, kind in PRECISIONS.items():
                     for contender, make in contenders.items():
-                        about = {"op": published.op, "name": name, "contender": contender}
-                        about |= {"shape": shape, "precision": precision}
-                        self._row(about, make, truths[kind.dtype], kind.scaled)
+                        row = {**about, "contender": contender}
+                        row |= {"shape": shape, "precision": precision}
+                        self._row(row, make, truths[kind.dtype], kind.scaled)
 
     def _row(
         self, about: dict[str, Any], make: Callable[[], Loss], truth: Truth, scaled: bool
     ) -> None:
         try:
             self.entry["rows"].append({**about, **measure(make, truth, scaled)})
-        except (RuntimeError, ValueError, TypeError) as error:
-            why = str(error).partition("\n")[0]
-            self.entry["skipped"].append({**about, "why": why})
-            self.failed |= about["contender"] != "theirs"
+        except Exception as error:  # whatever another library raises: the others go on
+            self._skip(about, error)
+
+    def _skip(self, about: dict[str, Any], error: Exception) -> None:
+        self.entry["skipped"].append({**about, "why": _why(error)})
+        self.failed |= about["contender"] != "theirs"
 
 
 def _versions() -> dict[str, str]:
+    """Of the libraries that are here: the version of the installed package, or the commit of the
+    checkout that its modules come from.
+    """
     found = {}
-    names = ("lightly", "solo-learn", "stable-pretraining", "stable-worldmodel")
-    for name in (*names, "pytorch-metric-learning", "pyjepa", "jepa-science"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
+    for peer in dict.fromkeys(loss.peer for loss in LOSSES.values() if loss.peer):
+        package = patching.PACKAGES[peer]
+        try:
+            spec = importlib.util.find_spec(package)
+        except (ImportError, ValueError):
+            spec = None
+        if spec is None:
+            continue
+        name = NAMES.get(peer, peer.replace("_", "-"))
+        try:
             found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            folder = Path(next(iter(spec.submodule_search_locations or ["."]))).resolve()
+            own = environment.ROOT in folder.parents  # then the commit is that of this checkout
+            found[name] = f"commit {(None if own else environment.commit(folder)) or 'unknown'}"
     return found
 
 

@@ -8,39 +8,68 @@ SCHEMA = "vicreg-kernels/parity/1"
 SCALED = "float16, scaled"
 # What a row of a table is called, beside the loss.
 CONTENDERS = {"theirs": "theirs", "drop_in": "drop-in", "ours": "vk.VICRegLoss"}
+# What the library calls an op that the record calls as it is published.
+OPS = {"VICReg": "vicreg", "Barlow Twins": "barlow", "SIGReg": "sigreg"}
 FIELDS = ("op", "name", "contender", "shape", "precision", "loss", "gradient")  # of every row
 Row = dict[str, Any]
 
 
-def _part(rows: list[Row], what: str) -> str:
+def _worst(rows: list[Row], what: str) -> float | str:
     """The largest error of a loss or a gradient, or that one is not finite."""
     kinds = {row[what] for row in rows}
     for kind in ("nan", "inf"):
         if kind in kinds:
             return "NaN" if kind == "nan" else "inf"
-    return f"{max(row[f'{what}_error'] for row in rows):.0e}"
+    return max(float(row[f"{what}_error"]) for row in rows)
 
 
-def _settled(rows: list[Row]) -> str:
+def _settled(rows: list[Row]) -> float | str:
     """The least scale to which GradScaler comes down."""
     scales = [row["settled_scale"] for row in rows]
-    return "none" if None in scales else f"{min(scales):.0f}"
+    return "none" if None in scales else min(scales)
+
+
+def precisions(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(row["precision"] for row in rows))
+
+
+def entries(run: dict[str, Any]) -> list[Row]:
+    """Of each loss and contender the worst over shapes: op, name and whose, then by precision
+    "<precision> loss" and "<precision> gradient", a number or "NaN" or "inf", and the scale.
+    """
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in run["rows"]:
+        found.setdefault((row["op"], row["name"], row["contender"]), []).append(row)
+    made = []
+    for (op, name, contender), mine in found.items():
+        entry: Row = {"op": op, "name": name, "whose": CONTENDERS[contender]}
+        for precision in precisions(mine):
+            rows = [row for row in mine if row["precision"] == precision]
+            entry |= {f"{precision} {what}": _worst(rows, what) for what in ("loss", "gradient")}
+            if "settled_scale" in rows[0]:
+                entry["scale"] = _settled(rows)
+        made.append(entry)
+    return made
+
+
+def _shown(error: float | str) -> str:
+    return error if isinstance(error, str) else f"{error:.0e}"
 
 
 def lines_of(run: dict[str, Any], op: str) -> list[list[str]]:
     """A head, and for each loss of an op and each contender its cells."""
-    mine = [row for row in run["rows"] if row["op"] == op]
-    precisions = list(dict.fromkeys(row["precision"] for row in mine))
-    lines = [[op, "whose", *precisions, "scale"]]
-    for name, contender in dict.fromkeys((row["name"], row["contender"]) for row in mine):
-        cells, scale = [], ""
-        for precision in precisions:
-            key = {"name": name, "contender": contender, "precision": precision}
-            rows = [row for row in mine if key.items() <= row.items()]
-            cells.append(f"{_part(rows, 'loss')}, {_part(rows, 'gradient')}" if rows else "-")
-            if rows and "settled_scale" in rows[0]:
-                scale = _settled(rows)
-        lines.append([name, CONTENDERS[contender], *cells, scale])
+    columns = precisions([row for row in run["rows"] if row["op"] == op])
+    lines = [[op, "whose", *columns, "scale"]]
+    for entry in entries(run):
+        if entry["op"] != op:
+            continue
+        cells = [entry["name"], entry["whose"]]
+        for precision in columns:
+            names = [f"{precision} {what}" for what in ("loss", "gradient")]
+            measured = all(name in entry for name in names)
+            cells.append(", ".join(_shown(entry[name]) for name in names) if measured else "-")
+        scale = entry.get("scale", "")
+        lines.append([*cells, scale if isinstance(scale, str) else f"{scale:.0f}"])
     return lines
 
 
@@ -48,11 +77,17 @@ def ops_of(run: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(row["op"] for row in run["rows"]))
 
 
+def shapes(run: dict[str, Any]) -> str:
+    return ", ".join(dict.fromkeys(row["shape"] for row in run["rows"]))
+
+
 def where(run: dict[str, Any]) -> str:
     versions = run["versions"]
     cuda = f", CUDA {versions['cuda']}" if run["device"]["type"] == "cuda" else ""
     peers = "".join(f", {name} {version}" for name, version in versions["peers"].items())
-    return f"{run['device']['name']}, {run['date'][:10]}, torch {versions['torch']}{cuda}{peers}"
+    commit = f", commit {run['commit']}" if run.get("commit") else ""
+    made = f"{run['device']['name']}, {run['date'][:10]}{commit}"
+    return f"{made}, torch {versions['torch']}{cuda}{peers}"
 
 
 def remarks(run: dict[str, Any]) -> list[str]:
@@ -71,9 +106,8 @@ def remarks(run: dict[str, Any]) -> list[str]:
 
 def text(record: dict[str, Any], run: dict[str, Any]) -> str:
     """One run, for a terminal."""
-    shapes = ", ".join(dict.fromkeys(row["shape"] for row in run["rows"]))
     parts = [f"{record['title']}\n{where(run)}"]
-    parts[0] += f"\nloss, gradient: the largest relative error over N x D of {shapes}"
+    parts[0] += f"\nloss, gradient: the largest relative error over N x D of {shapes(run)}"
     for op in ops_of(run):
         lines = lines_of(run, op)
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -81,17 +115,3 @@ def text(record: dict[str, Any], run: dict[str, Any]) -> str:
         parts.append("\n".join(line.rstrip() for line in shown))
     left = [f"left out: {remark}" for remark in remarks(run)]
     return "\n\n".join([*parts, *(["\n".join(left)] if left else [])])
-
-
-def markdown(record: dict[str, Any]) -> str:
-    """All runs, for docs/results.md."""
-    parts = []
-    for run in record["runs"]:
-        shapes = ", ".join(dict.fromkeys(row["shape"] for row in run["rows"]))
-        parts.append(f"{record['title']}, the largest over N x D of {shapes}; {where(run)}.")
-        for op in ops_of(run):
-            head, *lines = lines_of(run, op)
-            rule = ["---", "---", *["---:"] * (len(head) - 2)]
-            parts.append("\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines]))
-        parts += [f"Left out: {remark}." for remark in remarks(run)]
-    return "\n\n".join(parts)

@@ -165,17 +165,27 @@ def table(record: dict[str, Any], run: dict[str, Any]) -> str:
 
 # What a record, a run and a row must hold to be read, and of which type.
 NUMBER = (int, float)
+ABSENT = type(None)
+NUMBER_OR_NONE = (*NUMBER, ABSENT)
 RECORD = {"op": str, "title": str, "contenders": dict, "runs": list}
 RUN = {"date": str, "device": dict, "threads": int, "versions": dict, "ceilings": dict}
 RUN |= {"rows": list, "skipped": list}
 KEY = ("case", "dtype", "contender")
 ROW = {"case": str, "dtype": str, "contender": str, "rounds": int, "ms": dict, "floor_ms": NUMBER}
+ROW |= {"backend": (str, ABSENT), "graph_ms": (dict, ABSENT)}
+ROW |= dict.fromkeys(("ratio", "target", "graph_ratio", "peak_mib"), NUMBER_OR_NONE)
+# What a row may hold: newer records do.
+MORE: dict[str, Any] = {"gbps": NUMBER_OR_NONE, "tflops": NUMBER_OR_NONE, "bound": (str, ABSENT)}
+MORE |= {"most_ms": NUMBER_OR_NONE, "launches": (int, ABSENT), "error": NUMBER_OR_NONE}
+MORE |= {"shares": (dict, ABSENT)}
+RATES = dict.fromkeys(("copy_gbps", "matmul_tflops"), NUMBER)
+TIMES = dict.fromkeys(("p20", "p50", "p80"), NUMBER)
 
 
 def _check(what: Any, fields: dict[str, Any], where: str) -> None:
     """Raise ValueError, which names the place, where a field is absent or of another type."""
     for name, kind in fields.items():
-        if not isinstance(what, dict) or not isinstance(what.get(name), kind):
+        if not isinstance(what, dict) or name not in what or not isinstance(what[name], kind):
             raise ValueError(f"{where} has no valid {name!r}")
 
 
@@ -203,12 +213,25 @@ def read(file: Path) -> dict[str, Any]:
         _check(run["versions"], {"torch": str}, f"{where}: versions")
         for j, skip in enumerate(run["skipped"]):
             _check(skip, dict.fromkeys((*KEY, "reason"), str), f"{where}: skipped {j}")
+        for dtype, rates in run["ceilings"].items():
+            _check(rates, RATES, f"{where}: ceilings of {dtype}")
         for j, row in enumerate(run["rows"]):
-            _check(row, ROW, f"{where}: row {j}")
-            _check(row["ms"], dict.fromkeys(("p20", "p50", "p80"), NUMBER), f"{where}: row {j}: ms")
-            if not all(0 < row["ms"][name] < float("inf") for name in ("p20", "p50", "p80")):
-                raise ValueError(f"{where}: row {j}: ms holds a time that is not positive")
+            _check_row(row, f"{where}: row {j}")
+            _check(run["ceilings"], {row["dtype"]: dict}, f"{where}: ceilings")
     return record
+
+
+def _check_row(row: Any, where: str) -> None:
+    _check(row, ROW, where)
+    _check(row, {name: kind for name, kind in MORE.items() if name in row}, where)
+    shares = row.get("shares") or {}
+    _check(shares, dict.fromkeys(shares, NUMBER), f"{where}: shares")
+    for name in ("ms", "graph_ms"):
+        if row[name] is None:
+            continue
+        _check(row[name], TIMES, f"{where}: {name}")
+        if not all(0 < row[name][each] < float("inf") for each in TIMES):
+            raise ValueError(f"{where}: {name} holds a time that is not positive")
 
 
 def _check_parity(record: dict[str, Any], file: Path) -> None:
@@ -219,20 +242,45 @@ def _check_parity(record: dict[str, Any], file: Path) -> None:
         _check(run, {name: kind for name, kind in RUN.items() if name != "ceilings"}, where)
         _check(run["versions"], {"torch": str, "peers": dict}, f"{where}: versions")
         for j, row in enumerate(run["rows"]):
-            _check(row, dict.fromkeys(parity_table.FIELDS, str), f"{where}: row {j}")
+            _check_errors(row, f"{where}: row {j}")
+        for j, skip in enumerate(run["skipped"]):
+            _check(skip, dict.fromkeys(("name", "contender", "why"), str), f"{where}: skipped {j}")
+            _check_one_of(skip, "contender", [*parity_table.CONTENDERS], f"{where}: skipped {j}")
 
 
-def timings(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of the records that hold times."""
-    return [record for record in records if record["schema"] != parity_table.SCHEMA]
+def _check_errors(row: Any, where: str) -> None:
+    """A row of a record of errors: one is null where what it is of is not finite."""
+    _check(row, dict.fromkeys(parity_table.FIELDS, str), where)
+    _check_one_of(row, "contender", [*parity_table.CONTENDERS], where)
+    for what in ("loss", "gradient"):
+        _check_one_of(row, what, ["finite", "inf", "nan"], where)
+        kind = NUMBER if row[what] == "finite" else ABSENT
+        _check(row, {f"{what}_error": kind}, where)
+    if row["precision"] == parity_table.SCALED:
+        _check(row, {"scale": NUMBER, "settled_scale": NUMBER_OR_NONE}, where)
+
+
+def _check_one_of(what: Any, name: str, known: list[str], where: str) -> None:
+    if what[name] not in known:
+        raise ValueError(f"{where} has no valid {name!r}: got {what[name]!r}, takes {known}")
+
+
+def apart(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Those of the records that hold times, and those of errors by precision."""
+    parity = [record for record in records if record["schema"] == parity_table.SCHEMA]
+    return [record for record in records if record not in parity], parity
+
+
+def in_order(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the ops first, as OPS has them."""
+    order = [record["op"] for record in records]
+    return sorted(records, key=lambda r: ([*OPS, *order].index(r["op"])))
 
 
 def load(paths: list[Path]) -> list[dict[str, Any]]:
     """The records of the files, and of the folders' *.json. Raises ValueError as `read`."""
     files = [f for p in paths for f in (sorted(p.rglob("*.json")) if p.is_dir() else [p])]
-    records = [read(file) for file in files]
-    order = [record["op"] for record in records]
-    return sorted(records, key=lambda r: ([*OPS, *order].index(r["op"])))
+    return in_order([read(file) for file in files])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -253,27 +301,26 @@ def main(argv: list[str] | None = None) -> int:
     if missing:
         parser.error(f"no such file or folder: {', '.join(missing)}")
     try:
-        records = load(paths)
-        if options.figure and len(records) != 1:
-            parser.error(f"--figure draws one record, here are {len(records)}: name its file")
-        if not records:
-            print("no results: run `make bench`", file=sys.stderr)
-            return 1
-        _write(options, records, paths)
-    except ValueError as error:
+        return _write(options, paths)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    return 0
 
 
-def _write(options: argparse.Namespace, records: list[dict[str, Any]], paths: list[Path]) -> None:
+def _write(options: argparse.Namespace, paths: list[Path]) -> int:
     """What the options ask for; the tables where they ask for no file but the figure."""
     from bench import compare, flat, report_page
 
+    folders = flat.collect(paths)
+    records = in_order([r for folder in folders for r in (*folder.records, *folder.parity)])
+    if options.figure and len(records) != 1:
+        raise ValueError(f"--figure draws one record, here are {len(records)}: name its file")
+    if not records:
+        print("no results: run `make bench`", file=sys.stderr)
+        return 1
     if options.compare:
-        print(compare.told(compare.load([options.compare]), compare.load(paths)))
+        print(compare.told(compare.load_old(options.compare), compare.last(folders)))
     elif not (options.output or options.csv):
         print("\n\n".join(table(record, run) for record in records for run in record["runs"]))
-    folders = flat.collect(paths)
     if options.output:
         report_page.write(folders, options.output)
         print(f"wrote {options.output}")
@@ -285,6 +332,7 @@ def _write(options: argparse.Namespace, records: list[dict[str, Any]], paths: li
 
         draw(records[0], options.figure)
         print(f"wrote {options.figure}")
+    return 0
 
 
 if __name__ == "__main__":

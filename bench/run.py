@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from importlib import import_module
@@ -89,15 +91,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="OLD",
         help="say at the end what changed beyond noise since the records of this folder or file",
     )
+    # what a process that lost the device leaves to the one that goes on in its place
+    parser.add_argument("--continued", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    options.old = []
-    if options.compare:
-        try:
-            options.old = compare.load([options.compare])
-        except ValueError as error:
-            parser.error(f"argument --compare: {error}")
-        if not options.old:
-            parser.error(f"argument --compare: no records in {options.compare}")
+    options.old, options.anew = [], []
+    try:
+        if options.continued:
+            left = json.loads(options.continued.read_text(encoding="utf-8"))
+            options.old, options.anew = left["old"], left["anew"]
+            options.continued.unlink()
+        elif options.compare:
+            options.old = compare.load_old(options.compare)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     if options.progress is None:
         options.progress = progress.shown_by_default()
     elif options.progress and not progress.INSTALLED:
@@ -134,9 +140,20 @@ def select(
     return [p for p in pairs if not earlier.complete(*p, device, options)]
 
 
-def go_on(argv: list[str], options: argparse.Namespace, seconds: float) -> None:
-    """Become a new process that measures what the records lack. seconds: used up so far."""
-    words = [*argv, "--missing"]
+def go_on(
+    argv: list[str], options: argparse.Namespace, seconds: float, not_begun: list[str]
+) -> None:
+    """Become a new process that measures what the records lack. seconds: used up so far. not_begun:
+    ops whose files are of before this run, and are written anew unless the run adds to them.
+    """
+    if options.continued:
+        not_begun = [op for op in not_begun if op in options.anew]
+    elif options.append or options.missing:
+        not_begun = []
+    left = {"old": options.old, "anew": not_begun}  # OLD may be the folder that is written
+    with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
+        json.dump(left, file)
+    words = [*argv, "--missing", "--continued", file.name]
     if options.seconds:
         words += ["--seconds", str(max(options.seconds - seconds, 1e-3))]
     sys.stdout.flush()
@@ -158,20 +175,24 @@ def main(argv: list[str] | None = None) -> int:
     selected = ("lean", "without_compiled", "cases", "dtype", "contenders", "backend", "seconds")
     if options.output is None and not any(getattr(options, name) for name in selected):
         options.output = environment.default_folder(device)
-    command = shlex.join(["python3", "-m", "bench.run", *argv])
+    at = argv.index("--continued") if options.continued else len(argv)
+    command = shlex.join(["python3", "-m", "bench.run", *argv[:at]])
     about = {"command": command, **environment.describe(device)}
     deadline = start + options.seconds if options.seconds else None
     limits: dict[str, dict[str, float]] = {}
     ops = []
     for op, module in options.modules.items():
         path = options.output / f"{op}.json" if options.output else None
-        earlier = record.read(path) if options.append or options.missing else []
+        adds = (options.append or options.missing) and op not in options.anew
+        earlier = record.read(path) if adds else []
         pairs = select(module, options, device.type, record.Earlier(earlier))
         ops.append((op, module, path, earlier, pairs))
-    failed, measured = False, []
+    failed, lost, measured, names = False, False, [], [*options.modules]
     with progress.Bar(sum(len(pairs) for *_, pairs in ops), options.progress) as bar:
         for op, module, path, earlier, pairs in ops:
             run = record.Run(module, op, about, earlier, path, device, options)
+            # the same lists, which grow
+            measured.append(run.record if options.missing else run.record | {"runs": [run.entry]})
             if not pairs:
                 bar.say(f"{op}: nothing to measure")
                 continue
@@ -193,21 +214,23 @@ def main(argv: list[str] | None = None) -> int:
                 except groups.Poisoned as error:
                     print(f"bench: {case.name} {dtype} lost the device: {error}", file=sys.stderr)
                     if path is not None:
-                        go_on(argv, options, time.perf_counter() - start)
-                    return 1
+                        not_begun = names[names.index(op) + 1 :]
+                        go_on(argv, options, time.perf_counter() - start, not_begun)
+                    lost = True
+                    break
                 bar.say(columns.lines_of(rows), end="")
                 bar.done()
                 gc.collect()
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
-            failed |= run.failed
-            runs = run.record["runs"] if options.missing else [run.entry]
-            measured.append(run.record | {"runs": runs})
+            failed |= run.failed or lost
             bar.say("\n".join(["", *report.remarks(run.entry)]))
             if run.late:
                 bar.say(f"no time left for: {', '.join(run.late)}")
             if path is not None and path.exists():
                 bar.say(f"wrote {path}")
+            if lost:
+                break
     if options.old:
         new = flat.flattened([flat.Folder("this run", Path(), measured)])
         print(f"\n{compare.told(options.old, [row for row in new if row['latest']])}")

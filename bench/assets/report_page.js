@@ -308,6 +308,19 @@ const accuracyTable = makeTable(
   [...WHERE, { key: "backend", label: "Backend" }, number("error", "Error", (value) => value.toExponential(2))],
   () => latest.filter((row) => isNumber(row.error) && passes(row)),
 );
+const part = (value) => (isNumber(value) ? value.toExponential(0) : value);
+const errorsTable = makeTable(
+  document.querySelector("#published .table"),
+  "published-losses",
+  [
+    ...WHERE.slice(0, 2), { key: "name", label: "Loss" }, { key: "whose", label: "Whose" },
+    ...DATA.precisions.flatMap((precision) =>
+      ["loss", "gradient"].map((what) => number(`${precision} ${what}`, `${precision}: ${what}`, part)),
+    ),
+    number("scale", "Scale", (value) => String(value)), { key: "shapes", label: "Shapes" }, { key: "commit", label: "Commit" },
+  ],
+  () => DATA.errors.filter((row) => passes(row)),
+);
 const skippedTable = makeTable(
   byId("skipped"), "left-out", [...WHERE, { key: "reason", label: "Reason" }], () => DATA.skipped.filter((row) => passes(row)),
 );
@@ -345,10 +358,13 @@ function drawAll() {
   byId("accuracy").querySelector(".table").hidden = !exact.length;
   drawScaling(DATA.fits.filter((fit) => passes(fit)));
   drawSteps();
-  for (const draw of [rowsTable, fitsTable, accuracyTable, skippedTable, runsTable]) draw();
+  byId("published").querySelector(".table").hidden = !DATA.errors.length;
+  for (const draw of [rowsTable, fitsTable, accuracyTable, errorsTable, skippedTable, runsTable]) draw();
 }
 
 function setUp() {
+  const none = "Not recorded in these files: `python3 -m bench.parity` writes such a record.";
+  if (!DATA.errors.length) byId("published").append(note(none));
   const form = byId("filters");
   const values = {
     op: DATA.ops.map((each) => [each.op, named(each.op)]),

@@ -39,6 +39,7 @@ student = nn.Sequential(encoder, vk.Projector(256, [512, 128])).train()
 optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
 loader = DataLoader(images, batch_size=256, shuffle=True, drop_last=True)
 student, optimizer, loader = accelerator.prepare(student, optimizer, loader)
+torch.manual_seed(accelerator.process_index)  # each process draws views of its own
 teacher = vk.EMA(student, 0.9, schedule="cosine", total_steps=epochs * len(loader))
 # The variance and covariance of the student keep it from collapsing, over all processes' rows.
 regularizer = vk.VCRegLoss(process_group=True if accelerator.num_processes > 1 else None)

@@ -40,15 +40,15 @@ class VICReg(L.LightningModule):
         self.model = nn.Sequential(encoder, vk.Projector(256, [512, 128])).train()
 
     def training_step(self, batch, index):
-        group = True if self.trainer.world_size > 1 else None  # the loss of all devices' rows
         x, y = (self.model(view(batch)) for _ in range(2))
-        self.loss = vk.vicreg_loss(x, y, process_group=group)
+        self.loss = vk.vicreg_loss(x, y, process_group=self.trainer.world_size > 1 or None)
         return self.loss
 
     def on_train_epoch_end(self):
         print(f"epoch {self.current_epoch}: loss {self.loss:.3f}")
 
     def configure_optimizers(self):
+        torch.manual_seed(self.global_rank)  # each rank draws views of its own
         return torch.optim.AdamW(self.model.parameters(), lr=3e-3)
 
 

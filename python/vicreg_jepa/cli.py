@@ -1,4 +1,4 @@
-"""`vicreg-jepa train | probe | surprise | compare | export | collect | plan | drift | memory`."""
+"""`vicreg-jepa`: train, probe, surprise, compare, export, collect, plan, drift, memory, recall."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vicreg_jepa.cli_options import integer, reported
+from vicreg_jepa.cli_options import integer, reported, share
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,9 +31,18 @@ def parser() -> argparse.ArgumentParser:
     )
     three.add_argument("--video", type=Path, help="draw the surprise at this video instead")
     three.add_argument(
+        "--false-alarms",
+        type=share,
+        help="of --video: the share of possible videos that may be called impossible; default 0.05",
+    )
+    three.add_argument(
         "--beside", type=Path, nargs="+", default=[], metavar="RUN", help="runs to compare with"
     )
-    three.add_argument("--quadruplets", type=integer(1), default=50, help="per property")
+    three.add_argument(
+        "--quadruplets",
+        type=integer(1),
+        help="per property and place of the exchange, in view and behind a panel; default 25",
+    )
     four = commands.add_parser(
         "compare", help="fused kernels against the reference: steps/s, memory"
     )
@@ -47,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         choices=("own", "timm", "whole"),
         default="own",
         help="own: the encoder for vicreg_jepa.load_encoder; timm: for its VisionTransformer, from "
-        "a ViT; whole: the method in float16, for surprise and plan",
+        "a ViT; whole: the method in float16, for the commands that take a run",
     )
     seven = commands.add_parser("plan", help="plan with runs of a world model, beside controls")
     seven.add_argument(
@@ -91,6 +100,17 @@ def parser() -> argparse.ArgumentParser:
     )
     nine.add_argument("store", type=Path, help="its file")
     nine.add_argument("--migrate", action="store_true", help="first bring it to this version")
+    ten = commands.add_parser("recall", help="find remembered goals in mazes, beside controls")
+    ten.add_argument("run", type=Path, nargs="?", help="a run of world_maze_window, or its file")
+    ten.add_argument("--pretrained", action="store_true", help="the model of the package instead")
+    ten.add_argument(
+        "--output", type=Path, help="folder of the store and the picture; default RUN/recall, or "
+        "recall",
+    )  # fmt: skip
+    ten.add_argument("--episodes", type=integer(2), default=50)
+    ten.add_argument(
+        "--true", action="store_true", help="the planner has the true dynamics, not the model's"
+    )
     return parser
 
 
@@ -159,19 +179,31 @@ def _probe(options: argparse.Namespace) -> int:
 
 
 def _surprise(options: argparse.Namespace) -> int:
-    from vicreg_jepa.files.output import writing
+    from vicreg_jepa.config import ConfigError
     from vicreg_jepa.methods import build
     from vicreg_jepa.physics import PROPERTIES
-    from vicreg_jepa.surprise import physics_test, report
+    from vicreg_jepa.surprise import calibration, controls, physics_test, report
 
+    if options.video is not None and (options.beside or options.quadruplets is not None):
+        raise ConfigError("--video: takes no --beside and no --quadruplets, which are of the test")
+    if options.video is None and options.false_alarms is not None:
+        raise ConfigError("--false-alarms: takes --video, whose verdict it is of")
     (run,) = _runs("surprise", [options.run] if options.run else [], options.pretrained)
-    name, settings, method = _video_run(run)
+    name, settings, method, step = _video_run(run)
     stride, size = settings.data.stride, settings.data.size
     output = options.output or _beside(run, "surprise")
-    with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
+    _make(output)
     if options.video is not None:
-        report.draw_video(method, options.video, size, output, stride=stride)
+        kept = calibration.beside(run) if run.is_file() else output / "peaks.json"
+        report.draw_video(
+            method,
+            options.video,
+            size,
+            output,
+            stride=stride,
+            peaks=calibration.peaks(method, settings, step, kept),
+            false_alarms=options.false_alarms or 0.05,
+        )
         return 0
     untrained = build.method(settings, method.channels).eval()
     models = {
@@ -179,10 +211,13 @@ def _surprise(options: argparse.Namespace) -> int:
         for one, trained in ((name, method), ("untrained", untrained))
     }
     for beside in options.beside:
-        other, its, trained = _video_run(beside)
+        other, its, trained, _ = _video_run(beside)
+        if other in models:
+            raise ConfigError(f"--beside: {beside} has the name of another run, {other!r}")
         models[other] = physics_test.of_method(trained, its.data.stride)
-    scores = report.test(models, options.quadruplets, output)
-    print(report.table(scores, options.quadruplets))
+    count = options.quadruplets or 25
+    scores = report.test(models, count, output, settings.data.noise)
+    print(report.table(scores, count, ("untrained", *controls.CONTROLS)))
     for property in PROPERTIES:
         report.draw_quadruplet(method, property, output, stride=stride)
     print(f"pictures of every property: {output}")
@@ -205,8 +240,8 @@ def _beside(run: Path, name: str) -> Path:
     return Path(name) if run.is_file() else run / name
 
 
-def _video_run(run: Path) -> tuple[str, Any, Any]:
-    """(its name in the table, its configuration, its method)."""
+def _video_run(run: Path) -> tuple[str, Any, Any, int]:
+    """(its name in the table, its configuration, its method, its step)."""
     from vicreg_jepa import config
     from vicreg_jepa.methods import METHODS
     from vicreg_jepa.training.run import restore
@@ -215,7 +250,7 @@ def _video_run(run: Path) -> tuple[str, Any, Any]:
     if not settings.is_video:
         takes = " or ".join(name for name, kind in METHODS.items() if kind.data == "videos")
         raise config.ConfigError(f"run: {run} trained {settings.method}, surprise takes {takes}")
-    return _row_name(run, step), settings, method
+    return _row_name(run, step), settings, method, step
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -238,7 +273,6 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from vicreg_jepa.files.output import writing
     from vicreg_jepa.planning import report
     from vicreg_jepa.training.run import restore
     from vicreg_jepa.worlds.collect import parsed
@@ -248,8 +282,6 @@ def _plan(options: argparse.Namespace) -> int:
     restored = [(run, *restore(run)) for run in runs]
     output = options.output or _beside(runs[0], "plan")
     simulated = restored[0][1].data.kind == "world"
-    with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
     rows = (_plan_world if simulated else _plan_adapted)(options, restored, planner, output)
     report.write(rows, output)
     print(report.table(rows))
@@ -258,6 +290,13 @@ def _plan(options: argparse.Namespace) -> int:
     for words in failed:
         print(f"failed: {words}")
     return 1 if failed else 0
+
+
+def _make(folder: Path) -> None:
+    from vicreg_jepa.files.output import writing
+
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def _row_name(run: Path, step: int) -> str:
@@ -280,6 +319,7 @@ def _plan_world(options: argparse.Namespace, restored: Any, planner: Any, output
         runs.append((_row_name(run, step), method))
         if worlds[-1] != worlds[0]:
             raise config.ConfigError(f"run: {run} has {worlds[-1]}, takes that of the first run")
+    _make(output)
     low = trained.low_planner(parsed(options.planner))
     rows, first = report.measured(
         runs, worlds[0], planner, options.episodes, options.full, options.steps or STEPS, low
@@ -310,6 +350,7 @@ def _plan_adapted(options: argparse.Namespace, restored: Any, planner: Any, outp
         runs.append((_row_name(run, step), method))
         if described[-1] != described[0]:
             raise config.ConfigError(f"run: {run} has another environment than the first run")
+    _make(output)
     make = adapted_report.maker(described[0])
     rows, first = adapted_report.measured(runs, make, planner, options.episodes)
     picture, film = output / "episodes.png", output / "episode.gif"
@@ -335,9 +376,8 @@ def _drift(options: argparse.Namespace) -> int:
     for run, (settings, _, _) in zip(folders[1:], runs[1:], strict=True):
         if world_of(settings) != world:
             raise config.ConfigError(f"--beside: {run} has another world than {options.run}")
-    folder = options.output or options.run / "drift"
-    with output.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = options.output or _beside(options.run, "drift")
+    _make(folder)
     drifts = [
         drift.measured(_row_name(run, step), settings, method, world, options.walks)
         for run, (settings, method, step) in zip(folders, runs, strict=True)
@@ -392,6 +432,37 @@ def _memory(options: argparse.Namespace) -> int:
     return 1 if found else 0
 
 
+def _recall(options: argparse.Namespace) -> int:
+    from vicreg_jepa import config
+    from vicreg_jepa.data.trajectories import world_of
+    from vicreg_jepa.files.output import writing
+    from vicreg_jepa.recall import figure, report
+    from vicreg_jepa.training.run import restore
+    from vicreg_jepa.worlds.window import MazeWindow
+
+    (run,) = _runs("recall", [options.run] if options.run else [], options.pretrained)
+    settings, method, step = restore(run)
+    world = world_of(settings)
+    if not isinstance(world, MazeWindow):
+        raise config.ConfigError(f"run: {run} has {world}, takes a run on MazeWindow")
+    folder = options.output or _beside(run, "recall")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    learned = report.learned(settings, method, world, _row_name(run, step), options.true)
+    found = report.measured(learned, world, options.episodes, folder)
+    report.write(found, folder)
+    print(report.table(found))
+    picture = folder / "episode.png"
+    with writing(picture):
+        ways = [found.found[name] for name in (report.WITH, report.ALONE)]
+        figure.draw(world, found.starts, found.explored, *ways, picture)
+    print(f"the picture of an episode: {picture}")
+    failed = report.verdict(found)
+    for words in failed:
+        print(f"failed: {words}")
+    return 1 if failed else 0
+
+
 COMMANDS = {
     "train": _train,
     "probe": _probe,
@@ -402,4 +473,5 @@ COMMANDS = {
     "plan": _plan,
     "drift": _drift,
     "memory": _memory,
+    "recall": _recall,
 }

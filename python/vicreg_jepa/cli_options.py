@@ -24,6 +24,17 @@ def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
     return parse
 
 
+def share(text: str) -> float:
+    """A number between 0 and 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, takes a number between 0 and 1")
+    return value
+
+
 def draw_sheets(
     module: str,
     description: str,

@@ -239,7 +239,10 @@ def axial(self, x, mask=None, attn_mask=None, T=None, H_patches=None, W_patches=
     [
         (vjepa2.RoPEAttention, {}, "x: got 24 tokens, takes 16, those of its grid"),
         (vjepa2.RoPEAttention, {**WHOLE, "T": 2}, "x: got 24 tokens, takes 16"),
-        (vjepa2.RoPEAttention, {"mask": KEPT}, "index: got shape"),
+        (vjepa2.RoPEAttention, {"mask": KEPT}, "mask: got shape"),
+        (vjepa2.RoPEAttention, {"mask": KEPT - 9}, "mask: got places -"),
+        (vjepa2.RoPEAttention, {"mask": KEPT.float()}, "mask: got dtype"),
+        (vjepa2.ACRoPEAttention, {**ACTIONS, "action_tokens": 0, "mask": KEPT}, "mask: got shape"),
         (vjepa2.ACRoPEAttention, {**ACTIONS, "H": 3}, "H: got 3, takes a divisor of grid_size 4"),
         (vjepa2.ACRoPEAttention, {**ACTIONS, "mask": KEPT}, "mask: got one with 2 action tokens"),
         (vjepa2.ACRoPEAttention, {}, "T, H, W: got None, None, None, takes three ints"),
@@ -250,6 +253,33 @@ def test_refused(cls, arguments, message):
     module = fuse(cls(**GRID))
     with pytest.raises((ValueError, TypeError), match=message):
         module(torch.randn(2, 24, 64), **arguments)
+
+
+def test_places_of_many_frames():
+    """Without a number of frames there are as many as a long video has; no more are looked up."""
+    module = vjepa2.RoPEAttention(**GRID)
+    fused, x = fuse(copy.deepcopy(module)), torch.randn(1, 3, 64)
+    last = 4096 * 16 - 1
+    places, fewer = torch.tensor([[0, last - 16, last]]), torch.tensor([[0, 15, 31]])
+    with torch.no_grad():
+        near = module(x, fewer)
+        assert not torch.allclose(fused(x, places), near, atol=1e-3), "far frames turn otherwise"
+        theirs = module.run(x, None, Rope3d((4096, 4, 4), places))
+    # cosines of angles in the thousands, in float32
+    torch.testing.assert_close(fused(x, places), theirs, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match=f"mask: got places 0 to {last + 1}, takes 0 to {last}"):
+        fused(x, places.clamp_min(0) + torch.tensor([0, 0, 1]))
+    with pytest.raises(ValueError, match="mask: got places 0 to 32, takes 0 to 31"):
+        fused(x, fewer + torch.tensor([0, 0, 1]), T=2)
+
+
+@pytest.mark.thorough  # 3 CPU-seconds, most of them torch.compile's imports
+def test_torch_compile():
+    """One graph, with places too."""
+    module, x = fuse(vjepa2.RoPEAttention(**GRID)), torch.randn(2, 10, 64)
+    expected = module(x, KEPT)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, KEPT), expected, **CLOSE)
 
 
 def test_a_target_encoder():

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import random
+import shutil
 import statistics
 import sys
+from pathlib import Path
 
 import pytest
 
-from bench import compare, measure, progress, report, run
-from tests.helpers.bench_fake import fake_fixture, go, read  # noqa: F401
-from tests.helpers.bench_records import record, row, write
+from bench import compare, flat, groups, measure, progress, report, run
+from bench.case import Case
+from tests.helpers.bench_fake import fake_fixture, fake_op, fake_plan, go, read  # noqa: F401
+from tests.helpers.bench_records import errors, record, row, write
 
 
 def flat_row(p50: float, spread: float = 1.02, rounds: int = 9) -> dict:
@@ -91,7 +95,8 @@ def test_two_folders_are_compared(tmp_path, capsys):
 
 
 def test_nothing_in_common(tmp_path):
-    one, two = (compare.load([write(tmp_path / n, record([row(n, "ours", 1.0)]))]) for n in "ab")
+    files = (write(tmp_path / n, record([row(n, "ours", 1.0)])) for n in "ab")
+    one, two = (compare.last(flat.collect([file])) for file in files)
     assert compare.told(one, two).startswith("nothing to compare")
 
 
@@ -137,3 +142,123 @@ def test_the_bar_is_drawn_on_a_terminal_or_where_asked(fake, monkeypatch, capsys
     with pytest.raises(SystemExit):
         run.parse(["--progress"])
     assert "tqdm is not installed" in terminal.getvalue()
+
+
+def slowed(path: Path, factor: float) -> None:
+    """Every time of a record multiplied, as of nine rounds that agree."""
+    made = read(path)
+    for each in (timed for run_ in made["runs"] for timed in run_["rows"]):
+        each["rounds"], each["ms"] = 9, dict.fromkeys(("p20", "p50", "p80"), factor)
+    path.write_text(json.dumps(made))
+
+
+def test_files_that_are_complete_are_compared_too(fake, tmp_path, capsys):
+    """With --missing nothing is left to measure; what the files hold is the new side."""
+    select = ("--contenders", "ours,eager", "--output", tmp_path / "new")
+    assert go(*select) == 0
+    (tmp_path / "old").mkdir()
+    shutil.copy(tmp_path / "new" / "fake.json", tmp_path / "old")
+    slowed(tmp_path / "old" / "fake.json", 1e9)
+    capsys.readouterr()
+    assert go(*select, "--missing", "--compare", tmp_path / "old") == 0
+    text = capsys.readouterr().out
+    assert "fake: nothing to measure" in text
+    assert "ours: 2 faster" in text
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_what_changed_is_said_after_a_lost_device(fake, written, tmp_path, monkeypatch, capsys):
+    """OLD is the folder that is written: the process that goes on has its rows from the first one,
+    and measures the op that was not begun anew.
+    """
+    lost = []
+
+    def breaks(device, dtype, backend):
+        plan = fake_plan(device, dtype, backend)
+
+        def step():
+            lost.append(1)
+            raise groups.Poisoned("illegal access")
+
+        if not lost:
+            plan.steps["eager"] = step
+        return plan
+
+    first = Case("first", fake_plan, {})
+    fake(fake_op(first=first, second=Case("second", breaks, {})))
+    monkeypatch.setitem(sys.modules, "bench.later", fake_op(third=Case("third", fake_plan, {})))
+    monkeypatch.setattr(run, "OPS", ("fake", "later"))
+    monkeypatch.setattr(groups, "check_alive", check_poisoned)
+    lost.append(0)
+    select = ["--contenders", "ours,eager", "--compare", tmp_path / "old"]
+    assert go("--contenders", "ours,eager", "--output", tmp_path / "old") == 0
+    for op in ("fake", "later"):
+        slowed(tmp_path / "old" / f"{op}.json", 1e9)
+    lost.clear()
+    went_on = []
+    monkeypatch.setattr(run.os, "execv", lambda program, words: went_on.append(words[3:]))
+    capsys.readouterr()
+    if not written:
+        assert go(*select) == 1
+        assert "ours: 1 faster" in capsys.readouterr().out, "what was measured until then"
+        return
+    assert go(*select, "--output", tmp_path / "old") == 1
+    (words,) = went_on
+    capsys.readouterr()
+    assert run.main(words) == 0, "ours did not fail"
+    text = capsys.readouterr().out
+    assert "ours: 3 faster" in text
+    assert "the others: 2 faster" in text
+    made = read(tmp_path / "old" / "later.json")
+    assert len(made["runs"]) == 1
+    assert "--continued" not in made["runs"][0]["command"]
+    assert not Path(words[words.index("--continued") + 1]).exists()
+
+
+def check_poisoned(device, error):
+    if isinstance(error, groups.Poisoned):
+        raise error
+
+
+def test_the_interval_by_hand():
+    """Of five and of nine rounds: with five the second and fourth sample are p20 and p80, whose
+    expected distance by Blom is 2 * 0.4972 (the quantile of 3.625 / 5.25); with nine the third and
+    seventh, 2 * 0.5720 (of 6.625 / 9.25). Student's 97.5 % for 4 degrees is 2.776.
+    """
+    old, new = flat_row(10.0, 1.1, 5), flat_row(11.0, 1.2, 9)
+    deviations = [2 * math.log(1.1) / (2 * 0.4972), 2 * math.log(1.2) / (2 * 0.5720)]
+    assert compare.deviation(old) == pytest.approx(deviations[0], rel=1e-3)
+    assert compare.deviation(new) == pytest.approx(deviations[1], rel=1e-3)
+    variance = deviations[0] ** 2 / 5 + deviations[1] ** 2 / 9
+    reach = 2.776 * math.sqrt(1.5708 * variance)
+    low, high = compare.change(old, new).interval
+    assert low == pytest.approx(1.1 * math.exp(-reach), rel=1e-3)
+    assert high == pytest.approx(1.1 * math.exp(reach), rel=1e-3)
+
+
+@pytest.mark.parametrize("old", ["empty", "parity alone", "no rows"])
+def test_an_old_without_times_is_an_error(old, fake, tmp_path, capsys):
+    new, folder = write(tmp_path / "new", record([row("64x8", "ours", 1.0)])), tmp_path / "old"
+    folder.mkdir()
+    if old == "parity alone":
+        write(folder, errors())
+    elif old == "no rows":
+        write(folder, record([]))
+    for call in (
+        lambda: report.main([str(new), "--compare", str(folder)]),
+        lambda: go("--compare", folder),
+    ):
+        with pytest.raises(SystemExit):
+            call()
+        assert f"--compare: {folder} holds no times" in capsys.readouterr().err
+
+
+def test_two_files_of_an_op_in_a_folder_are_an_error(tmp_path, capsys):
+    """Their rows would be taken for two runs of one file."""
+    one = write(tmp_path / "new", record([row("64x8", "ours", 1.0)]))
+    shutil.copy(one, one.with_name("again.json"))
+    for options in ([], ["--compare", str(one)], ["--csv", str(tmp_path / "all.csv")]):
+        with pytest.raises(SystemExit):
+            report.main([str(tmp_path / "new"), *options])
+        error = capsys.readouterr().err
+        assert f"{one.with_name('again.json')} and {one} are both of vicreg" in error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import accuracy, adaln, attention, measure
+from bench import accuracy, adaln, attention, ema, measure
 from bench.case import Case, Plan
 from tests.helpers.bench_fake import CPU, fake_fixture, fake_op, go, read  # noqa: F401
 from vicreg_kernels import ema_update_, prediction_loss
@@ -83,3 +83,29 @@ def test_a_step_of_several_ops_records_its_shares(fake, tmp_path):
     (run_,) = read(tmp_path / "fake.json")["runs"]
     for row in run_["rows"]:
         assert row["shares"].keys() == {"torch: linear layers and convolution", "rest"}
+
+
+@pytest.mark.parametrize(("gflops", "edge"), [(100.0, 2048), (0.1, 1024), (0.01, 256)])
+def test_the_rate_of_a_slow_type_is_of_a_smaller_product(gflops, edge, monkeypatch):
+    edges = []
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: edges.append(len(a)))
+
+    def clock(step):
+        before = len(edges)
+        step()
+        return 2 * edges[-1] ** 3 / gflops / 1e6 if len(edges) > before else 1.0
+
+    monkeypatch.setattr(measure, "make_clock", lambda device: clock)
+    found = measure.ceilings(CPU, torch.bfloat16)
+    assert edges[-8:] == [edge] * 8
+    assert edge == 2048 or max(edges) == edge
+    assert found["matmul_tflops"] == pytest.approx(gflops / 1e3)
+
+
+def test_the_accuracy_of_an_update_in_place(monkeypatch):
+    """A step of EMA returns what it has changed."""
+    monkeypatch.setattr(ema, "parameter_shapes", lambda *size: [(5, 3), (7,)])
+    case = ema.CASES["vit_b"]
+    assert accuracy.error(case, "reference", CPU, "float64") == 0
+    assert 0 < accuracy.error(case, "reference", CPU, "float32") < 1e-6
+    assert 1e-4 < accuracy.error(case, "reference", CPU, "bfloat16") < 1e-1

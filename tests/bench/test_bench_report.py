@@ -129,8 +129,8 @@ def test_the_figure_is_drawn(tmp_path, capsys):
     pixels = image.imread(tmp_path / "docs" / "speed.png")
     assert pixels.shape[1] > 1000
     assert len({tuple(p) for p in (pixels[::4, ::4, :3] * 8).round().reshape(-1, 3)}) > 8
-    for name in ("a.json", "b.json"):
-        (tmp_path / name).write_text(json.dumps(made_up(3.0)))
+    for op in ("vicreg", "barlow"):
+        (tmp_path / f"{op}.json").write_text(json.dumps(made_up(3.0) | {"op": op}))
     with pytest.raises(SystemExit):
         report.main([str(tmp_path), "--figure", str(tmp_path / "x.png")])
     assert "one record, here are 2" in capsys.readouterr().err

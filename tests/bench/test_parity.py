@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -95,6 +97,105 @@ def test_a_library_that_is_absent_is_named(monkeypatch):
     assert not run.failed
 
 
+def broken(peer):
+    """A library that can be imported and no more."""
+
+    def get(name):
+        if peer == "lightly":
+            raise AttributeError(f"module 'lightly.loss' has no attribute {name!r}")
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    return get
+
+
+@pytest.mark.parametrize("name", ["lightly VICRegLoss", "solo-learn vicreg_loss_func"])
+def test_a_broken_library_costs_its_own_rows(name, monkeypatch, tmp_path):
+    """The others are measured, and the record says what broke."""
+    if dispatch.missing("cpu", "cpu", torch.float32) is not None:
+        pytest.skip("the CPU library is not built")
+    monkeypatch.setattr(parity.peers, "theirs", broken)
+    monkeypatch.setattr(parity, "LOSSES", {n: parity.LOSSES[n] for n in (name, FORMULA)})
+    with contextlib.redirect_stdout(None):
+        words = ["--ops", "VICReg", "--shapes", "8x16", "--output", str(tmp_path)]
+        assert parity.main(words) == 0
+    (record,) = report.load([tmp_path])
+    assert {row["name"] for row in rows_of(record)} == {FORMULA}
+    (skip,) = record["runs"][0]["skipped"]
+    assert (skip["name"], skip["contender"]) == (name, "theirs")
+    assert skip["why"].startswith(
+        ("AttributeError: module 'lightly.loss'", "RuntimeError: operator")
+    )
+
+
+def test_ours_that_cannot_give_the_truth_is_a_failure(monkeypatch):
+    def no_double(*args):
+        raise RuntimeError("no float64")
+
+    published = parity.Published("VICReg", "", theirs=lambda: parity.eager, ours=lambda: no_double)
+    monkeypatch.setattr(parity, "LOSSES", {"a loss": published})
+    run = parity.Run({}, torch.device("cpu"))
+    run.add("a loss", ["8x16"])
+    assert run.failed
+    (skip,) = run.entry["skipped"]
+    assert (skip["contender"], skip["why"]) == ("ours", "RuntimeError: no float64")
+
+
+def test_the_truth_is_of_the_rounded_embeddings():
+    """A loss that is exact has no error, whatever the rounding of its embeddings."""
+
+    def exact(x, y):
+        assert x.dtype == torch.float64
+        return (x * y).sum()
+
+    views = parity.embeddings(8, 4, torch.device("cpu"))
+    truth = parity.Truth.of(lambda: exact, views, torch.bfloat16)
+    x, y = (view.bfloat16().double() for view in views)
+    assert not torch.equal(x, views[0])
+    assert truth.value == (x * y).sum()
+    assert torch.equal(truth.gradients[0], y)
+    assert torch.equal(truth.embeddings[0].double(), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_random_directions_are_the_same_in_every_dtype(dtype):
+    before = torch.randn
+    with parity.drawn_alike():
+        one, alike = torch.randn(5, 3), torch.randn(5, 3, dtype=torch.float32)
+    with parity.drawn_alike():
+        found = torch.randn(5, 3, dtype=dtype)
+    assert not torch.equal(one, alike)
+    assert found.dtype == dtype
+    assert torch.equal(found, one.to(dtype))
+    assert torch.randn is before
+    with pytest.raises(KeyError), parity.drawn_alike():
+        raise KeyError
+    assert torch.randn is before
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository of eb_jepa on the path, which is no installed package."""
+    folder = tmp_path / "checkout"
+    (folder / "eb_jepa").mkdir(parents=True)
+    (folder / "eb_jepa" / "__init__.py").write_text("")
+    git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *words], check=True)
+    done = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+    monkeypatch.delitem(sys.modules, "eb_jepa", raising=False)
+    return folder, done.stdout.strip()
+
+
+def test_a_checkout_is_named_by_its_commit(checkout, monkeypatch):
+    folder, commit = checkout
+    found = parity._versions()["eb_jepa"]
+    assert found.startswith("commit ")
+    assert commit.startswith(found.removeprefix("commit "))
+    monkeypatch.setattr(parity.environment, "ROOT", folder.parent)
+    assert parity._versions()["eb_jepa"] == "commit unknown", "a folder in this checkout"
+
+
 def test_what_fails_is_noted_and_ours_is_a_failure():
     def refuses():
         raise RuntimeError("not implemented for 'Half'\nat great length")
@@ -106,7 +207,8 @@ def test_what_fails_is_noted_and_ours_is_a_failure():
     assert not run.failed
     run._row({**about, "contender": "ours"}, refuses, truth, False)
     assert run.failed
-    assert [skip["why"] for skip in run.entry["skipped"]] == ["not implemented for 'Half'"] * 2
+    why = "RuntimeError: not implemented for 'Half'"
+    assert [skip["why"] for skip in run.entry["skipped"]] == [why] * 2
 
 
 @pytest.mark.parametrize("words", [["--ops", "none"], ["--shapes", "64"], ["--shapes", "1x64"]])

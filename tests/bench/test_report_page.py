@@ -13,8 +13,8 @@ from urllib.parse import unquote
 
 import pytest
 
-from bench import flat, report, report_page, scaling
-from tests.helpers.bench_records import record, row, write
+from bench import flat, parity_table, report, report_page, scaling
+from tests.helpers.bench_records import errors, record, row, write
 
 PROBE = Path(__file__).resolve().parents[1] / "helpers" / "report_probe.js"
 BROWSER = next(
@@ -48,6 +48,12 @@ def folders(tmp_path) -> list[Path]:
     write(one, losses())
     write(one, step())
     write(two, losses() | {"runs": [losses()["runs"][0] | {"commit": "fff0000"}]})
+    precise = errors()
+    other = {"op": "SIGReg", "name": "some SIGReg", "loss": "inf", "loss_error": None}
+    precise["runs"][0]["rows"] += [each | other for each in precise["runs"][0]["rows"]]
+    reason = {"name": "another", "contender": "theirs", "why": "cannot be imported"}
+    precise["runs"][0]["skipped"] = [{"op": "VICReg"} | reason]
+    write(two, precise)
     return [one, two]
 
 
@@ -63,6 +69,17 @@ def test_the_rows_hold_what_the_records_hold(folders):
     tiny = next(r for r in rows if r["case"] == "tiny")
     assert (tiny["floor_ms"], tiny["bound"], tiny["gbps"]) == (None, None, None)
     assert flat.collect([folders[0].parent, folders[0]])[0].name == "cpu"
+
+
+def test_errors_by_precision_are_rows_of_their_own(folders):
+    found = report_page.data(flat.collect(folders))
+    vicreg, sigreg = found["errors"]
+    assert (vicreg["op"], sigreg["op"]) == ("vicreg", "sigreg")
+    assert (vicreg["float32 loss"], sigreg["float32 loss"]) == (1e-7, "inf")
+    assert (vicreg["folder"], vicreg["commit"]) == ("two/cpu", "abc1234")
+    assert [run["rows"] for run in found["runs"] if run["op"] == "parity"] == [8]
+    assert found["skipped"][-1]["reason"] == "cannot be imported"
+    assert report_page.data(flat.collect(folders[:1]))["errors"] == []
 
 
 def test_the_last_of_several_runs_counts(tmp_path):
@@ -98,6 +115,16 @@ def test_exponents(folders):
     assert ("ours", "dimensions") not in fits, "it takes one value"
 
 
+def test_a_run_that_a_later_one_supersedes_is_in_no_fit(tmp_path):
+    """Of two runs of a file, the first of which grows otherwise."""
+    made = record([row(f"{n}x32", "ours", n**2.5) for n in (64, 128, 256)])
+    later = record([row(f"{n}x32", "ours", n**1.5) for n in (64, 128, 256)])
+    made["runs"] += later["runs"]
+    rows = flat.flattened(flat.collect([write(tmp_path, made)]))
+    (found,) = scaling.fits(rows, {"vicreg": made["title"]})
+    assert (found["exponent"], found["count"]) == (pytest.approx(1.5), 3)
+
+
 def test_a_fit_by_hand():
     points = [(1.0, 1.0), (math.e, math.e**3), (math.e**2, math.e**2)]
     found = scaling.fit(points)
@@ -109,11 +136,38 @@ def test_a_fit_by_hand():
     assert (two.exponent, two.residual, two.error, two.points) == (pytest.approx(3), None, None, 2)
 
 
+# What a row must not hold, and what is said of it.
+FIELDS = {
+    "backend": (3, "row 3 has no valid 'backend'"),
+    "ratio": ("2x", "row 3 has no valid 'ratio'"),
+    "target": ([2.0], "row 3 has no valid 'target'"),
+    "peak_mib": ("10", "row 3 has no valid 'peak_mib'"),
+    "graph_ms": ({"p50": 1.0}, "row 3: graph_ms has no valid 'p20'"),
+    "shares": ({"attention": "half"}, "row 3: shares has no valid 'attention'"),
+    "error": ("small", "row 3 has no valid 'error'"),
+    "dtype": ("float99", "run 0: ceilings has no valid 'float99'"),
+}
+
+
 def broken(change: str) -> str:
     made = losses()
     run = made["runs"][0]
     if change == "no rows":
         del run["rows"]
+    elif change in FIELDS:
+        run["rows"][3][change] = FIELDS[change][0]
+    elif change == "no ratio":
+        del run["rows"][3]["ratio"]
+    elif change == "other ceilings":
+        run["ceilings"]["float32"] = {"copy": 1.0, "matmul_tflops": 1.0}
+    elif change == "parity, skipped":
+        made = errors()
+        made["runs"][0]["skipped"] = [{"name": "some", "contender": "nobody's", "why": "x"}]
+    elif change == "parity without an error":
+        made = errors()
+        made["runs"][0]["rows"][1]["gradient_error"] = None
+    elif change.startswith("parity, "):
+        made = errors(**{change.removeprefix("parity, "): "much"})
     elif change == "a row without times":
         run["rows"][3]["ms"] = None
     elif change == "a time of 0":
@@ -135,6 +189,15 @@ def broken(change: str) -> str:
     ("change", "said"),
     [
         ("no rows", "run 0 has no valid 'rows'"),
+        *((name, said) for name, (_, said) in FIELDS.items()),
+        ("no ratio", "row 3 has no valid 'ratio'"),
+        ("other ceilings", "ceilings of float32 has no valid 'copy_gbps'"),
+        ("parity, loss_error", "row 0 has no valid 'loss_error'"),
+        ("parity, gradient", "row 0 has no valid 'gradient': got 'much', takes"),
+        ("parity, contender", "row 0 has no valid 'contender'"),
+        ("parity, settled_scale", "row 3 has no valid 'settled_scale'"),
+        ("parity, skipped", "skipped 0 has no valid 'contender'"),
+        ("parity without an error", "row 1 has no valid 'gradient_error'"),
         ("a row without times", "run 0: row 3 has no valid 'ms'"),
         ("a time of 0", "not positive"),
         ("NaN", "NaN is no number"),
@@ -154,6 +217,45 @@ def test_a_damaged_or_foreign_file_is_named(change, said, folders, tmp_path, cap
     assert not (tmp_path / "report.html").exists()
 
 
+def test_a_file_that_cannot_be_read_or_written_is_one_line(folders, tmp_path, capsys):
+    (tmp_path / "a file").write_text("")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "vicreg.json").mkdir()
+    cases = [
+        [tmp_path / "folder"],
+        [folders[0], "--output", tmp_path / "a file" / "page.html"],
+        [folders[0], "--csv", tmp_path / "folder"],
+    ]
+    for words in cases:
+        with pytest.raises(SystemExit):
+            report.main([*map(str, words)])
+        assert re.search(r"error: \[Errno \d+\] [^\n]*\n$", capsys.readouterr().err)
+
+
+def test_what_no_figure_is_drawn_of_is_one_line(tmp_path, capsys):
+    others = record([row("64x8", "eager", 1.0)])
+    empty = record([], "ema")
+    for made, said in (
+        (errors(), "this is a record of errors by precision"),
+        (empty, "the first run of this record of ema has no rows"),
+        (others, "no row of ours in float32"),
+    ):
+        file = write(tmp_path, made)
+        with pytest.raises(SystemExit):
+            report.main([str(file), "--figure", str(tmp_path / "x.png")])
+        error = capsys.readouterr().err
+        assert "error: --figure" in error
+        assert said in error
+        assert not (tmp_path / "x.png").exists()
+
+
+def test_a_folder_is_read_once(folders, tmp_path, monkeypatch, capsys):
+    reads, own = [], report.read
+    monkeypatch.setattr(report, "read", lambda file: (reads.append(file), own(file))[1])
+    assert report.main([str(folders[0]), "--csv", str(tmp_path / "all.csv")]) == 0
+    assert sorted(file.name for file in reads) == ["jepa_step.json", "vicreg.json"]
+
+
 @pytest.mark.skipif(not BROWSER, reason="no browser")
 def test_the_page_in_a_browser(folders, tmp_path):
     """One load, as a browser's start is most of what this costs: 2 CPU-seconds."""
@@ -169,6 +271,14 @@ def test_the_page_in_a_browser(folders, tmp_path):
     (text,) = re.findall(r'<pre id="told">([^<]*)</pre>', done.stdout)
     told = json.loads(unquote(text))
     assert told["op"] == "vicreg"
+    head, line = told["published"]
+    figures = dict(zip(head, line, strict=True))
+    assert (figures["Loss"], figures["Whose"]) == ("some VICRegLoss", "theirs")
+    assert (figures["float32: loss"], figures["bfloat16: gradient"]) == ("1e-7", "2e-7")
+    scaled = f"{parity_table.SCALED}: gradient"
+    assert (figures[scaled], figures["Scale"], figures["Shapes"]) == ("NaN", "2048", "64x256")
+    assert told["allPublished"] == 2
+    assert "cannot be imported" in told["reason"]
     assert told["figures"] == [1, 1, 1, 1, 4, 1]
     ours, eager = (
         [f(n) for n in (64, 128, 256, 1024)] for f in (lambda n: n**1.5 / 100, math.sqrt)

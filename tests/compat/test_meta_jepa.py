@@ -62,6 +62,8 @@ def test_the_repository_s_own():
         ([torch.tensor([[0]])], "masks: got"),
         ([torch.rand(3, 2)], "masks: got dtype"),
         ([], "masks: got none"),
+        (masks((2, 5)), r"masks: got \[2, 5\] places to join, takes equally many"),
+        (None, "masks: got NoneType, takes a list"),
     ],
 )
 def test_refused_by_name(given, message):

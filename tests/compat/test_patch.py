@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pickle
 import sys
 import textwrap
@@ -113,6 +114,26 @@ def test_context(lightly):
     assert loss.SIGReg is theirs
 
 
+def test_a_context_whose_names_are_restored_inside(lightly):
+    """The rest is restored too; the body's own error is the one that is seen."""
+    from lightly import loss
+
+    theirs = loss.SIGReg, loss.VICRegLoss
+
+    def restore_one(*error):
+        with vk.patch("lightly"):
+            vk.unpatch("lightly", "SIGReg")
+            for each in error:
+                raise each
+
+    with pytest.raises(KeyError, match="of the body"):
+        restore_one(KeyError("of the body"))
+    assert (loss.SIGReg, loss.VICRegLoss) == theirs
+    with pytest.raises(ValueError, match="names: got SIGReg of lightly, restored within"):
+        restore_one()
+    assert (loss.SIGReg, loss.VICRegLoss) == theirs
+
+
 def test_the_page_has_every_library():
     """Its code is run with that of the other pages."""
     text = (Path(__file__).parents[2] / "docs" / "drop_in.md").read_text()
@@ -220,6 +241,44 @@ def test_a_library_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(patching.PACKAGES, "eb_jepa", "no_such_module")
     with pytest.raises(ImportError, match="peer: got 'eb_jepa', which cannot be imported here"):
         vk.patch("eb_jepa")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed"
+)
+def test_the_stand_in_is_gone_afterwards(tmp_path, monkeypatch):
+    """With the modules that were imported beside it, and no others; nested too."""
+    (tmp_path / "lightly").mkdir()
+    text = "import torchvision.ops as ops\nfrom torchvision.transforms import Mode\n"
+    text += "class Layer(ops.Conv2dNormActivation):\n    pass\nnames = {Mode.NEAREST: 1}\n"
+    (tmp_path / "lightly" / "__init__.py").write_text(text)
+    for name in [n for n in sys.modules if n.split(".")[0] in ("lightly", "timm")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    before, finders = dict(sys.modules), list(sys.meta_path)
+    with peers.importable("lightly"):
+        lightly = importlib.import_module("lightly")
+        assert issubclass(lightly.Layer, torch.nn.Module)
+        with pytest.raises(ModuleNotFoundError, match="timm is hidden"):
+            importlib.import_module("timm")
+        with pytest.raises(ImportError):
+            importlib.import_module("torchvision.models.vision_transformer")
+        with peers.without_torchvision("timm"):
+            pass
+        assert sys.modules["lightly"] is lightly
+    assert sys.modules == before
+    assert sys.meta_path == finders
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("torchvision")
+
+    def fail():
+        with peers.importable("lightly"):
+            importlib.import_module("lightly")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert sys.modules == before
 
 
 def test_a_stand_in_finds_what_is_left_of_another(monkeypatch):

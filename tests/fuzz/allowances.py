@@ -18,6 +18,8 @@ from vicreg_kernels.barlow.conventions import CONVENTIONS
 MOST, LEAST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).smallest_normal
 # Roundings that an entry of Barlow's correlation, about 1 in size, is off by.
 ENTRY = 2.0
+# The ops of adaptive layer norm, and their tensors in the order of their gradients.
+ADALN = {"modulated_layer_norm": ("x", "shift", "scale"), "gated_residual": ("x", "y", "gate")}
 _VICREG = ("vicreg_loss", "vicreg_terms", "variance_covariance", "vicregl_loss", "vicregl_terms")
 
 
@@ -127,13 +129,37 @@ def barlow_floors(arguments: Mapping[str, Any], loss: float) -> tuple[float, lis
     return _number(value), [_number(floor) for floor in floors]
 
 
-def norm_floor(arguments: Mapping[str, Any]) -> float:
-    """An absolute allowance of x's gradient in modulated_layer_norm, a few roundings of its parts:
-    they cancel in a token of one or two elements. A normalised element is off by the rounding of
-    the token's mean, saved in float32, over its standard deviation.
+def adaln_floor(op: str, i: int, arguments: Mapping[str, Any]) -> float:
+    """An absolute allowance of the i-th gradient of an op of ADALN, a few roundings of the terms
+    that cancel in it: of x's in a token of one or two elements, of a condition's over tokens.
     """
-    x, scale = _wide(arguments["x"]), _wide(arguments["scale"])
-    inverse = (x.var(dim=-1, correction=0) + float(arguments.get("eps", 1e-6))).rsqrt()
+    name = [name for name in ADALN[op] if arguments[name].requires_grad][i]
+    if name == "gate":
+        return _sum_floor(_wide(arguments["y"]))
+    if name == "scale":
+        x = _wide(arguments["x"])
+        return _sum_floor((x - x.mean(dim=-1, keepdim=True)) * _inverse(arguments)[..., None])
+    return _norm_floor(arguments) if (op, name) == ("modulated_layer_norm", "x") else 0.0
+
+
+def _inverse(arguments: Mapping[str, Any]) -> Tensor:
+    variance = _wide(arguments["x"]).var(dim=-1, correction=0)
+    return (variance + float(arguments.get("eps", 1e-6))).rsqrt()
+
+
+def _sum_floor(terms: Tensor) -> float:
+    """Of a sum over the tokens of terms [..., T, D], each times a weight of at most 1.25, the
+    largest of runner._weights.
+    """
+    held = terms.nan_to_num(0.0, 0.0, 0.0).reshape(-1, terms.shape[-1])
+    return _number(4.0 * EPS * held.norm(dim=0).max().item()) if held.numel() else 0.0
+
+
+def _norm_floor(arguments: Mapping[str, Any]) -> float:
+    """Of x's gradient. A normalised element is off by the rounding of the token's mean, saved in
+    float32, over its standard deviation.
+    """
+    x, scale, inverse = _wide(arguments["x"]), _wide(arguments["scale"]), _inverse(arguments)
     parts = inverse * (1.0 + x.mean(dim=-1).abs() * inverse)
     known = [z[z.isfinite()] for z in (parts, 1.0 + scale)]  # what is NaN stays in its token
     if not all(z.numel() for z in known):
@@ -159,9 +185,13 @@ class RoundedCosines(TorchFunctionMode):
         return result - 0.5 * EPS
 
 
-def sigreg_roundings(arguments: Mapping[str, Any]) -> float:
-    """Relative roundings of a gradient: the angles of K equally spaced knots follow from the first
-    one's by K steps, each of a cosine and a sine that are rounded.
+def sigreg_roundings(kind: str, arguments: Mapping[str, Any]) -> float:
+    """Relative roundings of a gradient, or of the loss of rows that are alike: the angles of K
+    equally spaced knots follow from the first one's by K steps, each of a cosine and a sine that
+    are rounded. In a sum over different rows these errors average out (docs/sigreg.md).
     """
+    rows = arguments["z"]
+    if kind == "values" and not bool((rows == rows[..., :1, :]).all()):
+        return 0.0
     knots = arguments.get("knots", 17)
     return 2.0 * (17 if knots is None else knots if isinstance(knots, int) else len(knots))

@@ -16,13 +16,7 @@ class Known(NamedTuple):
     reason: str
 
 
-KNOWN: tuple[Known, ...] = (
-    Known(
-        r"^sigreg_loss.*'constant'",
-        r"values 0: 2-norm error",
-        "rows that are alike share the roundings of the knots' recurrence: 1e-5 of the value",
-    ),
-)
+KNOWN: tuple[Known, ...] = ()
 
 # Lines that end the process, and are therefore not run: (regular expression, reason).
 CRASHES: tuple[tuple[str, str], ...] = ()

@@ -238,8 +238,8 @@ class _Comparison:
         usual = torch.where(plain[kept].isfinite(), plain[kept], truth)
         eps = info.eps
         eps = max(eps, allowances.variance_rounding(op_of(self.line), self.truth.arguments))
-        if op_of(self.line) == "sigreg_loss" and kind == "gradients":
-            steps = EPS * allowances.sigreg_roundings(self.truth.arguments)
+        if op_of(self.line) == "sigreg_loss":
+            steps = EPS * allowances.sigreg_roundings(kind, self.truth.arguments)
             eps = max(eps, steps / FEWEST_ROUNDINGS**0.5)
         if _excess(actual, usual, truth, eps, floor) is None:
             return
@@ -271,15 +271,14 @@ class _Comparison:
             raise Fault(f"{name}: {actual[lost][0]} where the truth is {truth[lost][0]:.6e}")
 
     def allowed(self, kind: str, i: int) -> float:
-        """A few roundings of the terms of Barlow's loss and gradients, of a norm's gradient, and of
-        the cosine near 1 in 1 - cosine.
+        """A few roundings of the terms of Barlow's loss and gradients, of adaptive layer norm's
+        gradients, and of the cosine near 1 in 1 - cosine.
         """
         if op_of(self.line) == "prediction_loss":
             cosine = self.truth.arguments.get("kind") == "cosine"
             return 2.0 * EPS if cosine and kind == "values" else 0.0
-        if op_of(self.line) == "modulated_layer_norm":
-            of_x = kind == "gradients" and i == 0 and self.truth.arguments["x"].requires_grad
-            return allowances.norm_floor(self.truth.arguments) if of_x else 0.0
+        if op_of(self.line) in allowances.ADALN and kind == "gradients":
+            return allowances.adaln_floor(op_of(self.line), i, self.truth.arguments)
         if op_of(self.line) != "barlow_twins_loss":
             return 0.0
         value, gradients = allowances.barlow_floors(

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench import report
+from bench import parity_table, report
 
 
 def row(case: str, contender: str, p50: float, **fields: Any) -> dict[str, Any]:
@@ -35,6 +35,23 @@ def record(rows: list[dict[str, Any]], op: str = "vicreg", **fields: Any) -> dic
     title = "A loss, forward and backward, by batch x dimensions"
     made = {"schema": report.SCHEMA, "op": op, "title": title, "runs": [run | fields]}
     return made | {"contenders": {name: f"the {name} one" for name in sorted(names)}}
+
+
+def errors(**fields: Any) -> dict[str, Any]:
+    """A record of errors by precision, with a row of each precision; fields: of each row."""
+    about = {"op": "VICReg", "name": "some VICRegLoss", "contender": "theirs", "shape": "64x256"}
+    figures = {"loss": "finite", "gradient": "finite", "loss_error": 1e-7, "gradient_error": 2e-7}
+    rows: list[dict[str, Any]] = [
+        {**about, **figures, "precision": precision, "scale": None, **fields}
+        for precision in ("float32", "bfloat16", "float16")
+    ]
+    scaled = {"precision": parity_table.SCALED, "scale": 65536.0, "settled_scale": 2048.0}
+    scaled |= {"gradient": "nan", "gradient_error": None}
+    rows.append({**about, **figures, **scaled, **fields})
+    made = record(rows, "parity")
+    made["runs"][0]["versions"]["peers"] = {"some": "1.0"}
+    del made["contenders"], made["runs"][0]["ceilings"]
+    return made | {"schema": parity_table.SCHEMA, "title": "Relative errors by precision"}
 
 
 def write(folder: Path, made: dict[str, Any]) -> Path:

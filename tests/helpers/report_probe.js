@@ -14,6 +14,11 @@ const set = (name, value) => {
 const saved = [];
 URL.createObjectURL = (blob) => (saved.push(blob), "#");
 const shown = (id) => document.querySelectorAll(`#${id} .figures svg[role=img]`).length;
+const published = () => {
+  const rows = [...document.querySelectorAll("#table-published-losses tr")];
+  return rows.map((tr) => [...tr.children].map((cell) => cell.textContent));
+};
+told.published = published();
 told.op = document.getElementById("filters").elements.op.value;
 told.figures = ["speed", "floors", "memory", "accuracy", "scaling", "steps"].map(shown);
 press("ms");
@@ -26,6 +31,7 @@ press("Over ours");
 told.ratios = cells("Over ours");
 set("op", "");
 told.every = cells("ms").length;
+told.allPublished = published().length - 1;
 set("contender", "eager");
 set("folder", "one/cpu");
 set("text", "024X");

@@ -12,6 +12,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers import gloo
@@ -21,6 +22,7 @@ from vicreg_kernels.barlow import ranks as barlow_ranks
 from vicreg_kernels.barlow.contract import Settings as BarlowSettings
 from vicreg_kernels.core import dispatch
 from vicreg_kernels.distributed import collectives
+from vicreg_kernels.sigreg import sigreg_loss
 from vicreg_kernels.vicreg import ranks as vicreg_ranks
 from vicreg_kernels.vicreg.contract import Settings as VICRegSettings
 
@@ -126,6 +128,10 @@ def failures(rank):
         views = x.clone().requires_grad_(), y
         (loss(*views)() * (2.0 if trouble else 1.0)).backward()
 
+    def tangent():
+        with forward_ad.dual_level():
+            sigreg_loss(forward_ad.make_dual(x, y), process_group=True)
+
     calls = {
         "bad input": loss(x.long(), y) if trouble else loss(),
         "no rows": loss(x[:0], y[:0]) if trouble else loss(),
@@ -140,6 +146,8 @@ def failures(rank):
         else loss(),
         "fused backend": loss(backend="cpu"),
         "wrong group": loss(group="gloo"),
+        "torch.func": lambda: torch.func.grad(lambda x: loss(x, y)())(x),
+        "tangent": tangent,
         "none of it": loss(),
     }
     errors = {name: attempt(call) for name, call in calls.items()}
@@ -212,6 +220,9 @@ def test_a_rank_in_trouble_stops_all(name, on_three):
 def test_errors_of_all_ranks(on_three):
     """Told in the words of a single process; the group is good for the next call."""
     for each in surviving(on_three):
+        for name in ("torch.func", "tangent"):  # a collective would drop the other ranks' part
+            assert each[name][0] == "RuntimeError"
+            assert each[name][1].startswith("process_group: got several ranks inside a transform")
         assert each["fused backend"][0] == "ValueError"
         assert "backend: got 'cpu', takes None or 'reference'" in each["fused backend"][1]
         assert each["wrong group"][0] == "TypeError"

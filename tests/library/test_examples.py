@@ -9,6 +9,7 @@ import re
 import runpy
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,48 @@ def test_it_trains_on_two_ranks():
     by_rank = [re.findall(rf"^rank {rank}, (.*)$", done.stdout, re.M) for rank in range(2)]
     losses = [check("\n".join(lines)) for lines in by_rank]
     assert losses[0] == losses[1], "the loss is that of all ranks' rows"
+
+
+class Ended(Exception):
+    """Of a script, where its first batch would be drawn."""
+
+
+def stand_in(name: str, rank: int) -> types.ModuleType:
+    """accelerate or lightning, of which this process is a rank; training ends with its first step,
+    which tells what the rank draws.
+    """
+
+    def end(*args):
+        raise Ended(float(torch.randn(())))
+
+    module = types.ModuleType(name)
+    if name == "accelerate":
+        prepare = lambda *parts: (*parts[:2], Ends())  # noqa: E731
+        settings = {"process_index": rank, "num_processes": 2, "print": print}
+        Ends = type("Ends", (), {"__len__": lambda self: 1, "__iter__": end})
+        module.Accelerator = lambda: types.SimpleNamespace(prepare=prepare, **settings)
+    else:
+        module.LightningModule = type("Module", (torch.nn.Module,), {"global_rank": rank})
+        fit = lambda self, model, loader: (model.configure_optimizers(), end())  # noqa: E731
+        module.Trainer = type("Trainer", (), {"__init__": lambda self, **rest: None, "fit": fit})
+    return module
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_each_rank_draws_views_of_its_own(name, monkeypatch, capsys):
+    """And begins with the same encoder."""
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(sys, "argv", [name, "1"])
+    drawn, printed = [], []
+    for rank in range(2):
+        monkeypatch.setitem(sys.modules, NEEDS[name], stand_in(NEEDS[name], rank))
+        with torch.random.fork_rng(), pytest.raises(Ended) as ended:
+            runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+        drawn.append(ended.value.args[0])
+        printed.append(capsys.readouterr().out)
+    assert drawn[0] != drawn[1]
+    assert printed[0] == printed[1]
+    assert "untrained: accuracy" in printed[0]
 
 
 def test_a_script_that_does_not_train_is_found():

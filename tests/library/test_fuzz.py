@@ -34,6 +34,10 @@ BARELY = (
     # The seventeenth knot's angle is seventeen steps from the first one's.
     "sigreg_loss(z=T((8, 3), 'float32', 'contiguous', 1.0, 484, '', True), slices=1,"
     " seed=4611686018427387904, backend='cpu')",
+    # Rows that are alike share the roundings of the knots' angles.
+    "sigreg_loss(z=T((2, 1), 'float32', 'contiguous', 5.268, 0, 'constant', False),"
+    " directions=T((1, 1), 'float32', 'contiguous', 1.0, 0, 'constant', False), knots=33,"
+    " backend='cpu')",
     # Cosines that are all nearly 1.
     "sigreg_loss(z=T((31, 1), 'bfloat16', 'contiguous', 1.0, 451, '', True), slices=3, knots=12,"
     " t_max=0.00216, backend='cpu')",
@@ -57,6 +61,10 @@ BARELY = (
     "modulated_layer_norm(x=T((5, 11, 2), 'float32', 'expanded', 1.0, 613, 'offset', True),"
     " shift=T((5, 2), 'float16', 'contiguous', 2.0, 904, '', True),"
     " scale=T((5, 2), 'float16', 'expanded', 2.0, 11, '', True), backend='cpu')",
+    # A sum over tokens that are alike, whose weights add up to 0.
+    "gated_residual(x=T((11, 1), 'float32', 'strided', 8.8e-17, 685, '', True),"
+    " y=T((11, 1), 'float32', 'expanded', 8.8e-17, 624, '', True),"
+    " gate=T((1,), 'float32', 'strided', 1.0, 361, '', True), backend=None)",
 )  # fmt: skip
 
 
@@ -186,6 +194,8 @@ def test_errors_of_float32_are_allowed(line) -> None:
         ("barlow_twins_loss", "x=T((8, 5)), y=T((8, 5), seed=1)"),
         ("barlow_twins_loss", "x=T((3, 5)), y=T((3, 5), seed=1)"),
         ("sigreg_loss", "z=T((31, 7)), slices=5"),
+        ("sigreg_loss", "z=T((31, 7), fill='constant'), slices=5"),
+        ("gated_residual", "x=T((5, 7)), y=T((5, 7), seed=1), gate=T((7,), seed=2)"),
     ],
 )
 def test_errors_far_past_those_of_float32_are_not(monkeypatch, op, arguments, part) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import vicreg_kernels as vk
 
@@ -31,6 +32,15 @@ LOSSES = {
     ),
     "gate": (lambda x: vk.gated_residual(x, x.sin(), X[0, 0]).square().sum(), X),
     "gather": (lambda x: vk.gather_tokens(x[None], INDEX).square().sum(), X),
+    "scatter": (lambda x: vk.scatter_tokens(x[None, :3], INDEX, 8).square().sum(), X),
+    "assembly": (
+        lambda x: vk.assemble_tokens(x[None, :3], INDEX, x[None, 3:6], INDEX + 3)[0].square().sum(),
+        X,
+    ),
+    "vicregl": (
+        lambda x: vk.vicregl_loss([x, Y[0]], None, None, alpha=1.0),
+        X,
+    ),
 }
 
 
@@ -50,17 +60,59 @@ def test_transforms_of_torch_func(name: str) -> None:
     torch.testing.assert_close(slope.float(), gradients[0].sum(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_forward_mode_derivatives(name: str) -> None:
+    loss, examples = LOSSES[name]
+    z = examples[0].clone().requires_grad_()
+    value = loss(z)
+    (gradient,) = torch.autograd.grad(value, z, retain_graph=True)
+    direction = examples[1]
+    with forward_ad.dual_level():
+        slope = forward_ad.unpack_dual(loss(forward_ad.make_dual(examples[0], direction))).tangent
+        torch.testing.assert_close(slope, (gradient * direction).sum(), rtol=1e-3, atol=1e-4)
+        # A backward that begins outside is that of the fused op, which has no such derivative.
+        weight = forward_ad.make_dual(torch.ones(()), torch.ones(()))
+        with pytest.raises(RuntimeError, match=r"^the fused .* has no forward-mode derivative"):
+            torch.autograd.grad(value, z, weight)
+
+
 def test_a_fused_backend_that_is_named_says_what_transforms_it() -> None:
-    if vk.vicreg_loss(X[0], Y[0], backend="cpu") is None:
+    def loss(x: Tensor) -> Tensor:
+        return vk.vicreg_loss(x, Y[0], backend="cpu")
+
+    if loss(X[0]) is None:
         pytest.skip("cpu is not built")
-    with pytest.raises(RuntimeError, match=r"backend='cpu' cannot run vicreg here: torch.func"):
-        torch.func.grad(lambda x: vk.vicreg_loss(x, Y[0], backend="cpu"))(X[0])
+    says = r"backend='cpu' cannot run vicreg here: torch.func"
+    with pytest.raises(RuntimeError, match=says):
+        torch.func.grad(loss)(X[0])
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=says):
+        loss(X[0])
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["torch.func", "forward_ad"])
+def test_forward_mode_derivatives_of_a_teacher(outside: bool) -> None:
+    """As of the same update in plain PyTorch: 3/4 of the teacher's and 1/4 of the student's."""
+
+    def updated(teacher: Tensor, student: Tensor) -> Tensor:
+        teacher = teacher * 1.0
+        vk.ema_update_([teacher], [student], 0.75)
+        return teacher
+
+    values, slopes = (torch.zeros(3), torch.ones(3)), (torch.ones(3), torch.full((3,), 5.0))
+    if outside:
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(*both) for both in zip(values, slopes, strict=True)]
+            value, slope = forward_ad.unpack_dual(updated(*duals))
+    else:
+        value, slope = torch.func.jvp(updated, values, slopes)
+    assert value.tolist() == [0.25] * 3
+    assert slope.tolist() == [2.0] * 3
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_meta_tensors(name: str) -> None:
     """A model on meta has shapes alone; its loss has too."""
-    if name in ("prediction", "gather", "adaln", "gate"):
+    if name in ("prediction", "gather", "scatter", "assembly", "adaln", "gate", "vicregl"):
         pytest.skip("the other tensors here are on the CPU")
     loss, examples = LOSSES[name]
     if name in ("vicreg", "barlow"):

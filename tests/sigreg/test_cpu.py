@@ -162,6 +162,21 @@ def test_accuracy_of_the_angles(fused, knots):
             assert (error <= 2.0 * bound[k, ::128]).all()
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(("count", "most"), [(16, 5.0), (33, 3.0), (64, 10.3)])
+def test_accuracy_of_any_equal_knots(fused, count, most, half):
+    """The bound of docs/sigreg.md, which counts the steps from the first knot to the last."""
+    kernels = loader.load("sigreg", contract.Kernels, fused.name)
+    knots = [most / count * (k + (0.5 if half else 1.0)) for k in range(count)]
+    p = (100.0 * torch.rand(20000, generator=torch.Generator().manual_seed(count)) - 50.0)[None]
+    one = torch.ones(1, 1, 1, device=fused.device)
+    sums, _ = kernels.sums(one, p.to(fused.device), knots)
+    angles = torch.tensor(knots, dtype=torch.float64)[:, None] * p.double()
+    truth = torch.stack((angles.cos(), angles.sin()))
+    bound = 2.0**-22 * (angles.abs() + knots[-1] / knots[0] + 16.0)
+    assert ((sums[0].double().cpu() - truth).abs() <= bound).all()
+
+
 def test_angles_far_out(fused):
     """Right to float32's own rounding while the angle is in the thousands, bounded beyond."""
     kernels = loader.load("sigreg", contract.Kernels, fused.name)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from vicreg_jepa import cli
 from vicreg_jepa.data import videos
+from vicreg_jepa.surprise import calibration
 from vicreg_jepa.training.run import restore
 
 SMALL = ["training.batch=64", "model.dim=32", "model.expander=[32, 64]", "training.save_every=2"]
@@ -71,10 +72,12 @@ def test_mistakes_are_named(words, message, capsys):
 
 def test_surprise_takes_a_video_model(trained, capsys):
     assert cli.main(["surprise", str(trained)]) == 2
-    assert "surprise takes pixels or vjepa or vjepa_causal" in capsys.readouterr().err
+    takes = "surprise takes jepa_causal or pixels or vjepa or vjepa_causal"
+    assert takes in capsys.readouterr().err
 
 
-def test_surprise_draws_a_clip(tmp_path):
+def test_surprise_draws_a_clip(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(calibration, "COUNT", 4)
     words = ["training.steps=1", "training.batch=2", "model.depth=1", "model.dim=48",
              "model.predictor_depth=1", "model.predictor_dim=48", "data.videos=2",
              f"data.path={tmp_path / 'data'}"]  # fmt: skip
@@ -89,7 +92,11 @@ def test_surprise_draws_a_clip(tmp_path):
     decoded = videos.decode(clip, 64)
     assert decoded.shape == (18, 64, 64, 3)
     assert abs(int(decoded[10, 32, 32, 0]) - 80) < 8
-    assert cli.main(["surprise", str(run), "--video", str(clip)]) == 0
+    words = ["surprise", str(run), "--video", str(clip), "--false-alarms"]
+    assert cli.main([*words, "0.1"]) == 2
+    assert "false_alarms: got 0.1, takes 0.2000 to 1 with 4 peaks" in capsys.readouterr().err
+    assert cli.main([*words, "0.2"]) == 0
+    assert "impossible" in capsys.readouterr().out
     assert (run / "surprise" / "clip.png").stat().st_size > 5000
     assert (run / "surprise" / "clip.gif").stat().st_size > 5000
 

@@ -20,6 +20,8 @@ SMALL = ["training.steps=2", "training.batch=4", "training.save_every=2"]
 VIT = ["model.dim=32", "model.depth=2", "model.heads=2"]
 RUNS = {
     "vicreg": ["vicreg_digits", "model.dim=16", "model.expander=[16,32]"],
+    "resnet": ["vicreg_digits", "model.encoder=resnet18_small", "model.dim=16",
+               "model.expander=[16,32]"],
     "vicreg_vit": ["vicreg_digits", "model.encoder=vit", "model.expander=[16,32]", *VIT],
     "ijepa": ["ijepa_digits", *VIT, "model.predictor_dim=32", "model.predictor_heads=2"],
     "vjepa": ["vjepa_physics", *VIT, "model.predictor_dim=32", "model.predictor_heads=2",
@@ -70,6 +72,8 @@ def test_a_loaded_encoder_gives_the_run_s_features(folder, name, tmp_path):
         assert torch.equal(encoder(seen), wanted)
     with pytest.raises(ValueError, match=r"^samples: got shape \[3, "):
         encoder(seen[:, :-1])
+    if settings.model.encoder.startswith(("conv", "resnet")) and seen.is_floating_point():
+        assert encoder(seen.repeat(1, 1, 2, 2)).shape == wanted.shape  # images of any size
     with pytest.raises(ValueError, match=r"^samples: got shape \["):
         encoder(seen[0])
     # The weights were loaded, and all of them: the encoder before the training differs.
@@ -182,9 +186,39 @@ def test_files_of_other_kinds(folder, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["plan", str(encoder)]) == 2
     assert "--format whole`" in capsys.readouterr().err
+    tensors = load_file(whole)
+    with safe_open(whole, "pt") as opened:
+        about = opened.metadata()
+    for wrong in ({"channels": "two"}, {"config": "{"}, {"step": ""}):
+        save_file(tensors, tmp_path / "wrong", metadata=about | wrong)
+        assert cli.main(["plan", str(tmp_path / "wrong")]) == 2
+        assert "wrong has damaged metadata" in capsys.readouterr().err
     cut.write_bytes(whole.read_bytes()[:-100])
     assert cli.main(["plan", str(cut)]) == 2
     assert "no intact safetensors file" in capsys.readouterr().err
+
+
+def test_other_forms_and_weights_that_are_not_finite(folder, tmp_path):
+    settings, method, step = restore(trained(folder, "world"))
+    with pytest.raises(ValueError, match=r"^form: got 'Whole', takes own, timm, whole"):
+        export.write(settings, method, step, tmp_path / "whole.safetensors", "Whole")
+    next(method.parameters()).data.view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        export.write(settings, method, step, tmp_path / "whole.safetensors", "whole")
+
+
+def test_pictures_of_a_file_are_in_the_current_folder(folder, tmp_path, monkeypatch, capsys):
+    whole, place = tmp_path / "files/whole.safetensors", tmp_path / "here"
+    whole.parent.mkdir()
+    place.mkdir()
+    assert cli.main(["export", str(trained(folder, "world")), str(whole), "--format", "whole"]) == 0
+    monkeypatch.chdir(place)
+    assert cli.main(["drift", str(whole), "--walks", "2"]) == 0
+    assert "whole, step 2" in capsys.readouterr().out
+    assert [path.name for path in place.iterdir()] == ["drift"]
+    assert [path.name for path in whole.parent.iterdir()] == [whole.name]
+    assert cli.main(["plan", str(trained(folder, "vjepa"))]) == 2  # no world: no folder is made
+    assert [path.name for path in place.iterdir()] == ["drift"]
 
 
 @pytest.mark.parametrize("words", [["plan"], ["surprise"], ["surprise", "RUN", "--pretrained"]])

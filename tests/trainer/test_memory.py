@@ -216,6 +216,12 @@ class TestStore:
             "last: got 2": lambda: store.around(QUERY[:, :2], 1, "first", 3, 2),
             "worlds: got 'ab', takes a list": lambda: store.begin("ab"),
             "worlds: got 3": lambda: store.begin(["a", 3]),
+            "worlds: got <generator": lambda: store.begin(w for w in ["a", "b"]),
+            "worlds: got None": lambda: Memory(store, None),
+            "k: got True": lambda: store.nearest(QUERY, True),
+            r"embeddings: got \[tensor": lambda: store.write(
+                [1], [0], [torch.ones(16, requires_grad=True)], None, [[0, 0]], [[0] * 3], [0]
+            ),
             "model: got ''": lambda: Format("", 2, 0, 0, 0),
             "embedding: got 0": lambda: Format("m", 0, 0, 0, 0),
             "most: got 15": lambda: Writer(tmp_path / "new", FORMAT, most=15),
@@ -233,6 +239,13 @@ class TestStore:
             with pytest.raises(ValueError, match=r"^format: got Format.*has Format"):
                 Writer(store.path, other)
         Writer(store.path, FORMAT).close()  # the lock is free again
+
+    def test_numbers_of_numpy_and_far_places(self, store):
+        filled(store, range(1))
+        (one,) = store.nearest(QUERY[:1], np.int64(1))
+        assert len(one.rows) == 1
+        with np.errstate(all="raise"):
+            assert store.around([[1e200, 0.0]], 1, "first")[0].distance[0] == np.inf
 
 
 class TestEviction:
@@ -281,6 +294,18 @@ class TestEviction:
                     small(store, [0.0] * 4)
                 query = "SELECT count(DISTINCT session) FROM episodes"
                 assert store._number(query) == 1
+
+    def test_an_episode_of_this_session_outlives_its_rows(self, tmp_path):
+        with Writer(tmp_path / "store", SMALL, most=16) as store:
+            (episode,) = store.begin(["w"])
+            floats = np.ones((1, 1))
+            row = [np.ones((1, 2)), floats, floats, floats, [0.0]]
+            store.write([episode], [0], *row)
+            for _ in range(10):
+                small(store, [1.0] * 4)
+            assert episode not in store.rows().episode
+            store.write([episode], [1], *row)
+            assert episode in store.rows().episode
 
     def test_an_id_is_never_used_twice(self, tmp_path):
         with Writer(tmp_path / "store", SMALL) as store:

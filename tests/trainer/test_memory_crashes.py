@@ -157,7 +157,38 @@ def disk(tmp_path):
     subprocess.run(["umount", str(place)], capture_output=True)
 
 
+def test_a_fork_of_the_writer_is_refused(tmp_path):
+    with Writer(tmp_path / "store", FORMAT) as store:
+        episodes = store.begin(WORLDS)
+        write(store, episodes, 0)
+        child = os.fork()
+        if not child:
+            try:
+                write(store, episodes, 1)
+            except StoreError as error:
+                os._exit(0 if "was opened by another process" in str(error) else 2)
+            os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+        write(store, episodes, 1)
+        assert len(store) == 2 * AT_ONCE
+
+
+def test_every_commit_waits_for_the_disk(tmp_path):
+    """Else the system's crash could take what was said to be there; a killed process cannot show
+    it.
+    """
+    with Writer(tmp_path / "store", FORMAT) as store:
+        assert store._number("PRAGMA synchronous") == 2  # FULL
+        assert store._number("PRAGMA foreign_keys") == 1
+
+
 class TestRefused:
+    def test_a_damaged_lock(self, tmp_path):
+        Writer(tmp_path / "store", FORMAT).close()
+        (tmp_path / "store-writer").write_bytes(b"no database" * 999)
+        with pytest.raises(StoreError, match=r"store-writer': file is not a database"):
+            Writer(tmp_path / "store", FORMAT)
+
     def test_a_full_disk_leaves_what_was_committed(self, disk):
         path = disk("size=400k") / "store"
         with Writer(path, FORMAT) as store:
@@ -200,7 +231,7 @@ class TestRefused:
         subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
         with pytest.raises(StoreError, match=r"store'.*writable"):
             Writer(place / "store", FORMAT)
-        with pytest.raises(StoreError, match=r"new'.*writable"):
+        with pytest.raises(StoreError, match=r"new-writer'.*writable"):
             Writer(place / "new", FORMAT)
         assert (place / "store").read_bytes() == before
 

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from vicreg_jepa.memory.index import Scan
 from vicreg_jepa.memory.qdrant_index import QdrantIndex, QdrantReader
 from vicreg_jepa.memory.reader import Reader
 from vicreg_jepa.memory.usearch_index import UsearchIndex
 from vicreg_jepa.memory.writer import Writer
 
-from tests.trainer.memory_processes import AT_ONCE, FORMAT, QUERY, WORLDS, is_drawn, write
+from tests.trainer.memory_processes import AT_ONCE, FORMAT, QUERY, filled, is_drawn
 
 
-def fill(store: Writer, numbers: range) -> None:
-    episodes = store.begin(WORLDS)
-    for number in numbers:
-        write(store, episodes, number)
+class Shared(Scan):
+    """An index that other processes would see."""
+
+    shared = True
+
+
+class TestShared:
+    def test_a_writer_keeps_it_up_to_date_and_a_reader_refuses_it(self, tmp_path):
+        index = Shared()
+        with Writer(tmp_path / "store", FORMAT, index=index) as store:
+            filled(store, range(2))
+            assert sorted(index.ids()) == store.rows().id.tolist()
+        with pytest.raises(ValueError, match=r"^index: got Shared, which other processes see"):
+            Reader(tmp_path / "store", index=index)
 
 
 class TestUsearch:
@@ -27,7 +38,7 @@ class TestUsearch:
             Reader(tmp_path / "store") as exact,
         ):
             for number in range(40):
-                fill(store, range(number, number + 1))
+                filled(store, range(number, number + 1))
                 for world in (None, "first", "another"):
                     pairs = zip(
                         store.nearest(QUERY, 5, world), exact.nearest(QUERY, 5, world), strict=True
@@ -50,7 +61,7 @@ class TestQdrant:
         there = QdrantReader(client, "memory", FORMAT)
         with Writer(tmp_path / "store", FORMAT, most=64, index=index) as store:
             for number in range(30):
-                fill(store, range(number, number + 1))
+                filled(store, range(number, number + 1))
                 assert sorted(index.ids()) == store.rows().id.tolist()
         with Reader(tmp_path / "store") as exact:
             for world in (None, "first", "another"):
@@ -67,10 +78,10 @@ class TestQdrant:
     def test_the_collection_follows_the_store_when_it_was_left_behind(self, client, tmp_path):
         index = QdrantIndex(client, "memory", FORMAT)
         with Writer(tmp_path / "store", FORMAT, index=index) as store:
-            fill(store, range(4))
+            filled(store, range(4))
         index.remove(np.array([3, 4]))
         with Writer(tmp_path / "store", FORMAT, most=16) as store:  # evicts, without the index
-            fill(store, range(4, 8))
+            filled(store, range(4, 8))
             left = store.rows().id.tolist()
         with Writer(tmp_path / "store", FORMAT, index=QdrantIndex(client, "memory", FORMAT)):
             assert sorted(index.ids()) == left
@@ -81,8 +92,8 @@ class TestQdrant:
             with monkeypatch.context() as patch:
                 patch.setattr(client, "upsert", lambda *_, **__: 1 / 0)
                 with pytest.raises(ZeroDivisionError):
-                    fill(store, range(1))
-            fill(store, range(1, 2))
+                    filled(store, range(1))
+            filled(store, range(1, 2))
             assert len(store) == len(index.ids()) == 2 * AT_ONCE
 
     def test_bad_input_is_named(self, client, tmp_path):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from vicreg_jepa import config
 from vicreg_jepa.data import batches, sources
-from vicreg_jepa.methods import build
+from vicreg_jepa.methods import build, natural
 from vicreg_jepa.methods.natural import Natural
 from vicreg_jepa.methods.vicreg import weights as weights_of
 from vicreg_jepa.models.resnet import ResNet18
@@ -136,6 +136,22 @@ def test_each_part_of_the_jitter_stays_in_its_range(which):
     assert float(factor.max() - factor.min()) > 1.8 * strength
 
 
+def test_the_changes_of_colour_come_in_an_order_of_their_own():
+    """Equal pictures with equal strengths of change: only the order tells them apart."""
+    image = pictures(1).expand(64, -1, -1, -1)
+
+    augment = Natural(**NOTHING | {"jitter_probability": 1.0, "jitter": (0.4, 0.4, 0.2, 0.1)})
+    draws = iter([torch.zeros(64), torch.ones(4, 64), torch.rand(4, 64, generator=generator(1))])
+
+    def drawn(shape, _):
+        return next(draws, torch.zeros(shape)).reshape(shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(natural, "_uniform", drawn)
+        views = augment._jitter(image, generator(0), natural.kornia())
+    assert len(views.flatten(1).unique(dim=0)) > 6
+
+
 def test_crops_have_the_areas_and_ratios_that_are_asked_for():
     left, top, width, height = Natural(crop=(0.2, 0.9)).boxes(20000, generator(5))
     area, ratio = width * height, width / height
@@ -190,7 +206,7 @@ def test_kornia_is_optional(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["augment.flip=0.1"], "augment.flip: got '0.1', but it is used by augment.name natural"),
+        (["augment.flip=0.1"], "augment.flip: got 0.1, but it is used by augment.name 'natural'"),
         (["augment.name=natural"], "augment.name: got 'natural', takes images in colour"),
         (["augment.colour=1"], "augment.colour: unknown key"),
         (

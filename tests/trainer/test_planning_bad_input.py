@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from vicreg_jepa.planning import conformal
+from vicreg_jepa.planning import conformal, report
 from vicreg_jepa.planning.adversaries import trial
 from vicreg_jepa.planning.energies import (
     Arrival,
@@ -225,3 +225,9 @@ def test_mistakes_are_named(make, message):
 def test_the_true_model_reads_no_frames():
     with pytest.raises(TypeError, match=r"^frames: got frames, TrueModel takes states"):
         MODEL.encode(WORLD.render(STATE))
+
+
+@pytest.mark.parametrize("words", [{"horizon": 40}, {"horizon": 12, "iterations": 4}])
+def test_a_horizon_that_the_effort_never_reaches(words):
+    with pytest.raises(ValueError, match=r"^--planner: got horizon=.* which end at plans of "):
+        report.planner(words)

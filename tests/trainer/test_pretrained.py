@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from vicreg_jepa import cli, config, pretrained
-from vicreg_jepa.surprise import physics_test
+from vicreg_jepa.physics import possible
+from vicreg_jepa.surprise import calibration, curves, physics_test
 from vicreg_jepa.training.run import restore
 
 MOST = 5 * 2**20  # bytes of all files
@@ -35,6 +37,16 @@ def test_planning_reaches_the_goals(tmp_path, capsys):
     assert (tmp_path / "episode.gif").stat().st_size > 1000
 
 
+def test_what_surprise_does_not_take(tmp_path, capsys):
+    again = tmp_path / pretrained.FILES["surprise"]
+    again.write_bytes(pretrained.path("surprise").read_bytes())
+    words = ["surprise", "--pretrained", "--output", str(tmp_path / "pictures")]
+    assert cli.main([*words, "--beside", str(again)]) == 2
+    assert "has the name of another run" in capsys.readouterr().err
+    assert cli.main([*words, "--video", "clip.mp4", "--beside", str(again)]) == 2
+    assert "--video: takes no --beside" in capsys.readouterr().err
+
+
 def test_a_vanished_thing_surprises():
     settings, method, _ = restore(pretrained.path("surprise"))
     surprise_of = physics_test.of_method(method, settings.data.stride)
@@ -42,3 +54,13 @@ def test_a_vanished_thing_surprises():
         surprise_of, physics_test.quadruplets("permanence", 4), "permanence"
     )
     assert scores["mean"].accuracy == 1.0
+
+
+def test_the_peaks_beside_the_model_are_its_own():
+    file = pretrained.path("surprise")
+    settings, method, step = restore(file)
+    kept = calibration.peaks(method, settings, step, calibration.beside(file))
+    assert len(kept) == calibration.COUNT
+    video = torch.from_numpy(possible(calibration.FIRST).video)[None]
+    (curve,) = curves.curves(method, video, stride=settings.data.stride)
+    assert min(abs(curve.peak - peak) for peak in kept) < 1e-4

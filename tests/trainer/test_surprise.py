@@ -9,7 +9,8 @@ from vicreg_jepa import config
 from vicreg_jepa.methods import build
 from vicreg_jepa.models import masks
 from vicreg_jepa.ops.encode import encode, predict
-from vicreg_jepa.surprise import curves, physics_test
+from vicreg_jepa.physics import quadruplet
+from vicreg_jepa.surprise import calibration, controls, curves, physics_test, report
 
 from tests.trainer.test_trainer import settings
 
@@ -90,9 +91,60 @@ def test_what_does_not_fit_is_named(method, frames, contexts, message):
 
 def test_scores():
     possible, impossible = [1.0, 2.0, 3.0, 4.0], [2.0, 1.0, 3.0, 5.0]
-    assert curves.relative_accuracy(possible, impossible) == (1 + 0 + 0.5 + 1) / 4
     # of 16 pairs 7 are above and 3 equal
     assert curves.auroc(possible, impossible) == pytest.approx((7 + 1.5) / 16)
+
+    def surprise_of(batch: torch.Tensor) -> dict[str, list[float]]:
+        return {"mean": [1, 2, 2, 2, 3, 3, 1, 4, 3, 3, 3, 3]}
+
+    score = physics_test.scores(surprise_of, physics_test.quadruplets("colour", 3), "colour")
+    assert score["mean"].told == (1.0, 0.0, 0.5)
+    assert score["mean"].accuracy == 0.5
+
+
+def test_delays_are_those_of_the_records():
+    for hidden in (False, True):
+        for name in ("permanence", "inertia", "size"):
+            four = quadruplet(name, 4, hidden)
+            assert physics_test.delay(torch.from_numpy(four.videos)) == four.record["same"]
+
+
+def test_controls_tell_what_is_in_view_and_nothing_that_is_hidden():
+    """Copying the last frame misses a break of velocity; a hidden exchange is an exact tie."""
+    told = {}
+    for name in ("permanence", "size", "inertia"):
+        for place, hidden in physics_test.PLACES.items():
+            clips = physics_test.quadruplets(name, 2, 0, hidden)
+            for control, surprise_of in controls.CONTROLS.items():
+                score = physics_test.scores(surprise_of, clips, name)["mean"]
+                told[name, place, control] = score.told
+    assert all(t == (0.5,) * 2 for (_, place, _), t in told.items() if place == "behind a panel")
+    for name in ("permanence", "size"):
+        assert told[name, "in view", "copy"] == told[name, "in view", "velocity"] == (1.0,) * 2
+    for name in ("inertia",):
+        assert sum(told[name, "in view", "copy"]) < sum(told[name, "in view", "velocity"])
+
+
+def test_a_property_counts_by_its_margin_over_the_best_control():
+    def score(accuracy: float) -> dict[str, physics_test.Score]:
+        one = physics_test.Score("", 4, accuracy, 0.5, (1.0,) * 4, (5, 5, 12, 20))
+        return {"mean": one, "maximum": one, "peak": one}
+
+    rows = {
+        "model": {"shape": score(0.95), "colour": score(0.9), "control": score(0.5)},
+        "untrained": {"shape": score(0.6), "colour": score(0.5), "control": score(0.5)},
+        "copy": {"shape": score(0.5), "colour": score(0.7), "control": score(0.5)},
+    }
+    baselines = ("untrained", "copy")
+    assert report.margin_of(rows, "shape", baselines) == pytest.approx(35)
+    text = report.table({"in view": rows, "behind a panel": rows}, 4, baselines)
+    (shape, *_), (colour, *_) = (
+        [line for line in text.splitlines() if line.startswith(name)]
+        for name in ("shape", "colour")
+    )
+    assert shape.endswith("35 *")
+    assert colour.endswith("20")
+    assert "100.0 of 4 after 5 to 9 frames, 100.0 of 2 after 10 to 16 frames" in text
 
 
 def test_an_oracle_tells_every_property_and_the_control_not():
@@ -115,3 +167,38 @@ def test_brightness_alone_tells_nothing():
     for name in ("permanence", "solidity", "control"):
         clips = physics_test.quadruplets(name, 4)
         assert physics_test.scores(brightness, clips, name)["mean"].accuracy == 0.5
+
+
+def test_the_peak_is_of_the_worst_token_over_the_clips_that_meet_it():
+    made = config.describe(settings("vjepa_causal"))
+    made["data"]["frames"] = 8
+    made["model"]["tubelet"] = 1
+    causal = build.method(config.parse(made), 3).eval()
+    clip = videos(1, 16)
+    (curve,) = curves.curves(causal, clip, contexts=(3,), stride=2)
+    worst = torch.full((16,), torch.nan)
+    for start in (0, 1):
+        x = clip[:, start : start + 15 : 2].permute(0, 4, 1, 2, 3) / 255.0
+        with torch.no_grad():
+            (predicted,) = causal.foreseen(x, [3])
+            wanted = F.layer_norm(causal.targets(x), (causal.encoder.features,))
+        tokens = causal.encoder.grid.frame.tokens
+        apart = (predicted - wanted[:, 3 * tokens : 4 * tokens]).abs().mean(dim=-1)
+        worst[start + 6] = apart.max()
+    # Frame 7 is met by both clips, frame 6 by the first alone.
+    assert curve.local.isfinite().nonzero().flatten().tolist() == [7]
+    torch.testing.assert_close(curve.local[7], (worst[6] + worst[7]) / 2)
+    assert curve.peak == pytest.approx(float(curve.local[7]))
+
+
+def test_the_threshold_is_a_rank_and_the_verdict_names_the_frame():
+    peaks = [float(i) for i in range(19)]
+    assert calibration.threshold(peaks, 0.05) == 18.0
+    assert calibration.threshold(peaks, 0.5) == 9.0
+    with pytest.raises(ValueError, match=r"false_alarms: got 0\.04, takes 0\.0500 to 1"):
+        calibration.threshold(peaks, 0.04)
+    local = torch.tensor([torch.nan, 0.2, 0.5, 0.9, 0.7])
+    curve = curves.Curve((2,), local[None], local)
+    text = calibration.verdict(curve, 0.6, 0.05, 19)
+    assert text.startswith("impossible at frame 3 (peak 0.9000, threshold 0.6000; false alarms: at")
+    assert calibration.verdict(curve, 0.9, 0.05, 19).startswith("nothing impossible (peak 0.9000")

@@ -28,7 +28,7 @@ from vicreg_jepa.worlds import (
 from vicreg_jepa.worlds.named import named
 from vicreg_jepa.worlds.two_rooms import TwoRooms
 
-WORLDS = ("TwoRooms", "Maze")
+WORLDS = ("TwoRooms", "Maze", "MazeWindow")
 
 
 @pytest.mark.parametrize("world", WORLDS)

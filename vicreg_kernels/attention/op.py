@@ -241,5 +241,8 @@ class Rotation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        settings = (ctx.grid, not ctx.adjoint, ctx.backend)
-        return Rotation.apply(grad, *ctx.saved_tensors, *settings), *(None,) * 6
+        args = (grad, *ctx.saved_tensors, ctx.grid, not ctx.adjoint, ctx.backend)
+        if torch.is_grad_enabled():
+            return Rotation.apply(*args), *(None,) * 6
+        rotate = torch.ops.vicreg_kernels.attention_rotate
+        return once("rotary position", rotate, *args), *(None,) * 6

@@ -7,7 +7,7 @@ are in `vicreg_kernels.integrations.meta_jepa`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ __all__ = ["apply_masks"]
 HOMES = {"apply_masks": "src.masks.utils"}
 
 
-def apply_masks(x: Tensor, masks: Sequence[Tensor], concat: bool = True) -> Tensor | list[Tensor]:
+def apply_masks(x: Tensor, masks: Iterable[Tensor], concat: bool = True) -> Tensor | list[Tensor]:
     """The tokens that each mask keeps, `vicreg_kernels.gather_tokens` for each.
 
     Args:
@@ -31,11 +31,21 @@ def apply_masks(x: Tensor, masks: Sequence[Tensor], concat: bool = True) -> Tens
 
     Returns: [M B, K, D], mask-major, in x's dtype; the list of M [B, K_m, D] where not concat.
 
-    Raises: ValueError and TypeError naming the argument, also for a place outside x (on a GPU such
-        a row is NaN, as in `gather_tokens`).
+    Raises: ValueError and TypeError naming the argument, also for masks that are not equally large
+        where they are joined, and for a place outside x (on a GPU such a row is NaN, as in
+        `gather_tokens`).
     """
+    if not isinstance(masks, Iterable):
+        raise TypeError(f"masks: got {type(masks).__name__}, takes a list of index tensors")
     with shared.renamed(index="masks"):
         kept = [gather_tokens(x, mask) for mask in masks]
-    if concat and not kept:
+    if not concat:
+        return kept
+    sizes = [z.shape[1] for z in kept]
+    if not kept:
         raise ValueError("masks: got none to join, takes at least one")
-    return torch.cat(kept) if concat else kept
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"masks: got {sizes} places to join, takes equally many (or concat=False, a list)"
+        )
+    return torch.cat(kept)

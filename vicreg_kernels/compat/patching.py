@@ -67,7 +67,16 @@ class Patch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        unpatch(self.peer, *self.places)
+        """Undo what is still replaced. Raises ValueError where some of it is not, unless the body
+        has raised an error, which goes on.
+        """
+        with _lock:
+            here = [name for name in self.places if (self.peer, name) in _active]
+            if here:
+                unpatch(self.peer, *here)
+        if error is None and len(here) < len(self.places):
+            gone = ", ".join(name for name in self.places if name not in here)
+            raise ValueError(f"names: got {gone} of {self.peer}, restored within the context")
 
 
 def patch(peer: str, *names: str) -> Patch:

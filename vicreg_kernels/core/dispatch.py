@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Mapping
 
 import torch
+from torch.autograd import forward_ad
 
 from vicreg_kernels import configs
 from vicreg_kernels.core import library
@@ -108,6 +109,20 @@ def _read_threshold(op: str, index: int | None, dtype: torch.dtype) -> float:
 
 
 _transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+def carries_tangents() -> bool:
+    """Whether a tensor may carry a forward-mode derivative (torch.autograd.forward_ad)."""
+    return forward_ad._current_level >= 0
+
+
+def transformed() -> bool:
+    """Whether what runs now is under a transform of torch.func or carries forward-mode derivatives,
+    neither of which the fused ops have a rule for.
+    """
+    return _transforming() or carries_tangents()
+
+
 _CPU_ORDER: tuple[str, ...] = ("cpu",)
 _CUDA_ORDER, _LARGE_ORDER = ("cuda", "triton"), ("triton", "cuda")
 
@@ -125,25 +140,28 @@ def choose(
     device: the tensors' device; a device type such as "cuda" means its current device.
     cannot_run: backends that do not take this call's sizes, and why, in addition to `missing`.
 
-    Under a transform of torch.func (grad, vmap, jvp) it is the reference, whose operations torch
-    can transform.
+    Under a transform of torch.func (grad, vmap, jvp), and inside forward_ad.dual_level(), it is the
+    reference, whose operations torch can transform.
 
     Raises ValueError for an unknown backend, RuntimeError for a named one that cannot run here.
     """
     check_backend(backend)
-    transformed = not torch.compiler.is_compiling() and _transforming()
+    plain = not torch.compiler.is_compiling() and transformed()
     device_type = device if isinstance(device, str) else device.type
     named = backend if backend is not None else ENVIRONMENT_BACKEND
     if named is not None:
         if named not in BACKENDS:
             raise ValueError(f"VICREG_KERNELS_BACKEND: got {named!r}, takes one of {BACKENDS}")
         reason = missing(named, device_type, dtype) or (cannot_run or {}).get(named)
-        if transformed and named != "reference":
-            reason = "torch.func transforms plain PyTorch alone; leave the backend to the library"
+        if plain and named != "reference":
+            reason = (
+                "torch.func and forward-mode derivatives take plain PyTorch alone; leave the "
+                "backend to the library"
+            )
         if reason is not None:
             raise RuntimeError(f"{_source(backend)} cannot run {op} here: {reason}")
         return named
-    if transformed:
+    if plain:
         return "reference"
     order = _CPU_ORDER
     if device_type == "cuda":

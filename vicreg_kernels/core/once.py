@@ -1,4 +1,6 @@
-"""Gradients that differentiate once: a second derivative is an error, not a silent 0."""
+"""Gradients that differentiate once: a second derivative, of reverse or forward mode, is an error,
+not a silent 0.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+
+from vicreg_kernels.core import dispatch
 
 T = TypeVar("T")
 
@@ -27,11 +31,17 @@ class _Once(torch.autograd.Function):
             f"the fused {ctx.what} differentiates once; backend='reference' to any order"
         )
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(
+            f"the fused {ctx.what} has no forward-mode derivative; backend='reference' has one"
+        )
+
 
 def once(what: str, gradient: Callable[..., T], *args: Any) -> T:
-    """Call gradient(*args) inside a backward. Differentiating its result raises a RuntimeError that
-    begins with "the fused `what`".
+    """Call gradient(*args) inside a backward. Differentiating its result, in reverse or forward
+    mode, raises a RuntimeError that begins with "the fused `what`".
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or dispatch.carries_tangents():
         return _Once.apply(what, gradient, *args)
     return gradient(*args)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vicreg_kernels.core import dispatch
 from vicreg_kernels.distributed import collectives
 from vicreg_kernels.distributed.collectives import collective, gather_rows
 from vicreg_kernels.distributed.groups import by_name
@@ -41,6 +42,8 @@ def check_on_all_ranks(
     op: str, name: str | None, check: Callable[..., T], *args: Any, **kwargs: Any
 ) -> T:
     """Call check(*args, **kwargs); if it raises, tell the other ranks of the group called `name`.
+    Transforms of torch.func and forward-mode derivatives are refused: collectives have no rule for
+    them, and would leave out the other ranks' part without a word.
 
     Under torch.compile, checks run while a rank traces, when the others expect no message. They
     then raise on that rank only, and the others raise at the group's timeout.
@@ -48,6 +51,11 @@ def check_on_all_ranks(
     if name is None or torch.compiler.is_compiling():
         return check(*args, **kwargs)
     with tell_other_ranks_of_errors(op, by_name(name)):
+        if dispatch.transformed():
+            raise RuntimeError(
+                "process_group: got several ranks inside a transform of torch.func or of "
+                "forward-mode derivatives, takes None there"
+            )
         return check(*args, **kwargs)
 
 

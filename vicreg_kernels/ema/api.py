@@ -106,7 +106,11 @@ def ema_update_(
         dispatch.log_choice("ema_update_", name, backend, device, (len(targets),))
     # Only where it is needed: a compiled graph that fails inside leaves gradients switched off.
     with torch.no_grad() if any(z.requires_grad for z in everything) else nullcontext():
-        torch.ops.vicreg_kernels.ema_update_(targets, onlines, copies or [], name, *settings)
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            # torch.func cannot look into the registered op and would give derivatives of 0
+            update(True, targets, onlines, copies or [], name, settings)
+        else:
+            torch.ops.vicreg_kernels.ema_update_(targets, onlines, copies or [], name, *settings)
 
 
 def _update_directly(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +25,28 @@ class Said(NamedTuple):
 
     rule: Rule | None
     by_head: bool
+
+
+class _Kept(NamedTuple):
+    """What a mask said when it had this version, for these sizes."""
+
+    mask: weakref.ref[Tensor]
+    key: tuple[Any, ...]
+    said: Said
+
+
+# By the mask's id, which another tensor has once it is gone: the reference tells them apart. A
+# table of its own, since what a tensor's __dict__ holds goes along into its copies.
+_kept: dict[int, _Kept] = {}
+
+
+def _forget(place: int) -> Callable[[weakref.ref[Tensor]], None]:
+    def gone(mask: weakref.ref[Tensor]) -> None:
+        kept = _kept.get(place)
+        if kept is not None and kept.mask is mask:
+            del _kept[place]
+
+    return gone
 
 
 def attend(
@@ -71,7 +95,7 @@ def read(
     """The rule of a mask that broadcasts to [samples, heads, queries, keys], boolean (True: seen)
     or additive (0, or -65504 and below).
 
-    What a mask on a device says is read once and kept with it, since that waits for the device.
+    What a mask says is read once and kept as long as it lives, since on a device that waits for it.
     frame: tokens of a frame, where the causal order may be that of frames.
 
     Raises a ValueError where it says anything else.
@@ -89,11 +113,11 @@ def read(
         return _of_keys(_unread(whole, name), shape, whole.shape[1] > 1, None)
     if mask.is_inference():
         return _read(whole, shape, name, frame)
-    key, kept = (mask._version, shape, frame), mask.__dict__.get("_vicreg_kernels_said")
-    if kept is None or kept[0] != key:
-        kept = (key, _read(whole, shape, name, frame))
-        mask.__dict__["_vicreg_kernels_said"] = kept
-    said: Said = kept[1]
+    key, kept = (mask._version, shape, frame), _kept.get(id(mask))
+    if kept is not None and kept.mask() is mask and kept.key == key:
+        return kept.said
+    said = _read(whole, shape, name, frame)
+    _kept[id(mask)] = _Kept(weakref.ref(mask, _forget(id(mask))), key, said)
     return said
 
 

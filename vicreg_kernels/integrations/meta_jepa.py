@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from vicreg_kernels.attention import Rope3d
+from vicreg_kernels.compat import shared
 from vicreg_kernels.integrations import modules
 from vicreg_kernels.integrations.modules import Kind, Report
 
@@ -86,8 +87,9 @@ def _rope(
     frames = -(-tokens // (height * width))
     if mask is not None:
         frames = _FRAMES if T is None else T
-    rope = Rope3d((frames, height, width), mask)
-    return _self_attention(module, x, attn_mask, rope)
+    with shared.renamed(index="mask"):
+        rope = Rope3d((frames, height, width), mask)
+        return _self_attention(module, x, attn_mask, rope)
 
 
 def _rope_with_actions(
@@ -117,8 +119,9 @@ def _rope_with_actions(
     if action_tokens:
         first = place.view(T, H * W)[:, :1].expand(T, action_tokens)
         place = torch.cat((first, place.view(T, H * W)), dim=1).flatten()
-    rope = Rope3d((T, side, side), place)
-    return _self_attention(module, x, attn_mask, rope, action_tokens + H * W)
+    with shared.renamed(index="mask"):
+        rope = Rope3d((T, side, side), place)
+        return _self_attention(module, x, attn_mask, rope, action_tokens + H * W)
 
 
 def _cross(module: Any, q: Tensor, x: Tensor) -> Tensor:

@@ -101,16 +101,18 @@ def fuse(model: nn.Module, find: FindKind) -> nn.Module:
 
     Raises: ValueError where there is none to give it to.
     """
-    fused = 0
-    for _, module, kind, reason in list(_survey(model, find)):
-        if reason is None and kind is not None:
-            fused += 1
-            if not has(module, kind.methods):
-                put(module, kind.methods)
-    found = report(model, find)
+    fused, left = [], {}
+    for name, module, kind, reason in list(_survey(model, find)):
+        if reason is not None or kind is None:
+            left[name] = reason or "not fused"
+            continue
+        fused.append(name)
+        if not has(module, kind.methods):
+            put(module, kind.methods)
+    found = Report(tuple(fused), left)
     if not fused:
         raise ValueError(f"model: got {type(model).__name__}, in which {found}")
-    if found.left:
+    if left:
         logger.warning("%s: %s", type(model).__name__, found)
     return model
 
@@ -142,36 +144,58 @@ def _survey(
         elif "forward" in module.__dict__:
             yield name, module, kind, "its forward has been replaced already"
         else:
-            reason = kind.cannot(module)
-            if reason is None:
-                key = (type(module), kind.forward, _settings(module))
-                if key not in compared:
-                    compared[key] = _differs(module, kind)
-                reason = compared[key]
-            yield name, module, kind, reason
+            yield name, module, kind, _reason(module, kind, compared)
+
+
+def _reason(
+    module: nn.Module, kind: Kind, compared: dict[tuple[Any, ...], str | None]
+) -> str | None:
+    """Why a module cannot be fused, with what `compared` holds of others like it. One that cannot
+    be looked at, such as a class of the same name without the attributes, is left.
+    """
+    try:
+        if reason := kind.cannot(module):
+            return reason
+        key = (type(module), kind.forward, _settings(module))
+        if key not in compared:
+            compared[key] = _differs(module, kind)
+        return compared[key]
+    except Exception as error:  # whatever another class of that name raises
+        what = f"{type(error).__name__}: {error}".partition("\n")[0]
+        return f"{type(module).__name__} cannot be compared with the class that is known: {what}"
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """What one module of a class may have otherwise than another: its numbers and its parts."""
-    plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float))}
-    parts = {k: repr(v) for k, v in module.named_children()}
-    return (*sorted(plain.items()), *sorted(parts.items()))
-
-
-def _differs(module: nn.Module, kind: Kind) -> str | None:
-    """Whether the class's own forward gives anything else, on a few random tokens: a class may be
-    another of the same name, or another version of it.
-
-    In float64 on the CPU, with a copy whose weights are drawn large enough for attention to look
-    somewhere. Of a tuple the first entry is compared, the output.
+    """What one module of a class may have otherwise than another, in itself and in its parts, but
+    for the values of its parameters.
     """
-    generator = torch.Generator().manual_seed(0)
+    found: list[Any] = []
+    for place, part in module.named_modules():
+        found.append((place, type(part)))
+        found += [(name, _described(z, False)) for name, z in part._parameters.items()]
+        found += [(name, _described(z, True)) for name, z in part._buffers.items()]
+        public = (item for item in vars(part).items() if not item[0].startswith("_"))
+        found += [(name, _described(value, True)) for name, value in public]
+    return tuple(found)
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    twin = copy.deepcopy(module).eval()
+def _described(value: Any, with_values: bool) -> Any:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    data = None
+    if with_values and not value.is_meta:
+        data = bytes(value.detach().cpu().reshape(-1).view(torch.uint8).tolist())
+    return tuple(value.shape), value.dtype, data
+
+
+def _twin(module: nn.Module, draw: Callable[..., Tensor]) -> Any:
+    """A copy in float64 on the CPU without hooks, whose weights are drawn large enough for
+    attention to look somewhere.
+    """
+    twin = copy.deepcopy(module)
     for part in twin.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks):
+            hooks.clear()
         for name, z in part.named_parameters(recurse=False):
             drawn = draw(*z.shape) / math.sqrt(z.shape[-1] if z.dim() > 1 else 1)
             setattr(part, name, nn.Parameter(drawn, requires_grad=False))
@@ -179,19 +203,51 @@ def _differs(module: nn.Module, kind: Kind) -> str | None:
             value = torch.zeros_like(z, device="cpu") if z.is_meta else z.cpu()
             setattr(part, name, value.double() if z.is_floating_point() else value)
     twin.__dict__[_BACKEND] = "reference"
-    own = type(module).__name__
-    with torch.no_grad(), library.no_autocast(torch.device("cpu")):
-        for call in kind.calls(twin, draw):
+    return twin
+
+
+def _differs(module: nn.Module, kind: Kind) -> str | None:
+    """Whether the class's own forward gives anything else, on a few random tokens: a class may be
+    another of the same name, or another version of it.
+
+    In the module's mode, and in the other one where the fused forward takes it: what drops in
+    training alone would be lost there. Both forwards drop the same, from the same seed. Of a tuple
+    the first entry is compared, the output.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    cpu = torch.device("cpu")
+    with cpu, torch.random.fork_rng(devices=[]), torch.no_grad(), library.no_autocast(cpu):
+        twin = _twin(module, draw)
+        calls = kind.calls(twin, draw)
+        reason = _differs_now(twin, kind, calls)
+        twin.train(not module.training)
+        if reason is None and kind.cannot(twin) is None:
+            reason = _differs_now(twin, kind, calls)
+        return reason
+
+
+def _differs_now(twin: Any, kind: Kind, calls: list[dict[str, Any]]) -> str | None:
+    """The same in the mode that the twin is in."""
+    own = type(twin).__name__
+    for call in calls:
+        results = []
+        for forward in (type(twin).forward, kind.forward):
+            torch.random.default_generator.manual_seed(0)  # of the CPU alone
             try:
-                expected, found = type(twin).forward(twin, **call), kind.forward(twin, **call)
+                results.append(forward(twin, **call))
             except Exception as error:  # whatever another class of that name raises
                 return f"{own} raised {type(error).__name__} on a few tokens: {error}"
-            if isinstance(expected, tuple) and isinstance(found, tuple):
-                expected, found = expected[0], found[0]
-            if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
-                return f"{own} returns something else than the class of that name that is known"
-            if expected.shape != found.shape or not torch.allclose(expected, found, 1e-4, 1e-4):
-                return f"{own} computes something else than the class of that name that is known"
+        if all(isinstance(result, tuple) for result in results):
+            results = [result[0] for result in results]
+        expected, found = results
+        if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
+            return f"{own} returns something else than the class of that name that is known"
+        if expected.shape != found.shape or not torch.allclose(expected, found, 1e-4, 1e-4):
+            return f"{own} computes something else than the class of that name that is known"
     return None
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vicreg_kernels.core import calls, dispatch, loader, reals
 from vicreg_kernels.core.checks import Seen, not_empty
+from vicreg_kernels.core.once import once
 from vicreg_kernels.tokens import checks, reference
 from vicreg_kernels.tokens.checks import Offsets
 from vicreg_kernels.tokens.contract import Kernels
@@ -108,8 +109,9 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         index, offsets = ctx.saved_tensors
-        run = Scatter.apply if torch.is_grad_enabled() else scatter_rows
-        grad_x = run(grad, index, offsets, *ctx.extent, 0.0, True, False, ctx.backend)
+        args = (grad, index, offsets, *ctx.extent, 0.0, True, False, ctx.backend)
+        enabled = torch.is_grad_enabled()
+        grad_x = Scatter.apply(*args) if enabled else once("gather", scatter_rows, *args)
         return grad_x, None, None, None
 
 
@@ -137,8 +139,9 @@ class Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         index, offsets = ctx.saved_tensors
-        run = Gather.apply if torch.is_grad_enabled() else gather_rows
-        return run(grad, index, offsets, ctx.backend), *(None,) * 8
+        args = (grad, index, offsets, ctx.backend)
+        enabled = torch.is_grad_enabled()
+        return Gather.apply(*args) if enabled else once("scatter", gather_rows, *args), *(None,) * 8
 
 
 def choose(backend: str | None, like: Seen) -> str:

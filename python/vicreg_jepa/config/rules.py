@@ -18,6 +18,7 @@ KINDS = {
     "download": ("torchvision",),
     "decoder": ("videos", "webdataset"),
     "videos": ("physics",),
+    "noise": ("physics",),
     "white": ("images", "webdataset"),
     "world": ("world",),
     "settings": ("world",),
@@ -77,6 +78,10 @@ def _all_are_taken(config: Config) -> None:
         for name in OF_VIT:
             key = f"model.{name}"
             _has_its_default(config, key, f"used by model.encoder 'vit', not by {encoder!r}")
+    if config.augment.name != "natural":
+        for name in OF_NATURAL:
+            used = f"used by augment.name 'natural', not by {config.augment.name!r}"
+            _has_its_default(config, f"augment.{name}", used)
     if config.optimizer.name == "lars":
         _has_its_default(config, "optimizer.betas", "used by optimizer.name 'adamw', not by 'lars'")
     else:

@@ -31,18 +31,19 @@ class Data(Settings):
 
     kind: digits (scikit-learn's), images (a folder of class folders), torchvision (its set `name`),
     videos (a folder of clips), webdataset (tars of images or clips, as the method needs), physics
-    (`videos` simulated ones), world (trajectories that are simulated for every step), trajectories
-    (a folder that `vicreg-jepa collect` wrote). path: a folder; for tars also a pattern with
-    {000..127}, {a,b} and *. test: the path of the held-out images; without it a fifth of the images
-    is held out. size: the edge in pixels to which images and frames are resized; the frames of
-    trajectories must have it. frames: the frames of a clip; stride: the
-    distance between them in the video. decoder: of video files; auto is torchcodec if it can be
-    loaded, else PyAV. workers: the processes that read. white: the value of white in images of more
-    than 8 bits; the default is all bits for 16-bit images and 1 for floats. max_pixels: the largest
-    image or frame. max_bytes: the largest file in a shard, and the largest array when it is
-    unpacked. window: the actions of a window of a trajectory, which has a frame more; actions: the
-    elements of an action. world, settings, policy, length: the simulated world, its settings, the
-    policy that acts, and the actions of an episode, in which a window begins at any step.
+    (`videos` simulated ones; noise: the strength of what cannot be predicted in them), world
+    (trajectories that are simulated for every step), trajectories (a folder that `vicreg-jepa
+    collect` wrote). path: a folder; for tars also a pattern with {000..127}, {a,b} and *. test: the
+    path of the held-out images; without it a fifth of the images is held out. size: the edge in
+    pixels to which images and frames are resized; the frames of trajectories must have it. frames:
+    the frames of a clip; stride: the distance between them in the video. decoder: of video files;
+    auto is torchcodec if it can be loaded, else PyAV. workers: the processes that read. white: the
+    value of white in images of more than 8 bits; the default is all bits for 16-bit images and 1
+    for floats. max_pixels: the largest image or frame. max_bytes: the largest file in a shard, and
+    the largest array when it is unpacked. window: the actions of a window of a trajectory, which
+    has a frame more; actions: the elements of an action. world, settings, policy, length: the
+    simulated world, its settings, the policy that acts, and the actions of an episode, in which a
+    window begins at any step.
     """
 
     kind: Literal[
@@ -64,6 +65,7 @@ class Data(Settings):
     frames: Positive = 1
     stride: Positive = 1
     videos: Positive = 2000
+    noise: Fraction = 0.0
     world: str = "TwoRooms"
     settings: dict[str, bool | int | float | str] = {}
     policy: str = "walk"
@@ -103,7 +105,8 @@ class Model(Settings):
     """The networks. encoder: resnet18 and, for images of about 32 pixels, resnet18_small are for
     methods that compare views, and have their published width at dim 512. patch, tubelet: pixels
     and frames of a token; sees: whether a video encoder's tokens attend to the whole clip or only
-    to their own token frame; expander: inner and output width of the network before a loss of batch
+    to their own token frame; blur: the standard deviation, in pixels, of a Gaussian filter before a
+    method of pixels; expander: inner and output width of the network before a loss of batch
     statistics; activation: of the expander and of an encoder that is not a vit. Of world models:
     latent: the elements of a frame's latent; keypoints: the points whose places a conv encoder also
     reads; action_dim: the width of embedded actions; predictor, and for the transformer
@@ -125,6 +128,7 @@ class Model(Settings):
     predictor_heads: Positive = 3
     expander: tuple[Positive, Positive] = (512, 2048)
     activation: Literal["relu", "gelu"] = "gelu"
+    blur: NonNegative = 0.0
     latent: Positive = 128
     keypoints: Annotated[int, Field(ge=0)] = 0
     action_dim: Positive = 32
@@ -197,13 +201,6 @@ class Augmentation(Settings):
     def _of_its_name(self) -> Augmentation:
         if self.crop[0] > self.crop[1]:
             raise ValueError(f"crop: got {self.crop}, takes the smallest area first")
-        for key in rules.OF_NATURAL:
-            value = getattr(self, key)
-            if self.name != "natural" and value != type(self).model_fields[key].default:
-                raise ValueError(
-                    f"{key}: got {str(value)!r}, but it is used by augment.name natural, not by "
-                    f"{self.name!r}"
-                )
         return self
 
 

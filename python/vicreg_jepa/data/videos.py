@@ -10,6 +10,7 @@ import json
 import math
 import os
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,7 +32,9 @@ def of(settings: Config) -> Any:
     """The training videos of a run."""
     data = settings.data
     if data.kind == "physics":
-        return simulated(data.path or PHYSICS, data.videos, settings.seed, data.workers, data.size)
+        return simulated(
+            data.path or PHYSICS, data.videos, settings.seed, data.workers, data.size, data.noise
+        )
     assert data.path is not None
     if data.kind == "webdataset":
         return VideoShards(data.path, data.size, data.decoder, data.limits)
@@ -48,9 +51,11 @@ def labels(settings: Config, key: str | None) -> list[str]:
     return videos.labels(key)
 
 
-def simulated(folder: Path, videos: int, seed: int, workers: int, size: int) -> Any:
+def simulated(
+    folder: Path, videos: int, seed: int, workers: int, size: int, noise: float = 0.0
+) -> Any:
     """The first `videos` physics videos of the seed; those missing from the folder are simulated
-    first.
+    first. The folder holds them without noise, which is laid over what is read.
     """
     from tqdm import tqdm
 
@@ -58,7 +63,8 @@ def simulated(folder: Path, videos: int, seed: int, workers: int, size: int) -> 
 
     with tqdm(total=videos, desc="physics videos", unit="video", ncols=100) as bar:
         shards.write(folder, videos, shards.Settings(seed), workers, bar.update)
-    return torch.utils.data.Subset(VideoShards(folder, size), range(videos))
+    shown = PhysicsVideos(folder, size, seed, noise)
+    return torch.utils.data.Subset(shown, range(videos))
 
 
 class VideoFolder:
@@ -148,6 +154,24 @@ class VideoShards:
         return [_label(files, number, key) for number in range(len(files))]
 
 
+class PhysicsVideos(VideoShards):
+    """The physics videos of a seed. noise: the strength of what cannot be predicted."""
+
+    def __init__(self, folder: Path, size: int, seed: int, noise: float) -> None:
+        super().__init__(folder, size)
+        self.seed, self.noise = seed, noise
+
+    def __getitem__(self, index: int) -> Recording | Array:
+        from vicreg_jepa.physics import shards, unpredictable
+
+        video = super().__getitem__(index)
+        assert isinstance(video, Array)
+        if self.noise:
+            seed = shards.sample_seed(self.seed, index)
+            video.change = unpredictable.of_possible(seed, self.noise)
+        return video
+
+
 def _label(files: tar_index.Files, number: int, key: str | None) -> str:
     suffix, content = files.read(number)
     try:
@@ -202,7 +226,12 @@ def _check(shape: tuple[int, ...], kind: np.dtype, packed: int, max_bytes: int) 
 
 
 class Array:
-    """A video in memory, frames [F, H, W, 3], with the interface of a recording."""
+    """A video in memory, frames [F, H, W, 3], with the interface of a recording.
+
+    change: a function of frames and of their numbers, which changes what is read.
+    """
+
+    change: Callable[[NDArray[np.uint8], Sequence[int]], NDArray[np.uint8]] | None = None
 
     def __init__(self, name: str, frames: NDArray[np.uint8], size: int) -> None:
         self.name, self.frames, self.size = name, frames, size
@@ -212,6 +241,8 @@ class Array:
 
     def __getitem__(self, places: slice) -> NDArray[np.uint8]:
         frames = self.frames[places]
+        if self.change is not None:
+            frames = self.change(frames, range(*places.indices(len(self.frames))))
         if frames.shape[1:3] == (self.size, self.size):
             return frames
         from PIL import Image

@@ -217,11 +217,11 @@ class Lock:
             self.connection = connect(beside, "rwc")
             self.connection.execute("PRAGMA busy_timeout = 0")
             self.connection.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError as error:
+        except sqlite3.Error as error:
             if hasattr(self, "connection"):
                 self.connection.close()
             if "locked" not in str(error):
-                with named(path):
+                with named(beside):
                     raise
             raise StoreError(
                 f"store: {str(path)!r} has a writer, takes one at a time: close the other, or read "

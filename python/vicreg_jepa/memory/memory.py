@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,13 +82,7 @@ class Memory:
         queries = self._each("queries", queries)
         if everywhere:
             return self.store.nearest(queries, k)
-        # One search for each world, whose queries are one product of matrices.
-        found: dict[int, Found] = {}
-        for world in dict.fromkeys(self.worlds):
-            numbers = [number for number, its in enumerate(self.worlds) if its == world]
-            some = self.store.nearest(queries[numbers], k, world)
-            found.update(zip(numbers, some, strict=True))
-        return [found[number] for number in range(len(self.worlds))]
+        return self._by_world(queries, lambda some, world: self.store.nearest(some, k, world))
 
     def recall_around(
         self, places: Any, k: int, first: int = 0, last: int = LARGEST
@@ -99,10 +93,19 @@ class Memory:
         Raises ValueError that names the argument, StoreError.
         """
         places = self._each("places", places)
-        return [
-            self.store.around(places[number : number + 1], k, world, first, last)[0]
-            for number, world in enumerate(self.worlds)
-        ]
+        return self._by_world(
+            places, lambda some, world: self.store.around(some, k, world, first, last)
+        )
+
+    def _by_world(
+        self, rows: NDArray[Any], search: Callable[[NDArray[Any], str], list[Found]]
+    ) -> list[Found]:
+        """One search for each world, with the rows of all its environments."""
+        results: dict[int, Found] = {}
+        for world in dict.fromkeys(self.worlds):
+            numbers = [number for number, its in enumerate(self.worlds) if its == world]
+            results.update(zip(numbers, search(rows[numbers], world), strict=True))
+        return [results[number] for number in range(len(self.worlds))]
 
     def used(self, found: Iterable[Found]) -> None:
         """Count one use of each row that was recalled and that a plan relied on: it stays longer.

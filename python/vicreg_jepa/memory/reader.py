@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ class Reader:
         self._open(database.reader(self.path), index)
 
     def _open(self, connection: sqlite3.Connection, index: Index | None) -> None:
-        self._connection = connection
+        self._connection, self._process = connection, os.getpid()
         self._index: Index = Scan() if index is None else index
         self._places: dict[str, Vectors] = {}
         self._last, self._evictions = 0, -1  # of what the index has followed
@@ -156,6 +157,10 @@ class Reader:
         return found.take(np.searchsorted(found.id, wanted))
 
     def _transaction(self, kind: str = "DEFERRED") -> Any:
+        if os.getpid() != self._process:
+            raise StoreError(
+                f"store: {str(self.path)!r} was opened by another process: open it in this one"
+            )
         return database.transaction(self._connection, self.path, kind)
 
     def _number(self, query: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from contextlib import closing
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -21,9 +22,8 @@ def migrated(path: Path) -> tuple[int, int]:
     lock = database.Lock(path)
     try:
         with database.named(path):
-            connection = database.connect(path, "ro")
-            before = database.version_of(connection, path)
-            connection.close()
+            with closing(database.connect(path, "ro")) as connection:
+                before = database.version_of(connection, path)
             database.writer(path).close()
     finally:
         lock.close()

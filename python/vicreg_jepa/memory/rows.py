@@ -127,7 +127,8 @@ def checksum(
 
 def whole(argument: str, value: Any, least: int, most: int = LARGEST) -> None:
     """Raises ValueError unless it is an integer from `least` to `most`."""
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_integer or not least <= value <= most:
         takes = f"an integer of {least} or more" if most == LARGEST else f"{least} to {most}"
         raise ValueError(f"{argument}: got {value!r}, takes {takes}")
 
@@ -184,10 +185,10 @@ def integers(argument: str, value: Any, rows: int | None, least: int = 0) -> Ids
 
 def array(argument: str, value: Any) -> NDArray[Any]:
     """An array of an array, a list or a tensor on any device. Raises ValueError if it is none."""
-    if hasattr(value, "detach"):  # a tensor: numpy has no bfloat16
-        value = value.detach().cpu()
-        value = value.float() if value.is_floating_point() and value.itemsize < 4 else value
     try:
+        if hasattr(value, "detach"):  # a tensor: numpy has no bfloat16
+            value = value.detach().cpu().resolve_neg()
+            value = value.float() if value.is_floating_point() and value.itemsize < 4 else value
         return np.asarray(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: of torch
         raise ValueError(f"{argument}: got {value!r}, takes an array or a tensor") from error

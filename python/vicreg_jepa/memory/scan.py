@@ -108,6 +108,7 @@ class Vectors:
                 limit = float(np.partition(about, k - 1)[k - 1]) + slack
             # Where a value overflowed, the limit or the value is NaN, and float64 decides.
             places = places[~(about > limit)]
-        exact = np.square(self._vectors[places].astype(np.float64) - query).sum(axis=1)
+        with np.errstate(over="ignore"):  # infinitely far
+            exact = np.square(self._vectors[places].astype(np.float64) - query).sum(axis=1)
         order = np.lexsort((self._ids[places], exact))[:k]
         return self._ids[places[order]], exact[order]

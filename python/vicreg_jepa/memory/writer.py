@@ -89,7 +89,7 @@ class Writer(Reader):
 
         Returns the episodes, int64 [N]. Raises ValueError that names the argument, StoreError.
         """
-        if isinstance(worlds, str):
+        if isinstance(worlds, str) or not isinstance(worlds, Sequence):
             raise ValueError(f"worlds: got {worlds!r}, takes a list of names")
         for world in worlds:
             name("worlds", world)

@@ -7,6 +7,7 @@ Importing a method's file registers it in METHODS.
 from vicreg_jepa.methods import (
     hierarchy,
     ijepa,
+    jepa_causal,
     lejepa,
     pixels,
     vicreg,
@@ -23,6 +24,7 @@ __all__ = [
     "MethodKind",
     "hierarchy",
     "ijepa",
+    "jepa_causal",
     "lejepa",
     "pixels",
     "register",

@@ -127,6 +127,7 @@ DATA_SETTINGS = {
 }
 METHOD_SETTINGS = (
     "model.sees",
+    "model.blur",
     "model.expander",
     "model.activation",
     "model.predictor_dim",

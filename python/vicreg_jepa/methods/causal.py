@@ -49,6 +49,10 @@ class Causal(Predictive):
         added.
         """
 
+    def filtered(self, x: Tensor) -> Tensor:
+        """What the method sees of clips [B, C, F, H, W]; by default all."""
+        return x
+
     def following(self, tokens: Tensor, present: Tensor) -> Tensor:
         """[B, T, D]: the prediction of each frame's next one, from tokens [B, T, features] of whole
         frames.
@@ -63,7 +67,7 @@ class Causal(Predictive):
 
     def _seen(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens of all frames but the last, and the prediction of the frame after each."""
-        seen = x[:, :, : -self.encoder.patch_embed.size[0]]
+        seen = self.filtered(x)[:, :, : -self.encoder.patch_embed.size[0]]
         tokens = encode(self.encoder, self.kernels, seen, None)
         return tokens, self.following(tokens, self.present(seen, tokens))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from vicreg_jepa.config.settings import Config
 
 DrawView = Callable[[Tensor, torch.Generator], Tensor]
-NATURAL = ("crop", "flip", "jitter", "jitter_probability", "grayscale", "blur", "solarize")
+NATURAL = tuple(field.name for field in fields(Natural))
 SETTINGS = ("augment.name", *(f"augment.{name}" for name in NATURAL))
 
 
@@ -24,13 +25,11 @@ def of(config: Config, views: int) -> tuple[DrawView, ...]:
     settings = config.augment
     if settings.name == "digits":
         return (Augment(),) * views
+    shared = {name: getattr(settings, name) for name in NATURAL}
     first, others = (
-        Natural(
-            settings.crop, settings.flip, settings.jitter, settings.jitter_probability,
-            settings.grayscale, blur, solarize,
-        )
+        Natural(**{**shared, "blur": blur, "solarize": solarize})
         for blur, solarize in zip(settings.blur, settings.solarize, strict=True)
-    )  # fmt: skip
+    )
     return (first, *(others,) * (views - 1))
 
 

@@ -123,8 +123,11 @@ class Natural:
         if self.blur == 0:
             return images
         kernel = (BLURRED, BLURRED)
-        blurred = ops.filters.gaussian_blur2d(images, kernel, sigma.expand(-1, 2))
-        return torch.where(chosen[:, None, None, None], blurred.clamp(0.0, 1.0), images)
+        (rows,) = torch.where(chosen)
+        if len(rows):
+            blurred = ops.filters.gaussian_blur2d(images[rows], kernel, sigma[rows].expand(-1, 2))
+            images = images.index_copy(0, rows, blurred.clamp(0.0, 1.0))
+        return images
 
     def _solarize(self, images: Tensor, generator: torch.Generator, ops: Any) -> Tensor:
         """Invert the pixels from half of white on."""

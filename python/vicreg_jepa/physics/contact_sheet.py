@@ -1,4 +1,5 @@
-"""A contact sheet: every property's quadruplet, and some possible videos, as rows of frames.
+"""Contact sheets: every property's quadruplet, some possible videos, and what is laid over them, as
+rows of frames.
 
 python -m vicreg_jepa.physics.contact_sheet --output runs/physics --seed 0
 """
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from vicreg_jepa.cli_options import draw_sheets
+from vicreg_jepa.physics import unpredictable
 from vicreg_jepa.physics.properties import PROPERTIES
 from vicreg_jepa.physics.quadruplets import Quadruplet, quadruplet
 from vicreg_jepa.physics.scene import FRAMES, SIZE
@@ -69,11 +71,11 @@ def quadruplet_block(four: Quadruplet, columns: int, rows: tuple[int, ...]) -> I
     return block
 
 
-def possible_block(sample: Sample, columns: int) -> Image.Image:
+def possible_block(sample: Sample, columns: int, kind: str = "possible: ") -> Image.Image:
     shown = np.linspace(0, FRAMES - 1, columns).round().astype(int).tolist()
     block = Image.new("RGB", (LABEL + columns * (SIZE + GAP), SIZE + GAP + 2), "white")
     draw, font = ImageDraw.Draw(block), ImageFont.load_default(12)
-    draw.text((2, 22), f"possible: {sample.record['family']}", POSSIBLE, font)
+    draw.text((2, 22), f"{kind}{sample.record['family']}", POSSIBLE, font)
     block.paste(strip(sample.video, shown, POSSIBLE), (LABEL, 0))
     return block
 
@@ -123,20 +125,40 @@ def possible_sheet(seed: int, columns: int, each: int) -> Image.Image:
     return stacked([possible_block(sample, columns) for sample in samples], 2)
 
 
+def noise_sheet(seed: int, columns: int) -> Image.Image:
+    """One video under each layer of noise, under all at several strengths, and the quadruplet of a
+    colour at strength 0.5.
+    """
+    sample = possible(seed)
+    rows = [(f"{layer}, strength 1", 1.0, (layer,)) for layer in unpredictable.LAYERS]
+    rows += [(f"all, strength {strength}", strength, None) for strength in (0.25, 0.5, 1.0)]
+    blocks = []
+    for label, strength, layers in rows:
+        disturbance = unpredictable.Disturbance((0, seed), strength, layers)
+        video = disturbance(sample.video, range(FRAMES))
+        blocks.append(possible_block(Sample(video, {"family": label}), columns, "noise: "))
+    return stacked(
+        [*blocks, quadruplet_block(quadruplet("colour", seed, True, 0.5), columns, (0, 1, 2, 3))], 1
+    )
+
+
 def draw(seed: int, folder: Path) -> list[str]:
-    """Writes an overview, the possible videos, and all quadruplets in view and behind panels."""
+    """Writes an overview, the possible videos, all quadruplets in view and behind panels, and the
+    layers of noise.
+    """
     small = overview(seed).quantize(method=Image.Quantize.FASTOCTREE)
     small.save(folder / "overview.png", optimize=True)
     possible_sheet(seed, 11, 3).save(folder / "possible.png")
     quadruplet_sheet(seed, False, 11).save(folder / "in_view.png")
     quadruplet_sheet(seed, True, 11).save(folder / "behind_panels.png")
-    return ["overview.png", "possible.png", "in_view.png", "behind_panels.png"]
+    noise_sheet(seed, 11).save(folder / "noise.png")
+    return ["overview.png", "possible.png", "in_view.png", "behind_panels.png", "noise.png"]
 
 
 def main(arguments: list[str] | None = None) -> None:
     draw_sheets(
         "vicreg_jepa.physics.contact_sheet",
-        "Draw videos as rows of frames: an overview, possible ones, all quadruplets.",
+        "Draw videos as rows of frames: an overview, possible ones, all quadruplets, noise.",
         "runs/physics",
         draw,
         arguments,

@@ -1,4 +1,4 @@
-"""Pairs that differ in a thing itself: its existence, its place, its shape or its colour."""
+"""Pairs that differ in a thing itself: its existence, its place, its shape, colour or size."""
 
 from __future__ import annotations
 
@@ -89,6 +89,16 @@ def colour(rng: Generator, hidden: bool) -> Pair:
     changed = replace(body, colour=choose(rng, colours_but(*taken)))
     first, second = (with_things(scene, place(one)) for one in (body, changed))
     return Pair(first, second, hidden, (8, 22), (0.0, 1e-9))
+
+
+def size(rng: Generator, hidden: bool) -> Pair:
+    """Two things that differ only in size and move the same way: a thing grows, or shrinks."""
+    small = thing(rng, radius=(3.8, 4.2), restitution=(0.15, 0.5))
+    large = replace(small, radius=uniform(rng, 5.4, 5.8))
+    scene, place = _behaviour(rng, stage(rng), hidden, large)
+    apart = (0.0, float("inf")) if hidden else (0.0, 3.0)
+    first, second = (with_things(scene, place(one)) for one in (small, large))
+    return Pair(first, second, hidden, (8, 22), apart)
 
 
 def continuity(rng: Generator, hidden: bool) -> Pair:

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from vicreg_jepa.physics.pair import Pair
 from vicreg_jepa.physics.properties import PROPERTIES
 from vicreg_jepa.physics.render import frames
-from vicreg_jepa.physics.scene import SIZE, Clip, simulate
+from vicreg_jepa.physics.scene import FRAMES, SIZE, Clip, simulate
 from vicreg_jepa.physics.stage import chance
+from vicreg_jepa.physics.unpredictable import of_quadruplet
 
 TRIES = 400
 SEEN = 14  # pixels that must differ by more than LEVELS for a person to see it
@@ -48,17 +49,23 @@ class Quadruplet:
     record: dict[str, Any]
 
 
-def quadruplet(property: str, seed: int, behind_occluder: bool | None = None) -> Quadruplet:
-    """The quadruplet of the seed. behind_occluder: None draws it with probability one half.
+def quadruplet(
+    property: str, seed: int, behind_occluder: bool | None = None, noise: float = 0.0
+) -> Quadruplet:
+    """The quadruplet of the seed. behind_occluder: None draws it with probability one half. noise:
+    the strength of what cannot be predicted, from 0 to 1, which is the same in all four videos
+    (unpredictable.py).
 
     It shares no random stream with `possible`, so every seed is held out from training. Raises
-    ValueError if the property is unknown or the seed is negative.
+    ValueError if the property is unknown, the seed is negative or the noise is another number.
     """
     if property not in PROPERTIES:
         raise ValueError(f"property: got {property!r}, takes one of {', '.join(PROPERTIES)}")
     if seed < 0:
         raise ValueError(f"seed: got {seed}, takes an integer from 0")
-    rng = np.random.default_rng([1 + list(PROPERTIES).index(property), seed])
+    number = 1 + list(PROPERTIES).index(property)
+    disturbance = of_quadruplet(number, seed, noise)
+    rng = np.random.default_rng([number, seed])
     drawn = chance(rng, 0.5)
     hidden = drawn if behind_occluder is None else behind_occluder
     for _ in range(TRIES):
@@ -68,6 +75,7 @@ def quadruplet(property: str, seed: int, behind_occluder: bool | None = None) ->
         exchange = _exchange(pair, rng)
         if exchange is not None:
             videos, cut, same, clips = exchange
+            videos = disturbance(videos, range(FRAMES))
             possible = np.array([True, True, property == "control", property == "control"])
             record = {"property": property, "seed": seed, "cut": cut, "same": len(same)}
             record |= {"possible": [clip.record() for clip in clips]}

@@ -13,9 +13,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vicreg_jepa.physics.properties import PROPERTIES
+from vicreg_jepa.physics.properties import PROPERTIES, STAGED
 from vicreg_jepa.physics.render import frames
-from vicreg_jepa.physics.scene import COLOURS, SIZE, Block, Panel, Scene, Thing, simulate, upright
+from vicreg_jepa.physics.scene import (
+    COLOURS,
+    FRAMES,
+    SIZE,
+    Block,
+    Panel,
+    Scene,
+    Thing,
+    simulate,
+    upright,
+)
 from vicreg_jepa.physics.stage import (
     Generator,
     chance,
@@ -30,6 +40,7 @@ from vicreg_jepa.physics.stage import (
     uniform,
     wall,
 )
+from vicreg_jepa.physics.unpredictable import of_possible
 
 TRAINING = 0  # the random stream; quadruplets have others
 
@@ -41,22 +52,26 @@ class Sample(NamedTuple):
     record: dict[str, Any]
 
 
-def possible(seed: int) -> Sample:
-    """The video of the seed. Raises ValueError if the seed is negative."""
+def possible(seed: int, noise: float = 0.0) -> Sample:
+    """The video of the seed. noise: the strength of what cannot be predicted, from 0 to 1
+    (unpredictable.py). Raises ValueError if the seed is negative or the noise is another number.
+    """
     if seed < 0:
         raise ValueError(f"seed: got {seed}, takes an integer from 0")
+    disturbance = of_possible(seed, noise)
     rng = np.random.default_rng([TRAINING, seed])
     family = choose(rng, list(FAMILIES)) if chance(rng, 0.5) else "staged"
     scene = FAMILIES.get(family, staged)(rng)
     if chance(rng, 0.5):
         scene = scene.mirrored()
     clip = simulate(scene)
-    return Sample(frames(clip), {"seed": seed, "family": family, **clip.record()})
+    video = disturbance(frames(clip), range(FRAMES))
+    return Sample(video, {"seed": seed, "family": family, **clip.record()})
 
 
 def staged(rng: Generator) -> Scene:
     """One of the two possible scenes of a matched pair."""
-    pair = choose(rng, list(PROPERTIES.values()))(rng, chance(rng, 0.5))
+    pair = PROPERTIES[choose(rng, STAGED)](rng, chance(rng, 0.5))
     return choose(rng, (pair.first, pair.second))
 
 

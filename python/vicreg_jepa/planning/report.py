@@ -121,7 +121,15 @@ def planner(settings: dict[str, Any] | None = None) -> Planner:
         if name not in takes:
             raise ValueError(f"--planner: got {name!r}, takes {', '.join(takes)}")
     defaults = {"horizon": 12, "candidates": 192, "elites": 16, "iterations": 10}
-    return ICEM(**{**defaults, **chosen}, effort=Effort(horizon=1, growth=2.0))
+    effort = Effort(horizon=1, growth=2.0)
+    made = ICEM(**{**defaults, **chosen}, effort=effort)
+    longest = effort.horizons(made)[-1]
+    if "horizon" in chosen and longest < made.horizon:
+        raise ValueError(
+            f"--planner: got horizon={made.horizon} and iterations={made.iterations}, which end at "
+            f"plans of {longest} actions: take more iterations, or a shorter horizon"
+        )
+    return made
 
 
 def measured(

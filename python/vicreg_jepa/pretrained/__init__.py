@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 # Command -> the file of its model, as `vicreg-jepa export --format whole` writes it.
-FILES = {"surprise": "vjepa_causal_physics.safetensors", "plan": "world_two_rooms.safetensors"}
+FILES = {
+    "surprise": "vjepa_causal_physics.safetensors",
+    "plan": "world_two_rooms.safetensors",
+    "recall": "world_maze_window.safetensors",
+}
 
 
 def path(command: str) -> Path:

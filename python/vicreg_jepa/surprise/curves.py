@@ -24,10 +24,16 @@ class Curve:
     values: [contexts, frames]; row c is for windows that see contexts[c] frames. A frame's value is
     the mean, over the windows that predict it, of the error of its token frame; NaN if no window
     predicts it.
+
+    local: [frames], of the token with the largest error instead of all tokens: its mean over all
+    windows that predict the frame; NaN before every one of the interleaved clips that a model with
+    a stride takes predicts. An impossible thing is a few tokens of a frame, and each of these clips
+    meets it; an accident of one clip does not recur in the next.
     """
 
     contexts: tuple[int, ...]
     values: Tensor
+    local: Tensor
 
     @property
     def over_time(self) -> Tensor:
@@ -42,11 +48,16 @@ class Curve:
     def maximum(self) -> float:
         return float(self.over_time.nan_to_num(-1.0).max())
 
+    @property
+    def peak(self) -> float:
+        """The highest of `local`: the surprise of a single video, for one threshold."""
+        return float(self.local.nan_to_num(-1.0).max())
+
 
 @torch.no_grad()
 def window_errors(method: Any, clips: Tensor, seen: Sequence[int]) -> list[Tensor]:
-    """clips [B, C, F, H, W] -> for each number of token frames seen, the mean L1 error of each
-    predicted token frame, [B, predicted token frames].
+    """clips [B, C, F, H, W] -> for each number of token frames seen, the L1 error of each predicted
+    token frame, its mean over tokens and that of the worst token: [2, B, predicted token frames].
     """
     plane = method.encoder.grid.frame.tokens
     targets = method.targets(clips)
@@ -56,7 +67,8 @@ def window_errors(method: Any, clips: Tensor, seen: Sequence[int]) -> list[Tenso
     for frames, predicted in zip(seen, method.foreseen(clips, seen), strict=True):
         first = frames * plane
         apart = predicted - targets[:, first : first + predicted.shape[1]]
-        errors.append(apart.abs().mean(dim=-1).unflatten(1, (-1, plane)).mean(dim=-1))
+        each = apart.abs().mean(dim=-1).unflatten(1, (-1, plane))
+        errors.append(torch.stack((each.mean(dim=-1), each.amax(dim=-1))))
     return errors
 
 
@@ -91,8 +103,8 @@ def curves(
             )
     starts = range(0, length - span + 1, step)
     places = [(v, s) for v in range(count) for s in starts]
-    total = torch.zeros(len(contexts), count, length)
-    seen_by = torch.zeros_like(total)
+    total = torch.zeros(2, len(contexts), count, length)
+    seen_by = torch.zeros(len(contexts), count, length)
     device = next(method.parameters()).device
     for at in range(0, len(places), batch):
         part = places[at : at + batch]
@@ -100,21 +112,20 @@ def curves(
         clips = clips.to(device).permute(0, 4, 1, 2, 3).float() / 255.0
         errors = window_errors(method, clips, [context // tubelet for context in contexts])
         for i, (context, rows) in enumerate(zip(contexts, errors, strict=True)):
-            for (v, s), row in zip(part, rows.cpu(), strict=True):
+            for (v, s), row in zip(part, rows.cpu().unbind(dim=1), strict=True):
                 # The value of a token frame holds for all frames of the video up to the next token
                 # frame.
-                wide = row.repeat_interleave(tubelet * stride)[: length - s - context * stride]
+                wide = row.repeat_interleave(tubelet * stride, dim=1)
+                wide = wide[:, : length - s - context * stride]
                 first = s + context * stride
-                total[i, v, first : first + len(wide)] += wide
-                seen_by[i, v, first : first + len(wide)] += 1
-    values = total / seen_by  # NaN where nothing was predicted
-    return [Curve(tuple(contexts), values[:, v]) for v in range(count)]
-
-
-def relative_accuracy(possible: Sequence[float], impossible: Sequence[float]) -> float:
-    """The share of pairs in which the impossible side surprises more; ties count half."""
-    pairs = list(zip(possible, impossible, strict=True))
-    return sum((b > a) + 0.5 * (a == b) for a, b in pairs) / len(pairs)
+                end = first + wide.shape[1]
+                total[:, i, v, first:end] += wide
+                seen_by[i, v, first:end] += 1
+    values = total[0] / seen_by  # NaN where nothing was predicted
+    windows = seen_by.sum(dim=0)
+    local = total[1].sum(dim=0) / windows
+    local[windows < -(-tubelet * stride // step)] = torch.nan
+    return [Curve(tuple(contexts), values[:, v], local[v]) for v in range(count)]
 
 
 def auroc(possible: Sequence[float], impossible: Sequence[float]) -> float:

@@ -13,7 +13,12 @@ from torch import Tensor
 from vicreg_jepa.physics import quadruplet
 from vicreg_jepa.surprise import curves
 
-# uint8 [N, F, H, W, 3] -> {the reduction of a curve ("mean", "maximum"): N numbers}
+# Where the exchange takes place -> `behind_occluder` of the quadruplets.
+PLACES = {"in view": False, "behind a panel": True}
+# The points of relative accuracy by which a model must be above the best control at a property: a
+# control that does as well shows that the property can be told without having learned it.
+MARGIN = 25
+# uint8 [N, F, H, W, 3] -> {the reduction of a curve ("mean", "maximum", "peak"): N numbers}
 SurpriseOf = Callable[[Tensor], dict[str, list[float]]]
 
 
@@ -24,34 +29,60 @@ class Score:
 
     A quadruplet is told apart if its two impossible videos together surprise more than its two
     possible ones, which is IntPhys' relative score. Its videos are made of the same frames, so an
-    effect of single frames cancels.
+    effect of single frames cancels. told: of each quadruplet, 1, or 0.5 for a tie. delays: for how
+    many frames up to the first difference both its possible videos show the same picture.
     """
 
     property: str
     quadruplets: int
     accuracy: float
     auroc: float
+    told: tuple[float, ...]
+    delays: tuple[int, ...]
 
 
-def quadruplets(property: str, count: int, first_seed: int = 0) -> Tensor:
+def quadruplets(
+    property: str,
+    count: int,
+    first_seed: int = 0,
+    behind_occluder: bool | None = None,
+    noise: float = 0.0,
+) -> Tensor:
     """uint8 [count, 4, F, H, W, 3]: two possible and two impossible videos, of seeds that no
-    training uses.
+    training uses. The other arguments are those of `physics.quadruplet`.
     """
-    videos = [quadruplet(property, first_seed + i).videos for i in range(count)]
-    return torch.from_numpy(np.stack(videos))
+    made = (quadruplet(property, first_seed + i, behind_occluder, noise) for i in range(count))
+    return torch.from_numpy(np.stack([four.videos for four in made]))
+
+
+def delay(four: Tensor) -> int:
+    """For how many frames before the first difference the possible videos of uint8 [4, F, H, W, 3]
+    show the same picture, as its record's `same` says: 0 for an exchange in view.
+    """
+    exchanged = (four[2] != four[0]).flatten(1).any(dim=1)
+    alike = (four[1] == four[0]).flatten(1).all(dim=1).tolist()
+    first = int(exchanged.int().argmax())
+    count = 0
+    while count < first and alike[first - 1 - count]:
+        count += 1
+    return count
 
 
 def scores(surprise_of: SurpriseOf, videos: Tensor, property: str) -> dict[str, Score]:
     """Score quadruplets [count, 4, F, H, W, 3]: {reduction of a curve: score}."""
     count, result = len(videos), {}
+    delays = tuple(delay(four) for four in videos)
     for kind, values in surprise_of(videos.flatten(0, 1)).items():
         grid = torch.tensor(values, dtype=torch.float64).view(count, 2, 2)
-        possible, impossible = grid.sum(dim=2).T.tolist()
+        possible, impossible = grid.sum(dim=2).unbind(dim=1)
+        told = ((impossible > possible) + 0.5 * (impossible == possible)).tolist()
         result[kind] = Score(
             property,
             count,
-            curves.relative_accuracy(possible, impossible),
+            sum(told) / count,
             curves.auroc(*grid.transpose(0, 1).flatten(1).tolist()),
+            tuple(told),
+            delays,
         )
     return result
 
@@ -63,6 +94,10 @@ def of_method(method: Any, stride: int) -> SurpriseOf:
 
     def surprise_of(videos: Tensor) -> dict[str, list[float]]:
         each = curves.curves(method, videos, stride=stride)
-        return {"mean": [c.mean for c in each], "maximum": [c.maximum for c in each]}
+        return {
+            "mean": [c.mean for c in each],
+            "maximum": [c.maximum for c in each],
+            "peak": [c.peak for c in each],
+        }
 
     return surprise_of

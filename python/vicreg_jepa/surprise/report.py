@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,65 +13,120 @@ from tqdm import tqdm
 
 from vicreg_jepa.data import videos
 from vicreg_jepa.physics import PROPERTIES, quadruplet
-from vicreg_jepa.surprise import curves, figure, physics_test
+from vicreg_jepa.surprise import calibration, curves, figure, physics_test
+from vicreg_jepa.surprise.controls import CONTROLS
 
-# model -> property -> reduction of a curve -> score
-Scores = dict[str, dict[str, dict[str, physics_test.Score]]]
+DELAYS = ((1, 4), (5, 9), (10, 16), (17, 26))  # frames; 26 is the most of 32
+# place of the exchange -> model -> property -> reduction of a curve -> score
+Scores = dict[str, dict[str, dict[str, dict[str, physics_test.Score]]]]
 
 
-def test(models: Mapping[str, physics_test.SurpriseOf], count: int, output: Path) -> Scores:
-    """Score every property for each model; writes surprise.json into `output`."""
-    scores: Scores = {name: {} for name in models}
-    with tqdm(total=len(PROPERTIES) * len(models), desc="physics test", ncols=100) as bar:
-        for property in PROPERTIES:
-            clips = physics_test.quadruplets(property, count)
-            for name, surprise_of in models.items():
-                scores[name][property] = physics_test.scores(surprise_of, clips, property)
-                bar.update()
+def test(
+    models: Mapping[str, physics_test.SurpriseOf], count: int, output: Path, strength: float
+) -> Scores:
+    """Score `count` quadruplets of every property and place of the exchange for each model and
+    control; writes surprise.json into `output`. strength: of the videos' noise.
+    """
+    scorers = {**models, **CONTROLS}
+    scores: Scores = {place: {name: {} for name in scorers} for place in physics_test.PLACES}
+    rounds = len(physics_test.PLACES) * len(PROPERTIES) * len(scorers)
+    with tqdm(total=rounds, desc="physics test", ncols=100) as bar:
+        for place, hidden in physics_test.PLACES.items():
+            for property in PROPERTIES:
+                clips = physics_test.quadruplets(property, count, 0, hidden, strength)
+                for name, surprise_of in scorers.items():
+                    made = physics_test.scores(surprise_of, clips, property)
+                    scores[place][name][property] = made
+                    bar.update()
     plain = {
-        name: {prop: {k: asdict(s) for k, s in kinds.items()} for prop, kinds in row.items()}
-        for name, row in scores.items()
+        place: {
+            name: {prop: {k: asdict(s) for k, s in kinds.items()} for prop, kinds in row.items()}
+            for name, row in rows.items()
+        }
+        for place, rows in scores.items()
     }
     (output / "surprise.json").write_text(json.dumps(plain, indent=1))
     return scores
 
 
-def table(scores: Scores, count: int) -> str:
-    """A table in per cent: both scores and the AUROC of the first model, and the score of the mean
-    of the others. The average leaves out the control, whose unbiased score is 50.
+def table(scores: Scores, count: int, baselines: Sequence[str]) -> str:
+    """A table of each place of the exchange, in per cent: both scores of the first model, the AUROC
+    of its mean and of its peak, the score of the mean of the others, and how far the first is above
+    the best of the `baselines`. The average leaves out the control, whose unbiased score is 50.
     """
-    first, *others = scores
-    own_scores = scores[first]
-    width = max(12, *(len(name) + 2 for name in scores))
-
-    def row(name: str, pick: Any) -> str:
-        cells = [pick(own_scores, "mean", "accuracy"), pick(own_scores, "maximum", "accuracy")]
-        cells += [pick(own_scores, "mean", "auroc")]
-        cells += [pick(scores[other], "mean", "accuracy") for other in others]
-        widths = [12, 10, 8] + [width] * len(others)
-        return f"{name:<12}" + "".join(
-            f"{100 * cell:>{wide}.1f}" for cell, wide in zip(cells, widths, strict=True)
-        )
-
-    broken = [property for property in own_scores if property != "control"]
-
-    def over(reduce: Any) -> Any:
-        return lambda rows, kind, what: reduce([getattr(rows[p][kind], what) for p in broken])
-
-    def of(property: str) -> Any:
-        return lambda rows, kind, what: getattr(rows[property][kind], what)
-
+    first = next(iter(next(iter(scores.values()))))
     return "\n".join(
         (
-            f"{first}: relative accuracy in %, {count} quadruplets per property",
-            f"{'':<12}{'mean':>12}{'maximum':>10}{'AUROC':>8}"
-            + "".join(f"{name:>{width}}" for name in others),
-            *(row(property, of(property)) for property in broken),
-            row("average", over(lambda values: sum(values) / len(values))),
-            row("least", over(min)),
-            row("control", of("control")),
+            f"{first}: relative accuracy in %, {count} quadruplets per property and place",
+            *(_of_place(place, rows, baselines) for place, rows in scores.items()),
+            *(_by_delay(rows[first]) for rows in list(scores.values())[1:]),
+            f"A property counts (*) at {physics_test.MARGIN} points or more above the best of "
+            f"{', '.join(baselines)}.",
         )
     )
+
+
+def _of_place(
+    place: str, rows: dict[str, dict[str, dict[str, physics_test.Score]]], baselines: Sequence[str]
+) -> str:
+    first, *others = rows
+    width = max(10, *(len(name) + 2 for name in others))
+    broken = [property for property in rows[first] if property != "control"]
+
+    def cells(properties: Sequence[str], reduce: Any) -> list[float]:
+        def of(name: str, kind: str, what: str) -> float:
+            return 100 * reduce([getattr(rows[name][p][kind], what) for p in properties])
+
+        own = [of(first, "mean", "accuracy"), of(first, "maximum", "accuracy")]
+        own += [of(first, kind, "auroc") for kind in ("mean", "peak")]
+        return [*own, *(of(other, "mean", "accuracy") for other in others)]
+
+    def line(label: str, values: list[float], end: str = "") -> str:
+        widths = [9, 10, 8, 8] + [width] * len(others)
+        numbers = (f"{v:>{wide}.1f}" for v, wide in zip(values, widths, strict=True))
+        return f"{label:<15}{''.join(numbers)}{end}"
+
+    def above(property: str) -> str:
+        margin = margin_of(rows, property, baselines)
+        return f"{margin:>9.0f}{' *' if margin >= physics_test.MARGIN else ''}"
+
+    names = "".join(f"{name:>{width}}" for name in others)
+    return "\n".join(
+        (
+            f"{place:<15}{'mean':>9}{'maximum':>10}{'AUROC':>8}{'of peak':>8}{names}{'margin':>9}",
+            *(line(p, cells([p], sum), above(p)) for p in broken),
+            line("average", cells(broken, lambda values: sum(values) / len(values))),
+            line("least", cells(broken, min)),
+            line("control", cells(["control"], sum)),
+        )
+    )
+
+
+def _by_delay(own: dict[str, dict[str, physics_test.Score]]) -> str:
+    """The accuracy of the first model by the time that the exchange stays hidden."""
+    pairs = [
+        (delay, told)
+        for property, kinds in own.items()
+        if property != "control"
+        for delay, told in zip(kinds["mean"].delays, kinds["mean"].told, strict=True)
+    ]
+    parts = []
+    for least, most in DELAYS:
+        some = [told for delay, told in pairs if least <= delay <= most]
+        if some:
+            share = 100 * sum(some) / len(some)
+            parts.append(f"{share:.1f} of {len(some)} after {least} to {most} frames")
+    return f"by the time behind the panel: {', '.join(parts)}"
+
+
+def margin_of(
+    rows: dict[str, dict[str, dict[str, physics_test.Score]]],
+    property: str,
+    baselines: Sequence[str],
+) -> float:
+    """How many points of accuracy the first model is above the best baseline at a property."""
+    own = next(iter(rows.values()))[property]["mean"].accuracy
+    return 100 * (own - max(rows[name][property]["mean"].accuracy for name in baselines))
 
 
 def draw_quadruplet(
@@ -88,11 +143,25 @@ def draw_quadruplet(
     figure.animation(clips, shown, output / f"{property}.gif")
 
 
-def draw_video(method: Any, path: Path, size: int, output: Path, *, stride: int) -> None:
+def draw_video(
+    method: Any,
+    path: Path,
+    size: int,
+    output: Path,
+    *,
+    stride: int,
+    peaks: Sequence[float],
+    false_alarms: float,
+) -> None:
+    """Draw the surprise at a video, and print whether and when it is above what one of the share
+    `false_alarms` of possible videos reaches. peaks: those of possible videos (calibration.py).
+    """
     video = videos.decode(path, size)
     (curve,) = curves.curves(method, video[None], stride=stride)
+    threshold = calibration.threshold(peaks, false_alarms)
     clip, shown = {"video": video}, {"video": curve}
     figure.picture(clip, shown, output / f"{path.stem}.png", path.name, None)
     figure.animation(clip, shown, output / f"{path.stem}.gif")
     values = curve.over_time.nan_to_num(-1.0)
     print(f"{path.name}: mean {curve.mean:.4f}, most {curve.maximum:.4f} at {int(values.argmax())}")
+    print(f"{path.name}: {calibration.verdict(curve, threshold, false_alarms, len(peaks))}")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vicreg_jepa import config
 from vicreg_jepa.models.conv import ConvEncoder
+from vicreg_jepa.models.resnet import ResNet18
 from vicreg_jepa.training import exported
 
 
@@ -34,7 +35,7 @@ class Encoder(nn.Module):
     def _check(self, samples: Tensor) -> None:
         data, channels = self.settings.data, self.methods[0].channels
         edge: int | None = data.size
-        if isinstance(self.network, ConvEncoder):  # it takes images of any size
+        if isinstance(self.network, (ConvEncoder, ResNet18)):  # it takes images of any size
             edge = None
         takes: tuple[int | None, ...] = (None, channels, edge, edge)
         if self.settings.is_video:

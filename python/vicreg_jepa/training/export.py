@@ -15,6 +15,8 @@ from vicreg_jepa.methods.networks import Pooled
 from vicreg_jepa.models.vit import CENTRE, SCALE, ViT
 from vicreg_jepa.training import exported
 
+FORMS = ("own", "timm", "whole")
+
 
 def write(
     settings: config.Config, method: nn.Module, step: int, file: Path, form: str = "own"
@@ -25,9 +27,11 @@ def write(
     timm's VisionTransformer: its names and shapes, and in the metadata its arguments; it takes
     images with values in [0, 1], and its features are the same. "whole": the whole method with its
     floating-point tensors in float16, for `restore`, and so for the commands that take a run.
-    Raises ValueError for "timm", if the encoder is not a ViT of images, and for "whole", if a
-    weight is beyond float16's range.
+    Raises ValueError for another form, for "timm", if the encoder is not a ViT of images, and for
+    "whole", if a weight is not finite in float16.
     """
+    if form not in FORMS:
+        raise ValueError(f"form: got {form!r}, takes {', '.join(FORMS)}")
     part, network = method.exported()
     about = {"kind": exported.ENCODER, "method": settings.method, "step": str(step)}
     described = {"config": json.dumps(config.describe(settings)), "channels": str(method.channels)}
@@ -50,7 +54,9 @@ def _halved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The floating-point ones in float16."""
     halved = {name: z.half() if z.is_floating_point() else z for name, z in tensors.items()}
     for name, z in halved.items():
-        if z.is_floating_point() and not bool(z.isfinite().all()):
+        if not bool(tensors[name].isfinite().all()):
+            raise ValueError(f"--format: got 'whole', but {name} has values that are not finite")
+        if not bool(z.isfinite().all()):
             raise ValueError(f"--format: got 'whole', but {name} has values beyond float16's range")
     return halved
 

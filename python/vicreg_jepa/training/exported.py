@@ -36,10 +36,14 @@ def built(
             f"file: {path} has the metadata {sorted(about)} and the kind {about.get('kind')!r}, "
             f"takes a file of `vicreg-jepa export --format {FORMATS[kind]}`"
         )
-    settings = config.parse(json.loads(about["config"]))
+    try:
+        settings = config.parse(json.loads(about["config"]))
+        channels, step = int(about["channels"]), int(about["step"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"file: {path} has damaged metadata ({error!r})") from error
     with torch.random.fork_rng():  # building draws weights, which are replaced
-        method = build.method(settings, int(about["channels"]))
-    return settings, method, int(about["step"]), tensors
+        method = build.method(settings, channels)
+    return settings, method, step, tensors
 
 
 def fill(network: nn.Module, tensors: Mapping[str, Tensor], file: str | Path) -> None:

@@ -22,6 +22,7 @@ class Stream(IntEnum):
     PLAN = 7  # the candidates of planners
     ZONE = 8  # forbidden zones
     WINDOW = 9  # where in an episode a window begins
+    THINGS = 10  # the cells that hold a thing
 
 
 def uniform(seed: Tensor, stream: Stream, time: Tensor | int, count: int) -> Tensor:

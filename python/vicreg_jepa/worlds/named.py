@@ -7,9 +7,14 @@ from typing import Any
 
 from vicreg_jepa.worlds.maze import Maze
 from vicreg_jepa.worlds.two_rooms import TwoRooms
+from vicreg_jepa.worlds.window import MazeWindow
 from vicreg_jepa.worlds.world import World
 
-WORLDS: dict[str, type[World]] = {"TwoRooms": TwoRooms, "Maze": Maze}
+WORLDS: dict[str, type[World]] = {
+    "TwoRooms": TwoRooms,
+    "Maze": Maze,
+    "MazeWindow": MazeWindow,
+}
 
 
 def named(name: str, **settings: Any) -> World:

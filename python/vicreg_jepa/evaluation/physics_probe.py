@@ -1,0 +1,133 @@
+"""What can be read from the embeddings of physics videos: where a thing is, how fast, which one it
+is, and what nobody can predict.
+
+Each probe is ridge regression (state_probe.py) on frozen tokens, fitted to some videos and measured
+on others, none of which was trained on. Facts of a frame are read from all of its tokens and those
+of the frame a model's step before; facts of a patch from its own token, because a probe of all
+tokens would need more videos than there are to find the one that matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vicreg_jepa.evaluation import state_probe
+from vicreg_jepa.physics import SIZE, possible
+from vicreg_jepa.physics.scene import COLOURS, SHAPES
+from vicreg_jepa.physics.unpredictable import of_possible
+
+# float32 [B, C, 2, H, W] in [0, 1], two frames of a clip -> tokens [B, 2 T, D]
+TokensOf = Callable[[Tensor], Tensor]
+
+FIRST = 1 << 50  # the first seed: trainings have (seed << 32) + index
+HELD_OUT = 0.25  # the share of the videos that the probes are measured on
+PATCHES = 4  # of each frame, whose facts are read from their own tokens
+EDGE = 7  # pixels: a thing nearer to the edge of the picture may be cut by it
+
+
+@dataclass(frozen=True)
+class Seen:
+    """clips: uint8 [N, 2, H, W, 3], two frames `stride` apart; facts: of the second frame."""
+
+    clips: Tensor
+    frames: dict[str, Tensor]
+    patches: dict[str, Tensor]  # [N, 64] each
+
+
+def seen(count: int, noise: float, stride: int) -> Seen:
+    """The first `count` videos, from FIRST on, of one thing that is in view in a frame, which is
+    drawn at random with another one `stride` before it.
+    """
+    clips, rows = [], []
+    seed = FIRST
+    while len(clips) < count:
+        rng = np.random.default_rng([FIRST, seed])
+        video, record = possible(seed)
+        if len(record["things"]) == 1:
+            place = np.array(record["position"])[:, 0]
+            inside = ((place > EDGE) & (place < SIZE - EDGE)).all(axis=1)
+            inside[record["hidden"][0]] = False
+            frames = np.flatnonzero(inside[stride:] & inside[:-stride]) + stride
+            if len(frames):
+                frame = int(rng.choice(frames))
+                both = [frame - stride, frame]
+                clips.append(of_possible(seed, noise)(video[both], both))
+                rows.append((seed, frame, record))
+        seed += 1
+    # Where nothing is drawn there is nothing to read.
+    noises = [of_possible(seed, noise).facts() for seed, _, _ in rows] if noise else []
+
+    def of(key: str) -> Tensor:
+        return torch.tensor([record[key][frame][0] for _, frame, record in rows])
+
+    def named(key: str, names: list[str]) -> Tensor:
+        return torch.tensor([names.index(record["things"][0][key]) for _, _, record in rows])
+
+    def noisy(name: str) -> Tensor:
+        values = [facts[name][row[1]] for facts, row in zip(noises, rows, strict=True)]
+        return torch.tensor(np.stack(values)).float()
+
+    facts = {"position": of("position").float(), "velocity": of("velocity").float()}
+    facts |= {"colour": named("colour", list(COLOURS)), "shape": named("shape", list(SHAPES))}
+    patches = {}
+    if noise:
+        facts |= {name: noisy(name) for name in ("light", "shake")}
+        patches = {name: noisy(name) for name in ("texture", "camera", "leaves")}
+    return Seen(torch.from_numpy(np.stack(clips)), facts, patches)
+
+
+@torch.no_grad()
+def scores(tokens_of: TokensOf, videos: Seen, seed: int = 0) -> dict[str, float]:
+    """For each fact R^2 on held-out videos, 1 - the squared error over that of the best constant;
+    for colour and shape the share that is right. Raises ValueError if a frame has not 64 tokens and
+    facts of patches are asked for.
+    """
+    clips = videos.clips.permute(0, 4, 1, 2, 3).float() / 255
+    tokens = torch.cat([tokens_of(part) for part in clips.split(32)]).float()
+    count = len(tokens)
+    cut = count - round(HELD_OUT * count)
+    result = _read(tokens.flatten(1), videos.frames, cut)
+    if videos.patches:
+        own = tokens.unflatten(1, (2, -1))[:, 1]  # [N, 64, D]
+        if own.shape[1] != next(iter(videos.patches.values())).shape[1]:
+            raise ValueError(f"tokens: got {own.shape[1]} a frame, takes 64, of 8 x 8 pixels each")
+        generator = torch.Generator().manual_seed(seed)
+        places = torch.rand(count, own.shape[1], generator=generator).argsort(dim=1)[:, :PATCHES]
+        rows = torch.arange(count)[:, None]
+        facts = {name: fact[rows, places].flatten() for name, fact in videos.patches.items()}
+        result |= _read(own[rows, places].flatten(0, 1), facts, cut * PATCHES)
+    return result
+
+
+def _read(features: Tensor, facts: dict[str, Tensor], cut: int) -> dict[str, float]:
+    """The scores of ridge regression, fitted to the samples before `cut`."""
+    fit = {name: fact[:cut] for name, fact in facts.items()}
+    test = {name: fact[cut:] for name, fact in facts.items()}
+    result = {}
+    middle = features[:cut].mean(dim=0)
+    x, z = features[:cut] - middle, features[cut:] - middle
+    for name, fact in fit.items():
+        classes = state_probe.classes_of(fact, test[name])
+        target = state_probe.columns(fact, classes)
+        mean = target.mean(dim=0)
+        guess = state_probe.ridge(x, target - mean, z) + mean
+        error = state_probe.error(test[name], guess)
+        if fact.is_floating_point():
+            best = state_probe.error(test[name], mean.expand(len(guess), -1))
+            result[name] = 1 - (error / best) ** 2
+        else:
+            result[name] = 1 - error
+    return result
+
+
+def pixels(clips: Tensor) -> Tensor:
+    """The patches of 8 x 8 pixels themselves, [B, 2 T, 192]: the control that has lost nothing."""
+    size = 8
+    batch, channels, frames, height, width = clips.shape
+    x = clips.reshape(batch, channels, frames, height // size, size, width // size, size)
+    return x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)

@@ -1,0 +1,78 @@
+"""One threshold for single videos: what possible videos reach, by split conformal prediction.
+
+The peak of a possible video that is drawn like the calibration's exceeds the threshold with at most
+the stated probability. For another kind of video, such as one of another renderer, nothing is
+guaranteed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vicreg_jepa.files import output
+from vicreg_jepa.physics import possible
+from vicreg_jepa.planning.conformal import quantile
+from vicreg_jepa.surprise.curves import Curve, curves
+from vicreg_jepa.training.run import restore
+
+FIRST, COUNT = 10**9, 160  # the seeds of the calibration, which no training of a seed uses
+
+
+def peaks(method: Any, settings: Any, step: int, path: Path) -> list[float]:
+    """The peaks of COUNT possible videos, with the noise of the model's training. They are kept in
+    the file `path`, which is read if it is of this step.
+    """
+    if path.exists():
+        kept = json.loads(path.read_text())
+        if kept["step"] == step:
+            return kept["peaks"]
+    videos = [possible(FIRST + i, settings.data.noise).video for i in range(COUNT)]
+    found = curves(method, torch.from_numpy(np.stack(videos)), stride=settings.data.stride)
+    values = sorted(round(curve.peak, 6) for curve in found)
+    output.replace(path, (json.dumps({"step": step, "peaks": values}) + "\n").encode())
+    return values
+
+
+def beside(model: Path) -> Path:
+    """Where the peaks of a file of `export --format whole` are kept."""
+    return model.with_suffix(".peaks.json")
+
+
+def threshold(peaks: Sequence[float], false_alarms: float) -> float:
+    """The peak that a further possible video exceeds with a probability of at most `false_alarms`.
+
+    Raises ValueError for a rate that so few peaks cannot give.
+    """
+    least = 1 / (len(peaks) + 1)
+    if not least <= false_alarms < 1:
+        raise ValueError(
+            f"false_alarms: got {false_alarms}, takes {least:.4f} to 1 with {len(peaks)} peaks"
+        )
+    return quantile(torch.tensor(peaks), 1 - false_alarms)
+
+
+def verdict(curve: Curve, limit: float, false_alarms: float, count: int) -> str:
+    """Whether a video is impossible, and from which frame on it is known to be."""
+    rate = (
+        f"false alarms: at most {100 * false_alarms:g} % of videos like the {count} calibrated on"
+    )
+    above = curve.local.nan_to_num(-1.0) > limit
+    peak = f"peak {curve.peak:.4f}, threshold {limit:.4f}"
+    if not above.any():
+        return f"nothing impossible ({peak}; {rate})"
+    return f"impossible at frame {int(above.int().argmax())} ({peak}; {rate})"
+
+
+if __name__ == "__main__":
+    # python -m vicreg_jepa.surprise.calibration FILE: anew, as `make pretrained` does.
+    file = Path(sys.argv[1])
+    beside(file).unlink(missing_ok=True)
+    settings, method, step = restore(file)
+    peaks(method, settings, step, beside(file))
