@@ -81,10 +81,13 @@ class Meetings:
         self.sent = self.received = 0
         self.heard = time.monotonic()
         self.ended = threading.Event()
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        self.heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self.heart.start()
 
     def close(self) -> None:
+        """End the heartbeat. Its thread may not return into an interpreter that is ending."""
         self.ended.set()
+        self.heart.join()
 
     def hold(
         self, standing: Standing, shared: Callable[[], Shared], contribution: Callable[[], Tensor]
