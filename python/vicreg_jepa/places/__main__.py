@@ -1,215 +1,204 @@
-"""python -m vicreg_jepa.places --output FOLDER: several places against synchronous training.
+"""python -m vicreg_jepa.places --output FOLDER: several places beside synchronous training.
 
-Four processes on this machine, one thread each, train `ijepa_digits` in five ways: synchronously,
-as four places with a quarter of the images each, the same while one place is killed and comes back,
-as one place alone with its quarter, and with one mean of the weights at the end. The table has the
-loss on images that none of them sees and the bytes that went over the loopback device, by the
-kernel's count; `unshare -rn` gives a loopback device that nothing else uses.
+Four processes on this machine, of one thread each, train a small `vicreg_digits` in five ways:
+
+    synchronous  four ranks, one batch over all of them in every step
+    places       four places with a quarter of the images and of the batch each
+    killed       the same; the last is killed after a third of the rounds and comes back after two
+    once         the same with one meeting, the mean of the weights at the end
+    alone        one place with its quarter
+
+The table has the loss on images that none of them sees, and the bytes that went over the loopback
+device by the kernel's count (`unshare -rn` gives a loopback device that nothing else uses).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-import signal
 import socket
-import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
+import torch.distributed as dist
 
 from vicreg_jepa import config
 from vicreg_jepa.cli_options import integer, reported
+from vicreg_jepa.config import Config
 from vicreg_jepa.data import image_sets
+from vicreg_jepa.data.batches import ImageSource
+from vicreg_jepa.distributed.ranks import Ranks
 from vicreg_jepa.files import output
-from vicreg_jepa.places.place import NAME
+from vicreg_jepa.methods import build
+from vicreg_jepa.places.place import NAME, Place
 from vicreg_jepa.training.run import restore
+from vicreg_jepa.training.trainer import Trainer
 
-RECIPE = "ijepa_digits"
+RECIPE = "vicreg_digits"
+SMALL = ["model.dim=16", "model.expander=[64,16]", "training.batch=128"]
 PLACES = 4
-ARMS = ("synchronous", "places", "killed", "alone", "once")
-DRAWS = 20  # of masks, for the loss on held-out images
+DRAWS = 5  # of views, for the loss on held-out images
 HEARTBEAT = 3000  # milliseconds until the lighthouse misses a killed place
+Process = Any  # of the context `fork`
+FORK = multiprocessing.get_context("fork")  # the imports take longer than the training
 
 
-def write_images(folder: Path) -> None:
-    """Write scikit-learn's digits: folder/test (a fifth), folder/all, folder/0 to folder/3."""
-    train, test = image_sets.split(image_sets.digits(), 0)
-    _write(train, folder / "all", range(len(train)))
-    _write(test, folder / "test", range(len(test)))
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
-    for place in range(PLACES):
-        _write(train, folder / str(place), order[place::PLACES])
+class Measured(NamedTuple):
+    """loss: on the held-out images. megabytes: over the loopback device."""
 
-
-def _write(images: image_sets.Labelled, folder: Path, rows: object) -> None:
-    for row in rows:  # type: ignore[attr-defined]
-        pixels = (images[[row]][0, 0] * 255).round().to(torch.uint8).numpy()
-        to = folder / str(int(images.labels[row])) / f"{row:04d}.png"
-        to.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.asarray(pixels)).save(to)
-
-
-@dataclass(frozen=True)
-class Measured:
     loss: float
     megabytes: float
     seconds: float
 
 
+class Experiment:
+    """The runs of one seed, in `folder`."""
+
+    def __init__(
+        self, folder: Path, seed: int, steps: int, every: int, words: list[str]
+    ) -> None:
+        self.folder, self.seed, self.steps, self.every = folder, seed, steps, every
+        self.words = config.layered([*SMALL, f"training.steps={steps}"], words)
+        self.train, self.test = image_sets.split(image_sets.digits(), 0)
+        self.order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))
+
+    def run(self, arm: str) -> Measured:
+        before, begun = loopback(), time.perf_counter()
+        run = getattr(self, f"_{arm}")()
+        megabytes = (loopback() - before) / 1e6
+        return Measured(self.held_out(run), megabytes, time.perf_counter() - begun)
+
+    def held_out(self, run: Path) -> float:
+        """The loss of the trained method in evaluation mode, a mean over DRAWS of views."""
+        settings, method, step = restore(run)
+        if step != settings.training.steps:
+            raise RuntimeError(f"{run}: is at step {step}, takes a finished run")
+        total = 0.0
+        with torch.no_grad():
+            for draw in range(DRAWS):
+                views = method.views(self.test.images, torch.Generator().manual_seed(draw))
+                total += float(method.loss(*map(method, views), process_group=None))
+        return total / DRAWS
+
+    # ------------------------------------------------------------------------------- the five ways
+
+    def _synchronous(self) -> Path:
+        port, folder = free_port(), self.folder / "synchronous"
+        ranks = [self._start(self._rank, rank, port, folder) for rank in range(PLACES)]
+        _finish(ranks)
+        return folder
+
+    def _rank(self, rank: int, port: int, folder: Path) -> None:
+        dist.init_process_group(
+            "gloo", init_method=f"tcp://localhost:{port}", rank=rank, world_size=PLACES
+        )
+        settings = config.load(RECIPE, [*self.words, f"seed={self.seed}"])
+        _fit(settings, self.train, folder, Ranks(rank, PLACES))
+        dist.destroy_process_group()
+
+    def _alone(self) -> Path:
+        _finish([self._start(self._place, "alone", 0, [])])
+        return self.folder / "alone_0"
+
+    def _places(self) -> Path:
+        return self._together("places", [f"places.every={self.every}"])
+
+    def _once(self) -> Path:
+        words = [f"places.every={self.steps}", "places.rate=1", "places.momentum=0"]
+        return self._together("once", words)
+
+    def _killed(self) -> Path:
+        rounds = -(-self.steps // self.every)
+
+        def kill(runs: list[Process], words: list[str]) -> None:
+            self._wait_for_round(rounds // 3, runs)
+            runs[-1].kill()
+            runs[-1].join()
+            self._wait_for_round(2 * rounds // 3, runs[:-1])
+            runs[-1] = self._start(self._place, "killed", PLACES - 1, words)
+
+        return self._together("killed", [f"places.every={self.every}"], kill)
+
+    def _together(self, arm: str, words: list[str], meanwhile: Callable | None = None) -> Path:
+        port = free_port()
+        lighthouse = self._start(_lighthouse, port)
+        _wait_for(port)
+        meeting = [f"places.meeting=localhost:{port}", "places.host=localhost"]
+        words = [*meeting, f"places.start={PLACES}", *words]
+        runs = [self._start(self._place, arm, place, words) for place in range(PLACES)]
+        if meanwhile is not None:
+            meanwhile(runs, words)
+        _finish(runs)
+        lighthouse.kill()
+        lighthouse.join()
+        return self.folder / f"{arm}_0"
+
+    def _place(self, arm: str, place: int, words: list[str]) -> None:
+        batch = config.load(RECIPE, self.words).training.batch // PLACES
+        seed = PLACES * self.seed + place
+        mine = [f"training.batch={batch}", f"seed={seed}", *words]
+        settings = config.load(RECIPE, config.layered(self.words, mine))
+        quarter = self.train.subset(self.order[place::PLACES])
+        _fit(settings, quarter, self.folder / f"{arm}_{place}", Ranks())
+
+    def _wait_for_round(self, round: int, runs: list[Process]) -> None:
+        path = self.folder / "killed_0" / NAME
+        while f'{{"round": {round},' not in (path.read_text() if path.exists() else ""):
+            if any(run.exitcode is not None for run in runs):
+                raise RuntimeError(f"a place has ended before round {round}: see {self.folder}")
+            time.sleep(0.05)
+
+    def _start(self, target: Callable[..., None], *arguments: Any) -> Process:
+        process = FORK.Process(target=self._logged, args=(target, arguments), daemon=True)
+        process.start()
+        return process
+
+    def _logged(self, target: Callable[..., None], arguments: tuple) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        log = os.open(self.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        target(*arguments)
+
+
+def _fit(settings: Config, images: image_sets.Images, folder: Path, ranks: Ranks) -> None:
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    method = build.method(settings, images.channels).train()
+    place = Place(settings, method, folder) if settings.places.meeting else None
+    trainer = Trainer(settings, method, ranks, folder, place)
+    trainer.resume()
+    source = ImageSource(images, settings.training.batch, settings.seed)
+    trainer.fit(source, lambda *_: None)
+
+
+def _lighthouse(port: int) -> None:
+    """What the command torchft_lighthouse runs."""
+    from torchft.coordination import LighthouseServer
+
+    server = LighthouseServer(
+        bind=f"[::]:{port}", min_replicas=1, join_timeout_ms=3600000, heartbeat_timeout_ms=HEARTBEAT
+    )
+    print(f"a lighthouse at {server.address()}", flush=True)
+    time.sleep(86400)
+
+
 def loopback() -> int:
-    """Bytes that the loopback device has carried since it exists."""
+    """The bytes that the loopback device has carried."""
     for line in Path("/proc/net/dev").read_text().splitlines():
         name, _, figures = line.partition(":")
         if name.strip() == "lo":
             return int(figures.split()[0])
-    raise OSError("/proc/net/dev: has no loopback device")
+    raise OSError("/proc/net/dev: names no loopback device")
 
 
-class Experiment:
-    """The runs of one seed, in `folder`; images: what write_images wrote."""
-
-    def __init__(
-        self, folder: Path, images: Path, seed: int, steps: int, every: int, words: list[str]
-    ) -> None:
-        self.folder, self.images, self.seed, self.steps = folder, images, seed, steps
-        self.every, self.words = every, words
-        self.environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def _train(self, arm: str, place: int | None, *words: str) -> list[str]:
-        """place: which quarter of the images; None: all of them, by four ranks."""
-        batch = config.load(RECIPE, self.words).training.batch
-        data = "all" if place is None else str(place)
-        name = arm if place is None else f"{arm}_{place}"
-        seed = self.seed if place is None else PLACES * self.seed + place
-        return [
-            *("-m", "vicreg_jepa", "train", RECIPE, "data.kind=images", "data.size=8"),
-            *(f"data.path={self.images / data}", f"data.test={self.images / 'test'}"),
-            *(f"training.batch={batch if place is None else batch // PLACES}", f"seed={seed}"),
-            *(f"training.steps={self.steps}", f"training.save_every={self.steps}"),
-            *("training.log_every=1000000000", *self.words, *words),
-            *("--output", str(self.folder / name)),
-        ]
-
-    def _start(self, words: list[str], log: str) -> subprocess.Popen:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"{log}.log").open("a") as file:
-            return subprocess.Popen(
-                [sys.executable, *words], env=self.environment, stdout=file, stderr=file
-            )
-
-    def run(self, arm: str) -> Measured:
-        begun, before = time.perf_counter(), loopback()
-        last = {
-            "synchronous": self._synchronous, "alone": self._alone, "killed": self._killed,
-            "places": self._places, "once": self._once,
-        }[arm]()  # fmt: skip
-        sent, seconds = loopback() - before, time.perf_counter() - begun
-        return Measured(held_out(last), sent / 1e6, seconds)
-
-    def _synchronous(self) -> Path:
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PLACES)]
-        _finish(self._start([*launch, *self._train("synchronous", None)], "synchronous"))
-        return self.folder / "synchronous"
-
-    def _alone(self) -> Path:
-        _finish(self._start(self._train("alone", 0), "alone"))
-        return self.folder / "alone_0"
-
-    def _meeting(self, arm: str, *words: str) -> tuple[subprocess.Popen, list[list[str]]]:
-        port = _free_port()
-        lighthouse = self._start(
-            ["-c", LIGHTHOUSE, f"[::]:{port}", str(HEARTBEAT)], f"{arm}_lighthouse"
-        )
-        _wait_for(port)
-        words = (f"places.meeting=localhost:{port}", "places.host=localhost", *words)
-        return lighthouse, [self._train(arm, k, *words) for k in range(PLACES)]
-
-    def _places(self) -> Path:
-        return self._together("places", f"places.every={self.every}")
-
-    def _once(self) -> Path:
-        return self._together(
-            "once", f"places.every={self.steps}", "places.rate=1", "places.momentum=0"
-        )
-
-    def _together(self, arm: str, *words: str) -> Path:
-        lighthouse, commands = self._meeting(arm, f"places.start={PLACES}", *words)
-        runs = [self._start(words, f"{arm}_{k}") for k, words in enumerate(commands)]
-        for run in runs:
-            _finish(run)
-        _end(lighthouse)
-        return self.folder / f"{arm}_0"
-
-    def _killed(self) -> Path:
-        """Place 3 is killed after a third of the rounds and comes back after two thirds."""
-        lighthouse, commands = self._meeting(
-            "killed", f"places.every={self.every}", f"places.start={PLACES}"
-        )
-        runs = [self._start(words, f"killed_{k}") for k, words in enumerate(commands)]
-        rounds = -(-self.steps // self.every)
-        self._until(rounds // 3, runs)
-        time.sleep(0.3)  # into its local steps
-        runs[-1].send_signal(signal.SIGKILL)
-        runs[-1].wait()
-        self._until(2 * rounds // 3, runs[:-1])
-        runs[-1] = self._start(commands[-1], "killed_3")
-        for run in runs:
-            _finish(run)
-        _end(lighthouse)
-        return self.folder / "killed_0"
-
-    def _until(self, round: int, runs: list[subprocess.Popen]) -> None:
-        while all(row["round"] < round for row in meetings(self.folder / "killed_0")):
-            if any(run.poll() is not None for run in runs):
-                raise RuntimeError(f"a place has ended before round {round}: see {self.folder}")
-            time.sleep(0.05)
-
-
-# What the command torchft_lighthouse does, without a search for it.
-LIGHTHOUSE = """
-import sys, time
-from torchft.coordination import LighthouseServer
-server = LighthouseServer(
-    bind=sys.argv[1], min_replicas=1, join_timeout_ms=3600000, heartbeat_timeout_ms=int(sys.argv[2])
-)
-time.sleep(86400)
-"""
-
-
-def meetings(run: Path) -> list[dict]:
-    """The rows of a run's places.jsonl."""
-    path = run / NAME
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-
-
-def held_out(run: Path) -> float:
-    """The loss of the trained method on the held-out images, a mean over DRAWS of masks."""
-    settings, method, step = restore(run)
-    if step != settings.training.steps:
-        raise ValueError(f"{run}: is at step {step}, takes a finished run")
-    from vicreg_jepa.data import sources
-
-    images = sources.images(settings)[1]
-    x = images[list(range(len(images)))]
-    total = 0.0
-    with torch.no_grad():
-        for draw in range(DRAWS):
-            generator = torch.Generator().manual_seed(draw)
-            masks = method.draw(x, 0, len(x), generator)
-            total += float(method(x, masks, 1.0, None))
-    return total / DRAWS
-
-
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as one:
         one.bind(("localhost", 0))
         return one.getsockname()[1]
@@ -227,42 +216,38 @@ def _wait_for(port: int) -> None:
             time.sleep(0.1)
 
 
-def _finish(run: subprocess.Popen) -> None:
-    if run.wait() != 0:
-        raise RuntimeError(f"{' '.join(map(str, run.args))} ended with {run.returncode}")
+def _finish(runs: list[Process]) -> None:
+    for run in runs:
+        run.join()
+        if run.exitcode != 0:
+            raise RuntimeError(f"a process ended with {run.exitcode}: see log.txt of its seed")
 
 
-def _end(process: subprocess.Popen) -> None:
-    process.terminate()
-    process.wait()
+ARMS = ("synchronous", "places", "killed", "once", "alone")
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = argparse.ArgumentParser(
-        prog="python -m vicreg_jepa.places", description=(__doc__ or "").partition("\n")[0]
+        prog="python -m vicreg_jepa.places", description="several places beside synchronous training"
     )
-    options.add_argument("words", nargs="*", metavar="key=value", help="settings of the recipe")
-    options.add_argument("--output", type=Path, required=True, help="a folder")
-    options.add_argument("--steps", type=integer(1), default=2000)
-    options.add_argument("--every", type=integer(1), default=100)
+    options.add_argument("words", nargs="*", metavar="key=value", help=f"settings of {RECIPE}")
+    options.add_argument("--output", type=Path, required=True, help="a new folder")
+    options.add_argument("--steps", type=integer(6), default=600)
+    options.add_argument("--every", type=integer(1), default=50, help="local steps of a round")
     options.add_argument("--seeds", type=integer(0), nargs="+", default=[0, 1, 2])
-    options.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    options.add_argument("--ways", choices=ARMS, nargs="+", default=list(ARMS))
     chosen = options.parse_args(arguments)
-    images = chosen.output / "images"
-    with output.writing(images):
-        if not (images / "test").exists():
-            write_images(images)
+    torch.set_num_threads(1)
     rows = {}
     for seed in chosen.seeds:
-        one = Experiment(
-            chosen.output / f"seed_{seed}", images, seed, chosen.steps, chosen.every, chosen.words
-        )
-        for arm in chosen.arms:
-            measured = one.run(arm)
-            rows[f"{arm}, seed {seed}"] = vars(measured)
+        folder = chosen.output / f"seed_{seed}"
+        experiment = Experiment(folder, seed, chosen.steps, chosen.every, chosen.words)
+        for arm in chosen.ways:
+            measured = experiment.run(arm)
+            rows[f"{arm} {seed}"] = measured._asdict()
             print(
-                f"{arm:12} seed {seed}  held-out loss {measured.loss:.5f}  "
-                f"{measured.megabytes:10.2f} MB  {measured.seconds:5.0f} s",
+                f"seed {seed}  {arm:12} loss {measured.loss:8.4f}  {measured.megabytes:8.2f} MB  "
+                f"{measured.seconds:5.0f} s",
                 flush=True,
             )
     output.replace(chosen.output / "places.json", json.dumps(rows, indent=1).encode())
@@ -270,4 +255,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(reported("python -m vicreg_jepa.places", lambda: main()))
+    sys.exit(reported("python -m vicreg_jepa.places", main))
