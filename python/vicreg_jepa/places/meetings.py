@@ -9,6 +9,7 @@ takes its outer step, and those that are left meet again with the same contribut
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -54,6 +55,7 @@ class Meetings:
     """
 
     def __init__(self, settings: Places, say: Callable[[str], None]) -> None:
+        os.environ.setdefault("RUST_LOG", "warn")  # torchft would report every request
         try:
             from torchft.coordination import LighthouseClient
             from torchft.process_group import ProcessGroupGloo

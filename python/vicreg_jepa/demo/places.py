@@ -1,4 +1,4 @@
-"""python -m vicreg_jepa.places --output FOLDER: several places beside synchronous training.
+"""python -m vicreg_jepa.demo.places --output FOLDER: several places beside synchronous training.
 
 Four processes on this machine, of one thread each, train a small `vicreg_digits` in five ways:
 
@@ -228,7 +228,7 @@ ARMS = ("synchronous", "places", "killed", "once", "alone")
 
 def main(arguments: list[str] | None = None) -> int:
     options = argparse.ArgumentParser(
-        prog="python -m vicreg_jepa.places", description="several places beside synchronous training"
+        prog="python -m vicreg_jepa.demo.places", description="several places beside synchronous training"
     )
     options.add_argument("words", nargs="*", metavar="key=value", help=f"settings of {RECIPE}")
     options.add_argument("--output", type=Path, required=True, help="a new folder")
@@ -255,4 +255,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(reported("python -m vicreg_jepa.places", main))
+    sys.exit(reported("python -m vicreg_jepa.demo.places", main))
