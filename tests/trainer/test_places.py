@@ -17,7 +17,7 @@ from vicreg_jepa.data.batches import ImageSource
 from vicreg_jepa.distributed.ranks import Ranks
 from vicreg_jepa.methods import build
 from vicreg_jepa.places import agenda
-from vicreg_jepa.places.agenda import NEW, Member, PlacesError, Standing
+from vicreg_jepa.places.agenda import NEW, Member, Standing
 from vicreg_jepa.places.meetings import Meetings, Result
 from vicreg_jepa.places.outer import Outer, Shared
 from vicreg_jepa.places.place import Place
@@ -58,9 +58,7 @@ class Door:
         if room.barrier.wait() == 0:
             room.held += 1
         room.barrier.wait()
-        planned = agenda.agenda(
-            [Member(n, "", p[0]) for n, p in room.present.items()], room.start
-        )
+        planned = agenda.agenda([Member(n, "", p[0]) for n, p in room.present.items()], room.start)
         mean = None
         if planned.contributing:
             some = [room.present[m.name][2] for m in planned.contributing]

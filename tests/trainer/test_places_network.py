@@ -1,5 +1,5 @@
-"""Real meetings: torchft's lighthouse and gloo between threads of this process, and, in the thorough
-test, four commands of which one is killed and comes back.
+"""Real meetings: torchft's lighthouse and gloo between threads of this process; in the thorough
+tests, commands of which one is killed and comes back.
 """
 
 from __future__ import annotations
@@ -150,66 +150,104 @@ def test_other_settings_and_no_lighthouse(lighthouse, monkeypatch):
             One(str(free.getsockname()[1]))
 
 
-WORDS = ["training.batch=16", "model.dim=8", "model.expander=[8,16]", "training.save_every=20",
-         "training.steps=300", "training.log_every=100", "places.every=10",
-         "places.start=3"]  # fmt: skip
+SERVER = """
+import sys, time
+from torchft.coordination import LighthouseServer
+server = LighthouseServer(bind=f"[::]:{sys.argv[1]}", min_replicas=1)
+print("here", flush=True)
+time.sleep(600)
+"""
 
 
-def command(port: str, folder: Path, seed: int) -> subprocess.Popen:
-    words = [f"places.meeting=localhost:{port}", "places.host=localhost", f"seed={seed}"]
+def started(*words: str) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
     )
-    with (folder.parent / f"{folder.name}.log").open("a") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "vicreg_jepa", "train", "vicreg_digits", *WORDS, *words,
-             "--output", str(folder)], env=environment, stdout=log, stderr=log,
-        )  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-u", *words], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
 
 
-def rows(folder: Path) -> list[dict]:
-    path = folder / "places.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
 
 
 @pytest.mark.thorough
-def test_a_place_that_is_killed_comes_back(lighthouse, tmp_path):
-    """kill -9 of one of three; the others go on without it; it resumes, takes their weights, and all
-    end with the same ones. Another is told to stop, saves, and resumes.
-    """
-    folders = [tmp_path / str(k) for k in range(3)]
-    runs = [command(lighthouse, folder, k) for k, folder in enumerate(folders)]
-    until = time.monotonic() + TIMEOUT
-
-    def wait(reached) -> None:
-        while not reached(rows(folders[0])):
-            assert time.monotonic() < until
-            assert runs[0].poll() is None, (tmp_path / "0.log").read_text()
-            time.sleep(0.02)
-
+def test_a_lighthouse_that_ends_is_named_after_the_patience(monkeypatch):
+    monkeypatch.setattr("vicreg_jepa.places.meetings.CONNECT", 2.0)
+    port = free_port()
+    server = started("-c", SERVER, str(port))
     try:
-        wait(lambda row: row and row[-1]["round"] >= 5)
-        runs[2].send_signal(signal.SIGKILL)
-        runs[2].wait()
-        wait(lambda row: row[-1]["places"] == 2)
-        runs[2] = command(lighthouse, folders[2], 2)
-        wait(lambda row: row[-1]["places"] == 3)
-        runs[1].send_signal(signal.SIGTERM)
-        assert runs[1].wait(TIMEOUT) == 143, (tmp_path / "1.log").read_text()
-        runs[1] = command(lighthouse, folders[1], 1)
-        for run in runs:
-            assert run.wait(TIMEOUT) == 0, [p.read_text() for p in tmp_path.glob("*.log")]
+        assert "here" in server.stdout.readline()
+        one = One(str(port), patience=3.0).meet()
+        assert one.error is None
+        assert one.round == 0
     finally:
-        for run in runs:
-            run.kill()
-            run.wait()
-    weights = [checkpoint.load(f / "checkpoints" / "step_00000300")[0] for f in folders]
-    for name in weights[0]:
-        if name.startswith(("method", "places")) and weights[0][name].is_floating_point():
-            assert torch.equal(weights[0][name], weights[1][name]), name
-            assert torch.equal(weights[0][name], weights[2][name]), name
-    (joined,) = [row for row in rows(folders[2])[1:] if row["joined"]]
-    assert joined["step"] == 10 * joined["round"]
-    assert {row["places"] for row in rows(folders[0])} >= {2, 3}
+        server.kill()
+        server.wait()
+    begun = time.monotonic()
+    one.meet()
+    assert isinstance(one.error, PlacesError)
+    assert f"the lighthouse at localhost:{port} has not answered for" in str(one.error)
+    assert time.monotonic() - begun < 30
+    one.meetings.close()
+
+
+@pytest.mark.thorough
+def test_a_place_that_waits_for_others_can_be_stopped(lighthouse, tmp_path):
+    run = started(
+        "-m", "vicreg_jepa", "train", "vicreg_digits", "places.start=2", "places.host=localhost",
+        f"places.meeting=localhost:{lighthouse}", "--output", str(tmp_path / "run"),
+    )  # fmt: skip
+    try:
+        text = ""
+        while "1 of 2 places are here" not in text:
+            line = run.stdout.readline()
+            assert line, text
+            text += line
+        run.send_signal(signal.SIGTERM)
+        text += run.communicate(timeout=60)[0]
+    finally:
+        run.kill()
+    assert run.returncode == 143, text
+    assert "Traceback" not in text
+    assert "vicreg-jepa: stopped by SIGTERM" in text
+
+
+@pytest.mark.thorough
+def test_a_place_that_is_killed_comes_back(tmp_path):
+    """One of four is killed with SIGKILL: the others go on without it, it comes back and takes
+    their weights, and all end with the same ones.
+    """
+    run = started(
+        "-m", "vicreg_jepa.demo.places", "--ways", "killed", "--steps", "240", "--every", "10",
+        "--seeds", "0", "--output", str(tmp_path), "training.batch=64", "training.save_every=20",
+    )  # fmt: skip
+    text = run.communicate(timeout=TIMEOUT)[0]
+    folder = tmp_path / "seed_0"
+    assert run.returncode == 0, text + (folder / "log.txt").read_text()
+    final = [
+        checkpoint.load(folder / f"killed_{k}" / "checkpoints" / "step_00000240")[0]
+        for k in range(4)
+    ]
+    for name, z in final[0].items():
+        if name.startswith(("method", "places")) and z.is_floating_point():
+            assert all(torch.equal(z, other[name]) for other in final[1:]), name
+    rows = [
+        [
+            json.loads(line)
+            for line in (folder / f"killed_{k}" / "places.jsonl").read_text().splitlines()
+        ]
+        for k in range(4)
+    ]
+    assert {row["places"] for row in rows[0]} == {3, 4}
+    assert rows[0][-1]["places"] == 4
+    (joined,) = [row for row in rows[3] if row["joined"] and row["round"] > 0]
+    assert joined["step"] == 10 * joined["round"] >= 160
+    assert joined["contributed"] == 3
+    steps = [row["step"] for row in rows[3]]
+    assert joined["step"] - steps[rows[3].index(joined) - 1] >= 70  # it was away

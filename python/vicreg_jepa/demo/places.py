@@ -60,9 +60,7 @@ class Measured(NamedTuple):
 class Experiment:
     """The runs of one seed, in `folder`."""
 
-    def __init__(
-        self, folder: Path, seed: int, steps: int, every: int, words: list[str]
-    ) -> None:
+    def __init__(self, folder: Path, seed: int, steps: int, every: int, words: list[str]) -> None:
         self.folder, self.seed, self.steps, self.every = folder, seed, steps, every
         self.words = config.layered([*SMALL, f"training.steps={steps}"], words)
         self.train, self.test = image_sets.split(image_sets.digits(), 0)
@@ -228,7 +226,8 @@ ARMS = ("synchronous", "places", "killed", "once", "alone")
 
 def main(arguments: list[str] | None = None) -> int:
     options = argparse.ArgumentParser(
-        prog="python -m vicreg_jepa.demo.places", description="several places beside synchronous training"
+        prog="python -m vicreg_jepa.demo.places",
+        description="several places beside synchronous training",
     )
     options.add_argument("words", nargs="*", metavar="key=value", help=f"settings of {RECIPE}")
     options.add_argument("--output", type=Path, required=True, help="a new folder")

@@ -106,7 +106,5 @@ def _key(member: Member) -> tuple[int, str]:
 def _differs(mine: dict[str, Any], theirs: dict[str, Any]) -> str:
     for key in sorted({*mine, *theirs}):
         if mine.get(key) != theirs.get(key):
-            return (
-                f"{key}: got {mine.get(key)}, takes that of the other places, {theirs.get(key)}"
-            )
+            return f"{key}: got {mine.get(key)}, takes that of the other places, {theirs.get(key)}"
     return ""

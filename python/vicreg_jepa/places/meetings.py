@@ -117,7 +117,7 @@ class Meetings:
         self, standing: Standing, shared: Callable[[], Shared], contribution: Callable[[], Tensor]
     ) -> Result:
         self.sent = self.received = 0
-        for attempt in range(ATTEMPTS):
+        for _ in range(ATTEMPTS):
             planned, key = self._assemble(standing)
             try:
                 return self._exchange(planned, key, shared, contribution)

@@ -102,9 +102,7 @@ class Outer:
         for name, own, given in (("anchor", self.anchor, anchor),
                                  ("velocity", self.velocity, velocity)):  # fmt: skip
             if own.shape != given.shape:
-                raise ValueError(
-                    f"{name}: got shape {list(given.shape)}, takes {list(own.shape)}"
-                )
+                raise ValueError(f"{name}: got shape {list(given.shape)}, takes {list(own.shape)}")
         self.anchor = anchor.clone()
         self.velocity.copy_(velocity)
 

@@ -85,9 +85,7 @@ def _train(settings: Config, folder: Path, process: Ranks, stop: stopping.Stop) 
     return trainer.step
 
 
-def _place(
-    settings: Config, method: nn.Module, process: Ranks, folder: Path
-) -> Place | None:
+def _place(settings: Config, method: nn.Module, process: Ranks, folder: Path) -> Place | None:
     if settings.places.meeting is None:
         return None
     if process.ranks > 1:
