@@ -328,4 +328,4 @@ class TestBadSettings:
         for name in ("torchft", "torchft.coordination"):
             monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(ImportError, match=r"pip install 'vicreg-kernels\[places\]'"):
-            Meetings(config.load("vicreg_digits", [MEETING]).places, print)
+            Meetings(config.load("vicreg_digits", [MEETING]).places, "a", print)

@@ -43,7 +43,9 @@ class One:
         words = [f"places.meeting=localhost:{port}", "places.host=localhost",
                  f"places.start={start}", f"places.patience={patience}"]  # fmt: skip
         self.said: list[str] = []
-        self.meetings = Meetings(config.load("vicreg_digits", words).places, self.said.append)
+        self.meetings = Meetings(
+            config.load("vicreg_digits", words).places, str(seed), self.said.append
+        )
         self.shared = Shared(torch.full((2,), seed + 1.0), torch.zeros(2), torch.tensor([seed]))
         self.round, self.history, self.local = NEW, "", torch.full((2,), float(seed))
         self.settings = {"method": "a"}

@@ -51,10 +51,10 @@ class Result:
 class Meetings:
     """This place's connection to the others. Raises PlacesError if there is no lighthouse.
 
-    say: is called with what a user should know.
+    label: the beginning of this place's name. say: is called with what a user should know.
     """
 
-    def __init__(self, settings: Places, say: Callable[[str], None]) -> None:
+    def __init__(self, settings: Places, label: str, say: Callable[[str], None]) -> None:
         os.environ.setdefault("RUST_LOG", "warn")  # torchft would report every request
         try:
             from torchft.coordination import LighthouseClient
@@ -65,7 +65,8 @@ class Meetings:
             ) from error
         self.settings, self.say = settings, say
         host = settings.host or socket.gethostname()
-        self.name = f"{host}-{uuid.uuid4().hex[:12]}"
+        # Sums are in the order of names, so labels that differ make a run repeatable.
+        self.name = f"{label}-{host}-{uuid.uuid4().hex[:12]}"
         self.address = f"http://{settings.meeting}"
         try:
             self.lighthouse, self.pulse = (

@@ -34,7 +34,7 @@ class Place:
         self.config, self.settings, self.folder = config, config.places, folder
         self.outer = Outer(method, self.settings.rate, self.settings.momentum)
         self.round, self.history, self.taken = NEW, "", 0
-        self.meetings = meetings or Meetings(self.settings, _say)
+        self.meetings = meetings or Meetings(self.settings, folder.resolve().name, _say)
         self.together = 0  # places at the last meeting
         self.warned = False
 
