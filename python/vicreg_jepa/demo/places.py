@@ -15,6 +15,7 @@ device by the kernel's count (`unshare -rn` gives a loopback device that nothing
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -176,6 +177,17 @@ def _fit(settings: Config, images: image_sets.Images, folder: Path, ranks: Ranks
     trainer.fit(source, lambda *_: None)
 
 
+def _import_all() -> None:
+    """Import once, before the processes are forked, what a place imports in its first step: for one
+    that comes back this would take longer than the others' remaining rounds.
+    """
+    for name in ("torchft.coordination", "torchft.process_group", "safetensors.torch"):
+        importlib.import_module(name)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    weight.grad = torch.zeros(1)
+    torch.optim.AdamW([weight]).step()
+
+
 def _lighthouse(port: int) -> None:
     """What the command torchft_lighthouse runs."""
     from torchft.coordination import LighthouseServer
@@ -232,11 +244,12 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("words", nargs="*", metavar="key=value", help=f"settings of {RECIPE}")
     options.add_argument("--output", type=Path, required=True, help="a new folder")
     options.add_argument("--steps", type=integer(6), default=600)
-    options.add_argument("--every", type=integer(1), default=50, help="local steps of a round")
+    options.add_argument("--every", type=integer(1), default=25, help="local steps of a round")
     options.add_argument("--seeds", type=integer(0), nargs="+", default=[0, 1, 2])
     options.add_argument("--ways", choices=ARMS, nargs="+", default=list(ARMS))
     chosen = options.parse_args(arguments)
     torch.set_num_threads(1)
+    _import_all()
     rows = {}
     for seed in chosen.seeds:
         folder = chosen.output / f"seed_{seed}"
