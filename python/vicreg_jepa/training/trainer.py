@@ -8,7 +8,7 @@ import signal
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -22,11 +22,13 @@ from vicreg_jepa.distributed.ranks import Ranks
 from vicreg_jepa.files import output
 from vicreg_jepa.methods import METHODS
 from vicreg_jepa.models.masks import Masks
-from vicreg_jepa.places.place import Place
 from vicreg_jepa.training import checkpoint, schedule
 from vicreg_jepa.training.compilation import compile_method
 from vicreg_jepa.training.optimizers import build as build_optimizer
 from vicreg_jepa.training.stopping import Stop, Stopped
+
+if TYPE_CHECKING:
+    from vicreg_jepa.places.place import Place
 
 # Settings that change how data are read but not the data: a resumed run may change them.
 READING = ("workers", "download", "max_pixels", "max_bytes")
