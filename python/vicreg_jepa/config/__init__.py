@@ -20,6 +20,7 @@ from vicreg_jepa.config.settings import (
     Loss,
     Model,
     Optimizer,
+    Places,
     Training,
 )
 
@@ -31,6 +32,7 @@ __all__ = [
     "Loss",
     "Model",
     "Optimizer",
+    "Places",
     "Training",
     "describe",
     "layered",

@@ -65,6 +65,9 @@ def check(config: Config) -> None:
         _can_be_captured(config)
     if config.training.parallel == "fsdp":
         _can_be_sharded(config)
+    if config.places.meeting is not None and config.training.parallel != "ddp":
+        got = config.training.parallel
+        raise ValueError(f"training.parallel: got {got!r}, takes 'ddp' with places.meeting")
     if config.kernels == "reference" and config.backend is not None:
         raise ValueError(f"backend: got {config.backend!r}, takes none with kernels='reference'")
 

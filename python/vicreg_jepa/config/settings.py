@@ -248,6 +248,38 @@ class Training(Settings):
     log_every: Positive = 10
 
 
+class Places(Settings):
+    """Training in several places that exchange weights rarely (DiLoCo, arXiv:2311.08105).
+
+    meeting: host:port of torchft's lighthouse, where the places meet; without it there is one
+    place. host: the name or address under which the other places reach this one; the default is the
+    name of the host. start: the number of places that a new run waits for. every: local steps
+    between two meetings. rate, momentum: of the outer optimizer, SGD with Nesterov's momentum.
+    patience: the seconds that an exchange, or a lighthouse that does not answer, is waited for.
+    """
+
+    meeting: str | None = None
+    host: str | None = None
+    start: Positive = 1
+    every: Positive = 50
+    rate: Annotated[float, Field(gt=0.0)] = 0.7
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    patience: Annotated[float, Field(gt=0.0, le=86400.0)] = 60.0
+
+    @model_validator(mode="after")
+    def _met(self) -> Places:
+        if self.meeting is None:
+            for key, field in type(self).model_fields.items():
+                value = getattr(self, key)
+                if value != field.default:
+                    raise ValueError(f"{key}: got {value!r}, but it is used with places.meeting")
+            return self
+        host, _, port = self.meeting.rpartition(":")
+        if not (host and "/" not in host and port.isdecimal() and 0 < int(port) < 65536):
+            raise ValueError(f"meeting: got {self.meeting!r}, takes host:port, of the lighthouse")
+        return self
+
+
 class Config(Settings):
     """kernels: "fused" (vicreg_kernels) or "reference" (plain PyTorch as published)."""
 
@@ -261,6 +293,7 @@ class Config(Settings):
     loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
     training: Training = Training()
+    places: Places = Places()
 
     @field_validator("method")
     @classmethod

@@ -19,6 +19,7 @@ from vicreg_jepa.distributed.launch import in_turn, ranks
 from vicreg_jepa.distributed.ranks import Ranks
 from vicreg_jepa.files import output
 from vicreg_jepa.methods import build
+from vicreg_jepa.places.place import Place
 from vicreg_jepa.training import checkpoint, exported, locking, rank_failure, stopping
 from vicreg_jepa.training.log import Log, SpreadMonitor
 from vicreg_jepa.training.trainer import Trainer, bfloat16_is_slow
@@ -59,7 +60,7 @@ def _train(settings: Config, folder: Path, process: Ranks, stop: stopping.Stop) 
     method = build.method(settings, source.channels).train()
     if settings.is_of_trajectories:
         method.prepare(source.sample(PREPARED))
-    trainer = Trainer(settings, method, process, folder)
+    trainer = Trainer(settings, method, process, folder, _place(settings, method, process, folder))
     step = trainer.resume()
     if not step and settings.training.begin is not None:
         _begin(settings, method)
@@ -99,6 +100,16 @@ def _begin(settings: Config, method: nn.Module) -> None:
         if mine != its:
             raise ValueError(f"data.{name}: got {mine!r}, takes that of {folder}, {its!r}")
     method.begin(below.state_dict())
+
+
+def _place(settings: Config, method: nn.Module, process: Ranks, folder: Path) -> Place | None:
+    if settings.places.meeting is None:
+        return None
+    if process.ranks > 1:
+        raise ValueError(
+            f"places.meeting: takes one process in each place, not {process.ranks} ranks"
+        )
+    return Place(settings, method, folder)
 
 
 def restore(folder: Path) -> tuple[Config, nn.Module, int]:

@@ -8,7 +8,7 @@ import signal
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -27,8 +27,15 @@ from vicreg_jepa.training.compilation import compile_method
 from vicreg_jepa.training.optimizers import build as build_optimizer
 from vicreg_jepa.training.stopping import Stop, Stopped
 
+if TYPE_CHECKING:
+    from vicreg_jepa.places.place import Place
+
 # Settings that change how data are read but not the data: a resumed run may change them.
 READING = ("workers", "download", "max_pixels", "max_bytes")
+# Of several places, those that say how they reach each other, which may also change.
+CONNECTING = ("meeting", "host", "start", "patience")
+# The settings that a resumed run may not change otherwise.
+RESUMED = ("method", "data", "augment", "model", "loss", "optimizer", "places", "seed")
 
 
 class Diverged(FloatingPointError):
@@ -55,9 +62,19 @@ def bfloat16_is_slow(device: str) -> bool:
 
 
 class Trainer:
-    """A method, its optimizer, and the number of steps that they have taken."""
+    """A method, its optimizer, and the number of steps that they have taken.
 
-    def __init__(self, config: Config, method: nn.Module, ranks: Ranks, folder: Path) -> None:
+    place: this one of several places that train together.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        method: nn.Module,
+        ranks: Ranks,
+        folder: Path,
+        place: Place | None = None,
+    ) -> None:
         self.config, self.method, self.ranks, self.folder = config, method, ranks, folder
         if config.training.batch % (ranks.ranks * config.training.accumulate):
             raise ValueError(
@@ -76,6 +93,7 @@ class Trainer:
             compile_method(method, whole=self.learns == "views", cuda_graphs=graphs)
         self.model = sharding.distribute(method, config.training, ranks.ranks)
         self.optimizer = build_optimizer(config.optimizer, method)
+        self.place = place
         self.step, self.saved = 0, -1  # saved: the step of the newest checkpoint
         self.stop, self.agreed_to_stop = Stop(), False
 
@@ -110,6 +128,8 @@ class Trainer:
         self.optimizer.step()
         self.method.after_step()
         self.step += 1
+        if self.place is not None:
+            self.place.taken += 1
         return loss
 
     def _differentiate(self, batch: Any, generator: torch.Generator) -> Tensor:
@@ -223,6 +243,8 @@ class Trainer:
         """Save a checkpoint; called on every rank. Rank 0 writes it and returns its path."""
         tensors = self._weights()
         optimizer = checkpoint.flatten("optimizer", self.optimizer.state_dict(), tensors)
+        if self.place is not None:
+            tensors |= self.place.tensors()
         tensors = sharding.whole(tensors, keep=self.ranks.rank == 0)
         if self.ranks.rank != 0:
             return None
@@ -231,6 +253,8 @@ class Trainer:
             "channels": getattr(self.method, "channels", None),  # of those that build.py made
             "optimizer": optimizer,
         }
+        if self.place is not None:
+            state["places"] = self.place.state()
         path = checkpoint.save(self.checkpoints, self.step, tensors, state)
         checkpoint.prune(self.checkpoints, self.config.training.keep)
         self.saved = self.step
@@ -261,7 +285,10 @@ class Trainer:
         theirs = describe(parse(state["config"]))  # newer settings have their defaults
         for name in READING:
             theirs["data"][name] = mine["data"][name]
-        for section in ("method", "data", "augment", "model", "loss", "optimizer", "seed"):
+        if (mine["places"]["meeting"] is None) == (theirs["places"]["meeting"] is None):
+            for name in CONNECTING:
+                theirs["places"][name] = mine["places"][name]
+        for section in RESUMED:
             if mine[section] != theirs.get(section):
                 raise checkpoint.CheckpointError(
                     f"{path}: was written with {section} {theirs.get(section)}, this run has "
@@ -272,6 +299,8 @@ class Trainer:
         sharding.load(self.method, weights)
         optimizer = checkpoint.unflatten(state["optimizer"], tensors)
         sharding.load_optimizer(self.optimizer, optimizer)
+        if self.place is not None:
+            self.place.restore(tensors, state["places"])
         self.step = step
 
     # --------------------------------------------------------------------------------- the loop
@@ -282,19 +311,43 @@ class Trainer:
         If any rank is told to stop, all ranks finish and save the current step and raise Stopped.
         """
         settings, self.stop = self.config.training, stop or Stop()
-        batches = source.batches(self.step, self.ranks.share)
+        batches, follows = None, -1  # follows: the step of the next batch
         try:
+            if self.place is not None and not self.place.finished:
+                self._meet()
             while self.step < settings.steps:
                 start = time.perf_counter()
+                if batches is None or follows != self.step:
+                    batches = source.batches(self.step, self.ranks.share)
                 batch = next(batches)
                 with self.stop.deferred():
                     loss = self.take(batch)
                     log(self.step, float(loss), time.perf_counter() - start)
-                    if self.step % settings.save_every == 0 or self.step == settings.steps:
-                        self.save()
+                    follows = self.step
+                    self._save_if_due()
+                if self.place is not None and self.place.due(self.step):
+                    self._meet()
                 if self.agreed_to_stop:
                     raise Stopped(self.stop.told or signal.SIGTERM)
         except Stopped:
             if self.step not in (0, self.saved):
                 self.save()
             raise
+        finally:
+            if self.place is not None:
+                self.place.close()
+
+    def _save_if_due(self) -> None:
+        settings = self.config.training
+        if self.place is not None and self.place.due(self.step):
+            return  # the meeting comes first
+        last = self.step == settings.steps
+        if (last or self.step % settings.save_every == 0) and self.step not in (0, self.saved):
+            self.save()
+
+    def _meet(self) -> None:
+        """Meet the other places, and go on from their step if they are ahead."""
+        assert self.place is not None
+        self.step = self.place.meet(self.step)
+        with self.stop.deferred():
+            self._save_if_due()
