@@ -1,4 +1,4 @@
-"""`vicreg-jepa`: train, probe, surprise, compare, export, collect, plan, drift, memory, recall."""
+"""The commands of `vicreg-jepa`."""
 
 from __future__ import annotations
 
@@ -111,6 +111,17 @@ def parser() -> argparse.ArgumentParser:
     ten.add_argument(
         "--true", action="store_true", help="the planner has the true dynamics, not the model's"
     )
+    eleven = commands.add_parser(
+        "act", help="act with all parts in mazes, and without each of them"
+    )
+    eleven.add_argument("run", type=Path, nargs="?", help="a run of world_maze_window, or its file")
+    eleven.add_argument(
+        "--pretrained", action="store_true", help="the model of the package instead"
+    )
+    eleven.add_argument(
+        "--output", type=Path, help="folder of the store and the film; default RUN/act, or act"
+    )
+    eleven.add_argument("--episodes", type=integer(2), default=50)
     return parser
 
 
@@ -432,22 +443,28 @@ def _memory(options: argparse.Namespace) -> int:
     return 1 if found else 0
 
 
-def _recall(options: argparse.Namespace) -> int:
+def _maze_window(command: str, options: argparse.Namespace) -> tuple[Path, Any, Any]:
+    """A run, (its settings, its method, its step), and its MazeWindow."""
     from vicreg_jepa import config
     from vicreg_jepa.data.trajectories import world_of
-    from vicreg_jepa.files.output import writing
-    from vicreg_jepa.recall import figure, report
     from vicreg_jepa.training.run import restore
     from vicreg_jepa.worlds.window import MazeWindow
 
-    (run,) = _runs("recall", [options.run] if options.run else [], options.pretrained)
-    settings, method, step = restore(run)
-    world = world_of(settings)
+    (run,) = _runs(command, [options.run] if options.run else [], options.pretrained)
+    restored = restore(run)
+    world = world_of(restored[0])
     if not isinstance(world, MazeWindow):
         raise config.ConfigError(f"run: {run} has {world}, takes a run on MazeWindow")
+    return run, restored, world
+
+
+def _recall(options: argparse.Namespace) -> int:
+    from vicreg_jepa.files.output import writing
+    from vicreg_jepa.recall import figure, report
+
+    run, (settings, method, step), world = _maze_window("recall", options)
     folder = options.output or _beside(run, "recall")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     learned = report.learned(settings, method, world, _row_name(run, step), options.true)
     found = report.measured(learned, world, options.episodes, folder)
     report.write(found, folder)
@@ -457,6 +474,28 @@ def _recall(options: argparse.Namespace) -> int:
         ways = [found.found[name] for name in (report.WITH, report.ALONE)]
         figure.draw(world, found.starts, found.explored, *ways, picture)
     print(f"the picture of an episode: {picture}")
+    failed = report.verdict(found)
+    for words in failed:
+        print(f"failed: {words}")
+    return 1 if failed else 0
+
+
+def _act(options: argparse.Namespace) -> int:
+    from vicreg_jepa.act import figure, report
+    from vicreg_jepa.files.output import writing
+    from vicreg_jepa.recall.report import learned
+
+    run, (settings, method, step), world = _maze_window("act", options)
+    folder = options.output or _beside(run, "act")
+    _make(folder)
+    models = learned(settings, method, world, _row_name(run, step), true=False)
+    found = report.measured(models, world, options.episodes, folder)
+    report.write(found, folder)
+    print(report.table(found))
+    film = folder / "episode.gif"
+    with writing(film):
+        figure.animate(world, found.scene, found.led, found.runs[report.WHOLE], film)
+    print(f"the film of an episode: {film}")
     failed = report.verdict(found)
     for words in failed:
         print(f"failed: {words}")
@@ -474,4 +513,5 @@ COMMANDS = {
     "drift": _drift,
     "memory": _memory,
     "recall": _recall,
+    "act": _act,
 }

@@ -9,6 +9,7 @@ FILES = {
     "surprise": "vjepa_causal_physics.safetensors",
     "plan": "world_two_rooms.safetensors",
     "recall": "world_maze_window.safetensors",
+    "act": "world_maze_window.safetensors",
 }
 
 

@@ -185,6 +185,7 @@ class Agent:
         self.former = torch.zeros(count, self.low.horizon, ACTIONS)
         self.coming = torch.zeros(count, self.low.interval, ACTIONS)
         self.subgoals = torch.zeros(count, 2)
+        self.surprise = torch.zeros(count)  # of the last step: how far the prediction was off
         self.goals = np.full((count, 2), np.nan)  # their places, where it knows them
         self.rays = rays()
         self._note()
@@ -244,11 +245,15 @@ class Agent:
         if self.goal is not None:
             apart = torch.linalg.vector_norm(self.latents - self.goal, dim=1)
         self.apart = apart.tolist()
-        for number, (mind, far) in enumerate(zip(self.minds, self.apart, strict=True)):
-            mind.graph.add(self.place(number), self.step)
-            mind.trail.append((self.step, self.own[number].copy()))
-            if far <= self.match:
-                mind.alike.append((self.step, self.own[number].copy(), far))
+        for number in range(len(self.minds)):
+            self._note_in(number)
+
+    def _note_in(self, number: int) -> None:
+        mind, far = self.minds[number], self.apart[number]
+        mind.graph.add(self.place(number), self.step)
+        mind.trail.append((self.step, self.own[number].copy()))
+        if far <= self.match:
+            mind.alike.append((self.step, self.own[number].copy(), far))
 
     def _remember(self, action: Tensor, before: Tensor, active: Tensor) -> None:
         """The step just done, with the place where it began; without it if that is not known."""
@@ -256,13 +261,10 @@ class Agent:
             return
         places = np.stack([self.place(number) for number in range(len(self.minds))])
         located = torch.tensor([mind.offset is not None for mind in self.minds])
-        with torch.no_grad():
-            predicted = self.model.rollout(before, action[:, None, None])[:, 0, 0]
-        surprise = torch.linalg.vector_norm(predicted - self.latents, dim=1)
         for which, where in ((active & located, places), (active & ~located, None)):
             if which.any():
                 self.memory.remember(
-                    self.step, before, where, action, self.latents, surprise, which
+                    self.step, before, where, action, self.latents, self.surprise, which
                 )
 
     # ------------------------------------------------------------------------------ what it wants
@@ -362,6 +364,10 @@ class Agent:
             self._imagine([numbers[p] for p in lost], start[lost])
         subgoals = np.stack([self._subgoal(number, goals[number]) for number in numbers])
         self.subgoals[numbers] = torch.from_numpy(subgoals).to(self.subgoals)
+        self.coming[numbers] = self._to_subgoals(numbers, start)
+
+    def _to_subgoals(self, numbers: list[int], start: Tensor) -> Tensor:
+        """Actions [n, interval, A] to the subgoals of these environments."""
         to = self.subgoals[numbers].to(start)
         request = PlanRequest(
             start, to_place(to, NEAR), self.state.seed[numbers], self.step,
@@ -370,16 +376,20 @@ class Agent:
         with torch.no_grad():
             plan = self.low.plan(self.places, request)
         self.rollout_steps[numbers] += plan.rollout_steps
-        self.coming[numbers] = self.low.held(plan.actions)[:, : self.low.interval]
         self.former[numbers] = self.low.shifted(plan.actions, self.low.interval)
+        return self.low.held(plan.actions)[:, : self.low.interval]
 
     def act(self, active: Tensor) -> State:
         """Do the next step of a plan in the environments that are active, bool [N]."""
+        return self.led(self.wanted(active), active)
+
+    def wanted(self, active: Tensor) -> Tensor:
+        """The next action [N, A] of a plan; 0 where it takes itself to be at the goal."""
         if self.step % self.low.interval == 0:
             self._plan(active.nonzero()[:, 0].tolist())
         action = self.coming[:, self.step % self.low.interval]
         stands = torch.from_numpy(self._arrived())
-        return self.led(torch.where(stands[:, None], 0.0, action), active)
+        return torch.where(stands[:, None], 0.0, action)
 
     def _is_beside(self, number: int) -> bool:
         apart = float(np.linalg.norm(self.place(number) - self.goals[number]))
@@ -413,11 +423,20 @@ class Agent:
         """Do an action [N, A] in the environments that are active, and see what comes of it."""
         self.action = action = torch.where(active[:, None], action.clamp(-1, 1), 0.0)
         state, before = self.world.step(self.state, action), self.latents
+        felt = (state.position - self.state.position).double().numpy()
+        state = self.disturbed(state)
         self.latents = self._encoded(state)
+        with torch.no_grad():
+            predicted = self.model.rollout(before, action[:, None, None])[:, 0, 0]
+        self.surprise = torch.linalg.vector_norm(predicted - self.latents, dim=1)
         self._remember(action, before, active)
-        self.own += (state.position - self.state.position).double().numpy()
+        self.own += felt
         self.state, self.step = state, self.step + 1
         self._note()
+        return state
+
+    def disturbed(self, state: State) -> State:
+        """What becomes of a state without the dot's doing, which it does not feel: nothing."""
         return state
 
     def _encoded(self, state: State) -> Tensor:
