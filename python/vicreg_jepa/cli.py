@@ -357,8 +357,8 @@ def _recall(options: argparse.Namespace) -> int:
     print(report.table(found))
     picture = folder / "episode.png"
     with writing(picture):
-        ways = [found.found[name] for name in (report.WITH, report.ALONE)]
-        figure.draw(world, found.starts, found.explored, *ways, picture)
+        back, alone = found.found[report.WITH], found.found[report.ALONE]
+        figure.draw(world, found.starts, found.explored, back, alone, picture)
     print(f"the picture of an episode: {picture}")
     failed = report.verdict(found)
     for words in failed:

@@ -25,6 +25,7 @@ EDGE = float(HALF + 1)  # pixels: so far from the window's edge a thing is seen 
 NEAREST = 64  # rows around a place, of which those of the first visit are taken
 EVERY = 6  # steps between the unchanged windows that are looked at
 KINDS = ("moved", "removed", "added")
+WAYS = ("with memory", "without memory")
 
 
 def middles(cells: int) -> Tensor:
@@ -131,6 +132,10 @@ class Surprises:
     lost: int
 
 
+def _none() -> dict[str, dict[str, list[float]]]:
+    return {way: {kind: [] for kind in KINDS} for way in WAYS}
+
+
 def measured(
     world: MazeWindow,
     models: Models,
@@ -145,10 +150,7 @@ def measured(
     expectation is the row whose place is nearest, moved by the world model to where the agent takes
     itself to be; without it the world model continues the last frame before a cell came into view.
     """
-    ways = ("with memory", "without memory")
-    found = Surprises(
-        *({way: {kind: [] for kind in KINDS} for way in ways} for _ in range(2)), [], 0
-    )
+    found = Surprises(_none(), _none(), [], 0)
     with Reader(store) as reader, torch.no_grad():
         session = int(reader.rows().session.min())
         for number, case in enumerate(chosen):

@@ -21,20 +21,9 @@ from vicreg_jepa.cli_options import integer, reported
 from vicreg_jepa.files import output
 from vicreg_jepa.methods import build
 from vicreg_jepa.physics import PROPERTIES
+from vicreg_jepa.surprise import filter_report
+from vicreg_jepa.surprise.arms import ARMS, STRENGTHS
 from vicreg_jepa.training.run import restore, train
-
-# arm -> its recipe and settings
-ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "teacher": ("vjepa_causal_physics", ()),
-    "vicreg": ("jepa_causal_physics", ()),
-    "sigreg": ("jepa_causal_physics", ("loss.vc_weight=0", "loss.sigreg=0.05")),
-    "pixels": ("pixels_physics", ()),
-    "blur": ("pixels_physics", ("model.blur=1.5",)),
-}
-STRENGTHS = (0.0, 0.25, 0.5, 1.0)
-BROKEN = tuple(name for name in PROPERTIES if name != "control")
-NOISES = ("light", "shake", "texture", "camera", "leaves")
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -58,8 +47,6 @@ def run(
     root: Path, arms: Sequence[str], strengths: Sequence[float], seeds: Sequence[int], plan: Plan
 ) -> None:
     """Train and measure the cells, and draw the table and the figure after each."""
-    from vicreg_jepa.surprise import filter_report
-
     for seed in seeds:
         for strength in strengths:
             for arm in arms:

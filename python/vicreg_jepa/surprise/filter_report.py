@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from vicreg_jepa.surprise.filter import ARMS, BROKEN, NOISES, STRENGTHS
+from vicreg_jepa.surprise.arms import ARMS, BROKEN, NOISES, STRENGTHS
 
 COLOURS = {
     "teacher": "#30638e",
