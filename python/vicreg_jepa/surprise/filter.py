@@ -74,6 +74,7 @@ def _measured(folder: Path, arm: str, strength: float, seed: int, plan: Plan) ->
     untrained = build.method(settings, method.channels).eval()
     cell = {"plan": planned, "arm": arm, "strength": strength, "seed": seed, "step": step}
     cell |= {"surprise": surprise(method, settings, plan.quadruplets)}
+    cell |= {"untrained": surprise(untrained, settings, plan.quadruplets)}
     cell |= {"probes": probes({"model": method, "untrained": untrained}, settings, plan.videos)}
     output.replace(path, json.dumps(cell, indent=1).encode())
 

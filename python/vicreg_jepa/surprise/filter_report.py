@@ -31,9 +31,11 @@ def read(root: Path) -> Cells:
     return dict(cells)
 
 
-def accuracies(cell: dict[str, Any], what: str = "accuracy") -> list[float]:
+def accuracies(
+    cell: dict[str, Any], what: str = "accuracy", model: str = "surprise"
+) -> list[float]:
     """Of every property and place, without the control, in per cent."""
-    return [100 * row[name][what] for row in cell["surprise"].values() for name in BROKEN]
+    return [100 * row[name][what] for row in cell[model].values() for name in BROKEN]
 
 
 def average(values: list[float]) -> float:
@@ -42,10 +44,10 @@ def average(values: list[float]) -> float:
 
 def table(cells: Cells) -> str:
     """A row for each arm and strength: relative accuracy (average over properties and places, the
-    lowest of them, hidden exchanges alone), AUROC, and the probes; means over seeds. A dash is a
+    lowest of them, hidden exchanges alone, the untrained network), AUROC, and the probes; means over seeds. A dash is a
     cell that was not measured.
     """
-    names = ("accuracy", "least", "hidden", "AUROC", "control", *FACTS, *NOISES)
+    names = ("accuracy", "least", "hidden", "untrained", "AUROC", "control", *FACTS, *NOISES)
     lines = [f"{'arm':<9}{'strength':>9}{'seeds':>6}" + "".join(f"{n:>10}" for n in names)]
     strengths = sorted({*STRENGTHS, *(strength for _, strength in cells)})
     for arm in ARMS:
@@ -68,6 +70,7 @@ def _columns(cell: dict[str, Any]) -> dict[str, float]:
         "accuracy": average(accuracies(cell)),
         "least": min(accuracies(cell)),
         "hidden": average(hidden),
+        "untrained": average(accuracies(cell, model="untrained")),
         "AUROC": average(accuracies(cell, "auroc")),
         "control": average(control),
         **{name: 100 * score for name, score in cell["probes"]["model"].items()},
