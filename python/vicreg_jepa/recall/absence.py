@@ -191,7 +191,7 @@ def measured(
                 if usual is not None:
                     found.usual.append(_apart(usual, scene(at, None)))
             for kind in ("moved", "added" if number % 2 else "removed"):
-                for way, expectation in zip(ways, (remembered, continued), strict=True):
+                for way, expectation in zip(WAYS, (remembered, continued), strict=True):
                     found.true[way][kind].append(_apart(expectation, scene(step, None)))
                     found.changed[way][kind].append(_apart(expectation, scene(step, kind)))
     return found

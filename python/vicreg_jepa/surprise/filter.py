@@ -25,6 +25,7 @@ from vicreg_jepa.surprise import filter_report
 from vicreg_jepa.surprise.arms import ARMS, STRENGTHS
 from vicreg_jepa.training.run import restore, train
 
+
 @dataclass(frozen=True)
 class Plan:
     """What every cell shares. quadruplets: per property and place of the exchange; videos: of the

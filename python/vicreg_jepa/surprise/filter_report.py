@@ -44,8 +44,8 @@ def average(values: list[float]) -> float:
 
 def table(cells: Cells) -> str:
     """A row for each arm and strength: relative accuracy (average over properties and places, the
-    lowest of them, hidden exchanges alone, the untrained network), AUROC, and the probes; means over seeds. A dash is a
-    cell that was not measured.
+    lowest of them, hidden exchanges alone, the untrained network), AUROC, and the probes; means
+    over seeds. A dash is a cell that was not measured.
     """
     names = ("accuracy", "least", "hidden", "untrained", "AUROC", "control", *FACTS, *NOISES)
     lines = [f"{'arm':<9}{'strength':>9}{'seeds':>6}" + "".join(f"{n:>10}" for n in names)]
