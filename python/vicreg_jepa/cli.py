@@ -217,7 +217,8 @@ def _plan_world(options: argparse.Namespace, restored: Any, planner: Any, output
         if worlds[-1] != worlds[0]:
             raise config.ConfigError(f"run: {run} has {worlds[-1]}, takes that of the first run")
     _make(output)
-    low = trained.low_planner(parsed(options.planner))
+    levels = any(trained.has_levels(method) for _, method in runs)
+    low = trained.low_planner(parsed(options.planner)) if levels else None
     rows, first = report.measured(
         runs, worlds[0], planner, options.episodes, options.full, options.steps or STEPS, low
     )

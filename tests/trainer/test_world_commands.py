@@ -65,7 +65,8 @@ class Position:
 
 def test_plan_writes_its_table_and_pictures_and_fails_an_untrained_model(runs, capsys):
     run, output = runs / "world_two_rooms", runs / "pictures"
-    words = ["--episodes", "4", "--full", "--output", str(output), "--planner", *LITTLE]
+    words = ["--episodes", "4", "--full", "--output", str(output)]
+    words += ["--planner", *LITTLE, "interval=30"]  # longer than plans of a lowest level are
     assert cli.main(["plan", str(run), *words]) == 1
     out = capsys.readouterr().out
     text = (output / "plan.json").read_text()

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vicreg_jepa.evaluation import state_probe
@@ -43,14 +45,15 @@ def seen(count: int, noise: float, stride: int) -> Seen:
     """The first `count` videos, from FIRST on, of one thing that is in view in a frame, which is
     drawn at random with another one `stride` before it.
     """
-    clips, rows = [], []
+    clips: list[NDArray] = []
+    rows: list[tuple[int, int, Any]] = []
     seed = FIRST
     while len(clips) < count:
         rng = np.random.default_rng([FIRST, seed])
         video, record = possible(seed)
         if len(record["things"]) == 1:
             place = np.array(record["position"])[:, 0]
-            inside = ((place > EDGE) & (place < SIZE - EDGE)).all(axis=1)
+            inside = np.all((place > EDGE) & (place < SIZE - EDGE), axis=1)
             inside[record["hidden"][0]] = False
             frames = np.flatnonzero(inside[stride:] & inside[:-stride]) + stride
             if len(frames):

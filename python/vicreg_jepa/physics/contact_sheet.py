@@ -130,6 +130,7 @@ def noise_sheet(seed: int, columns: int) -> Image.Image:
     colour at strength 0.5.
     """
     sample = possible(seed)
+    rows: list[tuple[str, float, tuple[str, ...] | None]]
     rows = [(f"{layer}, strength 1", 1.0, (layer,)) for layer in unpredictable.LAYERS]
     rows += [(f"all, strength {strength}", strength, None) for strength in (0.25, 0.5, 1.0)]
     blocks = []

@@ -10,6 +10,7 @@ four frames later, which is the distance of the frames that the recipes' models 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,7 +88,7 @@ class Disturbance:
         """
         field = np.stack([self._field(0, frame)[PLACES] for frame in range(FRAMES)])
         pixels = np.stack([self._grain(frame)[PLACES][..., 0] for frame in range(FRAMES)])
-        facts = {
+        facts: dict[str, NDArray] = {
             "light": self.light[:, :1],
             "shake": self.shake,
             "leaves": self._leaves_by_patch(),
@@ -170,7 +171,7 @@ class Disturbance:
             inside = (rows >= 0) & (rows < SIZE)
             cover *= inside[:, :, None] & ((columns >= 0) & (columns < SIZE))[:, None, :]
             rows, columns = rows.clip(0, SIZE - 1), columns.clip(0, SIZE - 1)
-            where = (
+            where: Any = (
                 ...,
                 np.arange(len(chosen))[:, None, None],
                 rows[:, :, None],

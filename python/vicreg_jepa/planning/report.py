@@ -160,7 +160,7 @@ def measured(
     first: Result | None = None
     for name, method in runs:
         near = NEAR * step_length(method, world)
-        its = effort
+        its: Plans = effort
         if has_levels(method):
             if low is None:
                 raise ValueError(f"low: got None, takes the planner of {name}'s lowest level")

@@ -98,6 +98,7 @@ def figure(cells: Cells, path: Path) -> None:
     left.axhline(50, color="#888888", linestyle="--", linewidth=1)
     left.set_xlabel("strength of the noise")
     left.set_ylabel("quadruplets told apart, %")
+    left.set_xlim(-0.05, 1.05)
     left.set_ylim(30, 102)
     left.legend(frameon=False)
     facts = (*FACTS, *NOISES)
