@@ -106,7 +106,7 @@ def figure(cells: Cells, path: Path) -> None:
     shown = [arm for arm in ARMS if noisy and (arm, noisy[-1]) in cells]
     for number, arm in enumerate(shown):
         columns = [_columns(cell) for cell in cells[arm, noisy[-1]]]
-        heights = [average([max(c[fact], 0) for c in columns]) for fact in facts]
+        heights = [average([max(c.get(fact, 0), 0) for c in columns]) for fact in facts]
         places = [i + 0.8 * (number - (len(shown) - 1) / 2) / len(shown) for i in range(len(facts))]
         right.bar(places, heights, 0.8 / len(shown), color=COLOURS[arm], label=arm)
     right.set_xticks(range(len(facts)), facts, rotation=35, ha="right")
