@@ -65,8 +65,7 @@ pretrained: setup ## train the models that come with the package: half an hour
 	    $(BIN)/vicreg-jepa export --format whole runs/pretrained/$$recipe \
 	        python/vicreg_jepa/pretrained/$$recipe.safetensors || exit 1; \
 	done
-	$(BIN)/python -m vicreg_jepa.surprise.calibration \
-	    python/vicreg_jepa/pretrained/vjepa_causal_physics.safetensors
+	$(BIN)/python -m vicreg_jepa.surprise
 
 test: setup ## run all tests that end within 10 minutes
 	$(BIN)/python -m pytest -m "not gpu and not thorough" -n 2 --dist loadfile \

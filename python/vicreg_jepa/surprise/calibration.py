@@ -8,7 +8,6 @@ guaranteed.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from vicreg_jepa.files import output
 from vicreg_jepa.physics import possible
 from vicreg_jepa.planning.conformal import quantile
 from vicreg_jepa.surprise.curves import Curve, curves
-from vicreg_jepa.training.run import restore
 
 FIRST, COUNT = 10**9, 160  # the seeds of the calibration, which no training of a seed uses
 
@@ -68,11 +66,3 @@ def verdict(curve: Curve, limit: float, false_alarms: float, count: int) -> str:
     if not above.any():
         return f"nothing impossible ({peak}; {rate})"
     return f"impossible at frame {int(above.int().argmax())} ({peak}; {rate})"
-
-
-if __name__ == "__main__":
-    # python -m vicreg_jepa.surprise.calibration FILE: anew, as `make pretrained` does.
-    file = Path(sys.argv[1])
-    beside(file).unlink(missing_ok=True)
-    settings, method, step = restore(file)
-    peaks(method, settings, step, beside(file))
