@@ -48,6 +48,7 @@ def test_the_world_model_stays_as_it_is(runs):
     assert torch.equal(method.rollout(latents, actions), below.rollout(latents, actions))
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_is_the_same(runs, tmp_path):
     """As it was interrupted after two steps; the world model's run is gone by then."""
     world = shutil.copytree(runs / "world", tmp_path / "world")
