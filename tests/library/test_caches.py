@@ -24,6 +24,7 @@ BOUNDED = {
     ("core/dispatch.py", "_thresholds"): "ops x devices x dtypes",
     ("core/registry.py", "OPS"): "ops, at import",
     ("distributed/collectives.py", "_roll_calls"): "process groups that failed",
+    ("integrations/masks.py", "_kept"): "masks that live: a finalizer removes each",
     ("configs/__init__.py", "_forgetters"): "caches of files, at import",
 }
 WRITES = {"append", "add", "setdefault", "update", "extend", "insert", "appendleft", "__setitem__"}
