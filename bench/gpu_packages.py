@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".gpu-packages"
 # What python/vicreg_jepa imports beside torch. The image has all but the first two.
 IMPORTS = (
-    "pydantic", "pymunk", "safetensors", "yaml", "rich", "sklearn", "matplotlib", "tqdm", "numpy",
-    "PIL",
+    "pydantic", "pymunk", "safetensors", "yaml", "rich", "sklearn", "scipy", "matplotlib", "tqdm",
+    "numpy", "PIL",
 )  # fmt: skip
 CARRIED = ("pydantic>=2", "pymunk")
 # In the order of preference; an older glibc's wheels run on a newer one.
