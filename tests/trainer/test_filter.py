@@ -113,7 +113,7 @@ def test_probes_read_what_is_there_and_nothing_else():
 def cell(arm: str, strength: float, seed: int, accuracy: float) -> dict:
     row = {name: {"accuracy": accuracy, "auroc": 0.5} for name in PROPERTIES}
     places = {"in view": row, "behind a panel": row}
-    facts = dict.fromkeys((*filter_report.FACTS, *comparison.NOISES), 0.9)
+    facts = dict.fromkeys((*filter_report.FACTS, *filter_report.NOISES), 0.9)
     del facts["camera"]
     probes = {"model": {**facts, "light": 0.25}}
     return {
