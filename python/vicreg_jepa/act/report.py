@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from torch import Tensor
 from vicreg_jepa.act.episodes import PUSHED, Acted, Scene, acted, alarm_of, followed, scene
 from vicreg_jepa.act.system import Parts
 from vicreg_jepa.files import output
-from vicreg_jepa.recall.report import COLLECTION, LED, Learned, in_new_process
+from vicreg_jepa.recall.report import COLLECTION, LED, Learned, in_new_process, listed
 from vicreg_jepa.recall.visits import Visit, begun, visit
 from vicreg_jepa.worlds.episodes import episode_seed
 from vicreg_jepa.worlds.policies import expert, straight, walk
@@ -134,17 +133,15 @@ def verdict(report: Report) -> list[str]:
 
 def write(report: Report, folder: Path) -> None:
     """Write act.json."""
-
-    def of(its: Acted) -> dict[str, Any]:
-        names = ("success", "rollout_steps", "violations")
-        return {name: getattr(its, name).tolist() for name in names}
-
     noticed, false = _alarms(report.runs[WHOLE])
     contents = {
         "alarm": report.alarm,
         "noticed": noticed,
         "false_alarms": false,
         "policies": report.policies,
-        "runs": {name: of(its) for name, its in report.runs.items()},
+        "runs": {
+            name: listed(its, "success", "rollout_steps", "violations")
+            for name, its in report.runs.items()
+        },
     }
     output.replace_json(folder / "act.json", contents)

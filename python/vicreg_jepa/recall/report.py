@@ -279,12 +279,16 @@ def verdict(report: Report) -> list[str]:
     return failed
 
 
+def listed(its: Any, *names: str) -> dict[str, Any]:
+    """Tensors of a result by name, as JSON holds them."""
+    return {name: getattr(its, name).tolist() for name in names}
+
+
 def write(report: Report, folder: Path) -> None:
     """Write recall.json."""
 
     def of(visit: Visit) -> dict[str, Any]:
-        names = ("success", "steps", "rollout_steps")
-        return {name: getattr(visit, name).tolist() for name in names}
+        return listed(visit, "success", "steps", "rollout_steps")
 
     contents = {
         "policies": report.policies,
