@@ -40,13 +40,13 @@ physics: setup ## train the physics models in full and measure their surprise: h
 	$(BIN)/vicreg-jepa train pixels_physics --output runs/pixels_physics
 	$(BIN)/vicreg-jepa surprise runs/vjepa_causal_physics --beside runs/pixels_physics
 
-# Two trainings side by side, one core each; runs that are there are resumed.
-TRAIN_WORLD = OMP_NUM_THREADS=1 $(BIN)/vicreg-jepa train
-
 # 60 trainings, which take days on two cores; arms, strengths, seeds and steps can be chosen, as in
 # make filter FILTER="--arms teacher pixels --strengths 0.5 --seeds 0 --steps 700".
 filter: setup ## compare predicting embeddings and pixels under noise (FILTER="--steps 700 ...")
 	$(BIN)/python -m vicreg_jepa.surprise.filter --output runs/filter $(FILTER)
+
+# Two trainings side by side, one core each; runs that are there are resumed.
+TRAIN_WORLD = OMP_NUM_THREADS=1 $(BIN)/vicreg-jepa train
 
 world: setup ## train world models, plan with them, measure their drift: half an hour
 	$(TRAIN_WORLD) world_two_rooms_random --output runs/world_random 2> /dev/null & random=$$!; \
@@ -59,7 +59,7 @@ world: setup ## train world models, plan with them, measure their drift: half an
 # The models that come with the package (python/vicreg_jepa/pretrained).
 PRETRAINED := vjepa_causal_physics world_two_rooms world_maze_window
 
-pretrained: setup ## train the models that come with the package: half an hour
+pretrained: setup ## train and calibrate the models that come with the package
 	for recipe in $(PRETRAINED); do \
 	    $(BIN)/vicreg-jepa train $$recipe --output runs/pretrained/$$recipe && \
 	    $(BIN)/vicreg-jepa export --format whole runs/pretrained/$$recipe \

@@ -268,7 +268,7 @@ def _check_one_of(what: Any, name: str, known: list[str], where: str) -> None:
 def apart(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Those of the records that hold times, and those of errors by precision."""
     parity = [record for record in records if record["schema"] == parity_table.SCHEMA]
-    return [record for record in records if record not in parity], parity
+    return [record for record in records if record["schema"] != parity_table.SCHEMA], parity
 
 
 def in_order(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -85,8 +85,10 @@ def _surprise(options: argparse.Namespace) -> int:
         raise ConfigError("--video: takes no --beside and no --quadruplets, which are of the test")
     if options.video is None and options.false_alarms is not None:
         raise ConfigError("--false-alarms: takes --video, whose verdict it is of")
+    false_alarms = options.false_alarms or 0.05
+    calibration.check(false_alarms, calibration.COUNT)
     (run,) = _runs("surprise", [options.run] if options.run else [], options.pretrained)
-    name, settings, method, step = _video_run(run)
+    name, settings, method = _video_run(run)
     stride, size = settings.data.stride, settings.data.size
     output = options.output or _beside(run, "surprise")
     _make(output)
@@ -98,8 +100,8 @@ def _surprise(options: argparse.Namespace) -> int:
             size,
             output,
             stride=stride,
-            peaks=calibration.peaks(method, settings, step, kept),
-            false_alarms=options.false_alarms or 0.05,
+            peaks=calibration.peaks(method, settings, kept),
+            false_alarms=false_alarms,
         )
         return 0
     untrained = build.method(settings, method.channels).eval()
@@ -108,7 +110,7 @@ def _surprise(options: argparse.Namespace) -> int:
         for one, trained in ((name, method), ("untrained", untrained))
     }
     for beside in options.beside:
-        other, its, trained, _ = _video_run(beside)
+        other, its, trained = _video_run(beside)
         if other in models:
             raise ConfigError(f"--beside: {beside} has the name of another run, {other!r}")
         models[other] = physics_test.of_method(trained, its.data.stride)
@@ -137,8 +139,8 @@ def _beside(run: Path, name: str) -> Path:
     return Path(name) if run.is_file() else run / name
 
 
-def _video_run(run: Path) -> tuple[str, Any, Any, int]:
-    """(its name in the table, its configuration, its method, its step)."""
+def _video_run(run: Path) -> tuple[str, Any, Any]:
+    """(its name in the table, its configuration, its method)."""
     from vicreg_jepa import config
     from vicreg_jepa.methods import METHODS
     from vicreg_jepa.training.run import restore
@@ -147,7 +149,7 @@ def _video_run(run: Path) -> tuple[str, Any, Any, int]:
     if not settings.is_video:
         takes = " or ".join(name for name, kind in METHODS.items() if kind.data == "videos")
         raise config.ConfigError(f"run: {run} trained {settings.method}, surprise takes {takes}")
-    return _row_name(run, step), settings, method, step
+    return _row_name(run, step), settings, method
 
 
 def _compare(options: argparse.Namespace) -> int:

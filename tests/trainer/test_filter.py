@@ -16,6 +16,7 @@ from vicreg_jepa.models import masks
 from vicreg_jepa.physics import PROPERTIES
 from vicreg_jepa.surprise import filter as comparison
 from vicreg_jepa.surprise import filter_report
+from vicreg_jepa.surprise.arms import BROKEN
 from vicreg_jepa.surprise.filter import ARMS, Plan
 
 SMALL = (
@@ -111,8 +112,10 @@ def test_probes_read_what_is_there_and_nothing_else():
 
 
 def cell(arm: str, strength: float, seed: int, accuracy: float) -> dict:
-    row = {name: {"accuracy": accuracy, "auroc": 0.5} for name in PROPERTIES}
-    places = {"in view": row, "behind a panel": row}
+    view = {name: {"accuracy": accuracy, "auroc": 0.5} for name in PROPERTIES}
+    view["control"] = {"accuracy": 0.5, "auroc": 0.5}
+    panel = {**view, "colour": {"accuracy": 0.0, "auroc": 0.5}}
+    untrained = {name: {"accuracy": 0.1, "auroc": 0.5} for name in PROPERTIES}
     facts = dict.fromkeys((*filter_report.FACTS, *filter_report.NOISES), 0.9)
     del facts["camera"]
     probes = {"model": {**facts, "light": 0.25}}
@@ -121,8 +124,8 @@ def cell(arm: str, strength: float, seed: int, accuracy: float) -> dict:
         "arm": arm,
         "strength": strength,
         "seed": seed,
-        "surprise": places,
-        "untrained": places,
+        "surprise": {"in view": view, "behind a panel": panel},
+        "untrained": {"in view": untrained, "behind a panel": untrained},
         "probes": probes,
     }
 
@@ -139,7 +142,11 @@ def test_the_report_averages_seeds_and_marks_what_is_missing(tmp_path):
         tuple(line.split()[:2]): dict(zip(names, line.split(), strict=True)) for line in lines[1:]
     }
     assert rows["teacher", "0.5"]["seeds"] == "2"
-    assert rows["teacher", "0.5"]["accuracy"] == "85.0"
+    count = len(BROKEN)
+    teacher = rows["teacher", "0.5"]
+    assert teacher["accuracy"] == f"{85 * (2 * count - 1) / (2 * count):.1f}"
+    assert teacher["hidden"] == f"{85 * (count - 1) / count:.1f}"
+    assert [teacher[name] for name in ("least", "control", "untrained")] == ["0.0", "50.0", "10.0"]
     assert rows["pixels", "0.5"]["light"] == "25.0"
     assert rows["pixels", "0.5"]["camera"] == rows["pixels", "1"]["accuracy"] == "-"
     assert (tmp_path / "filter.png").stat().st_size > 5000

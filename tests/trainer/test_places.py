@@ -213,6 +213,9 @@ class TestRun:
             assert two.resume() == stop
             two.fit(source(two), lambda *_: None)
             same(two.method, whole.method, rtol=0, atol=0)
+            tensors, _, state = checkpoint.load(folder / "checkpoints" / "step_00000010")
+            assert state["places"]["round"] == 3
+            assert torch.equal(tensors["places.anchor"], whole.place.outer.anchor)
 
     def test_a_place_that_comes_back_goes_on_with_the_others(self, tmp_path):
         """It takes the weights and the step of the one that is ahead, and adds nothing."""
@@ -313,6 +316,7 @@ class TestBadSettings:
             ([MEETING, "places.every=0"], "places.every: got 0"),
             ([MEETING, "places.momentum=1"], "places.momentum: got 1"),
             ([MEETING, "places.rate=0"], "places.rate: got 0"),
+            ([MEETING, "places.rate=.inf"], "places.rate: got inf"),
             ([MEETING, "places.rounds=3"], "places.rounds: unknown key"),
             (
                 [MEETING, "training.parallel=fsdp", "model.encoder=vit"],

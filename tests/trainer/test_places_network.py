@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from vicreg_jepa import config
+from vicreg_jepa.demo.places import free_port
 from vicreg_jepa.places.agenda import NEW, PlacesError, Standing
 from vicreg_jepa.places.meetings import Meetings, Result
 from vicreg_jepa.places.outer import Shared
@@ -170,12 +171,6 @@ def started(*words: str) -> subprocess.Popen:
         [sys.executable, "-u", *words], env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        return one.getsockname()[1]
 
 
 @pytest.mark.thorough

@@ -58,8 +58,10 @@ def test_a_vanished_thing_surprises():
 
 def test_the_peaks_beside_the_model_are_its_own():
     file = pretrained.path("surprise")
-    settings, method, step = restore(file)
-    kept = calibration.peaks(method, settings, step, calibration.beside(file))
+    settings, method, _ = restore(file)
+    beside = json.loads(calibration.beside(file).read_text())
+    assert beside["model"] == calibration.digest(method, settings)
+    kept = calibration.peaks(method, settings, calibration.beside(file))
     assert len(kept) == calibration.COUNT
     video = torch.from_numpy(possible(calibration.FIRST).video)[None]
     (curve,) = curves.curves(method, video, stride=settings.data.stride)

@@ -195,7 +195,7 @@ def test_the_threshold_is_a_rank_and_the_verdict_names_the_frame():
     peaks = [float(i) for i in range(19)]
     assert calibration.threshold(peaks, 0.05) == 18.0
     assert calibration.threshold(peaks, 0.5) == 9.0
-    with pytest.raises(ValueError, match=r"false_alarms: got 0\.04, takes 0\.0500 to 1"):
+    with pytest.raises(ValueError, match=r"--false-alarms: got 0\.04, takes 0\.0500 to 1"):
         calibration.threshold(peaks, 0.04)
     local = torch.tensor([torch.nan, 0.2, 0.5, 0.9, 0.7])
     curve = curves.Curve((2,), local[None], local)

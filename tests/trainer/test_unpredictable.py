@@ -77,7 +77,8 @@ def test_each_layer_grows_with_the_strength_and_is_not_carried_on(layer, clean):
 
 
 def test_facts_say_what_is_drawn(clean):
-    facts = Disturbance(2, 1.0).facts()
+    every = [Disturbance(2, 1.0).facts(frame) for frame in FRAMES]
+    facts = {name: np.stack([facts[name] for facts in every]) for name in every[0]}
     flat = np.full_like(clean, 100)
     lit = Disturbance(2, 1.0, ("light",))(flat, FRAMES).mean(axis=(1, 2, 3))
     assert np.corrcoef(lit, facts["light"][:, 0])[0, 1] > 0.95

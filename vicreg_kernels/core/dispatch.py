@@ -108,7 +108,7 @@ def _read_threshold(op: str, index: int | None, dtype: torch.dtype) -> float:
     return threshold
 
 
-_transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
+is_transforming: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
 def carries_tangents() -> bool:
@@ -120,7 +120,7 @@ def transformed() -> bool:
     """Whether what runs now is under a transform of torch.func or carries forward-mode derivatives,
     neither of which the fused ops have a rule for.
     """
-    return _transforming() or carries_tangents()
+    return is_transforming() or carries_tangents()
 
 
 _CPU_ORDER: tuple[str, ...] = ("cpu",)

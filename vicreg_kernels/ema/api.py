@@ -106,7 +106,7 @@ def ema_update_(
         dispatch.log_choice("ema_update_", name, backend, device, (len(targets),))
     # Only where it is needed: a compiled graph that fails inside leaves gradients switched off.
     with torch.no_grad() if any(z.requires_grad for z in everything) else nullcontext():
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if not torch.compiler.is_compiling() and dispatch.is_transforming():
             # torch.func cannot look into the registered op and would give derivatives of 0
             update(True, targets, onlines, copies or [], name, settings)
         else:

@@ -19,7 +19,7 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 AboveZero = Annotated[float, Field(gt=0.0, le=1.0)]
 Half = Annotated[float, Field(ge=0.0, le=0.5)]
-NonNegative = Annotated[float, Field(ge=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
 class Settings(BaseModel):
@@ -198,7 +198,7 @@ class Augmentation(Settings):
     solarize: tuple[Fraction, Fraction] = (0.0, 0.2)
 
     @model_validator(mode="after")
-    def _of_its_name(self) -> Augmentation:
+    def _crop_is_ordered(self) -> Augmentation:
         if self.crop[0] > self.crop[1]:
             raise ValueError(f"crop: got {self.crop}, takes the smallest area first")
         return self
@@ -262,7 +262,7 @@ class Places(Settings):
     host: str | None = None
     start: Positive = 1
     every: Positive = 50
-    rate: Annotated[float, Field(gt=0.0)] = 0.7
+    rate: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 0.7
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     patience: Annotated[float, Field(gt=0.0, le=86400.0)] = 60.0
 

@@ -34,11 +34,13 @@ EDGE = 7  # pixels: a thing nearer to the edge of the picture may be cut by it
 
 @dataclass(frozen=True)
 class Seen:
-    """clips: uint8 [N, 2, H, W, 3], two frames `stride` apart; facts: of the second frame."""
+    """clips: uint8 [N, 2, H, W, 3], two frames `stride` apart. frames: facts of the second frame,
+    [N, k], or int64 [N] of classes; patches: of its patches, [N, 64].
+    """
 
     clips: Tensor
     frames: dict[str, Tensor]
-    patches: dict[str, Tensor]  # [N, 64] each
+    patches: dict[str, Tensor]
 
 
 def seen(count: int, noise: float, stride: int) -> Seen:
@@ -46,6 +48,7 @@ def seen(count: int, noise: float, stride: int) -> Seen:
     drawn at random with another one `stride` before it.
     """
     clips: list[NDArray] = []
+    noises: list[dict[str, NDArray]] = []
     rows: list[tuple[int, int, Any]] = []
     seed = FIRST
     while len(clips) < count:
@@ -59,11 +62,12 @@ def seen(count: int, noise: float, stride: int) -> Seen:
             if len(frames):
                 frame = int(rng.choice(frames))
                 both = [frame - stride, frame]
-                clips.append(of_possible(seed, noise)(video[both], both))
+                disturbance = of_possible(seed, noise)
+                clips.append(disturbance(video[both], both))
+                if noise:  # else nothing is drawn, and there is nothing to read
+                    noises.append(disturbance.facts(frame))
                 rows.append((seed, frame, record))
         seed += 1
-    # Where nothing is drawn there is nothing to read.
-    noises = [of_possible(seed, noise).facts() for seed, _, _ in rows] if noise else []
 
     def of(key: str) -> Tensor:
         return torch.tensor([record[key][frame][0] for _, frame, record in rows])
@@ -72,8 +76,7 @@ def seen(count: int, noise: float, stride: int) -> Seen:
         return torch.tensor([names.index(record["things"][0][key]) for _, _, record in rows])
 
     def noisy(name: str) -> Tensor:
-        values = [facts[name][row[1]] for facts, row in zip(noises, rows, strict=True)]
-        return torch.tensor(np.stack(values)).float()
+        return torch.tensor(np.stack([facts[name] for facts in noises])).float()
 
     facts = {"position": of("position").float(), "velocity": of("velocity").float()}
     facts |= {"colour": named("colour", list(COLOURS)), "shape": named("shape", list(SHAPES))}

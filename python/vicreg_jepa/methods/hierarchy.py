@@ -162,18 +162,19 @@ class Hierarchy(nn.Module):
 
     def _triples(self, longest: int, generator: torch.Generator) -> list[tuple[Tensor, ...]]:
         """Three frames of each of at most CHUNKS windows, with 1 to `longest` actions between:
-        (latents [N, D], windows [N], times [N]) of each.
+        (latents [N, D], windows [N], times [N]) of each. What is drawn is on the CPU.
         """
-        there = min(KEPT, int((self.times[:, -1] > 0).sum()))
+        every = self.times.cpu()
+        there = min(KEPT, int((every[:, -1] > 0).sum()))
         windows = torch.randint(there, (CHUNKS,), generator=generator)
         triples = torch.tensor(list(combinations(range(2 * PAIRS), 3)))
-        times = self.times[windows][:, triples]  # [CHUNKS, triples, 3]
+        times = every[windows][:, triples]  # [CHUNKS, triples, 3]
         gaps = times.diff(dim=2)
         fits = ((gaps >= 1) & (gaps <= longest)).all(dim=2)
         windows, fits = windows[fits.any(dim=1)], fits[fits.any(dim=1)]
         chosen = triples[torch.multinomial(fits.float(), 1, generator=generator)[:, 0]]
         return [
-            (self.latents[windows, frame], windows, self.times[windows, frame])
+            (self.latents[windows, frame], windows, every[windows, frame])
             for frame in chosen.unbind(dim=1)
         ]
 
@@ -184,7 +185,7 @@ class Hierarchy(nn.Module):
         _, windows, times = first
         steps = times[:, None] + torch.arange(longest)
         steps = steps.clamp(max=self.acted.shape[1] - 1)
-        return self.acted[windows[:, None], steps], last[2] - times
+        return self.acted[windows[:, None], steps], (last[2] - times).to(self.acted.device)
 
     def after_step(self) -> None:
         self.step += 1

@@ -81,32 +81,29 @@ class Disturbance:
         np.rint(picture, out=picture)
         return np.clip(picture, 0, 255, out=picture).astype(np.uint8)
 
-    def facts(self) -> dict[str, Floats]:
-        """What a probe may look for: brightness [FRAMES, 1], shift of the picture [FRAMES, 2] (down
-        and to the right), and of each of the 64 patches of 8 x 8 pixels [FRAMES, 64] the texture
-        and the red camera noise in its centre and the number of its leaves.
+    def facts(self, frame: int) -> dict[str, Floats]:
+        """What a probe may look for in a frame: brightness [1], shift of the picture [2] (down and
+        to the right), and of each of the 64 patches of 8 x 8 pixels [64] the texture and the red
+        camera noise in its centre and the number of its leaves.
         """
-        field = np.stack([self._field(0, frame)[PLACES] for frame in range(FRAMES)])
-        pixels = np.stack([self._grain(frame)[PLACES][..., 0] for frame in range(FRAMES)])
         facts: dict[str, NDArray] = {
-            "light": self.light[:, :1],
-            "shake": self.shake,
-            "leaves": self._leaves_by_patch(),
-            "texture": field.reshape(FRAMES, -1),
-            "camera": pixels.reshape(FRAMES, -1),
+            "light": self.light[frame, :1],
+            "shake": self.shake[frame],
+            "leaves": self._leaves_by_patch(frame),
+            "texture": self._field(0, frame)[PLACES].reshape(-1),
+            "camera": self._grain(frame)[PLACES][..., 0].reshape(-1),
         }
         return {name: fact.astype(np.float32) for name, fact in facts.items()}
 
-    def _leaves_by_patch(self) -> NDArray[np.int64]:
-        """[FRAMES, 64]: the leaves that are drawn with their centre in each patch."""
+    def _leaves_by_patch(self, frame: int) -> NDArray[np.int64]:
+        """[64]: the leaves that are drawn with their centre in each patch."""
         side = SIZE // PATCH
-        counts = np.zeros((FRAMES, side, side), np.int64)
+        counts = np.zeros((side, side), np.int64)
         drawn = int(np.ceil(self.strength * LEAVES))
-        column, row = np.moveaxis(np.floor(self.leaf[:, :drawn] / PATCH).astype(int), 2, 0)
-        frame = np.broadcast_to(np.arange(FRAMES)[:, None], row.shape)
+        column, row = np.floor(self.leaf[frame, :drawn] / PATCH).astype(int).T
         inside = (row >= 0) & (row < side) & (column >= 0) & (column < side)
-        np.add.at(counts, (frame[inside], row[inside], column[inside]), 1)
-        return counts.reshape(FRAMES, -1)
+        np.add.at(counts, (row[inside], column[inside]), 1)
+        return counts.reshape(-1)
 
     def _rng(self, layer: int, frame: int) -> np.random.Generator:
         return np.random.default_rng((*self.seed, layer, frame))

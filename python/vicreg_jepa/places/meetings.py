@@ -85,20 +85,23 @@ class Meetings:
         self.heard = time.monotonic()
         self.ended = threading.Event()
         self.heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-        self.heart.start()
 
     def close(self) -> None:
         """End the heartbeat. Its thread may not return into an interpreter that is ending."""
         self.ended.set()
-        self.heart.join()
+        if self.heart.ident is not None:
+            self.heart.join()
 
     def hold(
         self, standing: Standing, shared: Callable[[], Shared], contribution: Callable[[], Tensor]
     ) -> Result:
         """Meet the other places. Waits until all places that the lighthouse hears have come.
 
-        The waiting is done in another thread, so that a signal ends it.
+        The waiting is done in another thread, so that a signal ends it. The first call begins the
+        heartbeat: before it nobody may wait for this place.
         """
+        if self.heart.ident is None:
+            self.heart.start()
         outcome: list[Any] = []
 
         def wait() -> None:
@@ -118,10 +121,11 @@ class Meetings:
         self, standing: Standing, shared: Callable[[], Shared], contribution: Callable[[], Tensor]
     ) -> Result:
         self.sent = self.received = 0
+        own, given = shared(), contribution()
         for _ in range(ATTEMPTS):
             planned, key = self._assemble(standing)
             try:
-                return self._exchange(planned, key, shared, contribution)
+                return self._exchange(planned, key, own, given)
             except (RuntimeError, TimeoutError) as error:
                 last = str(error).partition("\n")[0]
                 self.say(f"an exchange with {len(planned.members) - 1} places failed: {last}")
@@ -179,14 +183,10 @@ class Meetings:
 
     # ------------------------------------------------------------------------------ what is sent
 
-    def _exchange(
-        self, planned: Agenda, key: str, shared: Callable[[], Shared],
-        contribution: Callable[[], Tensor],
-    ) -> Result:  # fmt: skip
+    def _exchange(self, planned: Agenda, key: str, own: Shared, given: Tensor) -> Result:
         names = [member.name for member in planned.members]
         before = planned.source.standing.history
         history = key if planned.contributing or not before else before
-        own = shared()
         if len(names) > 1 and (planned.joining or planned.contributing):
             store = f"{planned.members[0].store}/vicreg_jepa/{key}"
             self.group.configure(store, self.name, names.index(self.name), len(names))
@@ -194,7 +194,7 @@ class Meetings:
         mean = None
         if planned.contributing:
             contributes = any(m.name == self.name for m in planned.contributing)
-            mean = contribution() if contributes else torch.zeros_like(own.anchor)
+            mean = given.clone() if contributes else torch.zeros_like(own.anchor)
             if len(names) > 1:
                 self._sum(mean)
                 mean /= len(planned.contributing)

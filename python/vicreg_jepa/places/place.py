@@ -36,6 +36,7 @@ class Place:
         self.round, self.history, self.taken = NEW, "", 0
         self.meetings = meetings or Meetings(self.settings, folder.resolve().name, _say)
         self.together = 0  # places at the last meeting
+        self.begun = 0.0  # when the last meeting began, in seconds
         self.warned = False
 
     # ------------------------------------------------------------------------------------- when
@@ -61,14 +62,19 @@ class Place:
 
     # ----------------------------------------------------------------------------------- meeting
 
-    def meet(self, step: int) -> int:
-        """Meet the other places; return the step from which to go on."""
-        begun = time.perf_counter()
+    def hold(self, step: int) -> Result:
+        """Meet the other places; nothing of this place changes, so a signal may end the waiting."""
+        self.begun = time.perf_counter()
         due = self.round != NEW and self.due(step)
         standing = Standing(
             self.round, self.history, self.taken, due, self._shared_settings(), self._data()
         )
-        result = self.meetings.hold(standing, self.outer.shared, self.outer.contribution)
+        return self.meetings.hold(standing, self.outer.shared, self.outer.contribution)
+
+    def take(self, result: Result, step: int) -> int:
+        """Take what a meeting has given; return the step from which to go on. It must not be
+        interrupted: weights, round and history belong together.
+        """
         if result.shared is not None:
             self.outer.adopt(result.shared)
         if result.mean is not None:
@@ -77,7 +83,7 @@ class Place:
             self.taken = 0
         self.round, self.history = result.agenda.round, result.history
         after = max(step, self.end(self.round - 1)) if self.round > 0 else step
-        self._write_down(result, after, time.perf_counter() - begun)
+        self._write_down(result, after, time.perf_counter() - self.begun)
         return after
 
     def _shared_settings(self) -> dict[str, Any]:

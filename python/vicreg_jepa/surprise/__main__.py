@@ -12,10 +12,9 @@ from vicreg_jepa.training.run import restore
 
 def main() -> None:
     file = pretrained.path("surprise")
-    settings, method, step = restore(file)
+    settings, method, _ = restore(file)
     kept = calibration.beside(file)
-    kept.unlink(missing_ok=True)
-    calibration.peaks(method, settings, step, kept)
+    calibration.peaks(method, settings, kept)
     print(f"{kept} written")
 
 

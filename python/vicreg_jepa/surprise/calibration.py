@@ -7,6 +7,7 @@ guaranteed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,19 +24,31 @@ from vicreg_jepa.surprise.curves import Curve, curves
 FIRST, COUNT = 10**9, 160  # the seeds of the calibration, which no training of a seed uses
 
 
-def peaks(method: Any, settings: Any, step: int, path: Path) -> list[float]:
+def peaks(method: Any, settings: Any, path: Path) -> list[float]:
     """The peaks of COUNT possible videos, with the noise of the model's training. They are kept in
-    the file `path`, which is read if it is of this step.
+    the file `path`, which is read if it is of this model.
     """
+    model = digest(method, settings)
     if path.exists():
         kept = json.loads(path.read_text())
-        if kept["step"] == step:
+        if kept.get("model") == model:
             return kept["peaks"]
     videos = [possible(FIRST + i, settings.data.noise).video for i in range(COUNT)]
     found = curves(method, torch.from_numpy(np.stack(videos)), stride=settings.data.stride)
     values = sorted(round(curve.peak, 6) for curve in found)
-    output.replace(path, (json.dumps({"step": step, "peaks": values}) + "\n").encode())
+    output.replace(path, (json.dumps({"model": model, "peaks": values}) + "\n").encode())
     return values
+
+
+def digest(method: Any, settings: Any) -> str:
+    """What tells a model from others whose peaks may be kept in the same file: its weights, and
+    how it sees videos.
+    """
+    seen = hashlib.sha256(f"{settings.data.stride} {settings.data.noise}".encode())
+    for name, tensor in sorted(method.state_dict().items()):
+        seen.update(name.encode())
+        seen.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return seen.hexdigest()[:32]
 
 
 def beside(model: Path) -> Path:
@@ -43,16 +56,21 @@ def beside(model: Path) -> Path:
     return model.with_suffix(".peaks.json")
 
 
+def check(false_alarms: float, count: int) -> None:
+    """Raises ValueError for a rate that so few peaks cannot give."""
+    least = 1 / (count + 1)
+    if not least <= false_alarms < 1:
+        raise ValueError(
+            f"--false-alarms: got {false_alarms}, takes {least:.4f} to 1 with {count} peaks"
+        )
+
+
 def threshold(peaks: Sequence[float], false_alarms: float) -> float:
     """The peak that a further possible video exceeds with a probability of at most `false_alarms`.
 
     Raises ValueError for a rate that so few peaks cannot give.
     """
-    least = 1 / (len(peaks) + 1)
-    if not least <= false_alarms < 1:
-        raise ValueError(
-            f"false_alarms: got {false_alarms}, takes {least:.4f} to 1 with {len(peaks)} peaks"
-        )
+    check(false_alarms, len(peaks))
     return quantile(torch.tensor(peaks), 1 - false_alarms)
 
 

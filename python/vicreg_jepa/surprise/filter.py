@@ -74,24 +74,25 @@ def _measured(folder: Path, arm: str, strength: float, seed: int, plan: Plan) ->
     settings, method, step = restore(folder)
     untrained = build.method(settings, method.channels).eval()
     cell = {"plan": planned, "arm": arm, "strength": strength, "seed": seed, "step": step}
-    cell |= {"surprise": surprise(method, settings, plan.quadruplets)}
-    cell |= {"untrained": surprise(untrained, settings, plan.quadruplets)}
+    cell |= surprise({"surprise": method, "untrained": untrained}, settings, plan.quadruplets)
     cell |= {"probes": probes({"model": method, "untrained": untrained}, settings, plan.videos)}
     output.replace(path, json.dumps(cell, indent=1).encode())
 
 
-def surprise(method: Any, settings: config.Config, count: int) -> dict[str, Any]:
-    """{place: {property: {accuracy, auroc}}} of the mean surprise."""
+def surprise(methods: dict[str, Any], settings: config.Config, count: int) -> dict[str, Any]:
+    """{name of a method: {place: {property: {accuracy, auroc}}}} of the mean surprise."""
     from vicreg_jepa.surprise import physics_test
 
-    surprise_of = physics_test.of_method(method, settings.data.stride)
-    result: dict[str, Any] = {}
+    stride, noise = settings.data.stride, settings.data.noise
+    ways = {name: physics_test.of_method(method, stride) for name, method in methods.items()}
+    result: dict[str, Any] = {name: {place: {} for place in physics_test.PLACES} for name in ways}
     for place, hidden in physics_test.PLACES.items():
         for property in PROPERTIES:
-            clips = physics_test.quadruplets(property, count, 0, hidden, settings.data.noise)
-            score = physics_test.scores(surprise_of, clips, property)["mean"]
-            kept = {"accuracy": score.accuracy, "auroc": score.auroc}
-            result.setdefault(place, {})[property] = kept
+            clips = physics_test.quadruplets(property, count, 0, hidden, noise)
+            for name, surprise_of in ways.items():
+                score = physics_test.scores(surprise_of, clips, property)["mean"]
+                kept = {"accuracy": score.accuracy, "auroc": score.auroc}
+                result[name][place][property] = kept
     return result
 
 

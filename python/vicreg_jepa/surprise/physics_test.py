@@ -18,7 +18,8 @@ PLACES = {"in view": False, "behind a panel": True}
 # The points of relative accuracy by which a model must be above the best control at a property: a
 # control that does as well shows that the property can be told without having learned it.
 MARGIN = 25
-# uint8 [N, F, H, W, 3] -> {the reduction of a curve ("mean", "maximum", "peak"): N numbers}
+# uint8 [N, F, H, W, 3] -> {the reduction of a curve ("mean", "maximum" and, of models, "peak"): N
+# numbers}
 SurpriseOf = Callable[[Tensor], dict[str, list[float]]]
 
 

@@ -294,6 +294,12 @@ class Trainer:
                     f"{path}: was written with {section} {theirs.get(section)}, this run has "
                     f"{mine[section]}: give another output folder"
                 )
+        begin = [each["training"]["begin"] for each in (mine, theirs)]
+        if begin[0] != begin[1]:
+            raise checkpoint.CheckpointError(
+                f"{path}: was written with training.begin {begin[1]}, this run has {begin[0]}: "
+                "give another output folder"
+            )
         prefix = "method."
         weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         sharding.load(self.method, weights)
@@ -348,6 +354,8 @@ class Trainer:
     def _meet(self) -> None:
         """Meet the other places, and go on from their step if they are ahead."""
         assert self.place is not None
-        self.step = self.place.meet(self.step)
+        result = self.place.hold(self.step)
         with self.stop.deferred():
+            self.step = self.place.take(result, self.step)
+            self.saved = -1  # a meeting changes what there is to save at this step
             self._save_if_due()
