@@ -11,7 +11,10 @@ from vicreg_jepa.cli_options import integer, share
 def parser() -> argparse.ArgumentParser:
     from vicreg_jepa import config
 
-    parser = argparse.ArgumentParser(prog="vicreg-jepa", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="vicreg-jepa",
+        description="Train joint-embedding models and world models, test and plan.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("train", help="train a recipe, or resume a run")
     one.add_argument("config", help=f"a YAML file or a recipe: {', '.join(config.recipes())}")

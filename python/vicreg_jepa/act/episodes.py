@@ -18,9 +18,7 @@ from vicreg_jepa.planning.guardrails import Zone
 from vicreg_jepa.planning.model import LatentModel, encoded
 from vicreg_jepa.planning.shield import Shield
 from vicreg_jepa.planning.zones import OUTSIDE
-from vicreg_jepa.recall.visits import Models, names
-from vicreg_jepa.worlds import draws
-from vicreg_jepa.worlds.draws import Stream
+from vicreg_jepa.recall.visits import Models, drawn_from, names
 from vicreg_jepa.worlds.episodes import walks
 from vicreg_jepa.worlds.window import MazeWindow
 from vicreg_jepa.worlds.world import ACTIONS, REACHED, State, World
@@ -29,7 +27,7 @@ STEPS = 360  # of an episode; success is judged at its end
 PUSHED = 50  # the step in which the dot is put elsewhere
 RADIUS = 2.5  # pixels, of a zone: the middles of the cells lie outside
 ROOM = 2.0  # pixels from the edge of the zone to where the dot is put
-AWAY = 20.0  # pixels from where the dot is to where it is put
+AWAY = 20.0  # pixels from where the episode began to where the dot is put
 WALKS = (100, 60)  # and their steps: the prediction's largest error in them is the alarm
 
 
@@ -52,7 +50,8 @@ class Acted:
     1], of them from the zone, in pixels: negative is a violation. rollout_steps: int64 [N].
     changed: bool [N, T], where the shield did not execute what the system wanted. surprise: [N, T].
     places: [N, T + 1, 2], where the system takes itself to be, and subgoals: [N, T, 2], both in the
-    frame of the first visit, NaN where it does not know. alarm: a step surprises above it.
+    frame of the first visit, without memory in that of this one; NaN where it does not know. alarm:
+    a step surprises above it.
     """
 
     success: Tensor
@@ -107,18 +106,12 @@ def elsewhere(world: MazeWindow, state: State, zone: Zone, been: Tensor) -> Tens
     """Places [N, 2] drawn from positions `been` [N, T, 2]: outside of the zone, AWAY from the start
     and with the goal out of view. Raises ValueError if there is none.
     """
-    count, steps = been.shape[:2]
-    u = draws.uniform(state.seed, Stream.PLACES, 2, steps)
     good = []
-    for step in range(steps):
-        place = been[:, step]
+    for place in been.unbind(1):
         hidden = ~world.in_view(state._replace(position=place), state.goal)
         away = torch.linalg.vector_norm(place - state.position, dim=1) >= AWAY
         good.append(hidden & away & (zone.at(place) >= ROOM))
-    fits = torch.stack(good, dim=1)
-    if not bool(fits.any(dim=1).all()):
-        raise ValueError("been: got positions of which none fits, takes a longer visit")
-    return been[torch.arange(count), u.where(fits, -1.0).argmax(dim=1)]
+    return drawn_from(been, torch.stack(good, dim=1), state.seed, 2)
 
 
 def scene(world: MazeWindow, state: State, been: Tensor) -> Scene:

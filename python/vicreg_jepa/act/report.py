@@ -19,7 +19,7 @@ from torch import Tensor
 from vicreg_jepa.act.episodes import PUSHED, Acted, Scene, acted, alarm_of, followed, scene
 from vicreg_jepa.act.system import Parts
 from vicreg_jepa.files import output
-from vicreg_jepa.recall.report import COLLECTION, LED, Learned, in_new_process, listed
+from vicreg_jepa.recall.report import COLLECTION, LED, Learned, emptied, in_new_process, listed
 from vicreg_jepa.recall.visits import Visit, begun, visit
 from vicreg_jepa.worlds.episodes import episode_seed
 from vicreg_jepa.worlds.policies import expert, straight, walk
@@ -60,9 +60,7 @@ def measured(
 ) -> Report:
     """Run the system and everything beside it; the store of the first visit stays in the folder."""
     seeds = torch.tensor([episode_seed(COLLECTION, number) for number in range(episodes)])
-    store = folder / "memory.store"
-    for end in ("", "-wal", "-shm", "-writer"):
-        Path(f"{store}{end}").unlink(missing_ok=True)
+    store = emptied(folder, "memory.store", "act.json")
     led = in_new_process(led_around, learned, world, seeds, store)
     models = learned.models(world)
     alarm = alarm_of(models.model, world, CALIBRATION)

@@ -172,6 +172,11 @@ class Hierarchy(nn.Module):
         gaps = times.diff(dim=2)
         fits = ((gaps >= 1) & (gaps <= longest)).all(dim=2)
         windows, fits = windows[fits.any(dim=1)], fits[fits.any(dim=1)]
+        if not len(windows):
+            raise ValueError(
+                f"model.macros: got {longest}, but no three frames of a window are so near to each "
+                "other: takes more, or a smaller data.window"
+            )
         chosen = triples[torch.multinomial(fits.float(), 1, generator=generator)[:, 0]]
         return [
             (self.latents[windows, frame], windows, every[windows, frame])

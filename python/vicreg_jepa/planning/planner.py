@@ -124,6 +124,17 @@ class Effort:
         return sorted(set(every))
 
 
+def check_horizon(planner: Planner) -> None:
+    """Raises ValueError for a horizon that the planner's effort never comes to."""
+    assert planner.effort is not None
+    longest = planner.effort.horizons(planner)[-1]
+    if longest < planner.horizon:
+        raise ValueError(
+            f"--planner: got horizon={planner.horizon} and iterations={planner.iterations}, which "
+            f"end at plans of {longest} actions: take more iterations, or a shorter horizon"
+        )
+
+
 def box(actions: Tensor) -> Tensor:
     """Project actions to [-1, 1]."""
     return actions.clamp(-1, 1)

@@ -17,7 +17,7 @@ from vicreg_jepa.planning.energies import EnergyLike
 from vicreg_jepa.planning.evaluate import Result, episodes, followed, rank_correlation
 from vicreg_jepa.planning.hierarchy.trained import counted_steps, has_levels, hierarchy
 from vicreg_jepa.planning.model import LatentModel, TrueModel, encoded
-from vicreg_jepa.planning.planner import Effort, Planner
+from vicreg_jepa.planning.planner import Effort, Planner, check_horizon
 from vicreg_jepa.planning.planners import ICEM
 from vicreg_jepa.worlds.episodes import episode_seed, walks
 from vicreg_jepa.worlds.policies import expert, straight, walk
@@ -29,6 +29,7 @@ CONTROLS = {"walk": walk, "straight": straight, "expert": expert}
 MARGIN = 0.2  # of all episodes, by which planning must surpass walking straight
 NEAR = 1.5  # mean steps of a walk: so near to the goal a plan has arrived
 TRUE_NEAR = 2.0  # pixels, with the true dynamics
+FULL = ", full budget"
 FLAT, COUNTED = ", flat", ", flat, counted steps"  # the controls of a hierarchy
 
 
@@ -123,12 +124,8 @@ def planner(settings: dict[str, Any] | None = None) -> Planner:
     defaults = {"horizon": 12, "candidates": 192, "elites": 16, "iterations": 10}
     effort = Effort(horizon=1, growth=2.0)
     made = ICEM(**{**defaults, **chosen}, effort=effort)
-    longest = effort.horizons(made)[-1]
-    if "horizon" in chosen and longest < made.horizon:
-        raise ValueError(
-            f"--planner: got horizon={made.horizon} and iterations={made.iterations}, which end at "
-            f"plans of {longest} actions: take more iterations, or a shorter horizon"
-        )
+    if "horizon" in chosen:
+        check_horizon(made)
     return made
 
 
@@ -174,7 +171,8 @@ def measured(
         rows.append(row_of(name, result))
         if full and first is None:
             whole = planned(method, world, replace(effort, effort=None), seeds, near, steps)
-            rows.append(row_of(f"{name}, full budget", whole))
+            kind, of = (FLAT + FULL, name) if has_levels(method) else (FULL, None)
+            rows.append(replace(row_of(f"{name}{kind}", whole), of=of))
         first = first or result
     assert first is not None
     return rows, first

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -213,9 +212,3 @@ def _apart(first: Tensor, second: Tensor) -> float:
 def paired(true: Sequence[float], changed: Sequence[float]) -> int:
     """In how many pairs the changed scene surprises more."""
     return sum(b > a for a, b in zip(true, changed, strict=True))
-
-
-def auroc(true: Sequence[float], changed: Sequence[float]) -> float:
-    """The share of all pairs of a true and a changed scene whose changed one surprises more."""
-    a, b = np.array(true)[:, None], np.array(changed)[None]
-    return float(((b > a) + 0.5 * (b == a)).mean())

@@ -25,7 +25,7 @@ NEAR = 1.5  # pixels: a plan arrives so near to its subgoal, and so near to a go
 RAYS, RAY = 16, 8  # directions that are imagined, and their steps
 NEW = 6.0  # pixels: an imagined place so far from every known one is worth a visit
 TRIES, SLOW = 2, 6.0  # plans for an imagined place: these, and one for so many pixels of the way
-VOTERS, MOST_VOTES = 8, 80  # rows that vote, in each plan and in all, for where the agent is
+VOTERS, MOST_VOTES = 8, 80  # rows that vote in a plan for where the agent is; votes that count
 SHARP = 0.65  # of `match`: the scale of the weights of votes
 RECALLED = 32  # rows that look like the goal
 BESIDE, TICKS, LOOKS = 5.0, 9, 4  # pixels from a goal, motions along an axis, and looks at it
@@ -90,6 +90,7 @@ class Mind:
     def vote(self, offsets: Floats, weights: Floats) -> None:
         """Be located where the votes agree: offsets [K, 2] and their weights [K]."""
         self.votes += list(zip(offsets, weights.tolist(), strict=True))
+        self.votes = self.votes[-MOST_VOTES:]
         every = np.array([offset for offset, _ in self.votes])
         weight = np.array([weight for _, weight in self.votes])
         agree = (np.linalg.norm(every[:, None] - every, axis=2) <= AGREE) * weight
@@ -105,6 +106,7 @@ class Mind:
         self.offset = offset
         self.frontiers = [one.moved(moved) for one in self.frontiers]
         self.given_up = [place + moved for place in self.given_up]
+        self.refused = [place + moved for place in self.refused]
         assert self.rows is not None
         self.graph = Graph.of(self.rows)
         for time, place in self.trail:
@@ -230,14 +232,14 @@ class Agent:
         """Find where in the memory's frame it is: what it sees now looks like rows that were seen
         at known places, which vote for the offset between the frames.
         """
-        lost = [mind.rows is not None and len(mind.votes) < MOST_VOTES for mind in self.minds]
-        if self.memory is None or not any(lost):
-            return
-        for number, found in enumerate(self.memory.recall(self.latents, VOTERS)):
-            known = found.rows.episode < self.memory.episodes[number]
-            if lost[number] and known.any():
-                weights = np.exp(-((found.distance[known] / (SHARP * self.match)) ** 2))
-                self.minds[number].vote(found.rows.place[known] - self.own[number], weights)
+        for number, mind in enumerate(self.minds):
+            if mind.rows is None or (mind.offset is not None and len(mind.votes) >= MOST_VOTES):
+                continue
+            away = mind.rows.embedding - self.latents[number].numpy()
+            apart = np.linalg.norm(away.astype(np.float64), axis=1)
+            alike = apart.argsort(kind="stable")[:VOTERS]
+            weights = np.exp(-((apart[alike] / (SHARP * self.match)) ** 2))
+            mind.vote(mind.rows.place[alike] - self.own[number], weights)
 
     def _note(self) -> None:
         """Know the present frame: its place, and how much it looks like the goal."""
@@ -354,7 +356,8 @@ class Agent:
         self._look([number for number in numbers if self._is_beside(number)])
         for number in numbers:
             goals[number] = None if np.isnan(self.goals[number]).any() else self.goals[number]
-        numbers = [number for number in numbers if not self._arrived()[number]]
+        there = self._arrived()
+        numbers = [number for number in numbers if not there[number]]
         if not numbers:
             return
         where = torch.from_numpy(np.stack([self.place(number) for number in numbers]))

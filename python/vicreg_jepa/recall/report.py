@@ -24,9 +24,8 @@ from vicreg_jepa.methods import build
 from vicreg_jepa.planning.model import LatentModel, encoded
 from vicreg_jepa.recall import absence
 from vicreg_jepa.recall.places import LearnedPlaces, Motion, TruePlaces, fitted
-from vicreg_jepa.recall.visits import SPAN, Models, Visit, begun, visit
-from vicreg_jepa.worlds import draws
-from vicreg_jepa.worlds.draws import Stream
+from vicreg_jepa.recall.visits import SPAN, Models, Visit, begun, drawn_from, visit
+from vicreg_jepa.surprise.curves import auroc
 from vicreg_jepa.worlds.episodes import episode_seed, walks
 from vicreg_jepa.worlds.policies import expert, straight, walk
 from vicreg_jepa.worlds.window import MazeWindow
@@ -119,6 +118,18 @@ class Report:
     surprises: absence.Surprises
 
 
+def emptied(folder: Path, name: str, results: str) -> Path:
+    """The file of a store that is to be written. That of an earlier run of the same command, which
+    has left its results beside it, is removed; another one raises ValueError.
+    """
+    file = folder / name
+    if file.exists() and not (folder / results).exists():
+        raise ValueError(f"--output: {folder} has a {name}, takes a folder without one")
+    for end in ("", "-wal", "-shm", "-writer"):
+        Path(f"{file}{end}").unlink(missing_ok=True)
+    return file
+
+
 def measured(
     learned: Learned,
     world: MazeWindow,
@@ -129,10 +140,9 @@ def measured(
     """Run everything; the store of the exploration stays in the folder."""
     every = torch.tensor([episode_seed(COLLECTION, n) for n in range(math.ceil(MORE * episodes))])
     seeds = every[:episodes]
-    store, again = folder / "memory.store", folder / "again.store"
-    for file in (store, again):
-        for end in ("", "-wal", "-shm", "-writer"):
-            Path(f"{file}{end}").unlink(missing_ok=True)
+    store, again = (
+        emptied(folder, name, "recall.json") for name in ("memory.store", "again.store")
+    )
     some = max(2, episodes // 2)  # (b) takes longest
     led, first = in_new_process(before, learned, world, every, some, store, again)
     cells = led.explored.flatten(1).sum(dim=1).double().mean()
@@ -166,6 +176,8 @@ def measured(
         for name, its in visits.items():
             say(_line(name, its))
         chosen = absence.cases(world, world.reset(every), led.positions)[:episodes]
+        if not chosen:
+            raise ValueError(f"--episodes: got {episodes}, with no case of (c), takes more")
         which = torch.tensor([case.maze for case in chosen])
         back = absence.returning(
             world, world.reset(every).rows(which), led.positions[which], chosen
@@ -179,13 +191,8 @@ def elsewhere(world: MazeWindow, state: State, been: Tensor) -> State:
     """States with the same goals, from other starts: positions of been, [N, T, 2], drawn at random
     from those where the goal is out of view.
     """
-    count, steps = been.shape[:2]
-    u = draws.uniform(state.seed, Stream.PLACES, 1, steps)
-    out = [
-        ~world.in_view(state._replace(position=been[:, step]), state.goal) for step in range(steps)
-    ]
-    chosen = u.where(torch.stack(out, dim=1), -1.0).argmax(dim=1)
-    position = been[torch.arange(count), chosen]
+    out = [~world.in_view(state._replace(position=place), state.goal) for place in been.unbind(1)]
+    position = drawn_from(been, torch.stack(out, dim=1), state.seed, 1)
     return state._replace(position=position, time=torch.zeros_like(state.time))
 
 
@@ -217,7 +224,7 @@ def table(report: Report) -> str:
             if not true:
                 continue
             line = f"{f'{kind}, {way}':<34}{absence.paired(true, changed):>9} of {len(true):<4}"
-            line += f"{absence.auroc(true, changed):>8.3f}"
+            line += f"{auroc(true, changed):>8.3f}"
             if way == WITH:
                 line += f"{sum(one > alarm for one in changed):>7} of {len(changed)}"
             lines.append(line)
@@ -267,8 +274,9 @@ def verdict(report: Report) -> list[str]:
             f"(b): {second} and {first} successes, {_fewer(report):.0%} fewer model steps, takes "
             f"as many successes and {FEWER:.0%} fewer"
         )
-    for way in (WITH, "without memory"):
-        right, of = 0, report.surprises.lost
+    for way in absence.WAYS:
+        # A case that did not come into view has two scenes that memory did not tell apart.
+        right, of = 0, 2 * report.surprises.lost if way == WITH else 0
         for kind, changed in report.surprises.changed[way].items():
             right += absence.paired(report.surprises.true[way][kind], changed)
             of += len(changed)

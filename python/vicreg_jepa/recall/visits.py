@@ -17,11 +17,13 @@ from vicreg_jepa.planning.model import LatentModel
 from vicreg_jepa.recall.agent import Agent
 from vicreg_jepa.recall.places import PlaceModel
 from vicreg_jepa.recall.tour import Tour
+from vicreg_jepa.worlds import draws
+from vicreg_jepa.worlds.draws import Stream
 from vicreg_jepa.worlds.window import MazeWindow
 from vicreg_jepa.worlds.world import ACTIONS, REACHED, State
 
 DRAWS = 200  # of a start and a goal, until the goal is out of view
-APART = 1 << 40  # between the seeds of a visit's draws: no maze has so large a seed
+APART = 1 << 40  # between the seeds of a visit's draws: other mazes of this collection are nearer
 SETTLED = 18  # steps: time to come nearer, and to see what the goal looks like
 SPAN = 16  # the last frames, of an agent without memory
 
@@ -86,6 +88,17 @@ def begun(world: MazeWindow, seeds: Tensor, number: int, been: Tensor | None = N
         if bool(done.all()):
             return state
     raise ValueError(f"been: {int((~done).sum())} mazes have no goal that was seen, and is not now")
+
+
+def drawn_from(been: Tensor, fits: Tensor, seeds: Tensor, place: int) -> Tensor:
+    """Places [N, 2], drawn from positions `been` [N, T, 2] where they fit, bool [N, T]. place: of
+    the numbers that are drawn, an integer. Raises ValueError where none fits.
+    """
+    none = ~fits.any(dim=1)
+    if bool(none.any()):
+        raise ValueError(f"been: in {int(none.sum())} mazes no place fits, takes longer visits")
+    u = draws.uniform(seeds, Stream.PLACES, place, been.shape[1])
+    return been[torch.arange(len(been)), u.where(fits, -1.0).argmax(dim=1)]
 
 
 def visit(

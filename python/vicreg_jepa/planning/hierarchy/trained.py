@@ -11,7 +11,7 @@ from vicreg_jepa.models.landmarks import Landmarks
 from vicreg_jepa.planning.energies import EnergyLike
 from vicreg_jepa.planning.hierarchy.energies import Steps
 from vicreg_jepa.planning.hierarchy.planner import Hierarchy, Level
-from vicreg_jepa.planning.planner import Effort, Planner
+from vicreg_jepa.planning.planner import Effort, Planner, check_horizon
 from vicreg_jepa.planning.planners import ICEM
 
 LOW: dict[str, Any] = {"horizon": 4, "candidates": 64, "elites": 8, "iterations": 4}
@@ -30,7 +30,10 @@ def low_planner(settings: dict[str, Any]) -> Planner:
     """The planner of the lowest level: a subgoal is near, so a plan is short. settings: override
     those of LOW.
     """
-    return ICEM(**{**LOW, **settings}, effort=Effort(horizon=1, growth=2.0, every=1))
+    made = ICEM(**{**LOW, **settings}, effort=Effort(horizon=1, growth=2.0, every=1))
+    if "horizon" in settings:
+        check_horizon(made)
+    return made
 
 
 def hierarchy(method: Any, landmarks: Landmarks, low: Planner) -> Hierarchy:
