@@ -111,6 +111,7 @@ class Refused(Exception):
 def parsers(monkeypatch):
     """Parsers that parse and then stop, in place of what the command would do."""
     parse = argparse.ArgumentParser.parse_args
+    intermixed = argparse.ArgumentParser.parse_intermixed_args
 
     def parse_args(self: argparse.ArgumentParser, *args: Any) -> NoReturn:
         raise Parsed(parse(self, *args))
@@ -122,7 +123,11 @@ def parsers(monkeypatch):
         call_module(command[1], command[2:])
         return 0
 
+    def parse_intermixed_args(self: argparse.ArgumentParser, *args: Any) -> NoReturn:
+        raise Parsed(intermixed(self, *args))
+
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_intermixed_args", parse_intermixed_args)
     monkeypatch.setattr(argparse.ArgumentParser, "error", error)
     monkeypatch.setattr("vicreg_kernels.cli._in_checkout", in_checkout)
     argv = sys.argv
@@ -334,9 +339,15 @@ def test_the_results_are_those_of_the_records():
     text = page.PAGE.read_text(encoding="utf-8")
     assert page.written(text) == text, "run `python3 -m bench.page`"
     shown = {name for _, name, _ in page.SHOWN.findall(text)}
-    assert {
-        str(path.relative_to(ROOT)) for path in ROOT.glob("bench/results/*/*.json")
-    } - shown <= {
+    # Of accuracy and shares, which `vicreg-kernels report` shows; the page says what they hold.
+    apart = "bench/results/cpu-amd-epyc-1-thread"
+    assert f"`{apart}`" in text
+    others = {
+        str(path.relative_to(ROOT))
+        for path in ROOT.glob("bench/results/*/*.json")
+        if str(path.parent.relative_to(ROOT)) != apart
+    }
+    assert others - shown <= {
         "bench/results/cpu-amd-epyc-2-cores/host.json"  # docs/backends.md and docs/ema.md have it
     }
 

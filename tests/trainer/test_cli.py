@@ -94,7 +94,7 @@ def test_surprise_draws_a_clip(tmp_path, monkeypatch, capsys):
     assert abs(int(decoded[10, 32, 32, 0]) - 80) < 8
     words = ["surprise", str(run), "--video", str(clip), "--false-alarms"]
     assert cli.main([*words, "0.1"]) == 2
-    assert "false_alarms: got 0.1, takes 0.2000 to 1 with 4 peaks" in capsys.readouterr().err
+    assert "--false-alarms: got 0.1, takes 0.2000 to 1 with 4 peaks" in capsys.readouterr().err
     assert cli.main([*words, "0.2"]) == 0
     assert "impossible" in capsys.readouterr().out
     assert (run / "surprise" / "clip.png").stat().st_size > 5000
