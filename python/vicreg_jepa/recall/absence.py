@@ -33,18 +33,23 @@ def middles(cells: int) -> Tensor:
     return torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=2)
 
 
+def _offset(world: MazeWindow, position: Tensor) -> Tensor:
+    """[..., cells, cells, 2]: the middle of each cell from the middles of the windows at positions
+    [..., 2].
+    """
+    return middles(world.cells) - position.floor()[..., None, None, :]
+
+
 def seen_cells(world: MazeWindow, position: Tensor) -> Tensor:
     """bool [..., cells, cells]: the cells whose middles, with a thing in it, lie inside the windows
     at positions [..., 2].
     """
-    offset = middles(world.cells) - position.floor()[..., None, None, :]
-    return (offset.abs() <= world.size // 2 - EDGE).all(dim=-1)
+    return (_offset(world, position).abs() <= world.size // 2 - EDGE).all(dim=-1)
 
 
 def touched_cells(world: MazeWindow, position: Tensor) -> Tensor:
     """bool [..., cells, cells]: the cells of which a thing would be seen, if only its edge."""
-    offset = middles(world.cells) - position.floor()[..., None, None, :]
-    return (offset.abs() <= world.size // 2 + EDGE).all(dim=-1)
+    return (_offset(world, position).abs() <= world.size // 2 + EDGE).all(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -60,20 +65,27 @@ class Case:
 
 
 def cases(world: MazeWindow, state: State, first: Tensor) -> list[Case]:
-    """One for each maze that has any. state: of the first visit; first: its positions [N, T, 2]."""
+    """One for each maze that has any: from the place where both cells are farthest inside the
+    window, so that who comes back to about there sees them. state: of the first visit; first: its
+    positions [N, T, 2].
+    """
     chosen = []
     for maze, positions in enumerate(first[:, :-GONE]):
         forgotten = ~touched_cells(world, first[maze, -GONE:]).any(dim=0)
         things = state.layout[maze, :, :, 2] > 0
-        whole = seen_cells(world, positions) & forgotten
-        both = (whole & things).flatten(1).any(dim=1) & (whole & ~things).flatten(1).any(dim=1)
-        if not bool(both.any()):
-            continue
-        time = int(both.nonzero()[-1, 0])
-        full, empty = (
-            (int(cell[0]), int(cell[1]))
-            for cell in ((whole[time] & kind).nonzero()[0] for kind in (things, ~things))
+        inside = world.size // 2 - EDGE - _offset(world, positions).abs().amax(dim=-1)
+        inside = torch.where(forgotten, inside, -torch.inf)
+        margins, cells = zip(
+            *(
+                torch.where(kind, inside, -torch.inf).flatten(1).max(dim=1)
+                for kind in (things, ~things)
+            ),
+            strict=True,
         )
+        margin, time = torch.minimum(*margins).max(dim=0)
+        if margin < 0:
+            continue
+        full, empty = (divmod(int(cell[time]), world.cells) for cell in cells)
         chosen.append(Case(maze, positions[time], full, empty))
     return chosen
 
