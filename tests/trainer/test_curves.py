@@ -26,7 +26,7 @@ STEPS = 80
 
 def small(method: str, kernels: str) -> config.Config:
     made = config.describe(settings(method, steps=STEPS, kernels=kernels, save_every=STEPS))
-    batch = {"images": 32, "videos": 4, "trajectories": 8}[METHODS[method].data]
+    batch = {"images": 32, "videos": 4, "trajectories": 4}[METHODS[method].data]
     made["training"]["batch"] = batch
     if method == "ijepa":
         made["training"]["batch"] = 8

@@ -10,7 +10,7 @@ from tests.helpers import imports
 
 PYTHON = Path(__file__).resolve().parents[2] / "python"
 # The highest floors that a file and a folder may have: more means longer chains to read.
-MOST_FILE_FLOORS, MOST_FOLDER_FLOORS = 18, 10
+MOST_FILE_FLOORS, MOST_FOLDER_FLOORS = 18, 11
 
 
 @pytest.fixture(scope="module")

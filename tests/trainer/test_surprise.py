@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from vicreg_jepa import config
+from vicreg_jepa.evaluation.auroc import auroc
 from vicreg_jepa.methods import build
 from vicreg_jepa.models import masks
 from vicreg_jepa.ops.encode import encode, predict
@@ -92,7 +93,7 @@ def test_what_does_not_fit_is_named(method, frames, contexts, message):
 def test_scores():
     possible, impossible = [1.0, 2.0, 3.0, 4.0], [2.0, 1.0, 3.0, 5.0]
     # of 16 pairs 7 are above and 3 equal
-    assert curves.auroc(possible, impossible) == pytest.approx((7 + 1.5) / 16)
+    assert auroc(possible, impossible) == pytest.approx((7 + 1.5) / 16)
 
     def surprise_of(batch: torch.Tensor) -> dict[str, list[float]]:
         return {"mean": [1, 2, 2, 2, 3, 3, 1, 4, 3, 3, 3, 3]}

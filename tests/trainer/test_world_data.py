@@ -151,7 +151,7 @@ def test_collect(tmp_path, capsys):
     assert cli.main([*words, "--policy", "expert", "--output", str(output)]) == 0
     assert "3 episodes in 1 shards" in capsys.readouterr().out
     shards = store.Shards(output)
-    assert shards.settings["settings"] == {"noise": 0.1, "cells": 3}
+    assert shards.settings["settings"] == {"noise": 0.1, "cells": 3, "maze": -1}
     assert (shards.settings["world"], shards.settings["policy"]) == ("Maze", "expert")
     world = Maze(noise=0.1, cells=3)
     for number, episode in enumerate(episodes.play(world, policies.expert, 0, 3, 9)):
@@ -165,7 +165,7 @@ def test_collect(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["Garden"], "world: got 'Garden', takes TwoRooms, Maze or gymnasium's name"),
+        (["Garden"], "world: got 'Garden', takes TwoRooms, Maze, MazeWindow or gymnasium's name"),
         (["TwoRooms", "cells=3"], "cells: is no setting of TwoRooms"),
         (["TwoRooms", "wall=soft"], "wall: got 'soft', takes fixed or random"),
         (["TwoRooms", "wall"], "setting: got 'wall', takes key=value"),

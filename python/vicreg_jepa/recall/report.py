@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from vicreg_jepa.config import Config
+from vicreg_jepa.evaluation.auroc import auroc
 from vicreg_jepa.files import output
 from vicreg_jepa.methods import build
 from vicreg_jepa.planning.model import LatentModel, encoded
 from vicreg_jepa.recall import absence
 from vicreg_jepa.recall.places import LearnedPlaces, Motion, TruePlaces, fitted
 from vicreg_jepa.recall.visits import SPAN, Models, Visit, begun, drawn_from, visit
-from vicreg_jepa.surprise.curves import auroc
 from vicreg_jepa.worlds.episodes import episode_seed, walks
 from vicreg_jepa.worlds.policies import expert, straight, walk
 from vicreg_jepa.worlds.window import MazeWindow

@@ -126,13 +126,3 @@ def curves(
     local = total[1].sum(dim=0) / windows
     local[windows < -(-tubelet * stride // step)] = torch.nan
     return [Curve(tuple(contexts), values[:, v], local[v]) for v in range(count)]
-
-
-def auroc(possible: Sequence[float], impossible: Sequence[float]) -> float:
-    """The area under the ROC curve of a threshold that separates impossible videos from possible
-    ones.
-    """
-    from sklearn.metrics import roc_auc_score
-
-    labels = [0] * len(possible) + [1] * len(impossible)
-    return float(roc_auc_score(labels, [*possible, *impossible]))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vicreg_jepa.evaluation.auroc import auroc
 from vicreg_jepa.physics import quadruplet
 from vicreg_jepa.surprise import curves
 
@@ -81,7 +82,7 @@ def scores(surprise_of: SurpriseOf, videos: Tensor, property: str) -> dict[str, 
             property,
             count,
             sum(told) / count,
-            curves.auroc(*grid.transpose(0, 1).flatten(1).tolist()),
+            auroc(*grid.transpose(0, 1).flatten(1).tolist()),
             tuple(told),
             delays,
         )
