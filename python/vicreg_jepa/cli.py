@@ -185,7 +185,11 @@ def _plan(options: argparse.Namespace) -> int:
     report.write(rows, output)
     print(report.table(rows))
     print(f"pictures of episodes: {output}")
-    failed = report.verdict(rows)
+    return _verdict(report.verdict(rows))
+
+
+def _verdict(failed: list[str]) -> int:
+    """The exit code, after the words of what failed."""
     for words in failed:
         print(f"failed: {words}")
     return 1 if failed else 0
@@ -363,10 +367,7 @@ def _recall(options: argparse.Namespace) -> int:
         back, alone = found.found[report.WITH], found.found[report.ALONE]
         figure.draw(world, found.starts, found.explored, back, alone, picture)
     print(f"the picture of an episode: {picture}")
-    failed = report.verdict(found)
-    for words in failed:
-        print(f"failed: {words}")
-    return 1 if failed else 0
+    return _verdict(report.verdict(found))
 
 
 def _act(options: argparse.Namespace) -> int:
@@ -385,10 +386,7 @@ def _act(options: argparse.Namespace) -> int:
     with writing(film):
         figure.animate(world, found.scene, found.led, found.runs[report.WHOLE], film)
     print(f"the film of an episode: {film}")
-    failed = report.verdict(found)
-    for words in failed:
-        print(f"failed: {words}")
-    return 1 if failed else 0
+    return _verdict(report.verdict(found))
 
 
 COMMANDS = {

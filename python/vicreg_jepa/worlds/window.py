@@ -11,7 +11,7 @@ from torch import Tensor
 from vicreg_jepa.worlds import draws, paths
 from vicreg_jepa.worlds.draws import Stream
 from vicreg_jepa.worlds.maze import FIRST, PITCH, ROOM, Maze
-from vicreg_jepa.worlds.world import RADIUS, State, World
+from vicreg_jepa.worlds.world import State, World, disc
 
 HALF = 2  # a thing is a square of 2 HALF + 1 pixels
 
@@ -110,17 +110,13 @@ class MazeWindow(World):
         return torch.stack([torch.maximum(frames, dot), walls.to(torch.uint8) * 255], dim=3)
 
     def _dot(self, position: Tensor, places: Tensor) -> Tensor:
-        """uint8 [N, S, S]: the dot, anti-aliased as in World.render."""
+        """uint8 [N, S, S]: the dot alone."""
         count, size = len(places), places.shape[2]
-        reach = RADIUS + 1
-        start = position.floor().long() - reach - places[:, :, 0]  # [N, 2], in this picture
-        patch = start[:, :, None] + torch.arange(2 * reach + 1, device=start.device)
-        off = (patch + places[:, :, :1] + 0.5 - position[:, :, None]).square()
-        cover = (RADIUS + 0.5 - torch.sqrt(off[:, 0, None, :] + off[:, 1, :, None])).clamp(0, 1)
-        where = (patch[:, 1, :, None] * size + patch[:, 0, None, :]).flatten(1)
-        frames = torch.zeros(count, size * size, dtype=torch.uint8, device=start.device)
-        values = (255 * cover).round().to(torch.uint8).flatten(1)
-        return frames.scatter_(1, where, values).view(count, size, size)
+        (x, y), values = disc(position)
+        x, y = x - places[:, 0, :1], y - places[:, 1, :1]  # in this picture
+        where = (y[:, :, None] * size + x[:, None, :]).flatten(1)
+        frames = torch.zeros(count, size * size, dtype=torch.uint8, device=position.device)
+        return frames.scatter_(1, where, values.flatten(1)).view(count, size, size)
 
     def in_view(self, state: State, place: Tensor) -> Tensor:
         """bool [N]: whether a place [N, 2] is inside the window."""

@@ -52,6 +52,18 @@ class State(NamedTuple):
         )
 
 
+def disc(position: Tensor) -> tuple[Tensor, Tensor]:
+    """The dot's picture, anti-aliased, for positions [N, 2] of its centre: (int64 [2, N, 7], the
+    columns and the rows of its pixels; uint8 [N, 7, 7], their values by row and column).
+    """
+    reach = RADIUS + 1
+    start = position.floor().long() - reach
+    places = start.T[:, :, None] + torch.arange(2 * reach + 1, device=start.device)
+    off = (places + 0.5 - position.T[:, :, None]).square()
+    distance = torch.sqrt(off[0, :, None, :] + off[1, :, :, None])
+    return places, (255 * (RADIUS + 0.5 - distance).clamp(0, 1)).round().to(torch.uint8)
+
+
 @dataclass(frozen=True)
 class World(ABC):
     """A world: its fields are its settings, its methods work on N environments at once.
@@ -150,14 +162,8 @@ class World(ABC):
         table[..., 1] = rows.view(torch.uint8) * 255
         which = which + kinds * torch.arange(count, device=rows.device)[:, None]
         frames = table.view(count * kinds, -1).index_select(0, which.flatten())
-        reach = RADIUS + 1
-        start = state.position.floor().long() - reach  # [N, 2]
-        places = start[:, :, None] + torch.arange(2 * reach + 1, device=start.device)  # [N, 2, 7]
-        off = places + 0.5 - state.position[:, :, None]
-        distance = torch.sqrt(off[:, 0, None, :] ** 2 + off[:, 1, :, None] ** 2)  # [N, y, x]
-        cover = (RADIUS + 0.5 - distance).clamp(0, 1)
-        where = (places[:, 1, :, None] * size + places[:, 0, None, :]) * CHANNELS
-        values = (255 * cover).round().to(torch.uint8)
+        (x, y), values = disc(state.position)
+        where = (y[:, :, None] * size + x[:, None, :]) * CHANNELS
         frames = frames.view(count, -1).scatter_(1, where.flatten(1), values.flatten(1))
         return frames.view(count, size, size, CHANNELS)
 
