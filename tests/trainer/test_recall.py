@@ -19,12 +19,14 @@ import torch
 from vicreg_jepa import cli, pretrained
 from vicreg_jepa.memory.rows import Format, Rows
 from vicreg_jepa.memory.writer import Writer
-from vicreg_jepa.recall import absence, report
+from vicreg_jepa.recall import absence, places, report
 from vicreg_jepa.recall.agent import AGREE, LOCATED, Mind
 from vicreg_jepa.recall.graph import Graph, ahead
 from vicreg_jepa.recall.tour import Tour
 from vicreg_jepa.recall.visits import SPAN, begun, visit
+from vicreg_jepa.worlds.episodes import walks
 from vicreg_jepa.worlds.window import MazeWindow
+from vicreg_jepa.worlds.world import SPEED, State
 
 from tests.trainer.recall_processes import WORLD, models, seeds
 
@@ -155,6 +157,28 @@ def test_what_is_gone_surprises():
         right += gone > true
     assert tried >= 10
     assert right >= 0.9 * tried
+
+
+@torch.no_grad()
+def test_places_are_predicted_from_what_is_seen(monkeypatch):
+    """Walls stop the dot: a motion that is fitted to few walks knows of them from the latents, and
+    is nearer to the true places of other walks than one that takes every action to succeed.
+    """
+    monkeypatch.setattr(places, "WALKS", 96)
+    monkeypatch.setattr(places, "FITTED", 300)
+    model = models().model
+    states, actions = walks(WORLD, 77, 24, 8)
+    first = State(*(field[:, 0] for field in states))
+    latents = model.encode(WORLD.render(first))
+    with torch.enable_grad():
+        learned = places.LearnedPlaces(model, places.fitted(model, WORLD))
+    predicted = learned.rollout(learned.start(first.position, latents, first), actions[:, None])
+    free = first.position[:, None] + SPEED * actions.cumsum(dim=1)
+    errors = [
+        float(torch.linalg.vector_norm(path - states.position[:, 1:], dim=2).mean())
+        for path in (predicted[:, 0, :, :2], free)
+    ]
+    assert errors[0] < 0.7 * errors[1], errors
 
 
 def test_a_verdict_can_fail():
