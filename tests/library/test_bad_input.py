@@ -180,6 +180,7 @@ def test_modules_refuse_at_construction(settings, argument):
 COMPILED = [name for name in PAIRS if name not in ("sparse", "a list", "nothing", "complex")]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", COMPILED)
 def test_compiled(case):
     """With graph breaks allowed the same exception; with fullgraph=True the compiler's own, and in

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from vicreg_jepa import cli, load_encoder
 from vicreg_jepa.data import batches, sources
+from vicreg_jepa.evaluation import drift
 from vicreg_jepa.training import export
 from vicreg_jepa.training.run import restore
 
@@ -208,6 +209,8 @@ def test_other_forms_and_weights_that_are_not_finite(folder, tmp_path):
 
 
 def test_pictures_of_a_file_are_in_the_current_folder(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(drift, "FITTED", 500)
+    monkeypatch.setattr(drift, "PROBE_STEPS", 20)
     whole, place = tmp_path / "files/whole.safetensors", tmp_path / "here"
     whole.parent.mkdir()
     place.mkdir()
