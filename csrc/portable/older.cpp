@@ -23,7 +23,7 @@ template class basic_stringstream<char>;
 
 // A call to NAME jumps to the version of it that glibc 2.28 has. The newer version is the same
 // function moved to another library (dlsym, pthread_once) or without the error handling of SVID
-// (exp), which changes no value. The jump leaves the return address, by which dlsym tells its
+// (exp and its kind, glibc 2.29), which changes no value. The jump leaves the return address, by which dlsym tells its
 // caller.
 #define OLDER(NAME, VERSION)                              \
   asm(".symver older_" #NAME ", " #NAME "@" VERSION "\n"  \
@@ -39,6 +39,10 @@ template class basic_stringstream<char>;
 
 OLDER(dlsym, "GLIBC_2.2.5")
 OLDER(exp, "GLIBC_2.2.5")
+OLDER(exp2, "GLIBC_2.2.5")
+OLDER(log, "GLIBC_2.2.5")
+OLDER(log2, "GLIBC_2.2.5")
+OLDER(pow, "GLIBC_2.2.5")
 
 #ifdef USE_CUDA  // the static CUDA runtime's
 
