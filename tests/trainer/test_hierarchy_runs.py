@@ -22,6 +22,7 @@ WORLD = [*TINY, *NETWORKS, "data.window=6", "loss.unroll=4", "training.batch=8"]
 WORLD += ["training.steps=2", "training.save_every=2"]
 LEVELS = [*TINY, *NETWORKS, "data.window=16", "model.macros=[4, 12]", "training.batch=8"]
 LEVELS += ["training.steps=4", "training.save_every=2", "model.landmarks=400"]
+KINDS = (", flat", ", flat, counted steps", "")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,10 @@ def test_plan_compares_levels_with_flat_planning(runs, capsys):
     assert cli.main(["plan", str(runs / "levels"), *words, *little]) == 1
     rows = {row["name"]: row for row in json.loads((output / "plan.json").read_text())}
     name = "levels, step 4"
-    assert list(rows)[4:] == [f"{name}, flat", f"{name}, flat, counted steps", name]
+    true = "true dynamics"
+    named = [f"{each}{kind}" for each in (true, name) for kind in KINDS]
+    assert list(rows) == ["walk", "straight", "expert", *named]
+    assert rows[f"{name}, flat"]["of"] == name
     assert all(len(row["thirds"]) == 3 for row in rows.values())
     assert all(sum(row["thirds"]) == row["success"] for row in rows.values())
     out = capsys.readouterr().out

@@ -80,6 +80,19 @@ def test_a_keypoint_is_the_place_of_what_its_channel_marks():
     torch.testing.assert_close(places, torch.tensor([0.5, 0.0, -0.5, 0.0]))
 
 
+def test_sharp_keypoints_see_a_small_thing_before_any_training():
+    """A dot of a few pixels hardly moves the points of a flat distribution."""
+    moved = []
+    for sharpness in (3.0, 30.0):
+        torch.manual_seed(0)
+        points = Keypoints(1, 16, sharpness)
+        maps = torch.zeros(2, 1, 25, 25)
+        maps[0, 0, 12, 4], maps[1, 0, 12, 20] = 1.0, 1.0
+        left, right = points(maps).detach()[:, :16]
+        moved.append(float((left - right).abs().amax()))
+    assert moved[0] < 0.1 < 1.0 < moved[1]
+
+
 # ------------------------------------------------------------------------------ predictors
 
 

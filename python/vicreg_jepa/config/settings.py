@@ -109,7 +109,7 @@ class Model(Settings):
     method of pixels; expander: inner and output width of the network before a loss of batch
     statistics; activation: of the expander and of an encoder that is not a vit. Of world models:
     latent: the elements of a frame's latent; keypoints: the points whose places a conv encoder also
-    reads; action_dim: the width of embedded actions; predictor, and for the transformer
+    reads; sharpness: of these points at the beginning, more for small things; action_dim: the width of embedded actions; predictor, and for the transformer
     latent_tokens, the tokens of a frame, and history, the number of frames that a frame sees,
     itself included. Of a hierarchy: macros: for each level above the world model the most actions
     of a chunk; macro_dim: the elements of a chunk's code; landmarks: the most that are counted;
@@ -131,6 +131,7 @@ class Model(Settings):
     blur: NonNegative = 0.0
     latent: Positive = 128
     keypoints: Annotated[int, Field(ge=0)] = 0
+    sharpness: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 3.0
     action_dim: Positive = 32
     predictor: Literal["mlp", "gru", "transformer"] = "mlp"
     latent_tokens: Positive = 1

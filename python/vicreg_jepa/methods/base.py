@@ -136,6 +136,7 @@ METHOD_SETTINGS = (
     "model.predictor",
     "model.latent",
     "model.keypoints",
+    "model.sharpness",
     "model.action_dim",
     "model.latent_tokens",
     "model.history",

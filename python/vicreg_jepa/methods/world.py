@@ -233,7 +233,8 @@ def whiten(layer: nn.Linear, features: Tensor) -> None:
 def _encoder(config: Config, kernels: Kernels, channels: int) -> Frames:
     model, size = config.model, config.data.size
     if model.encoder == "conv":
-        return ConvFrames(channels, size, model.dim, model.latent, model.keypoints)
+        points = model.keypoints, model.sharpness
+        return ConvFrames(channels, size, model.dim, model.latent, *points)
     return ViTFrames(
         channels, size, model.dim, model.latent, depth=model.depth, heads=model.heads,
         patch=model.patch, attend=kernels.attend(None, None),
@@ -307,6 +308,12 @@ def check_networks(config: Config) -> None:
             f"model.keypoints: got {model.keypoints}, but it is used by model.encoder 'conv', not "
             "by 'vit'"
         )
+    least = type(model).model_fields["sharpness"].default
+    if model.sharpness != least and not model.keypoints:
+        raise ValueError(
+            f"model.sharpness: got {model.sharpness:g}, but it is that of model.keypoints, which "
+            "is 0"
+        )
     if model.predictor != "transformer":
         for name in OF_TRANSFORMER:
             value = getattr(model, name)
@@ -327,6 +334,7 @@ def check_networks(config: Config) -> None:
 NETWORKS = (
     "model.latent",
     "model.keypoints",
+    "model.sharpness",
     "model.action_dim",
     "model.predictor",
     "model.predictor_dim",

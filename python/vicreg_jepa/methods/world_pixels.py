@@ -132,7 +132,7 @@ class WorldPixels(nn.Module):
 
 def build(config: Config, kernels: Kernels, channels: int) -> WorldPixels:
     model, data = config.model, config.data
-    encoder = ConvFrames(channels, data.size, model.dim, 1, model.keypoints)
+    encoder = ConvFrames(channels, data.size, model.dim, 1, model.keypoints, model.sharpness)
     width = encoder.head.in_features
     encoder.head = nn.Identity()  # the decoder reads the features
     embed = mlp(data.actions, model.action_dim, model.action_dim)
@@ -162,6 +162,7 @@ def check(config: Config) -> None:
 SETTINGS = (
     "loss.unroll",
     "model.keypoints",
+    "model.sharpness",
     "model.action_dim",
     "model.predictor_dim",
 )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vicreg_jepa.models.vit import Attend, ViT
 
 KEYPOINT_MAP = 2  # keypoints are read from the map after so many convolutions
+SHARPNESS = 3.0
 HIDDEN = 256  # the width of the hidden layer of ConvFrames
 
 
@@ -47,14 +48,22 @@ class ConvFrames(Frames):
 
     size: the edge H = W of a frame, at least 16. dim: the channels of the last maps, at least 4.
     keypoints: a number of points; their coordinates enter the hidden layer and, past it, the linear
-    one; 0: none.
+    one; 0: none. sharpness: of the points at the beginning.
 
     torch's default initialisation halves the signal at each convolution, so that training begins
     with the keypoints. With weights that keep the signal's size, the leading components of the
     features are functions of the largest thing alone, a wall, and what is small is learned late.
     """
 
-    def __init__(self, channels: int, size: int, dim: int, latent: int, keypoints: int = 0) -> None:
+    def __init__(
+        self,
+        channels: int,
+        size: int,
+        dim: int,
+        latent: int,
+        keypoints: int = 0,
+        sharpness: float = SHARPNESS,
+    ) -> None:
         super().__init__(channels)
         widths = (channels, dim // 4, dim // 2, dim, dim)
         self.convolutions = nn.ModuleList(
@@ -64,7 +73,8 @@ class ConvFrames(Frames):
         edge = size
         for _ in self.convolutions:
             edge = (edge + 1) // 2
-        self.keypoints = Keypoints(widths[KEYPOINT_MAP], keypoints) if keypoints else None
+        kept = widths[KEYPOINT_MAP]
+        self.keypoints = Keypoints(kept, keypoints, sharpness) if keypoints else None
         self.hidden = nn.Linear(dim * edge * edge + 2 * keypoints, HIDDEN)
         self.head = nn.Linear(HIDDEN + 2 * keypoints, latent)
 
@@ -85,17 +95,15 @@ class ConvFrames(Frames):
 class Keypoints(nn.Module):
     """The spatial softmax: maps [N, channels, H, W] -> the expected coordinates [N, 2 points] of
     `points` distributions over the places of a map, in [-1, 1] (Levine et al., 2016,
-    arXiv:1504.00702).
+    arXiv:1504.00702). sharpness: the factor on their scores.
     """
 
-    SHARPNESS = 3.0  # of the distributions at the beginning
-
-    def __init__(self, channels: int, points: int) -> None:
+    def __init__(self, channels: int, points: int, sharpness: float = SHARPNESS) -> None:
         super().__init__()
-        self.scores = nn.Conv2d(channels, points, 3, padding=1)
+        self.scores, self.sharpness = nn.Conv2d(channels, points, 3, padding=1), sharpness
 
     def forward(self, maps: Tensor) -> Tensor:
-        scores = self.SHARPNESS * self.scores(maps)
+        scores = self.sharpness * self.scores(maps)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         shares = scores.flatten(2).softmax(dim=-1).view_as(scores)
         height, width = scores.shape[2:]

@@ -104,7 +104,7 @@ def draw(
             goals = decode(torch.cat(firsts[: int(reached)]))
             row[1].plot(*goals.T, "o", color=LEVELS[0], markersize=3, fillstyle="none")
         row[0].set_title(f"first plan, shortest path {float(result.distance[number]):.0f} pixels",
-                         fontsize=9)  # fmt: skip
+                         fontsize=8)  # fmt: skip
         row[0].legend(
             fontsize=7,
             loc="upper center",
@@ -115,9 +115,9 @@ def draw(
         row[1].plot(*result.positions[number].T, color=EXECUTED, linewidth=1.6)
         steps = int(result.steps()[number])
         last = result.positions.shape[1] - 1
-        ended = f"at the goal at step {last}" if result.success[number] else "it failed"
-        first = f"reached at step {steps}, " if steps <= last else ""
-        row[1].set_title(f"executed: {first}{ended}", fontsize=9)
+        ended = "there at the end" if result.success[number] else "not there at the end"
+        first = f"at the goal at step {steps}, " if steps <= last else ""
+        row[1].set_title(f"executed: {first}{ended}", fontsize=8)
         _energies(row[2], result, number, interval)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from vicreg_jepa.files import output
 from vicreg_jepa.planning.control import Control, Plans
 from vicreg_jepa.planning.energies import EnergyLike
 from vicreg_jepa.planning.evaluate import Result, episodes, followed, rank_correlation
-from vicreg_jepa.planning.hierarchy.trained import counted_steps, has_levels, hierarchy
+from vicreg_jepa.planning.hierarchy.trained import (
+    counted_steps,
+    has_levels,
+    hierarchy,
+    levels_of,
+    true_landmarks,
+    true_levels,
+)
 from vicreg_jepa.planning.model import LatentModel, TrueModel, encoded
 from vicreg_jepa.planning.planner import Effort, Planner, check_horizon
 from vicreg_jepa.planning.planners import ICEM
@@ -28,9 +36,11 @@ WALKS, WALKED = 128, 16  # held-out walks, and their steps, that measure the len
 CONTROLS = {"walk": walk, "straight": straight, "expert": expert}
 MARGIN = 0.2  # of all episodes, by which planning must surpass walking straight
 NEAR = 1.5  # mean steps of a walk: so near to the goal a plan has arrived
+TRUE = "true dynamics"
 TRUE_NEAR = 2.0  # pixels, with the true dynamics
 FULL = ", full budget"
-FLAT, COUNTED = ", flat", ", flat, counted steps"  # the controls of a hierarchy
+# The controls of a hierarchy: its lowest level's planner, the command's own, counted steps.
+FLAT, LARGE, COUNTED = ", flat", ", flat, large", ", flat, counted steps"
 
 
 @dataclass(frozen=True)
@@ -143,8 +153,9 @@ def measured(
     runs: (name, trained method) of the same world. effort: a planner that has one. full: whether
     the first run also plans with the whole budget of iterations and horizon each time, which takes
     20 to 60 times as many steps of the model. steps: of an episode. low: the planner of the lowest
-    level, for methods with levels; beside them stands flat planning with `effort`, and flat
-    planning with `low` and the counted steps as its energy.
+    level, for methods with levels; beside them stands flat planning with `low`, with `low` and the
+    counted steps as its energy, and if `full` with `effort`. If the first run has levels, the true
+    dynamics have as many, and the same controls.
     """
     seeds = seeds_of(count)
     distance = world.distance(world.reset(seeds))
@@ -152,30 +163,43 @@ def measured(
     for name, policy in CONTROLS.items():
         success = followed(world, policy, seeds, steps)
         rows.append(Row(name, count, int(success.sum()), thirds=thirds(success, distance)))
-    true = planned(TrueModel(world), world, effort, seeds, TRUE_NEAR, steps)
-    rows.append(row_of("true dynamics", true))
+    truth = TrueModel(world)
+    models: list[tuple[str, Any, float, nn.Module]] = [(TRUE, truth, TRUE_NEAR, runs[0][1])]
+    models += [(name, its, NEAR * step_length(its, world), its) for name, its in runs]
     first: Result | None = None
-    for name, method in runs:
-        near = NEAR * step_length(method, world)
-        its: Plans = effort
-        if has_levels(method):
+    for place, (name, model, near, method) in enumerate(models):
+        acts = partial(planned, model, world, seeds=seeds, near=near, steps=steps, keep=place == 1)
+        if not has_levels(method):
+            result = acts(planner=effort)
+            whole = [(FULL, replace(effort, effort=None), None)] if full and place == 1 else []
+            after = _controls(name, None, acts, whole)
+            rows += [row_of(name, result), *after]
+        else:
             if low is None:
                 raise ValueError(f"low: got None, takes the planner of {name}'s lowest level")
-            landmarks = method.landmarks()
-            its = hierarchy(method, landmarks, low)
-            beside = ((FLAT, effort, None), (COUNTED, low, counted_steps(landmarks)))
-            for kind, flat, energy in beside:
-                result = planned(method, world, flat, seeds, near, steps, energy=energy)
-                rows.append(replace(row_of(f"{name}{kind}", result), of=name))
-        result = planned(method, world, its, seeds, near, steps, keep=first is None)
-        rows.append(row_of(name, result))
-        if full and first is None:
-            whole = planned(method, world, replace(effort, effort=None), seeds, near, steps)
-            kind, of = (FLAT + FULL, name) if has_levels(method) else (FULL, None)
-            rows.append(replace(row_of(f"{name}{kind}", whole), of=of))
-        first = first or result
+            landmarks = method.landmarks() if place else true_landmarks(truth)
+            levels = levels_of(method) if place else true_levels(truth, method)
+            large = [(LARGE, effort, None)] if full and place <= 1 else []
+            counted = (COUNTED, low, counted_steps(landmarks))
+            rows += _controls(name, name, acts, [(FLAT, low, None), *large, counted])
+            result = acts(planner=hierarchy(levels, landmarks, low))
+            rows.append(row_of(name, result))
+        if place == 1:
+            first = result
     assert first is not None
     return rows, first
+
+
+def _controls(
+    name: str,
+    of: str | None,
+    acts: Callable[..., Result],
+    controls: Sequence[tuple[str, Planner, Callable[[Tensor], EnergyLike] | None]],
+) -> list[Row]:
+    return [
+        replace(row_of(f"{name}{kind}", acts(planner=flat, energy=energy, keep=False)), of=of)
+        for kind, flat, energy in controls
+    ]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -219,7 +243,8 @@ def verdict(rows: Sequence[Row]) -> list[str]:
              if row.success < least]  # fmt: skip
     for flat in rows:
         for row in planned:
-            if flat.of == row.name and flat.name.endswith(FLAT) and not _above(row, flat, margin):
+            distances = flat.name.endswith((FLAT, LARGE))  # of latents
+            if flat.of == row.name and distances and not _above(row, flat, margin):
                 words.append(
                     f"{row.name}: {row.success} of {count} with {row.rollout_steps:,.0f} model "
                     f"steps, flat planning has {flat.success} with {flat.rollout_steps:,.0f}"
