@@ -109,11 +109,14 @@ class Model(Settings):
     method of pixels; expander: inner and output width of the network before a loss of batch
     statistics; activation: of the expander and of an encoder that is not a vit. Of world models:
     latent: the elements of a frame's latent; keypoints: the points whose places a conv encoder also
-    reads; sharpness: of these points at the beginning, more for small things; action_dim: the width of embedded actions; predictor, and for the transformer
-    latent_tokens, the tokens of a frame, and history, the number of frames that a frame sees,
-    itself included. Of a hierarchy: macros: for each level above the world model the most actions
-    of a chunk; macro_dim: the elements of a chunk's code; landmarks: the most that are counted;
-    spacing: the distance between them, in mean distances of consecutive latents.
+    reads; keypoint_map: after how many convolutions; sharpness: of the points at the beginning;
+    action_dim: the width of embedded actions; predictor, and for the mlp waves, the random
+    directions along which it sees sine and cosine, and their frequency, in radians per unit of a
+    latent; for the transformer latent_tokens, the tokens of a frame, and history, the number of
+    frames that a frame sees, itself included. Of a hierarchy: macros: for each level above the
+    world model the most actions of a chunk; macro_dim: the elements of a chunk's code; landmarks:
+    the most that are counted; spacing: the distance between them, in mean distances of consecutive
+    latents.
     """
 
     encoder: Literal["conv", "vit", "resnet18", "resnet18_small"] = "vit"
@@ -126,11 +129,14 @@ class Model(Settings):
     predictor_dim: Positive = 96
     predictor_depth: Positive = 2
     predictor_heads: Positive = 3
+    waves: Annotated[int, Field(ge=0)] = 0
+    frequency: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 5.0
     expander: tuple[Positive, Positive] = (512, 2048)
     activation: Literal["relu", "gelu"] = "gelu"
     blur: NonNegative = 0.0
     latent: Positive = 128
     keypoints: Annotated[int, Field(ge=0)] = 0
+    keypoint_map: Annotated[int, Field(ge=1, le=4)] = 2
     sharpness: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 3.0
     action_dim: Positive = 32
     predictor: Literal["mlp", "gru", "transformer"] = "mlp"

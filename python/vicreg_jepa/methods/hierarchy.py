@@ -208,7 +208,7 @@ def build(config: Config, kernels: Kernels, channels: int) -> Hierarchy:
     levels = [
         Macro(
             longest, config.data.actions, model.latent, model.macro_dim, model.predictor_dim,
-            model.predictor_depth,
+            model.predictor_depth, model.waves, model.frequency,
         )
         for longest in model.macros
     ]  # fmt: skip

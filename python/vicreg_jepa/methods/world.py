@@ -233,7 +233,7 @@ def whiten(layer: nn.Linear, features: Tensor) -> None:
 def _encoder(config: Config, kernels: Kernels, channels: int) -> Frames:
     model, size = config.model, config.data.size
     if model.encoder == "conv":
-        points = model.keypoints, model.sharpness
+        points = model.keypoints, model.sharpness, model.keypoint_map
         return ConvFrames(channels, size, model.dim, model.latent, *points)
     return ViTFrames(
         channels, size, model.dim, model.latent, depth=model.depth, heads=model.heads,
@@ -245,7 +245,7 @@ def _predictor(config: Config, kernels: Kernels) -> Dynamics:
     model = config.model
     shape = (model.latent, model.action_dim, model.predictor_dim, model.predictor_depth)
     if model.predictor == "mlp":
-        return MLPDynamics(*shape)
+        return MLPDynamics(*shape, model.waves, model.frequency)
     if model.predictor == "gru":
         return GRUDynamics(*shape)
     return TransformerDynamics(
@@ -335,6 +335,9 @@ NETWORKS = (
     "model.latent",
     "model.keypoints",
     "model.sharpness",
+    "model.keypoint_map",
+    "model.waves",
+    "model.frequency",
     "model.action_dim",
     "model.predictor",
     "model.predictor_dim",

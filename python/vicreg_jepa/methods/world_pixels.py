@@ -132,7 +132,8 @@ class WorldPixels(nn.Module):
 
 def build(config: Config, kernels: Kernels, channels: int) -> WorldPixels:
     model, data = config.model, config.data
-    encoder = ConvFrames(channels, data.size, model.dim, 1, model.keypoints, model.sharpness)
+    points = model.keypoints, model.sharpness, model.keypoint_map
+    encoder = ConvFrames(channels, data.size, model.dim, 1, *points)
     width = encoder.head.in_features
     encoder.head = nn.Identity()  # the decoder reads the features
     embed = mlp(data.actions, model.action_dim, model.action_dim)
@@ -163,6 +164,7 @@ SETTINGS = (
     "loss.unroll",
     "model.keypoints",
     "model.sharpness",
+    "model.keypoint_map",
     "model.action_dim",
     "model.predictor_dim",
 )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vicreg_jepa.models.perceptron import mlp
 
+FREQUENCY = 5.0
 STILL = 0.1  # the factor on the initial weights of the layer that writes the change
 
 
@@ -57,15 +58,37 @@ class Dynamics(nn.Module, ABC):
 
 
 class MLPDynamics(Dynamics):
-    """z' = z + f(z, a), with `depth` hidden layers of width `hidden`: it sees one frame alone."""
+    """z' = z + f(z, a), with `depth` hidden layers of width `hidden`: it sees one frame alone.
 
-    def __init__(self, latent: int, condition: int, hidden: int, depth: int) -> None:
+    waves: a number of random directions; f also sees the sine and the cosine of the latent along
+    each (Tancik et al., 2020, arXiv:2006.10739). A perceptron learns functions of high frequency
+    last, and a wall is one: of few pixels in a large world. frequency: the deviation of the
+    directions' elements, in radians per unit of a latent.
+    """
+
+    directions: Tensor | None
+
+    def __init__(
+        self,
+        latent: int,
+        condition: int,
+        hidden: int,
+        depth: int,
+        waves: int = 0,
+        frequency: float = FREQUENCY,
+    ) -> None:
         super().__init__()
-        self.change = mlp(latent + condition, *(hidden,) * depth, latent)
+        directions = frequency * torch.randn(latent, waves) if waves else None
+        self.register_buffer("directions", directions)
+        self.change = mlp(latent + 2 * waves + condition, *(hidden,) * depth, latent)
         still(self.change[-1])
 
     def one_step(self, latents: Tensor, actions: Tensor) -> Tensor:
-        return latents + self.change(torch.cat((latents, actions), dim=-1))
+        seen = (latents, actions)
+        if self.directions is not None:
+            angles = latents @ self.directions
+            seen = (*seen, angles.sin(), angles.cos())
+        return latents + self.change(torch.cat(seen, dim=-1))
 
     def remember(self, latents: Tensor, actions: Tensor) -> None:
         return None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vicreg_jepa.models.vit import Attend, ViT
 
-KEYPOINT_MAP = 2  # keypoints are read from the map after so many convolutions
+KEYPOINT_MAP = 2
 SHARPNESS = 3.0
 HIDDEN = 256  # the width of the hidden layer of ConvFrames
 
@@ -48,7 +48,8 @@ class ConvFrames(Frames):
 
     size: the edge H = W of a frame, at least 16. dim: the channels of the last maps, at least 4.
     keypoints: a number of points; their coordinates enter the hidden layer and, past it, the linear
-    one; 0: none. sharpness: of the points at the beginning.
+    one; 0: none. sharpness: of the points at the beginning. keypoint_map: the
+    convolutions, 1 to 4, whose map they are read from.
 
     torch's default initialisation halves the signal at each convolution, so that training begins
     with the keypoints. With weights that keep the signal's size, the leading components of the
@@ -63,6 +64,7 @@ class ConvFrames(Frames):
         latent: int,
         keypoints: int = 0,
         sharpness: float = SHARPNESS,
+        keypoint_map: int = KEYPOINT_MAP,
     ) -> None:
         super().__init__(channels)
         widths = (channels, dim // 4, dim // 2, dim, dim)
@@ -73,7 +75,8 @@ class ConvFrames(Frames):
         edge = size
         for _ in self.convolutions:
             edge = (edge + 1) // 2
-        kept = widths[KEYPOINT_MAP]
+        self.keypoint_map = keypoint_map
+        kept = widths[keypoint_map]
         self.keypoints = Keypoints(kept, keypoints, sharpness) if keypoints else None
         self.hidden = nn.Linear(dim * edge * edge + 2 * keypoints, HIDDEN)
         self.head = nn.Linear(HIDDEN + 2 * keypoints, latent)
@@ -83,7 +86,7 @@ class ConvFrames(Frames):
         x, points = self.normalised(frames), []
         for depth, convolution in enumerate(self.convolutions, start=1):
             x = nn.functional.gelu(convolution(x))
-            if depth == KEYPOINT_MAP and self.keypoints is not None:
+            if depth == self.keypoint_map and self.keypoints is not None:
                 points.append(self.keypoints(x))
         hidden = nn.functional.gelu(self.hidden(torch.cat([x.flatten(1), *points], dim=1)))
         return torch.cat([hidden, *points], dim=1)

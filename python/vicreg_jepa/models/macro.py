@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vicreg_jepa.models.dynamics import MLPDynamics
+from vicreg_jepa.models.dynamics import FREQUENCY, MLPDynamics
 from vicreg_jepa.models.perceptron import mlp
 
 
@@ -19,12 +19,20 @@ class Macro(nn.Module):
     """
 
     def __init__(
-        self, longest: int, actions: int, latent: int, code: int, hidden: int, depth: int
+        self,
+        longest: int,
+        actions: int,
+        latent: int,
+        code: int,
+        hidden: int,
+        depth: int,
+        waves: int = 0,
+        frequency: float = FREQUENCY,
     ) -> None:
         super().__init__()
         self.longest, self.actions = longest, code
         self.encoder = mlp(longest * (actions + 1), hidden, hidden, code)
-        self.predictor = MLPDynamics(latent, code, hidden, depth)
+        self.predictor = MLPDynamics(latent, code, hidden, depth, waves, frequency)
         self.inverse = mlp(2 * latent, hidden, code)
 
     def codes(self, chunks: Tensor, lengths: Tensor) -> Tensor:
