@@ -18,6 +18,7 @@ from vicreg_jepa.training.run import restore
 
 TINY = ["data.settings={cells: 2, maze: 0}", "data.size=27"]
 NETWORKS = ["model.dim=8", "model.keypoints=4", "model.predictor_dim=32", "model.latent=8"]
+NETWORKS += ["model.waves=8", "model.frequency=1"]
 WORLD = [*TINY, *NETWORKS, "data.window=6", "loss.unroll=4", "training.batch=8"]
 WORLD += ["training.steps=2", "training.save_every=2"]
 LEVELS = [*TINY, *NETWORKS, "data.window=16", "model.macros=[4, 12]", "training.batch=8"]
@@ -140,7 +141,7 @@ def test_the_codes_learn_what_moves_a_latent():
     """
     torch.manual_seed(0)
     words = ["training.begin=none", "model.latent=4", "model.macros=[6]", "model.macro_dim=1"]
-    words += ["model.dim=8", "model.predictor_dim=32", "model.keypoints=4"]
+    words += ["model.dim=8", "model.predictor_dim=32", "model.keypoints=4", "model.waves=0"]
     settings = config.load("hierarchy_maze", [*TINY, "data.window=16", *words])
     method = build.method(settings, 2)
     method.latents.copy_(torch.randn(len(method.latents), 8, 4))

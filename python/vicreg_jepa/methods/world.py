@@ -308,11 +308,17 @@ def check_networks(config: Config) -> None:
             f"model.keypoints: got {model.keypoints}, but it is used by model.encoder 'conv', not "
             "by 'vit'"
         )
-    least = type(model).model_fields["sharpness"].default
-    if model.sharpness != least and not model.keypoints:
+    needs = {"keypoint_map": "keypoints", "sharpness": "keypoints", "frequency": "waves"}
+    for name, other in needs.items():
+        value = getattr(model, name)
+        if value != type(model).model_fields[name].default and not getattr(model, other):
+            raise ValueError(
+                f"model.{name}: got {value}, but it is that of model.{other}, which is 0"
+            )
+    if model.waves and model.predictor != "mlp":
         raise ValueError(
-            f"model.sharpness: got {model.sharpness:g}, but it is that of model.keypoints, which "
-            "is 0"
+            f"model.waves: got {model.waves}, but it is used by model.predictor 'mlp', not by "
+            f"{model.predictor!r}"
         )
     if model.predictor != "transformer":
         for name in OF_TRANSFORMER:
