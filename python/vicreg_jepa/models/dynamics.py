@@ -84,7 +84,7 @@ class MLPDynamics(Dynamics):
         still(self.change[-1])
 
     def one_step(self, latents: Tensor, actions: Tensor) -> Tensor:
-        seen = (latents, actions)
+        seen: tuple[Tensor, ...] = (latents, actions)
         if self.directions is not None:
             angles = latents @ self.directions
             seen = (*seen, angles.sin(), angles.cos())
