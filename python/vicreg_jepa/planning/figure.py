@@ -136,7 +136,7 @@ def _energies(axis: Any, result: Result, number: int, interval: int) -> None:
         if not len(history):
             continue
         axis.axvline(place + 0.5, color=SHORTEST, linewidth=0.8, linestyle=":")
-        if place - last >= apart:
+        if place - last >= apart and sum(counts) - place >= apart / 2:
             last = place
             axis.text(place + 0.6, 0.99, f"step {count * interval}", fontsize=7, va="top",
                       transform=axis.get_xaxis_transform())  # fmt: skip
