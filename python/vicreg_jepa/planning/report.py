@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vicreg_jepa.files import output
+from vicreg_jepa.models.landmarks import Landmarks, counted
 from vicreg_jepa.planning.control import Control, Plans
 from vicreg_jepa.planning.energies import EnergyLike
 from vicreg_jepa.planning.evaluate import Result, episodes, followed, rank_correlation
@@ -21,7 +22,6 @@ from vicreg_jepa.planning.hierarchy.trained import (
     has_levels,
     hierarchy,
     levels_of,
-    true_landmarks,
     true_levels,
 )
 from vicreg_jepa.planning.model import LatentModel, TrueModel, encoded
@@ -29,11 +29,13 @@ from vicreg_jepa.planning.planner import Effort, Planner, check_horizon
 from vicreg_jepa.planning.planners import ICEM
 from vicreg_jepa.worlds.episodes import episode_seed, walks
 from vicreg_jepa.worlds.policies import expert, straight, walk
-from vicreg_jepa.worlds.world import STEPS, World
+from vicreg_jepa.worlds.world import STEPS, State, World
 
 COLLECTION = 2**20  # of the episodes that are planned: no training has so large a seed
 WALKS, WALKED = 128, 16  # held-out walks, and their steps, that measure the length of a step
 CONTROLS = {"walk": walk, "straight": straight, "expert": expert}
+COUNTED_WALKS, COUNTED_STEPS = 600, 90  # that are counted with the true dynamics
+SPACING = 2.2  # pixels between their landmarks
 MARGIN = 0.2  # of all episodes, by which planning must surpass walking straight
 NEAR = 1.5  # mean steps of a walk: so near to the goal a plan has arrived
 TRUE = "true dynamics"
@@ -180,14 +182,21 @@ def measured(
             landmarks = method.landmarks() if place else true_landmarks(truth)
             levels = levels_of(method) if place else true_levels(truth, method)
             large = [(LARGE, effort, None)] if full and place <= 1 else []
-            counted = (COUNTED, low, counted_steps(landmarks))
-            rows += _controls(name, name, acts, [(FLAT, low, None), *large, counted])
+            steered = (COUNTED, low, counted_steps(landmarks))
+            rows += _controls(name, name, acts, [(FLAT, low, None), *large, steered])
             result = acts(planner=hierarchy(levels, landmarks, low))
             rows.append(row_of(name, result))
         if place == 1:
             first = result
     assert first is not None
     return rows, first
+
+
+def true_landmarks(model: TrueModel) -> Landmarks:
+    """Those of random walks in the world of a model, for which no latent is learned."""
+    states, _ = walks(model.world, COLLECTION + 3, COUNTED_WALKS, COUNTED_STEPS)
+    flat = State(*(field.flatten(0, 1) for field in states))
+    return counted(model.observe(flat).unflatten(0, states.seed.shape), SPACING)
 
 
 def _controls(

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vicreg_jepa.models.landmarks import Landmarks, counted
+from vicreg_jepa.models.landmarks import Landmarks
 from vicreg_jepa.planning.energies import EnergyLike
 from vicreg_jepa.planning.hierarchy.energies import Steps
 from vicreg_jepa.planning.hierarchy.levels import Held
@@ -17,8 +17,6 @@ from vicreg_jepa.planning.hierarchy.planner import Hierarchy, Level
 from vicreg_jepa.planning.model import LatentModel, TrueModel
 from vicreg_jepa.planning.planner import Effort, Planner, check_horizon
 from vicreg_jepa.planning.planners import ICEM
-from vicreg_jepa.worlds.episodes import walks
-from vicreg_jepa.worlds.world import State
 
 LOW: dict[str, Any] = {"horizon": 4, "candidates": 64, "elites": 8, "iterations": 4}
 HIGH: dict[str, Any] = {
@@ -30,9 +28,6 @@ HIGH: dict[str, Any] = {
 }
 TRUSTED = 1.5  # a level's longest chunks, as counted steps: the reach of the level below
 HASTE = 0.2  # as to_goal's
-MAPPED = 2**20 + 3  # the collection of the walks that are counted with the true dynamics
-WALKS, WALKED = 600, 90  # their number, and the steps of each
-SPACING = 2.2  # pixels between their landmarks
 
 
 def low_planner(settings: dict[str, Any]) -> Planner:
@@ -64,13 +59,6 @@ def levels_of(method: Any) -> list[tuple[LatentModel, int]]:
 def true_levels(model: TrueModel, method: Any) -> list[tuple[LatentModel, int]]:
     """Levels as long as those of a trained method, whose macro-actions hold an action."""
     return [(Held(model, level.longest), level.longest) for level in method.levels]
-
-
-def true_landmarks(model: TrueModel) -> Landmarks:
-    """Those of random walks in the world of a model, for which no latent is learned."""
-    states, _ = walks(model.world, MAPPED, WALKS, WALKED)
-    flat = State(*(field.flatten(0, 1) for field in states))
-    return counted(model.observe(flat).unflatten(0, states.seed.shape), SPACING)
 
 
 def counted_steps(landmarks: Landmarks) -> Callable[[Tensor], EnergyLike]:
