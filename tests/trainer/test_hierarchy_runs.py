@@ -141,7 +141,8 @@ def test_the_codes_learn_what_moves_a_latent():
     """
     torch.manual_seed(0)
     words = ["training.begin=none", "model.latent=4", "model.macros=[6]", "model.macro_dim=1"]
-    words += ["model.dim=8", "model.predictor_dim=32", "model.keypoints=4", "model.waves=0"]
+    words += ["model.dim=8", "model.predictor_dim=32", "model.keypoints=4"]
+    words += ["model.waves=0", "model.frequency=5"]
     settings = config.load("hierarchy_maze", [*TINY, "data.window=16", *words])
     method = build.method(settings, 2)
     method.latents.copy_(torch.randn(len(method.latents), 8, 4))
