@@ -253,7 +253,8 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     for flat in rows:
         for row in planned:
             distances = flat.name.endswith((FLAT, LARGE))  # of latents
-            if flat.of == row.name and distances and not _above(row, flat, margin):
+            compared = flat.of == row.name != TRUE and distances
+            if compared and not _above(row, flat, margin):
                 words.append(
                     f"{row.name}: {row.success} of {count} with {row.rollout_steps:,.0f} model "
                     f"steps, flat planning has {flat.success} with {flat.rollout_steps:,.0f}"
