@@ -13,6 +13,7 @@ from torch import Tensor
 from vicreg_jepa.evaluation.auroc import auroc
 from vicreg_jepa.physics import quadruplet
 from vicreg_jepa.surprise import curves
+from vicreg_jepa.surprise.expectation import Expectation
 
 # Where the exchange takes place -> `behind_occluder` of the quadruplets.
 PLACES = {"in view": False, "behind a panel": True}
@@ -89,13 +90,13 @@ def scores(surprise_of: SurpriseOf, videos: Tensor, property: str) -> dict[str, 
     return result
 
 
-def of_method(method: Any, stride: int) -> SurpriseOf:
+def of_method(method: Any, stride: int, expected: Expectation | None = None) -> SurpriseOf:
     """The surprise of a trained model; stride: the distance in the video of the frames that it
-    takes.
+    takes; expected: of its peak.
     """
 
     def surprise_of(videos: Tensor) -> dict[str, list[float]]:
-        each = curves.curves(method, videos, stride=stride)
+        each = curves.curves(method, videos, stride=stride, expected=expected)
         return {
             "mean": [c.mean for c in each],
             "maximum": [c.maximum for c in each],

@@ -150,14 +150,15 @@ def draw_video(
     output: Path,
     *,
     stride: int,
-    peaks: Sequence[float],
+    calibrated: calibration.Calibration,
     false_alarms: float,
 ) -> None:
     """Draw the surprise at a video, and print whether and when it is above what one of the share
-    `false_alarms` of possible videos reaches. peaks: those of possible videos (calibration.py).
+    `false_alarms` of possible videos reaches.
     """
     video = videos.decode(path, size)
-    (curve,) = curves.curves(method, video[None], stride=stride)
+    peaks = calibrated.peaks
+    (curve,) = curves.curves(method, video[None], stride=stride, expected=calibrated.expected)
     threshold = calibration.threshold(peaks, false_alarms)
     clip, shown = {"video": video}, {"video": curve}
     figure.picture(clip, shown, output / f"{path.stem}.png", path.name, None)
