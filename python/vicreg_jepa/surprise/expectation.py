@@ -1,5 +1,5 @@
-"""What is expected of a prediction, fitted to possible videos, so that only what is beyond it counts
-as surprise.
+"""What is expected of a prediction, fitted to possible videos, so that only what is beyond it
+counts as surprise.
 
 What comes out from behind a panel surprises in possible videos too. So the first part is how far
 the error of a token is above the error that is expected of such a prediction. The second is about
@@ -43,9 +43,9 @@ class Evidence(NamedTuple):
 
 
 class Expectation(nn.Module):
-    """features: their number F. One perceptron gives the mean and the logarithm of the spread of the
-    logarithm of a token's error; the other the mean of its gain, in units of the buffer `scale`, the
-    standard deviation of gains.
+    """features: their number F. One perceptron gives the mean and the logarithm of the spread of
+    the logarithm of a token's error; the other the mean of its gain, in units of the buffer
+    `scale`, the standard deviation of gains.
     """
 
     scale: Tensor
