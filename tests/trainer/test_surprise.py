@@ -135,7 +135,8 @@ def test_controls_tell_what_is_in_view_and_nothing_that_is_hidden():
 
 def test_a_property_counts_by_its_margin_over_the_best_control():
     def score(accuracy: float) -> dict[str, physics_test.Score]:
-        one = physics_test.Score("", 4, accuracy, 0.5, (1.0,) * 4, (5, 5, 12, 20))
+        values = ((0.0, 2.0, 1.0, 3.0),) * 4
+        one = physics_test.Score("", 4, accuracy, 0.5, (1.0,) * 4, (5, 5, 12, 20), values)
         return {"mean": one, "maximum": one, "peak": one}
 
     rows = {
@@ -153,6 +154,8 @@ def test_a_property_counts_by_its_margin_over_the_best_control():
     assert shape.endswith("35 *")
     assert colour.endswith("20")
     assert "100.0 of 4 after 5 to 9 frames, 100.0 of 2 after 10 to 16 frames" in text
+    pooled = "AUROC of the peak over all properties: 75.0 (75.0 in view, 75.0 behind a panel)"
+    assert pooled in text
 
 
 def test_an_oracle_tells_every_property_and_the_control_not():
@@ -164,6 +167,7 @@ def test_an_oracle_tells_every_property_and_the_control_not():
     clips = physics_test.quadruplets("gravity", 3)
     score = physics_test.scores(oracle, clips, "gravity")["mean"]
     assert (score.accuracy, score.auroc, score.quadruplets) == (1.0, 1.0, 3)
+    assert score.values == ((0.0, 0.0, 1.0, 1.0),) * 3
 
 
 def test_brightness_alone_tells_nothing():

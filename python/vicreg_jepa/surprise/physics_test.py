@@ -33,7 +33,8 @@ class Score:
     A quadruplet is told apart if its two impossible videos together surprise more than its two
     possible ones, which is IntPhys' relative score. Its videos are made of the same frames, so an
     effect of single frames cancels. told: of each quadruplet, 1, or 0.5 for a tie. delays: for how
-    many frames up to the first difference both its possible videos show the same picture.
+    many frames up to the first difference both its possible videos show the same picture. values:
+    of its four videos.
     """
 
     property: str
@@ -42,6 +43,7 @@ class Score:
     auroc: float
     told: tuple[float, ...]
     delays: tuple[int, ...]
+    values: tuple[tuple[float, ...], ...]
 
 
 def quadruplets(
@@ -86,6 +88,7 @@ def scores(surprise_of: SurpriseOf, videos: Tensor, property: str) -> dict[str, 
             auroc(*grid.transpose(0, 1).flatten(1).tolist()),
             tuple(told),
             delays,
+            tuple(tuple(row) for row in grid.flatten(1).tolist()),
         )
     return result
 

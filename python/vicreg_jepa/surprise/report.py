@@ -60,6 +60,7 @@ def table(scores: Scores, count: int, baselines: Sequence[str]) -> str:
             f"{first}: relative accuracy in %, {count} quadruplets per property and place",
             *(_of_place(place, rows, baselines) for place, rows in scores.items()),
             *(_by_delay(rows[first]) for rows in list(scores.values())[1:]),
+            _one_threshold({place: rows[first] for place, rows in scores.items()}),
             f"A property counts (*) at {physics_test.MARGIN} points or more above the best of "
             f"{', '.join(baselines)}.",
         )
@@ -117,6 +118,20 @@ def _by_delay(own: dict[str, dict[str, physics_test.Score]]) -> str:
             share = 100 * sum(some) / len(some)
             parts.append(f"{share:.1f} of {len(some)} after {least} to {most} frames")
     return f"by the time behind the panel: {', '.join(parts)}"
+
+
+def _one_threshold(own: dict[str, dict[str, dict[str, physics_test.Score]]]) -> str:
+    """The AUROC of the first model's peak over the videos of all properties."""
+    possible: dict[str, list[float]] = {}
+    impossible: dict[str, list[float]] = {}
+    for place, properties in own.items():
+        kinds = [kinds for property, kinds in properties.items() if property != "control"]
+        four = [values for kind in kinds for values in kind["peak"].values]
+        possible[place] = [value for values in four for value in values[:2]]
+        impossible[place] = [value for values in four for value in values[2:]]
+    each = [f"{100 * curves.auroc(possible[p], impossible[p]):.1f} {p}" for p in own]
+    both = 100 * curves.auroc(*([x for p in own for x in of[p]] for of in (possible, impossible)))
+    return f"AUROC of the peak over all properties: {both:.1f} ({', '.join(each)})"
 
 
 def margin_of(
