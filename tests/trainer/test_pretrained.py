@@ -70,6 +70,7 @@ def test_the_calibration_beside_the_model_is_its_own():
     assert min(abs(curve.peak - peak) for peak in kept.peaks) < 1e-3
 
 
+@pytest.mark.thorough
 def test_one_threshold_tells_single_videos():
     """The AUROC on held-out quadruplets is in docs/surprise.md; here on 8 in view and 8 hidden."""
     settings, method, _ = restore(pretrained.path("surprise"))
