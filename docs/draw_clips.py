@@ -21,6 +21,7 @@ matplotlib.use("Agg")
 from matplotlib import patches, pyplot
 from vicreg_jepa import pretrained
 from vicreg_jepa.data import videos
+from vicreg_jepa.evaluation.auroc import auroc
 from vicreg_jepa.surprise import calibration, curves
 from vicreg_jepa.training.run import restore
 
@@ -217,7 +218,7 @@ def main() -> None:
         alarms = f"{false} false alarms of {len(possible)}, {hits} hits of {len(impossible)}"
         print(f"at {rate}: {alarms}")
     print(f"above the possible clip of the same scene: {told} of {len(impossible)}")
-    print(f"AUROC {100 * curves.auroc(possible, impossible):.1f}")
+    print(f"AUROC {100 * auroc(possible, impossible):.1f}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from vicreg_jepa import cli, config, pretrained
+from vicreg_jepa.evaluation.auroc import auroc
 from vicreg_jepa.physics import PROPERTIES, possible
 from vicreg_jepa.surprise import calibration, curves, physics_test
 from vicreg_jepa.training.run import restore
@@ -83,4 +84,4 @@ def test_one_threshold_tells_single_videos():
     ]
     found = physics_test.of_method(method, settings.data.stride, kept.expected)
     peaks = torch.tensor(found(torch.cat(each).flatten(0, 1))["peak"]).view(-1, 4)
-    assert curves.auroc(*(peaks[:, half].flatten().tolist() for half in ([0, 1], [2, 3]))) > 0.75
+    assert auroc(*(peaks[:, half].flatten().tolist() for half in ([0, 1], [2, 3]))) > 0.75

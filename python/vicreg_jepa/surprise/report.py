@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from vicreg_jepa.data import videos
+from vicreg_jepa.evaluation.auroc import auroc
 from vicreg_jepa.physics import PROPERTIES, quadruplet
 from vicreg_jepa.surprise import calibration, curves, figure, physics_test
 from vicreg_jepa.surprise.controls import CONTROLS
@@ -129,8 +130,8 @@ def _one_threshold(own: dict[str, dict[str, dict[str, physics_test.Score]]]) -> 
         four = [values for kind in kinds for values in kind["peak"].values]
         possible[place] = [value for values in four for value in values[:2]]
         impossible[place] = [value for values in four for value in values[2:]]
-    each = [f"{100 * curves.auroc(possible[p], impossible[p]):.1f} {p}" for p in own]
-    both = 100 * curves.auroc(*([x for p in own for x in of[p]] for of in (possible, impossible)))
+    each = [f"{100 * auroc(possible[p], impossible[p]):.1f} {p}" for p in own]
+    both = 100 * auroc(*([x for p in own for x in of[p]] for of in (possible, impossible)))
     return f"AUROC of the peak over all properties: {both:.1f} ({', '.join(each)})"
 
 
