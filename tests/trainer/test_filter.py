@@ -94,7 +94,8 @@ def test_the_blur_is_a_gaussian_and_hides_what_it_takes(tmp_path):
 def test_probes_read_what_is_there_and_nothing_else(monkeypatch):
     monkeypatch.setattr(attentive_probe, "STEPS", 300)
     videos = physics_probe.seen(40, 0.5, 4)
-    assert len(videos.clips) == 40 * physics_probe.EACH
+    of_video = videos.frames["colour"].view(40, physics_probe.EACH)
+    assert torch.equal(of_video, of_video[:, :1].expand_as(of_video))  # all pairs of a video
     assert set(videos.patches) == {"texture", "camera", "leaves"}
 
     def facts(clips):
