@@ -92,22 +92,23 @@ def _surprise(options: argparse.Namespace) -> int:
     stride, size = settings.data.stride, settings.data.size
     output = options.output or _beside(run, "surprise")
     _make(output)
+    kept = calibration.beside(run) if run.is_file() else output / "calibration.safetensors"
+    calibrated = calibration.calibrated(method, settings, kept)
     if options.video is not None:
-        kept = calibration.beside(run) if run.is_file() else output / "peaks.json"
         report.draw_video(
             method,
             options.video,
             size,
             output,
             stride=stride,
-            peaks=calibration.peaks(method, settings, kept),
+            calibrated=calibrated,
             false_alarms=false_alarms,
         )
         return 0
     untrained = build.method(settings, method.channels).eval()
     models = {
-        one: physics_test.of_method(trained, stride)
-        for one, trained in ((name, method), ("untrained", untrained))
+        name: physics_test.of_method(method, stride, calibrated.expected),
+        "untrained": physics_test.of_method(untrained, stride),
     }
     for beside in options.beside:
         other, its, trained = _video_run(beside)

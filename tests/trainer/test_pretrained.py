@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 from vicreg_jepa import cli, config, pretrained
-from vicreg_jepa.physics import possible
+from vicreg_jepa.evaluation.auroc import auroc
+from vicreg_jepa.physics import PROPERTIES, possible
 from vicreg_jepa.surprise import calibration, curves, physics_test
 from vicreg_jepa.training.run import restore
 
@@ -16,7 +17,9 @@ MOST = 5 * 2**20  # bytes of all files
 
 def test_they_are_small():
     files = list(pretrained.path("plan").parent.glob("*.safetensors"))
-    assert {file.name for file in files} == set(pretrained.FILES.values())
+    calibrated = calibration.beside(pretrained.path("surprise"))
+    assert {file.name for file in files} == {*pretrained.FILES.values(), calibrated.name}
+    assert calibrated.stat().st_size < 300_000
     assert sum(file.stat().st_size for file in files) <= MOST
 
 
@@ -56,13 +59,29 @@ def test_a_vanished_thing_surprises():
     assert scores["mean"].accuracy == 1.0
 
 
-def test_the_peaks_beside_the_model_are_its_own():
+def test_the_calibration_beside_the_model_is_its_own():
     file = pretrained.path("surprise")
     settings, method, _ = restore(file)
-    beside = json.loads(calibration.beside(file).read_text())
-    assert beside["model"] == calibration.digest(method, settings)
-    kept = calibration.peaks(method, settings, calibration.beside(file))
-    assert len(kept) == calibration.COUNT
+    before = calibration.beside(file).read_bytes()
+    kept = calibration.calibrated(method, settings, calibration.beside(file))
+    assert calibration.beside(file).read_bytes() == before
+    assert len(kept.peaks) == calibration.COUNT
     video = torch.from_numpy(possible(calibration.FIRST).video)[None]
-    (curve,) = curves.curves(method, video, stride=settings.data.stride)
-    assert min(abs(curve.peak - peak) for peak in kept) < 1e-4
+    (curve,) = curves.curves(method, video, stride=settings.data.stride, expected=kept.expected)
+    assert min(abs(curve.peak - peak) for peak in kept.peaks) < 1e-3
+
+
+@pytest.mark.thorough
+def test_one_threshold_tells_single_videos():
+    """The AUROC on held-out quadruplets is in docs/surprise.md; here on 8 in view and 8 hidden."""
+    settings, method, _ = restore(pretrained.path("surprise"))
+    kept = calibration.calibrated(method, settings, calibration.beside(pretrained.path("surprise")))
+    names = [name for name in PROPERTIES if name != "control"]
+    each = [
+        physics_test.quadruplets(name, 1, 9000, hidden)
+        for name in names
+        for hidden in (False, True)
+    ]
+    found = physics_test.of_method(method, settings.data.stride, kept.expected)
+    peaks = torch.tensor(found(torch.cat(each).flatten(0, 1))["peak"]).view(-1, 4)
+    assert auroc(*(peaks[:, half].flatten().tolist() for half in ([0, 1], [2, 3]))) > 0.75

@@ -10,8 +10,15 @@ from vicreg_jepa.evaluation.auroc import auroc
 from vicreg_jepa.methods import build
 from vicreg_jepa.models import masks
 from vicreg_jepa.ops.encode import encode, predict
-from vicreg_jepa.physics import quadruplet
-from vicreg_jepa.surprise import calibration, controls, curves, physics_test, report
+from vicreg_jepa.physics import possible, quadruplet
+from vicreg_jepa.surprise import (
+    calibration,
+    controls,
+    curves,
+    expectation,
+    physics_test,
+    report,
+)
 
 from tests.trainer.test_trainer import settings
 
@@ -128,7 +135,8 @@ def test_controls_tell_what_is_in_view_and_nothing_that_is_hidden():
 
 def test_a_property_counts_by_its_margin_over_the_best_control():
     def score(accuracy: float) -> dict[str, physics_test.Score]:
-        one = physics_test.Score("", 4, accuracy, 0.5, (1.0,) * 4, (5, 5, 12, 20))
+        values = ((0.0, 2.0, 1.0, 3.0),) * 4
+        one = physics_test.Score("", 4, accuracy, 0.5, (1.0,) * 4, (5, 5, 12, 20), values)
         return {"mean": one, "maximum": one, "peak": one}
 
     rows = {
@@ -146,6 +154,8 @@ def test_a_property_counts_by_its_margin_over_the_best_control():
     assert shape.endswith("35 *")
     assert colour.endswith("20")
     assert "100.0 of 4 after 5 to 9 frames, 100.0 of 2 after 10 to 16 frames" in text
+    pooled = "AUROC of the peak over all properties: 75.0 (75.0 in view, 75.0 behind a panel)"
+    assert pooled in text
 
 
 def test_an_oracle_tells_every_property_and_the_control_not():
@@ -157,6 +167,7 @@ def test_an_oracle_tells_every_property_and_the_control_not():
     clips = physics_test.quadruplets("gravity", 3)
     score = physics_test.scores(oracle, clips, "gravity")["mean"]
     assert (score.accuracy, score.auroc, score.quadruplets) == (1.0, 1.0, 3)
+    assert score.values == ((0.0, 0.0, 1.0, 1.0),) * 3
 
 
 def test_brightness_alone_tells_nothing():
@@ -203,3 +214,85 @@ def test_the_threshold_is_a_rank_and_the_verdict_names_the_frame():
     text = calibration.verdict(curve, 0.6, 0.05, 19)
     assert text.startswith("impossible at frame 3 (peak 0.9000, threshold 0.6000; false alarms: at")
     assert calibration.verdict(curve, 0.9, 0.05, 19).startswith("nothing impossible (peak 0.9000")
+
+
+def causal_settings():
+    made = config.describe(settings("vjepa_causal"))
+    made["data"] |= {"frames": 4, "stride": 2, "noise": 0.0}
+    made["model"]["tubelet"] = 1
+    return config.parse(made)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A fit of seconds."""
+    monkeypatch.setattr(calibration, "COUNT", 4)
+    monkeypatch.setattr(expectation, "COUNT", 3)
+    monkeypatch.setattr(expectation, "TOKENS", 200)
+    monkeypatch.setattr(expectation, "STEPS", (60, 20))
+
+
+def test_the_surprise_of_a_frame_is_beyond_what_is_expected():
+    causal = build.method(causal_settings(), 3).eval()
+    clips = videos(2, 4).permute(0, 4, 1, 2, 3) / 255.0
+    with torch.no_grad():
+        wanted = F.layer_norm(causal.targets(clips), (causal.encoder.features,))
+        _, memory = causal.foreseen(clips, [2, 3])
+        (short,) = causal.foreseen(clips[:, :, 1:], [2])
+        tokens = causal.encoder.grid.frame.tokens
+        target = wanted[:, 3 * tokens :]
+        known = causal.known(clips, [2, 3])
+        two, three = expectation.evidence(causal, clips, wanted, known, [2, 3])
+    assert two.gain.abs().max() < 1e-5  # at two frames both predictions are one
+    torch.testing.assert_close(three.error, (memory - target).abs().mean(dim=-1))
+    apart = (memory - short).square().mean(dim=-1)
+    gain = ((target - (memory + short) / 2) * (memory - short)).mean(dim=-1)
+    torch.testing.assert_close(three.gain, gain / (apart + 0.05).sqrt(), rtol=1e-3, atol=1e-5)
+    torch.manual_seed(0)
+    expected = expectation.Expectation(three.features.shape[-1])
+    expected.scale.fill_(0.5)
+    with torch.no_grad():
+        middle, spread = expected.error(three.features).unbind(-1)
+        high = ((three.error + 1e-3).log() - middle) / spread.exp()
+        missing = expected.gain(three.features)[..., 0] - three.gain / 0.5
+        _, rows = curves.window_errors(causal, clips, [2, 3], expected)
+    torch.testing.assert_close(rows[1, :, 0], high.amax(dim=1) + 0.15 * missing.amax(dim=1))
+    torch.testing.assert_close(rows[0, :, 0], three.error.mean(dim=1))
+
+
+def test_a_fit_expects_the_error_of_possible_videos(quick):
+    causal = build.method(causal_settings(), 3).eval()
+    expected = expectation.fitted(causal, 2, 0.0)
+    again = expectation.fitted(causal, 2, 0.0)
+    torch.testing.assert_close(expected.state_dict(), again.state_dict(), rtol=0, atol=0)
+    tokens = expectation._tokens(causal, possible(7).video, 2)
+    high, _ = expected.above(tokens)
+    assert high.mean().abs() < 0.5
+    # A token with three times its error stands out.
+    assert (expected.above(tokens._replace(error=3 * tokens.error))[0] - high).mean() > 1
+
+
+def test_a_calibration_is_kept_for_its_model_alone(quick, tmp_path, monkeypatch):
+    made, kept = causal_settings(), tmp_path / "calibration.safetensors"
+    causal = build.method(made, 3).eval()
+    first = calibration.calibrated(causal, made, kept)
+    assert len(first.peaks) == 4
+    assert list(first.peaks) == sorted(first.peaks)
+    with monkeypatch.context() as patch:
+        patch.setattr(expectation, "fitted", None)
+        second = calibration.calibrated(causal, made, kept)
+    assert second.peaks == first.peaks
+    torch.testing.assert_close(second.expected.state_dict(), first.expected.state_dict())
+    before = kept.read_bytes()
+    next(causal.parameters()).data.add_(0.01)
+    calibration.calibrated(causal, made, kept)
+    assert kept.read_bytes() != before
+    kept.write_bytes(before[:100])
+    with pytest.raises(ValueError, match=r"file: .*calibration\.safetensors is no intact"):
+        calibration.calibrated(causal, made, kept)
+
+
+def test_a_model_of_whole_clips_keeps_its_error(quick, tmp_path, method):
+    made = settings("vjepa")
+    assert calibration.calibrated(method, made, tmp_path / "kept.safetensors").expected is None
+    assert calibration.calibrated(method, made, tmp_path / "kept.safetensors").expected is None

@@ -53,8 +53,8 @@ class Causal(Predictive):
         """What the method sees of clips [B, C, F, H, W]; by default all."""
         return x
 
-    def following(self, tokens: Tensor, present: Tensor) -> Tensor:
-        """[B, T, D]: the prediction of each frame's next one, from tokens [B, T, features] of whole
+    def states(self, tokens: Tensor) -> Tensor:
+        """[B, T, predictor_dim]: the predictor's last states at tokens [B, T, features] of whole
         frames.
         """
         grid = self.encoder.grid
@@ -62,8 +62,13 @@ class Causal(Predictive):
         assert self.predictor.table is not None  # it has position="both"
         h = h + self.predictor.table[: tokens.shape[1]]
         frames = tokens.shape[1] // grid.frame.tokens
-        h = self.predictor.run(h, self.kernels.attend_causal(grid, frames))
-        return present + self.predictor.predictor_proj(h)
+        return self.predictor.run(h, self.kernels.attend_causal(grid, frames))
+
+    def following(self, tokens: Tensor, present: Tensor) -> Tensor:
+        """[B, T, D]: the prediction of each frame's next one, from tokens [B, T, features] of whole
+        frames.
+        """
+        return present + self.predictor.predictor_proj(self.states(tokens))
 
     def _seen(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens of all frames but the last, and the prediction of the frame after each."""
@@ -86,9 +91,19 @@ class Causal(Predictive):
 
     def foreseen(self, x: Tensor, seen: Sequence[int]) -> list[Tensor]:
         """For each number of token frames seen, the prediction of the next one, [B, plane, D]."""
-        _, following = self._seen(x)
+        return [predicted for _, predicted in self.known(x, seen)]
+
+    def known(self, x: Tensor, seen: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """For each number of token frames seen, the predictor's states at the last of them, [B,
+        plane, predictor_dim], and the prediction of the next one, [B, plane, D].
+        """
+        x = self.filtered(x)[:, :, : -self.encoder.patch_embed.size[0]]
+        tokens = encode(self.encoder, self.kernels, x, None)
+        states = self.states(tokens)
+        following = self.present(x, tokens) + self.predictor.predictor_proj(states)
         plane = self.encoder.grid.frame.tokens
-        return [following[:, (n - 1) * plane : n * plane] for n in seen]
+        ends = [slice((n - 1) * plane, n * plane) for n in seen]
+        return [(states[:, end], following[:, end]) for end in ends]
 
 
 def check(config: Config) -> None:

@@ -14,7 +14,7 @@ def main() -> None:
     file = pretrained.path("surprise")
     settings, method, _ = restore(file)
     kept = calibration.beside(file)
-    calibration.peaks(method, settings, kept)
+    calibration.calibrated(method, settings, kept)
     print(f"{kept} written")
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from vicreg_jepa.surprise.expectation import Expectation, evidence, targets_of
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,11 @@ class Curve:
     the mean, over the windows that predict it, of the error of its token frame; NaN if no window
     predicts it.
 
-    local: [frames], of the token with the largest error instead of all tokens: its mean over all
-    windows that predict the frame; NaN before every one of the interleaved clips that a model with
-    a stride takes predicts. An impossible thing is a few tokens of a frame, and each of these clips
-    meets it; an accident of one clip does not recur in the next.
+    local: [frames], of the worst token instead of all tokens: its error, or with an expectation
+    (expectation.py) how far it is from what is expected; the mean over all windows that predict the
+    frame; NaN before every one of the interleaved clips that a model with a stride takes predicts.
+    An impossible thing is a few tokens of a frame, and each of these clips meets it; an accident of
+    one clip does not recur in the next.
     """
 
     contexts: tuple[int, ...]
@@ -51,24 +53,34 @@ class Curve:
     @property
     def peak(self) -> float:
         """The highest of `local`: the surprise of a single video, for one threshold."""
-        return float(self.local.nan_to_num(-1.0).max())
+        return float(self.local.nan_to_num(-torch.inf).max())
 
 
 @torch.no_grad()
-def window_errors(method: Any, clips: Tensor, seen: Sequence[int]) -> list[Tensor]:
+def window_errors(
+    method: Any, clips: Tensor, seen: Sequence[int], expected: Expectation | None = None
+) -> list[Tensor]:
     """clips [B, C, F, H, W] -> for each number of token frames seen, the L1 error of each predicted
     token frame, its mean over tokens and that of the worst token: [2, B, predicted token frames].
+    expected: the second is then how far the worst token is from what is expected.
     """
     plane = method.encoder.grid.frame.tokens
-    targets = method.targets(clips)
-    if method.normalise:
-        targets = F.layer_norm(targets, targets.shape[-1:])
+    targets = targets_of(method, clips)
+    if expected is None:
+        predictions = method.foreseen(clips, seen)
+    else:
+        known = method.known(clips, seen)
+        predictions = [predicted for _, predicted in known]
     errors = []
-    for frames, predicted in zip(seen, method.foreseen(clips, seen), strict=True):
+    for frames, predicted in zip(seen, predictions, strict=True):
         first = frames * plane
         apart = predicted - targets[:, first : first + predicted.shape[1]]
         each = apart.abs().mean(dim=-1).unflatten(1, (-1, plane))
         errors.append(torch.stack((each.mean(dim=-1), each.amax(dim=-1))))
+    if expected is not None:
+        found = evidence(method, clips, targets, known, seen)
+        for rows, one in zip(errors, found, strict=True):
+            rows[1] = expected.surprise(one)[:, None]
     return errors
 
 
@@ -78,14 +90,16 @@ def curves(
     videos: Tensor,
     contexts: Sequence[int] | None = None,
     *,
+    expected: Expectation | None = None,
     stride: int = 1,
     step: int = 1,
     batch: int = 16,
 ) -> list[Curve]:
     """The curves of videos, uint8 [N, F, H, W, C], with F at least the length of the model's clip.
 
-    contexts: numbers of the model's frames; by default the method's. stride: the distance of the
-    model's frames in the video, as in training; step: the distance of windows in the video.
+    contexts: numbers of the model's frames; by default the method's. expected: of a model that
+    predicts frame by frame, for `Curve.local`. stride: the distance of the model's frames in the
+    video, as in training; step: the distance of windows in the video.
     """
     grid, tubelet = method.encoder.grid, method.encoder.patch_embed.size[0]
     frames = grid.frames * tubelet
@@ -110,7 +124,8 @@ def curves(
         part = places[at : at + batch]
         clips = torch.stack([videos[v, s : s + span : stride] for v, s in part])
         clips = clips.to(device).permute(0, 4, 1, 2, 3).float() / 255.0
-        errors = window_errors(method, clips, [context // tubelet for context in contexts])
+        seen = [context // tubelet for context in contexts]
+        errors = window_errors(method, clips, seen, expected)
         for i, (context, rows) in enumerate(zip(contexts, errors, strict=True)):
             for (v, s), row in zip(part, rows.cpu().unbind(dim=1), strict=True):
                 # The value of a token frame holds for all frames of the video up to the next token

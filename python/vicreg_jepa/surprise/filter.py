@@ -131,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", nargs="+", type=integer(0), default=(0, 1, 2), metavar="SEED")
     add("--steps", type=integer(1), default=5500, help="of every training")
     add("--quadruplets", type=integer(1), default=25, help="per property and place")
-    add("--videos", type=integer(40), default=600, help="of the probes, a quarter held out")
+    add("--videos", type=integer(40), default=2000, help="of the probes, a quarter held out")
     return options
 
 

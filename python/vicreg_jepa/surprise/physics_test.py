@@ -13,6 +13,7 @@ from torch import Tensor
 from vicreg_jepa.evaluation.auroc import auroc
 from vicreg_jepa.physics import quadruplet
 from vicreg_jepa.surprise import curves
+from vicreg_jepa.surprise.expectation import Expectation
 
 # Where the exchange takes place -> `behind_occluder` of the quadruplets.
 PLACES = {"in view": False, "behind a panel": True}
@@ -32,7 +33,8 @@ class Score:
     A quadruplet is told apart if its two impossible videos together surprise more than its two
     possible ones, which is IntPhys' relative score. Its videos are made of the same frames, so an
     effect of single frames cancels. told: of each quadruplet, 1, or 0.5 for a tie. delays: for how
-    many frames up to the first difference both its possible videos show the same picture.
+    many frames up to the first difference both its possible videos show the same picture. values:
+    of its four videos.
     """
 
     property: str
@@ -41,6 +43,7 @@ class Score:
     auroc: float
     told: tuple[float, ...]
     delays: tuple[int, ...]
+    values: tuple[tuple[float, ...], ...]
 
 
 def quadruplets(
@@ -85,17 +88,18 @@ def scores(surprise_of: SurpriseOf, videos: Tensor, property: str) -> dict[str, 
             auroc(*grid.transpose(0, 1).flatten(1).tolist()),
             tuple(told),
             delays,
+            tuple(tuple(row) for row in grid.flatten(1).tolist()),
         )
     return result
 
 
-def of_method(method: Any, stride: int) -> SurpriseOf:
+def of_method(method: Any, stride: int, expected: Expectation | None = None) -> SurpriseOf:
     """The surprise of a trained model; stride: the distance in the video of the frames that it
-    takes.
+    takes; expected: of its peak.
     """
 
     def surprise_of(videos: Tensor) -> dict[str, list[float]]:
-        each = curves.curves(method, videos, stride=stride)
+        each = curves.curves(method, videos, stride=stride, expected=expected)
         return {
             "mean": [c.mean for c in each],
             "maximum": [c.maximum for c in each],

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from vicreg_jepa.data import videos
+from vicreg_jepa.evaluation.auroc import auroc
 from vicreg_jepa.physics import PROPERTIES, quadruplet
 from vicreg_jepa.surprise import calibration, curves, figure, physics_test
 from vicreg_jepa.surprise.controls import CONTROLS
@@ -60,6 +61,7 @@ def table(scores: Scores, count: int, baselines: Sequence[str]) -> str:
             f"{first}: relative accuracy in %, {count} quadruplets per property and place",
             *(_of_place(place, rows, baselines) for place, rows in scores.items()),
             *(_by_delay(rows[first]) for rows in list(scores.values())[1:]),
+            _one_threshold({place: rows[first] for place, rows in scores.items()}),
             f"A property counts (*) at {physics_test.MARGIN} points or more above the best of "
             f"{', '.join(baselines)}.",
         )
@@ -119,6 +121,20 @@ def _by_delay(own: dict[str, dict[str, physics_test.Score]]) -> str:
     return f"by the time behind the panel: {', '.join(parts)}"
 
 
+def _one_threshold(own: dict[str, dict[str, dict[str, physics_test.Score]]]) -> str:
+    """The AUROC of the first model's peak over the videos of all properties."""
+    possible: dict[str, list[float]] = {}
+    impossible: dict[str, list[float]] = {}
+    for place, properties in own.items():
+        kinds = [kinds for property, kinds in properties.items() if property != "control"]
+        four = [values for kind in kinds for values in kind["peak"].values]
+        possible[place] = [value for values in four for value in values[:2]]
+        impossible[place] = [value for values in four for value in values[2:]]
+    each = [f"{100 * auroc(possible[p], impossible[p]):.1f} {p}" for p in own]
+    both = 100 * auroc(*([x for p in own for x in of[p]] for of in (possible, impossible)))
+    return f"AUROC of the peak over all properties: {both:.1f} ({', '.join(each)})"
+
+
 def margin_of(
     rows: dict[str, dict[str, dict[str, physics_test.Score]]],
     property: str,
@@ -150,14 +166,15 @@ def draw_video(
     output: Path,
     *,
     stride: int,
-    peaks: Sequence[float],
+    calibrated: calibration.Calibration,
     false_alarms: float,
 ) -> None:
     """Draw the surprise at a video, and print whether and when it is above what one of the share
-    `false_alarms` of possible videos reaches. peaks: those of possible videos (calibration.py).
+    `false_alarms` of possible videos reaches.
     """
     video = videos.decode(path, size)
-    (curve,) = curves.curves(method, video[None], stride=stride)
+    peaks = calibrated.peaks
+    (curve,) = curves.curves(method, video[None], stride=stride, expected=calibrated.expected)
     threshold = calibration.threshold(peaks, false_alarms)
     clip, shown = {"video": video}, {"video": curve}
     figure.picture(clip, shown, output / f"{path.stem}.png", path.name, None)
