@@ -268,6 +268,15 @@ def test_wrong_settings_of_videos_are_named(words, message):
         config.load("vjepa_causal_physics", words)
 
 
+# Settings that are of others: what they need beside them.
+NEEDED = {
+    "keypoint_map": {"keypoints": 4},
+    "sharpness": {"keypoints": 4},
+    "waves": {"predictor": "mlp", "latent_tokens": 1, "history": 4},
+    "frequency": {"predictor": "mlp", "latent_tokens": 1, "history": 4, "waves": 4},
+}
+
+
 @pytest.mark.parametrize("key", taken_by())
 def test_a_setting_that_a_method_does_not_take_is_refused(key):
     """The method takes the default alone, and those of TAKEN_BY take more."""
@@ -303,6 +312,7 @@ def test_a_setting_that_a_method_does_not_take_is_refused(key):
                 values["augment"]["name"], kind = "natural", "images"
             if kind:
                 values["data"] |= {"kind": kind, "path": "somewhere"}
+            values["model"] |= NEEDED.get(name, {})
             config.parse(values)
         else:
             with pytest.raises(config.ConfigError, match=rf"{name}: got"):
