@@ -322,6 +322,27 @@ def test_probes_read_what_is_there_and_no_more():
     assert means["side"] == pytest.approx(0.5, abs=0.12)
 
 
+def test_ridge_squares_the_smaller_of_samples_and_features(monkeypatch):
+    """Features that are 0 change nothing but which of the two problems is solved."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (90, 7), (40, 7), (7, 2), (90, 2)
+    x, z, weights, noise = (torch.randn(*s, generator=generator).double() for s in shapes)
+    y = x @ weights + noise
+    sizes, solve = [], torch.linalg.solve
+
+    def seen(matrix, goal):
+        sizes.append(len(matrix))
+        return solve(matrix, goal)
+
+    monkeypatch.setattr(torch.linalg, "solve", seen)
+    few = state_probe.ridge(x, y, z)
+    assert set(sizes) == {7}
+    many = state_probe.ridge(*(torch.cat((x, x.new_zeros(90, 90)), dim=1), y,
+                               torch.cat((z, z.new_zeros(40, 90)), dim=1)))  # fmt: skip
+    assert max(sizes) == 90
+    torch.testing.assert_close(few, many, rtol=1e-6, atol=1e-6)
+
+
 # ------------------------------------------------------------------------------ commands
 
 

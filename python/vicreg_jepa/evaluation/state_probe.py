@@ -81,23 +81,30 @@ def errors(
 
 def ridge(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     """Fit ridge regression to x [N, F] and y [N, K] of mean 0, and predict [M, K] for z [M, F]. The
-    last samples choose the penalty of each column. The dual problem is solved, so F may be large.
+    last samples choose the penalty of each column. Where F is more than N, the dual problem is
+    solved, so that no more than the smaller of both is squared.
     """
-    gram = (torch.cat((x, z)) @ x.T).double()  # [N + M, N]
     count, cut = len(x), len(x) - max(1, round(VALIDATION * len(x)))
-    unit = gram[:count].diagonal().mean()
+    dual = x.shape[1] > count
+    # Samples as rows of what the weights multiply: their products with x, or their features.
+    seen = ((torch.cat((x, z)) @ x.T) if dual else torch.cat((x, z))).double()
+    unit = seen[:count].diagonal().mean() if dual else seen[:count].square().sum(dim=1).mean()
 
     def solved(rows: int, penalty: float, test: Tensor, goal: Tensor) -> Tensor:
-        eye = torch.eye(rows, dtype=gram.dtype)
-        kernel = gram[:rows, :rows] + penalty * unit * eye
-        return test[:, :rows] @ torch.linalg.solve(kernel, goal[:rows])
+        fit, wanted = seen[:rows], goal[:rows]
+        if dual:
+            fit, test = fit[:, :rows], test[:, :rows]
+        else:
+            fit, wanted = fit.T @ fit, fit.T @ wanted
+        eye = torch.eye(len(fit), dtype=fit.dtype)
+        return test @ torch.linalg.solve(fit + penalty * unit * eye, wanted)
 
-    guesses = torch.stack([solved(cut, p, gram[cut:count], y) for p in PENALTIES])
+    guesses = torch.stack([solved(cut, p, seen[cut:count], y) for p in PENALTIES])
     best = (guesses - y[cut:]).square().mean(dim=1).argmin(dim=0)  # [K]
     out = y.new_zeros(len(z), y.shape[1])
     for number in best.unique().tolist():
         chosen = best == number
-        out[:, chosen] = solved(count, PENALTIES[number], gram[count:], y[:, chosen])
+        out[:, chosen] = solved(count, PENALTIES[number], seen[count:], y[:, chosen])
     return out
 
 
