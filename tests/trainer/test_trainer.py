@@ -268,15 +268,6 @@ def test_wrong_settings_of_videos_are_named(words, message):
         config.load("vjepa_causal_physics", words)
 
 
-# Settings that are of others: what they need beside them.
-NEEDED = {
-    "keypoint_map": {"keypoints": 4},
-    "sharpness": {"keypoints": 4},
-    "waves": {"predictor": "mlp", "latent_tokens": 1, "history": 4},
-    "frequency": {"predictor": "mlp", "latent_tokens": 1, "history": 4, "waves": 4},
-}
-
-
 @pytest.mark.parametrize("key", taken_by())
 def test_a_setting_that_a_method_does_not_take_is_refused(key):
     """The method takes the default alone, and those of TAKEN_BY take more."""
@@ -284,10 +275,11 @@ def test_a_setting_that_a_method_does_not_take_is_refused(key):
     default = type(getattr(config.load("vicreg_digits"), section)).model_fields[name].default
     others = {"clip": "frame", "gelu": "relu", "auto": "pyav", "mlp": "gru", None: "held_out"}
     others["digits"] = "natural"
-    if isinstance(default, tuple) and isinstance(default[0], float):
-        other = [value / 2 for value in default]
-    elif isinstance(default, tuple):
-        other = [value + 1 for value in default]
+    points, mlp = {"keypoints": 4}, {"predictor": "mlp", "history": 4}
+    needed = {"sharpness": points, "keypoint_map": points, "waves": mlp}
+    needed["frequency"] = {**mlp, "waves": 4}
+    if isinstance(default, tuple):
+        other = [value / 2 if isinstance(value, float) else value + 1 for value in default]
     elif isinstance(default, bool):
         other = not default
     elif isinstance(default, int):
@@ -305,14 +297,13 @@ def test_a_setting_that_a_method_does_not_take_is_refused(key):
         # 16 frames are enough for any method; one head fits any width.
         values[section] |= {name: {"frames": 16, "predictor_heads": 1}.get(name, other)}
         if method in taken_by()[key]:
-            kind = {"data.test": "images", "data.white": "images", "data.decoder": "videos"}.get(
-                key
-            )
+            kinds = {"data.test": "images", "data.white": "images", "data.decoder": "videos"}
+            kind = kinds.get(key)
             if section == "augment":
                 values["augment"]["name"], kind = "natural", "images"
             if kind:
                 values["data"] |= {"kind": kind, "path": "somewhere"}
-            values["model"] |= NEEDED.get(name, {})
+            values["model"] |= needed.get(name, {})
             config.parse(values)
         else:
             with pytest.raises(config.ConfigError, match=rf"{name}: got"):
