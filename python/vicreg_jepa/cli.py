@@ -89,16 +89,17 @@ def _surprise(options: argparse.Namespace) -> int:
     calibration.check(false_alarms, calibration.COUNT)
     (run,) = _runs("surprise", [options.run] if options.run else [], options.pretrained)
     name, settings, method = _video_run(run)
-    stride, size = settings.data.stride, settings.data.size
+    stride = settings.data.stride
     output = options.output or _beside(run, "surprise")
     _make(output)
     kept = calibration.beside(run) if run.is_file() else output / "calibration.safetensors"
-    calibrated = calibration.calibrated(method, settings, kept)
     if options.video is not None:
+        video = report.read_video(method, options.video, settings.data.size, stride)
+        calibrated = calibration.calibrated(method, settings, kept)
         report.draw_video(
             method,
+            video,
             options.video,
-            size,
             output,
             stride=stride,
             calibrated=calibrated,
@@ -106,15 +107,14 @@ def _surprise(options: argparse.Namespace) -> int:
         )
         return 0
     untrained = build.method(settings, method.channels).eval()
-    models = {
-        name: physics_test.of_method(method, stride, calibrated.expected),
-        "untrained": physics_test.of_method(untrained, stride),
-    }
+    others = {"untrained": physics_test.of_method(untrained, stride)}
     for beside in options.beside:
         other, its, trained = _video_run(beside)
-        if other in models:
+        if other in (name, *others):
             raise ConfigError(f"--beside: {beside} has the name of another run, {other!r}")
-        models[other] = physics_test.of_method(trained, its.data.stride)
+        others[other] = physics_test.of_method(trained, its.data.stride)
+    expected = calibration.calibrated(method, settings, kept).expected
+    models = {name: physics_test.of_method(method, stride, expected), **others}
     count = options.quadruplets or 25
     scores = report.test(models, count, output, settings.data.noise)
     print(report.table(scores, count, ("untrained", *controls.CONTROLS)))

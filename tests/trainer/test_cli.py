@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from vicreg_jepa import cli
 from vicreg_jepa.data import videos
 from vicreg_jepa.surprise import calibration
@@ -95,7 +95,15 @@ def test_surprise_draws_a_clip(tmp_path, monkeypatch, capsys):
     words = ["surprise", str(run), "--video", str(clip), "--false-alarms"]
     assert cli.main([*words, "0.1"]) == 2
     assert "--false-alarms: got 0.1, takes 0.2000 to 1 with 4 peaks" in capsys.readouterr().err
+    # A clip that is too short is refused before anything is calibrated.
+    kept, short = run / "surprise" / "calibration.safetensors", tmp_path / "short.gif"
+    frames[0].save(short, save_all=True, append_images=frames[1:4], duration=50)
+    assert cli.main(["surprise", str(run), "--video", str(short), "--false-alarms", "0.2"]) == 2
+    assert "videos: got 4 frames, takes at least the model's 16" in capsys.readouterr().err
+    assert not kept.exists()
+    save_file({"peaks": torch.zeros(4)}, kept)  # of no model: it is made anew
     assert cli.main([*words, "0.2"]) == 0
+    assert load_file(kept)["peaks"].all()
     assert "impossible" in capsys.readouterr().out
     assert (run / "surprise" / "clip.png").stat().st_size > 5000
     assert (run / "surprise" / "clip.gif").stat().st_size > 5000

@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 from vicreg_jepa import config
-from vicreg_jepa.evaluation import attentive_probe, physics_probe, state_probe
+from vicreg_jepa.evaluation import physics_probe, state_probe, token_probe
 from vicreg_jepa.methods import build, pixels
 from vicreg_jepa.models import masks
 from vicreg_jepa.physics import PROPERTIES
@@ -49,7 +49,7 @@ def test_without_a_teacher_the_loss_is_of_its_own_next_tokens(arm, tmp_path):
     drawn = masks.following(method.encoder.grid, 2, torch.Generator())
     tokens, plane = method.tokens(x), method.encoder.grid.frame.tokens
     normed = torch.nn.functional.layer_norm(tokens, tokens.shape[-1:])
-    predicted = method.following(tokens[:, :-plane], normed[:, :-plane])
+    predicted = method.following(method.states(tokens[:, :-plane]), normed[:, :-plane])
     error = (predicted - normed[:, plane:]).square().mean()
     seen = tokens[:, :-plane].flatten(0, 1)
     if arm == "vicreg":
@@ -92,7 +92,7 @@ def test_the_blur_is_a_gaussian_and_hides_what_it_takes(tmp_path):
 
 
 def test_probes_read_what_is_there_and_nothing_else(monkeypatch):
-    monkeypatch.setattr(attentive_probe, "STEPS", 300)
+    monkeypatch.setattr(token_probe, "STEPS", 300)
     videos = physics_probe.seen(40, 0.5, 4)
     of_video = videos.frames["colour"].view(40, physics_probe.EACH)
     assert torch.equal(of_video, of_video[:, :1].expand_as(of_video))  # all pairs of a video
@@ -114,11 +114,11 @@ def test_probes_read_what_is_there_and_nothing_else(monkeypatch):
     assert not quiet.patches
 
 
-def test_an_attentive_probe_finds_the_token_that_matters(monkeypatch):
+def test_an_token_probe_finds_the_token_that_matters(monkeypatch):
     """One token of 64 is marked, at a random place, and holds a number; ridge regression of all
     tokens knows neither from so few samples.
     """
-    monkeypatch.setattr(attentive_probe, "STEPS", 400)
+    monkeypatch.setattr(token_probe, "STEPS", 400)
     generator = torch.Generator().manual_seed(0)
     place = torch.randint(64, (600,), generator=generator)
     number = torch.randn(600, generator=generator)
@@ -127,7 +127,7 @@ def test_an_attentive_probe_finds_the_token_that_matters(monkeypatch):
     tokens[torch.arange(600), 0, place, 1] = number
     goal = torch.stack((place // 8, place % 8, number), dim=1).double()
     rest = slice(500, None)
-    guess = attentive_probe.predicted(tokens[:500], goal[:500], tokens[rest], 0)
+    guess = token_probe.predicted(tokens[:500], goal[:500], tokens[rest], 0)
     left = (guess - goal[rest]).square().mean(dim=0) / goal[rest].var(dim=0)
     assert left.max() < 0.1
     middle = goal[:500].mean(dim=0)
@@ -136,7 +136,7 @@ def test_an_attentive_probe_finds_the_token_that_matters(monkeypatch):
     )
     assert ((linear + middle - goal[rest]).square().mean(dim=0) / goal[rest].var(dim=0)).min() > 0.5
     with pytest.raises(ValueError, match="tokens: got 60 a frame, takes a square number"):
-        attentive_probe.AttentiveProbe(1, 60, 4, 1)
+        token_probe.TokenProbe(1, 60, 4, 1)
 
 
 def cell(arm: str, strength: float, seed: int, accuracy: float) -> dict:

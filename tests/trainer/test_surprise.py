@@ -61,7 +61,8 @@ def test_a_causal_model_is_surprised_by_the_next_token_frame():
     x = clip.permute(0, 4, 1, 2, 3) / 255.0
     with torch.no_grad():
         tokens = encode(causal.encoder, causal.kernels, x[:, :, :6], None)
-        following = causal.following(tokens, F.layer_norm(tokens, tokens.shape[-1:]))
+        normed = F.layer_norm(tokens, tokens.shape[-1:])
+        following = causal.following(causal.states(tokens), normed)
         teacher = encode(causal.teacher.module, causal.kernels, x, None)
     wanted = F.layer_norm(teacher, teacher.shape[-1:])[0, 48:]  # the last of four pairs of frames
     torch.testing.assert_close(curve.values[1, 7], (following[0, 32:] - wanted).abs().mean())

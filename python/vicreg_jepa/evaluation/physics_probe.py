@@ -2,7 +2,7 @@
 is, and what nobody can predict.
 
 Each probe is fitted to the frozen tokens of some videos and measured on others, none of which was
-trained on. Facts of a frame are read by an attentive probe (attentive_probe.py) from all of its
+trained on. Facts of a frame are read by an attentive probe (token_probe.py) from all of its
 tokens and those of the frame a model's step before; facts of a patch by ridge regression
 (state_probe.py) from its own token.
 """
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vicreg_jepa.evaluation import attentive_probe, state_probe
+from vicreg_jepa.evaluation import state_probe, token_probe
 from vicreg_jepa.physics import SIZE, possible
 from vicreg_jepa.physics.scene import COLOURS, SHAPES
 from vicreg_jepa.physics.unpredictable import of_possible
@@ -117,7 +117,7 @@ def _attended(tokens: Tensor, facts: dict[str, Tensor], cut: int, seed: int) -> 
     goals = {name: state_probe.columns(fact, _classes(fact)) for name, fact in facts.items()}
     goal = torch.cat(list(goals.values()), dim=1)
     with torch.enable_grad():
-        guess = attentive_probe.predicted(tokens[:cut], goal[:cut], tokens[cut:], seed)
+        guess = token_probe.predicted(tokens[:cut], goal[:cut], tokens[cut:], seed)
     widths = [columns.shape[1] for columns in goals.values()]
     each = zip(facts.items(), guess.split(widths, dim=1), strict=True)
     return {name: _score(fact, columns, cut) for (name, fact), columns in each}

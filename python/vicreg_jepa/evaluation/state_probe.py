@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from vicreg_jepa.models.fitting import fit
 from vicreg_jepa.models.perceptron import mlp
 
 Facts = Mapping[str, Tensor]
@@ -118,15 +119,11 @@ def perceptron(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = mlp(x.shape[1], HIDDEN, HIDDEN, y.shape[1])
-        optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=DECAY)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         goal = y.float()
-        for _ in range(steps):
-            rows = torch.randint(len(x), (batch,))
-            loss = nn.functional.mse_loss(network(x[rows]), goal[rows])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+
+        def loss(rows: Tensor) -> Tensor:
+            return nn.functional.mse_loss(network(x[rows]), goal[rows])
+
+        fit(network, loss, len(x), steps=steps, batch=batch, rate=RATE, decay=DECAY)
     with torch.no_grad():
         return network(z).double()

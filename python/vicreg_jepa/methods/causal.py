@@ -64,24 +64,25 @@ class Causal(Predictive):
         frames = tokens.shape[1] // grid.frame.tokens
         return self.predictor.run(h, self.kernels.attend_causal(grid, frames))
 
-    def following(self, tokens: Tensor, present: Tensor) -> Tensor:
-        """[B, T, D]: the prediction of each frame's next one, from tokens [B, T, features] of whole
-        frames.
-        """
-        return present + self.predictor.predictor_proj(self.states(tokens))
+    def following(self, states: Tensor, present: Tensor) -> Tensor:
+        """[B, T, D]: the prediction of each frame's next one, from the predictor's states."""
+        return present + self.predictor.predictor_proj(states)
 
-    def _seen(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens of all frames but the last, and the prediction of the frame after each."""
+    def _seen(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens of all frames but the last, the predictor's states at them, and the prediction
+        of the frame after each.
+        """
         seen = self.filtered(x)[:, :, : -self.encoder.patch_embed.size[0]]
         tokens = encode(self.encoder, self.kernels, seen, None)
-        return tokens, self.following(tokens, self.present(seen, tokens))
+        states = self.states(tokens)
+        return tokens, states, self.following(states, self.present(seen, tokens))
 
     def forward(
         self, x: Tensor, drawn: masks.Masks, weight: float = 1.0, process_group: Any = None
     ) -> Tensor:
         """x [B, C, F, H, W]; the loss as in Predictive."""
         targets = self.targets(x)
-        tokens, following = self._seen(x)
+        tokens, _, following = self._seen(x)
         plane = self.encoder.grid.frame.tokens
         predicted = self.kernels.take(following, [p - plane for p in drawn.targets[0]]).x
         loss = weight * self.kernels.prediction_loss(
@@ -97,10 +98,7 @@ class Causal(Predictive):
         """For each number of token frames seen, the predictor's states at the last of them, [B,
         plane, predictor_dim], and the prediction of the next one, [B, plane, D].
         """
-        x = self.filtered(x)[:, :, : -self.encoder.patch_embed.size[0]]
-        tokens = encode(self.encoder, self.kernels, x, None)
-        states = self.states(tokens)
-        following = self.present(x, tokens) + self.predictor.predictor_proj(states)
+        _, states, following = self._seen(x)
         plane = self.encoder.grid.frame.tokens
         ends = [slice((n - 1) * plane, n * plane) for n in seen]
         return [(states[:, end], following[:, end]) for end in ends]

@@ -57,7 +57,7 @@ class CausalJEPA(Causal):
         tokens = self.tokens(x)
         plane = self.encoder.grid.frame.tokens
         seen = tokens[:, :-plane]
-        following = self.following(seen, F.layer_norm(seen, seen.shape[-1:]))
+        following = self.following(self.states(seen), F.layer_norm(seen, seen.shape[-1:]))
         (places,) = drawn.targets
         rows = self.kernels.rows
         predicted = rows(self.kernels.take(following, [p - plane for p in places]))

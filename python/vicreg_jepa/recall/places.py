@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vicreg_jepa.models.fitting import fit
 from vicreg_jepa.models.perceptron import mlp
 from vicreg_jepa.planning.energies import Arrival, Energy, to_goal
 from vicreg_jepa.planning.model import LatentModel, TrueModel, encoded
@@ -20,7 +21,7 @@ from vicreg_jepa.worlds.world import ACTIONS, SPEED, State, World
 
 COLLECTION = 2**20 + 2  # of the walks that the motion is fitted to: no training has so large a seed
 WALKS, WALKED = 256, 24
-HIDDEN, FITTED, BATCH, RATE = 128, 1200, 256, 2e-3
+HIDDEN, FITTED, BATCH, RATE, DECAY = 128, 1200, 256, 2e-3, 0.01
 
 
 class Motion(nn.Module):
@@ -45,15 +46,11 @@ def fitted(model: LatentModel, world: World, seed: int = 0) -> Motion:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         motion = Motion(latents.shape[1], acted.shape[1])
-        optimizer = torch.optim.AdamW(motion.parameters(), lr=RATE, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, FITTED)
-        for _ in range(FITTED):
-            rows = torch.randint(len(moved), (BATCH,))
-            loss = F.mse_loss(motion(latents[rows], acted[rows]), moved[rows])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+
+        def loss(rows: Tensor) -> Tensor:
+            return F.mse_loss(motion(latents[rows], acted[rows]), moved[rows])
+
+        fit(motion, loss, len(moved), steps=FITTED, batch=BATCH, rate=RATE, decay=DECAY)
     return motion.eval().requires_grad_(False)
 
 

@@ -63,7 +63,7 @@ def _read(path: Path, model: str) -> Calibration | None:
     """The calibration in a file, None if it is of another model."""
     try:
         with safe_open(path, "pt") as file:
-            if file.metadata()["model"] != model:
+            if (file.metadata() or {}).get("model") != model:
                 return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:

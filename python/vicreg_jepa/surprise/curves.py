@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vicreg_jepa.surprise.expectation import Expectation, evidence, targets_of
+from vicreg_jepa.surprise.expectation import Expectation, evidence, span_of, targets_of
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,13 @@ def window_errors(
     return errors
 
 
+def check_length(method: Any, length: int, stride: int) -> None:
+    """Raises ValueError if videos of so many frames are shorter than a clip of the model."""
+    span = span_of(method, stride)
+    if length < span:
+        raise ValueError(f"videos: got {length} frames, takes at least the model's {span}")
+
+
 @torch.no_grad()
 def curves(
     method: Any,
@@ -101,13 +108,11 @@ def curves(
     predicts frame by frame, for `Curve.local`. stride: the distance of the model's frames in the
     video, as in training; step: the distance of windows in the video.
     """
-    grid, tubelet = method.encoder.grid, method.encoder.patch_embed.size[0]
-    frames = grid.frames * tubelet
-    span = (frames - 1) * stride + 1
+    tubelet = method.encoder.patch_embed.size[0]
+    frames, span = method.encoder.grid.frames * tubelet, span_of(method, stride)
     contexts = method.contexts if contexts is None else contexts
     count, length = videos.shape[:2]
-    if length < span:
-        raise ValueError(f"videos: got {length} frames, takes at least the model's {span}")
+    check_length(method, length, stride)
     if not contexts:
         raise ValueError(f"contexts: a clip of {frames} frames is too short for any")
     for context in contexts:

@@ -10,15 +10,17 @@ far this gain is below the gain that is expected.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from vicreg_jepa.methods.causal import Causal
+from vicreg_jepa.models.fitting import fit
 from vicreg_jepa.models.perceptron import mlp
 from vicreg_jepa.physics import possible
 
@@ -100,6 +102,11 @@ def evidence(
     return result
 
 
+def span_of(method: Any, stride: int) -> int:
+    """The frames of a video from the first to the last of a clip."""
+    return (method.encoder.grid.frames * method.encoder.patch_embed.size[0] - 1) * stride + 1
+
+
 def targets_of(method: Any, clips: Tensor) -> Tensor:
     """[B, T, D]: what the errors of predictions are measured to."""
     targets = method.targets(clips)
@@ -110,7 +117,7 @@ def fitted(method: Causal, stride: int, noise: float) -> Expectation:
     """Fit an expectation to COUNT possible videos of the strength `noise`."""
     generator = torch.Generator().manual_seed(0)
     parts = []
-    for number in range(COUNT):
+    for number in tqdm(range(COUNT), desc="what is expected", unit="video", ncols=100):
         each = _tokens(method, possible(FIRST + number, noise).video, stride)
         rows = torch.randperm(len(each.error), generator=generator)[:TOKENS]
         parts.append(Evidence(*(x[rows] for x in each)))
@@ -120,44 +127,31 @@ def fitted(method: Causal, stride: int, noise: float) -> Expectation:
         expected = Expectation(samples.features.shape[-1])
     expected.scale.copy_(samples.gain.std())
 
-    def error(some: Evidence) -> Tensor:
+    def drawn(rows: Tensor) -> Evidence:
+        return Evidence(*(x[rows] for x in samples))
+
+    def error(rows: Tensor) -> Tensor:
         """The negative log likelihood of a normal distribution of the log error."""
-        high, spread = expected.above(some)
+        high, spread = expected.above(drawn(rows))
         return (high.square() / 2 + spread).mean()
 
-    def gain(some: Evidence) -> Tensor:
-        return expected.missing(some).square().mean()
+    def gain(rows: Tensor) -> Tensor:
+        return expected.missing(drawn(rows)).square().mean()
 
     learned = (expected.error, error), (expected.gain, gain)
     for (network, loss), steps in zip(learned, STEPS, strict=True):
-        _fit(network, loss, samples, steps, generator)
+        fit(
+            network, loss, len(samples.error), steps=steps, batch=BATCH, rate=RATE, decay=DECAY,
+            generator=generator,
+        )  # fmt: skip
     return expected.requires_grad_(False).eval()
-
-
-def _fit(
-    network: nn.Module,
-    loss: Callable[[Evidence], Tensor],
-    samples: Evidence,
-    steps: int,
-    generator: torch.Generator,
-) -> None:
-    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=DECAY)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        rows = torch.randint(len(samples.error), (BATCH,), generator=generator)
-        error = loss(Evidence(*(x[rows] for x in samples)))
-        optimizer.zero_grad(set_to_none=True)
-        error.backward()
-        optimizer.step()
-        schedule.step()
 
 
 @torch.no_grad()
 def _tokens(method: Causal, video: np.ndarray, stride: int) -> Evidence:
     """The evidence of every token that the windows of a video [F, H, W, 3] predict, in one row."""
-    tubelet = method.encoder.patch_embed.size[0]
+    tubelet, span = method.encoder.patch_embed.size[0], span_of(method, stride)
     frames = torch.from_numpy(video).permute(3, 0, 1, 2).float() / 255
-    span = (method.encoder.grid.frames * tubelet - 1) * stride + 1
     starts = range(frames.shape[1] - span + 1)
     clips = torch.stack([frames[:, s : s + span : stride] for s in starts])
     clips = clips.to(next(method.parameters()).device)

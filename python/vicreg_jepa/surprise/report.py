@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from vicreg_jepa.data import videos
@@ -159,20 +160,28 @@ def draw_quadruplet(
     figure.animation(clips, shown, output / f"{property}.gif")
 
 
+def read_video(method: Any, path: Path, size: int, stride: int) -> Tensor:
+    """The frames of a video, uint8 [F, size, size, 3]. Raises ValueError if they are fewer than the
+    model's clips span.
+    """
+    video = videos.decode(path, size)
+    curves.check_length(method, len(video), stride)
+    return video
+
+
 def draw_video(
     method: Any,
+    video: Tensor,
     path: Path,
-    size: int,
     output: Path,
     *,
     stride: int,
     calibrated: calibration.Calibration,
     false_alarms: float,
 ) -> None:
-    """Draw the surprise at a video, and print whether and when it is above what one of the share
-    `false_alarms` of possible videos reaches.
+    """Draw the surprise at the frames `video` of the file `path`, and print whether and when it is
+    above what one of the share `false_alarms` of possible videos reaches.
     """
-    video = videos.decode(path, size)
     peaks = calibrated.peaks
     (curve,) = curves.curves(method, video[None], stride=stride, expected=calibrated.expected)
     threshold = calibration.threshold(peaks, false_alarms)

@@ -11,13 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vicreg_jepa.models.fitting import fit
 from vicreg_jepa.models.perceptron import mlp
 
 WIDTH, QUERIES, VALUES, HIDDEN = 64, 4, 16, 128
 STEPS, BATCH, RATE, DECAY = 3000, 64, 2e-3, 0.01
 
 
-class AttentiveProbe(nn.Module):
+class TokenProbe(nn.Module):
     """Tokens [B, frames, T, D] of square frames -> [B, outputs]. Raises ValueError if T is no
     square.
     """
@@ -42,28 +43,27 @@ class AttentiveProbe(nn.Module):
         return self.read((weights @ held).flatten(1))
 
 
-def predicted(fit: Tensor, goal: Tensor, test: Tensor, seed: int) -> Tensor:
+def predicted(seen: Tensor, goal: Tensor, test: Tensor, seed: int) -> Tensor:
     """Fit the probe to tokens [N, frames, T, D] and goals [N, K] by AdamW with a cosine schedule,
     and predict [M, K] for the tokens `test`. All tokens are scaled by one factor, each goal by its
     own.
     """
-    middle, spread = fit.mean(dim=(0, 1, 2)), fit.std().clamp_min(1e-12)
+    middle, spread = seen.mean(dim=(0, 1, 2)), seen.std().clamp_min(1e-12)
     mean, scale = goal.mean(dim=0), goal.std(dim=0).clamp_min(1e-12)
     aim = ((goal - mean) / scale).float()
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        frames, count, width = fit.shape[1:]
-        probe = AttentiveProbe(frames, count, width, goal.shape[1])
-    optimizer = torch.optim.AdamW(probe.parameters(), lr=RATE, weight_decay=DECAY)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    for _ in range(STEPS):
-        rows = torch.randint(len(fit), (BATCH,), generator=generator)
-        loss = nn.functional.mse_loss(probe((fit[rows] - middle) / spread), aim[rows])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        frames, count, width = seen.shape[1:]
+        probe = TokenProbe(frames, count, width, goal.shape[1])
+
+    def loss(rows: Tensor) -> Tensor:
+        return nn.functional.mse_loss(probe((seen[rows] - middle) / spread), aim[rows])
+
+    fit(
+        probe, loss, len(seen), steps=STEPS, batch=BATCH, rate=RATE, decay=DECAY,
+        generator=generator,
+    )  # fmt: skip
     with torch.no_grad():
         guesses = torch.cat([probe((part - middle) / spread) for part in test.split(256)])
     return guesses * scale + mean
