@@ -41,6 +41,8 @@ NEAR = 1.5  # mean steps of a walk: so near to the goal a plan has arrived
 TRUE = "true dynamics"
 TRUE_NEAR = 2.0  # pixels, with the true dynamics
 FULL = ", full budget"
+# The levels above a planner, from the lowest: (model, longest macro-action); and the landmarks.
+Above = tuple[Sequence[tuple[LatentModel, int]], Landmarks]
 # The controls of a hierarchy: its lowest level's planner, the command's own, counted steps.
 FLAT, LARGE, COUNTED = ", flat", ", flat, large", ", flat, counted steps"
 
@@ -165,31 +167,39 @@ def measured(
     for name, policy in CONTROLS.items():
         success = followed(world, policy, seeds, steps)
         rows.append(Row(name, count, int(success.sum()), thirds=thirds(success, distance)))
-    truth = TrueModel(world)
-    models: list[tuple[str, Any, float, nn.Module]] = [(TRUE, truth, TRUE_NEAR, runs[0][1])]
-    models += [(name, its, NEAR * step_length(its, world), its) for name, its in runs]
-    first: Result | None = None
-    for place, (name, model, near, method) in enumerate(models):
-        acts = partial(planned, model, world, seeds=seeds, near=near, steps=steps, keep=place == 1)
-        if not has_levels(method):
-            result = acts(planner=effort)
-            whole = [(FULL, replace(effort, effort=None), None)] if full and place == 1 else []
-            after = _controls(name, None, acts, whole)
-            rows += [row_of(name, result), *after]
-        else:
-            if low is None:
-                raise ValueError(f"low: got None, takes the planner of {name}'s lowest level")
-            landmarks = method.landmarks() if place else true_landmarks(truth)
-            levels = levels_of(method) if place else true_levels(truth, method)
-            large = [(LARGE, effort, None)] if full and place <= 1 else []
-            steered = (COUNTED, low, counted_steps(landmarks))
-            rows += _controls(name, name, acts, [(FLAT, low, None), *large, steered])
-            result = acts(planner=hierarchy(levels, landmarks, low))
+
+    def played(
+        name: str, model: LatentModel, near: float, above: Above | None, full: bool, keep: bool
+    ) -> Result:
+        """Add the rows of a model, and of its controls; above: what stands above its planner."""
+        acts = partial(planned, model, world, seeds=seeds, near=near, steps=steps)
+        if above is None:
+            result = acts(planner=effort, keep=keep)
             rows.append(row_of(name, result))
-        if place == 1:
-            first = result
-    assert first is not None
-    return rows, first
+            if full:
+                rows.append(row_of(f"{name}{FULL}", acts(planner=replace(effort, effort=None))))
+            return result
+        if low is None:
+            raise ValueError(f"low: got None, takes the planner of {name}'s lowest level")
+        levels, landmarks = above
+        large = [(LARGE, effort, None)] if full else []
+        steered = (COUNTED, low, counted_steps(landmarks))
+        for kind, flat, energy in [(FLAT, low, None), *large, steered]:
+            control = row_of(f"{name}{kind}", acts(planner=flat, energy=energy))
+            rows.append(replace(control, of=name))
+        result = acts(planner=hierarchy(levels, landmarks, low), keep=keep)
+        rows.append(row_of(name, result))
+        return result
+
+    truth, first = TrueModel(world), runs[0][1]
+    above = (true_levels(truth, first), true_landmarks(truth)) if has_levels(first) else None
+    played(TRUE, truth, TRUE_NEAR, above, full=full and above is not None, keep=False)
+    results = []
+    for name, method in runs:
+        above = (levels_of(method), method.landmarks()) if has_levels(method) else None
+        near, is_first = NEAR * step_length(method, world), method is first
+        results.append(played(name, method, near, above, full=full and is_first, keep=is_first))
+    return rows, results[0]
 
 
 def true_landmarks(model: TrueModel) -> Landmarks:
@@ -197,18 +207,6 @@ def true_landmarks(model: TrueModel) -> Landmarks:
     states, _ = walks(model.world, COLLECTION + 3, COUNTED_WALKS, COUNTED_STEPS)
     flat = State(*(field.flatten(0, 1) for field in states))
     return counted(model.observe(flat).unflatten(0, states.seed.shape), SPACING)
-
-
-def _controls(
-    name: str,
-    of: str | None,
-    acts: Callable[..., Result],
-    controls: Sequence[tuple[str, Planner, Callable[[Tensor], EnergyLike] | None]],
-) -> list[Row]:
-    return [
-        replace(row_of(f"{name}{kind}", acts(planner=flat, energy=energy, keep=False)), of=of)
-        for kind, flat, energy in controls
-    ]
 
 
 def table(rows: Sequence[Row]) -> str:
