@@ -1,11 +1,20 @@
-"""Tier 7: the trainer on an NVIDIA GPU: fused against reference, torch.compile, CUDA graphs."""
+"""Tier 7: the trainer on an NVIDIA GPU: fused against reference, torch.compile, CUDA graphs of
+training steps and of searches.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from vicreg_jepa.methods import build
+from vicreg_jepa.planning.captured import Captured
+from vicreg_jepa.planning.energies import Arrival
+from vicreg_jepa.planning.planner import PlanRequest
+from vicreg_jepa.planning.planners import ICEM
 
 from tests.trainer.test_trainer import METHODS, run, settings
+from tests.trainer.test_world_model import changed
+from tests.trainer.test_world_networks import moved
 
 pytestmark = pytest.mark.gpu
 
@@ -45,3 +54,26 @@ def test_compiled_steps_and_cuda_graphs_of_them_train_as_eager_ones(method, prec
     torch.testing.assert_close(losses["reduce-overhead"], losses[True], rtol=1e-3, atol=0)
     torch.testing.assert_close(losses[True], losses[False], rtol=2e-2, atol=0)
     assert len(set(losses["reduce-overhead"])) == 8
+
+
+def test_a_captured_search_gives_the_plans_of_the_planner():
+    """For other requests than the one that was recorded, for another number of environments, and
+    after the model has changed in place.
+    """
+    planner = ICEM(horizon=4, repeat=2, candidates=64, iterations=3, interval=4)
+    method = moved(build.method(changed(model={"predictor": "mlp"}), 2)).cuda()
+    captured = Captured(planner)
+    random = torch.Generator("cuda").manual_seed(0)
+    with torch.no_grad():
+        for count, scale in ((5, 1.0), (5, 1.0), (3, 1.0), (5, 0.5)):
+            for parameter in method.predictor.parameters():
+                parameter.mul_(scale)
+            size = method.encoder.head.out_features
+            start, goal = torch.randn(2, count, size, generator=random, device="cuda")
+            seeds = torch.randint(1 << 40, (count,), generator=random, device="cuda")
+            request = PlanRequest(start, None, seeds, int(seeds[0]) % 99, None, Arrival(goal, 1.0))
+            plan, graphed = planner.plan(method, request), captured.plan(method, request)
+            torch.testing.assert_close(graphed.actions, plan.actions, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(graphed.path, plan.path, rtol=1e-4, atol=1e-4)
+            assert torch.equal(graphed.arrived, plan.arrived)
+            assert torch.equal(graphed.rollout_steps, plan.rollout_steps)

@@ -210,7 +210,13 @@ class Planner(ABC):
         Raises ValueError for a field of the request that has another shape or dtype, for a former
         plan that is not finite, and for a request without arrival if the planner has effort.
         """
-        self._check(model, request)
+        self.check(model, request)
+        return self.search(model, request)
+
+    def search(self, model: LatentModel, request: PlanRequest) -> Plan:
+        """Plan for a request that was checked. Without effort it is a tensor program of fixed
+        shapes that does not wait for the device.
+        """
         former = request.former
         if former is None or not self.warm:
             former = request.start.new_zeros(len(request.start), self.horizon, model.actions)
@@ -223,7 +229,8 @@ class Planner(ABC):
             search.iterate(iteration)
         return search.finished()
 
-    def _check(self, model: LatentModel, request: PlanRequest) -> None:
+    def check(self, model: LatentModel, request: PlanRequest) -> None:
+        """Raise ValueError for a request that `plan` does not take."""
         checks.shaped("start", request.start, None, None)
         count = len(request.start)
         checks.shaped("seed", request.seed, count)
