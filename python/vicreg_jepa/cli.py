@@ -174,6 +174,7 @@ def _export(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     from vicreg_jepa.planning import report
+    from vicreg_jepa.planning.hierarchy import trained
     from vicreg_jepa.training.run import restore
     from vicreg_jepa.worlds.collect import parsed
 
@@ -181,8 +182,10 @@ def _plan(options: argparse.Namespace) -> int:
     runs = _runs("plan", options.runs, options.pretrained)
     restored = [(run, *restore(run)) for run in runs]
     output = options.output or _beside(runs[0], "plan")
+    levels = any(trained.has_levels(method) for _, _, method, _ in restored)
+    low = trained.low_planner(parsed(options.planner)) if levels else None
     simulated = restored[0][1].data.kind == "world"
-    rows = (_plan_world if simulated else _plan_adapted)(options, restored, planner, output)
+    rows = (_plan_world if simulated else _plan_adapted)(options, restored, planner, low, output)
     report.write(rows, output)
     print(report.table(rows))
     print(f"pictures of episodes: {output}")
@@ -208,13 +211,13 @@ def _row_name(run: Path, step: int) -> str:
     return f"{run.stem if run.is_file() else run.resolve().name}, step {step}"
 
 
-def _plan_world(options: argparse.Namespace, restored: Any, planner: Any, output: Path) -> Any:
+def _plan_world(
+    options: argparse.Namespace, restored: Any, planner: Any, low: Any, output: Path
+) -> Any:
     from vicreg_jepa import config
     from vicreg_jepa.data.trajectories import world_of
     from vicreg_jepa.files.output import writing
     from vicreg_jepa.planning import figure, report
-    from vicreg_jepa.planning.hierarchy import trained
-    from vicreg_jepa.worlds.collect import parsed
     from vicreg_jepa.worlds.world import STEPS
 
     runs, worlds = [], []
@@ -224,8 +227,6 @@ def _plan_world(options: argparse.Namespace, restored: Any, planner: Any, output
         if worlds[-1] != worlds[0]:
             raise config.ConfigError(f"run: {run} has {worlds[-1]}, takes that of the first run")
     _make(output)
-    levels = any(trained.has_levels(method) for _, method in runs)
-    low = trained.low_planner(parsed(options.planner)) if levels else None
     rows, first = report.measured(
         runs, worlds[0], planner, options.episodes, options.full, options.steps or STEPS, low
     )
@@ -239,7 +240,9 @@ def _plan_world(options: argparse.Namespace, restored: Any, planner: Any, output
     return rows
 
 
-def _plan_adapted(options: argparse.Namespace, restored: Any, planner: Any, output: Path) -> Any:
+def _plan_adapted(
+    options: argparse.Namespace, restored: Any, planner: Any, low: Any, output: Path
+) -> Any:
     from vicreg_jepa import config
     from vicreg_jepa.data.trajectories import collected
     from vicreg_jepa.files.output import writing
@@ -257,7 +260,7 @@ def _plan_adapted(options: argparse.Namespace, restored: Any, planner: Any, outp
             raise config.ConfigError(f"run: {run} has another environment than the first run")
     _make(output)
     make = adapted_report.maker(described[0])
-    rows, first = adapted_report.measured(runs, make, planner, options.episodes)
+    rows, first = adapted_report.measured(runs, make, planner, options.episodes, low)
     picture, film = output / "episodes.png", output / "episode.gif"
     with writing(picture):
         adapted_report.draw(first, described[0]["history"], picture)

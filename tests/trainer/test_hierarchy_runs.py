@@ -97,6 +97,36 @@ def test_plan_compares_levels_with_flat_planning(runs, capsys):
         assert film.n_frames > 5
 
 
+def test_plan_takes_levels_in_any_environment_too(tmp_path, capsys):
+    """They had been planned with as if the run had none."""
+    walks = tmp_path / "walks"
+    collected = [
+        "vicreg_jepa/Maze-v0",
+        "cells=2",
+        "maze=0",
+        "max_episode_steps=24",
+        "--repeat",
+        "3",
+    ]
+    collected += ["--episodes", "4", "--length", "8", "--output", str(walks)]
+    assert cli.main(["collect", *collected]) == 0
+    data = "data={kind: trajectories, path: " + str(walks) + ", size: 27, window: "
+    common = [*NETWORKS, "training.batch=2", "training.steps=2", "training.save_every=2"]
+    below = [f"{data}6}}", *common, "loss.unroll=4", "--output", str(tmp_path / "world")]
+    assert cli.main(["train", "world_maze", *below]) == 0
+    levels = [f"{data}8}}", *common, f"training.begin={tmp_path / 'world'}"]
+    levels += ["model.macros=[3]", "--output", str(tmp_path / "levels")]
+    assert cli.main(["train", "hierarchy_maze", *levels]) == 0
+    little = ["--planner", "candidates=8", "elites=4", "kept=2", "iterations=2"]
+    assert cli.main(["plan", str(tmp_path / "levels"), "--episodes", "4", *little]) == 1
+    rows = {
+        row["name"]: row for row in json.loads((tmp_path / "levels/plan/plan.json").read_text())
+    }
+    assert list(rows) == ["walk", *(f"levels, step 2{kind}" for kind in KINDS)]
+    assert [row["of"] for row in rows.values()] == [None, "levels, step 2", "levels, step 2", None]
+    assert "failed: levels, step 2: " in capsys.readouterr().out
+
+
 def test_a_whole_run_is_exported_with_its_levels(runs, tmp_path):
     file = tmp_path / "levels.safetensors"
     assert cli.main(["export", str(runs / "levels"), str(file), "--format", "whole"]) == 0

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vicreg_jepa.planning import checks
 from vicreg_jepa.planning.control import Control, Plans, check_seeds
+from vicreg_jepa.planning.energies import EnergyLike
 from vicreg_jepa.planning.model import LatentModel
 from vicreg_jepa.worlds.adapter import Adapter
 from vicreg_jepa.worlds.policies import walk_actions
@@ -62,11 +63,18 @@ def _played(
 
 
 def episodes(
-    model: LatentModel, make: Make, planner: Plans, seeds: Tensor, near: float, steps: int
+    model: LatentModel,
+    make: Make,
+    planner: Plans,
+    seeds: Tensor,
+    near: float,
+    steps: int,
+    energy: Callable[[Tensor], EnergyLike] | None = None,
 ) -> tuple[Played, Control]:
     """Plan in one environment for each seed, int64 [N], with a plan every `interval` steps. An
     environment that ends early keeps its last state. near: a plan has arrived within this distance
-    of the goal's latents.
+    of the goal's latents. energy: a function of the goal's latents [N, D]; by default the
+    planner's own.
     """
     check_seeds(seeds)
     checks.number("near", near, open_low=True)
@@ -75,7 +83,7 @@ def episodes(
     frames = [one.reset(int(seed)).frame for one, seed in zip(environments, seeds, strict=True)]
     with torch.no_grad():
         goal = model.encode(torch.from_numpy(np.stack([one.goal() for one in environments])))
-        control = Control(model, planner, seeds, goal, near, keep=False)
+        control = Control(model, planner, seeds, goal, near, energy, keep=False)
 
         def act(step: int, seen: Tensor) -> NDArray[np.float32]:
             return control.action(step, lambda: model.encode(seen)).numpy()

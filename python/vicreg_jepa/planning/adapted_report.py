@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from vicreg_jepa.planning import adapted
 from vicreg_jepa.planning.adapted import Make, Played
 from vicreg_jepa.planning.planner import Planner
 from vicreg_jepa.planning.report import COLLECTION, NEAR, Row, row_of_control
+from vicreg_jepa.planning.ways import above_of, ways
 from vicreg_jepa.worlds.adapter import seed_of
 from vicreg_jepa.worlds.collect import adapted as adapter_of
 from vicreg_jepa.worlds.pictures import mixed
@@ -58,9 +60,15 @@ def steps_of(make: Make) -> int:
 
 
 def measured(
-    runs: Sequence[tuple[str, nn.Module]], make: Make, planner: Planner, count: int
+    runs: Sequence[tuple[str, nn.Module]],
+    make: Make,
+    planner: Planner,
+    count: int,
+    low: Planner | None = None,
 ) -> tuple[list[Row], Played]:
-    """The rows of the table, controls first, and the episodes of the first run."""
+    """The rows of the table, controls first, and the episodes of the first run. low: the planner
+    of the lowest level, for methods with levels, which have controls of their own: see `ways`.
+    """
     seeds = torch.tensor([seed_of(COLLECTION, number) for number in range(count)])
     steps = steps_of(make)
     with closing(make()) as one:
@@ -73,9 +81,14 @@ def measured(
     first: Played | None = None
     for name, method in runs:
         near = NEAR * adapted.step_length(method, make, COLLECTION + 1)
-        played, planned = adapted.episodes(method, make, planner, seeds, near, steps)
-        rows.append(row_of_control(name, played.success, planned))
-        first = first or played
+        for way in ways(planner, low, above_of(method), full=False):
+            played, planned = adapted.episodes(
+                method, make, way.planner, seeds, near, steps, way.energy
+            )
+            row = row_of_control(f"{name}{way.kind}", played.success, planned)
+            rows.append(replace(row, of=way.of(name)))
+            if first is None and not way.kind:
+                first = played
     assert first is not None
     return rows, first
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,11 @@ from vicreg_jepa.models.landmarks import Landmarks, counted
 from vicreg_jepa.planning.control import Control, Plans
 from vicreg_jepa.planning.energies import EnergyLike
 from vicreg_jepa.planning.evaluate import Result, episodes, followed, rank_correlation
-from vicreg_jepa.planning.hierarchy.trained import (
-    counted_steps,
-    has_levels,
-    hierarchy,
-    levels_of,
-    true_levels,
-)
+from vicreg_jepa.planning.hierarchy.trained import has_levels, true_levels
 from vicreg_jepa.planning.model import LatentModel, TrueModel, encoded
 from vicreg_jepa.planning.planner import Effort, Planner, check_horizon
 from vicreg_jepa.planning.planners import ICEM
+from vicreg_jepa.planning.ways import FLAT, LARGE, Above, above_of, ways
 from vicreg_jepa.worlds.episodes import episode_seed, walks
 from vicreg_jepa.worlds.policies import expert, straight, walk
 from vicreg_jepa.worlds.world import STEPS, State, World
@@ -40,11 +34,6 @@ MARGIN = 0.2  # of all episodes, by which planning must surpass walking straight
 NEAR = 1.5  # mean steps of a walk: so near to the goal a plan has arrived
 TRUE = "true dynamics"
 TRUE_NEAR = 2.0  # pixels, with the true dynamics
-FULL = ", full budget"
-# The levels above a planner, from the lowest: (model, longest macro-action); and the landmarks.
-Above = tuple[Sequence[tuple[LatentModel, int]], Landmarks]
-# The controls of a hierarchy: its lowest level's planner, the command's own, counted steps.
-FLAT, LARGE, COUNTED = ", flat", ", flat, large", ", flat, counted steps"
 
 
 @dataclass(frozen=True)
@@ -171,34 +160,27 @@ def measured(
     def played(
         name: str, model: LatentModel, near: float, above: Above | None, full: bool, keep: bool
     ) -> Result:
-        """Add the rows of a model, and of its controls; above: what stands above its planner."""
-        acts = partial(planned, model, world, seeds=seeds, near=near, steps=steps)
-        if above is None:
-            result = acts(planner=effort, keep=keep)
-            rows.append(row_of(name, result))
-            if full:
-                rows.append(row_of(f"{name}{FULL}", acts(planner=replace(effort, effort=None))))
-            return result
-        if low is None:
-            raise ValueError(f"low: got None, takes the planner of {name}'s lowest level")
-        levels, landmarks = above
-        large = [(LARGE, effort, None)] if full else []
-        steered = (COUNTED, low, counted_steps(landmarks))
-        for kind, flat, energy in [(FLAT, low, None), *large, steered]:
-            control = row_of(f"{name}{kind}", acts(planner=flat, energy=energy))
-            rows.append(replace(control, of=name))
-        result = acts(planner=hierarchy(levels, landmarks, low), keep=keep)
-        rows.append(row_of(name, result))
-        return result
+        """Add the rows of a model, and of its controls; above: what stands above its planner.
+        Returns the episodes of the model's own way.
+        """
+        own = {}
+        for way in ways(effort, low, above, full):
+            keeps = keep and not way.kind
+            result = planned(model, world, way.planner, seeds, near, steps, keeps, way.energy)
+            rows.append(replace(row_of(f"{name}{way.kind}", result), of=way.of(name)))
+            own[way.kind] = result
+        return own[""]
 
     truth, first = TrueModel(world), runs[0][1]
-    above = (true_levels(truth, first), true_landmarks(truth)) if has_levels(first) else None
+    above: Above | None = (
+        (true_levels(truth, first), true_landmarks(truth)) if has_levels(first) else None
+    )
     played(TRUE, truth, TRUE_NEAR, above, full=full and above is not None, keep=False)
     results = []
     for name, method in runs:
-        above = (levels_of(method), method.landmarks()) if has_levels(method) else None
         near, is_first = NEAR * step_length(method, world), method is first
-        results.append(played(name, method, near, above, full=full and is_first, keep=is_first))
+        above = above_of(method)
+        results.append(played(name, method, near, above, full and is_first, keep=is_first))
     return rows, results[0]
 
 
