@@ -16,6 +16,7 @@ from vicreg_jepa.evaluation import drift
 from vicreg_jepa.methods import build
 from vicreg_jepa.planning import adapted, adapted_report, figure, report
 from vicreg_jepa.planning.evaluate import followed, rank_correlation
+from vicreg_jepa.planning.hierarchy.trained import low_planner
 from vicreg_jepa.planning.model import TrueModel
 from vicreg_jepa.planning.planner import Effort
 from vicreg_jepa.planning.planners import ICEM
@@ -113,6 +114,7 @@ def test_a_good_model_passes_and_walking_straight_does_not():
 @pytest.mark.parametrize("wall", ["fixed", "random"])
 def test_the_effort_of_the_command_follows_the_difficulty(wall):
     """With two iterations of each horizon, not four, the rank correlation is 0.52 and 0.58."""
+    assert report.planner({"every": 2}).effort.every == low_planner({"every": 2}).effort.every == 2
     world, seeds = TwoRooms(wall=wall), torch.arange(2000, 2100)
     result = report.planned(TrueModel(world), world, report.planner(), seeds, report.TRUE_NEAR)
     assert int(result.success.sum()) == 100
@@ -147,8 +149,9 @@ def test_a_verdict_without_the_straight_line_takes_the_walk():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["speed=2"], "--planner: got 'speed', takes horizon, "),
-        (["effort=1"], "--planner: got 'effort', takes horizon, "),
+        (["speed=2"], "--planner: got 'speed', takes every, horizon, "),
+        (["effort=1"], "--planner: got 'effort', takes every, horizon, "),
+        (["every=0"], "every: got 0"),
         (["horizon=0"], "horizon: got 0"),
         (["interval=7"], "interval: got 7, takes a multiple of repeat"),
     ],

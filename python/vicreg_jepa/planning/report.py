@@ -116,19 +116,20 @@ def row_of_control(name: str, success: Tensor, control: Control) -> Row:
 
 
 def planner(settings: dict[str, Any] | None = None) -> Planner:
-    """Make the command's planner, iCEM with effort. settings: override the command's own. Raises
-    ValueError for a setting that it does not take.
+    """Make the command's planner, iCEM with effort. settings: override the command's own; `every`
+    is its effort's. Raises ValueError for a setting that it does not take.
 
     Four iterations of each horizon: with two the search is far from its end, so that chance decides
     whether a plan is found, and the effort follows chance and not the difficulty.
     """
-    chosen = settings or {}
-    takes = [one.name for one in fields(ICEM) if one.name not in ("effort", "project")]
+    chosen = dict(settings or {})
+    takes = ["every"] + [one.name for one in fields(ICEM) if one.name not in ("effort", "project")]
     for name in chosen:
         if name not in takes:
             raise ValueError(f"--planner: got {name!r}, takes {', '.join(takes)}")
+    every = chosen.pop("every", 4)
     defaults = {"horizon": 12, "candidates": 192, "elites": 16, "iterations": 20}
-    effort = Effort(horizon=1, growth=2.0, every=4)
+    effort = Effort(horizon=1, growth=2.0, every=every)
     made = ICEM(**{**defaults, **chosen}, effort=effort)
     if "horizon" in chosen:
         check_horizon(made)

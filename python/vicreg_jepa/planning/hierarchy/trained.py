@@ -32,9 +32,11 @@ HASTE = 0.2  # as to_goal's
 
 def low_planner(settings: dict[str, Any]) -> Planner:
     """The planner of the lowest level: a subgoal is near, so a plan is short. settings: override
-    those of LOW.
+    those of LOW; `every` is its effort's.
     """
-    made = ICEM(**{**LOW, **settings}, effort=Effort(horizon=1, growth=2.0, every=1))
+    chosen = {"every": 1, **LOW, **settings}
+    effort = Effort(horizon=1, growth=2.0, every=chosen.pop("every"))
+    made = ICEM(**chosen, effort=effort)
     if "horizon" in settings:
         check_horizon(made)
     return made
