@@ -79,7 +79,7 @@ def _surprise(options: argparse.Namespace) -> int:
     from vicreg_jepa.config import ConfigError
     from vicreg_jepa.methods import build
     from vicreg_jepa.physics import PROPERTIES
-    from vicreg_jepa.surprise import calibration, controls, physics_test, report
+    from vicreg_jepa.surprise import calibration, controls, physics_test, reach, report
 
     if options.video is not None and (options.beside or options.quadruplets is not None):
         raise ConfigError("--video: takes no --beside and no --quadruplets, which are of the test")
@@ -118,6 +118,7 @@ def _surprise(options: argparse.Namespace) -> int:
     count = options.quadruplets or 25
     scores = report.test(models, count, output, settings.data.noise)
     print(report.table(scores, count, ("untrained", *controls.CONTROLS)))
+    print(reach.line(settings.data.frames, stride, count))
     for property in PROPERTIES:
         report.draw_quadruplet(method, property, output, stride=stride)
     print(f"pictures of every property: {output}")

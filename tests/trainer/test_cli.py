@@ -80,7 +80,7 @@ def test_surprise_draws_a_clip(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(calibration, "COUNT", 4)
     words = ["training.steps=1", "training.batch=2", "model.depth=1", "model.dim=48",
              "model.predictor_depth=1", "model.predictor_dim=48", "data.videos=2",
-             f"data.path={tmp_path / 'data'}"]  # fmt: skip
+             "data.frames=16", "data.stride=1", f"data.path={tmp_path / 'data'}"]  # fmt: skip
     run = tmp_path / "run"
     assert cli.main(["train", "vjepa_physics", *words, "--output", str(run)]) == 0
     pytest.importorskip("av")

@@ -100,9 +100,9 @@ def run(tmp_path) -> Path:
         files |= {f"{number:02d}.npz": npz(grey), f"{number:02d}.json": json.dumps(record).encode()}
     (tmp_path / "a.tar").write_bytes(tar_of(files))
     words = ["data.kind=webdataset", f"data.path={tmp_path}", "data.size=16", "data.frames=4",
-             "loss.future=0", "training.steps=1", "training.batch=4", "model.depth=1",
-             "model.dim=32", "model.heads=2", "model.predictor_dim=32", "model.patch=8",
-             "model.predictor_depth=1", "model.predictor_heads=2"]  # fmt: skip
+             "data.stride=1", "loss.future=0", "training.steps=1", "training.batch=4",
+             "model.depth=1", "model.dim=32", "model.heads=2", "model.predictor_dim=32",
+             "model.patch=8", "model.predictor_depth=1", "model.predictor_heads=2"]  # fmt: skip
     assert cli.main(["train", "vjepa_physics", *words, "--output", str(tmp_path / "run")]) == 0
     return tmp_path / "run"
 

@@ -280,8 +280,8 @@ def test_wrong_settings_are_named(words, message):
         ("ijepa_digits", "model.heads=3", "model.heads: got 3 for model.dim 64, takes a divisor"),
         (
             "vjepa_physics",
-            "model.predictor_heads=8",
-            "predictor_heads: got 8 for model.predictor_",
+            "model.predictor_heads=7",
+            "predictor_heads: got 7 for model.predictor_",
         ),
     ],
 )
