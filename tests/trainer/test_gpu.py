@@ -10,8 +10,8 @@ from vicreg_jepa.methods import build
 from vicreg_jepa.planning.captured import Captured
 from vicreg_jepa.planning.energies import Arrival
 from vicreg_jepa.planning.planner import PlanRequest
-from vicreg_jepa.planning.planners import ICEM
 
+from tests.trainer.test_planning_graph import PLANNERS
 from tests.trainer.test_trainer import METHODS, run, settings
 from tests.trainer.test_world_model import changed
 from tests.trainer.test_world_networks import moved
@@ -56,11 +56,12 @@ def test_compiled_steps_and_cuda_graphs_of_them_train_as_eager_ones(method, prec
     assert len(set(losses["reduce-overhead"])) == 8
 
 
-def test_a_captured_search_gives_the_plans_of_the_planner():
+@pytest.mark.parametrize("name", PLANNERS)
+def test_a_captured_search_gives_the_plans_of_the_planner(name):
     """For other requests than the one that was recorded, for another number of environments, and
     after the model has changed in place.
     """
-    planner = ICEM(horizon=4, repeat=2, candidates=64, iterations=3, interval=4)
+    planner = PLANNERS[name]
     method = moved(build.method(changed(model={"predictor": "mlp"}), 2)).cuda()
     captured = Captured(planner)
     random = torch.Generator("cuda").manual_seed(0)

@@ -78,7 +78,15 @@ def test_landmarks_are_counted_while_it_trains(runs):
 def test_plan_compares_levels_with_flat_planning(runs, capsys):
     output = runs / "pictures"
     words = ["--episodes", "4", "--steps", "12", "--output", str(output)]
-    little = ["--planner", "candidates=8", "elites=4", "kept=2", "iterations=2"]
+    little = [
+        "--planner",
+        "candidates=8",
+        "elites=4",
+        "kept=2",
+        "iterations=2",
+        "horizon=2",
+        "every=1",
+    ]
     assert cli.main(["plan", str(runs / "levels"), *words, *little]) == 1
     rows = {row["name"]: row for row in json.loads((output / "plan.json").read_text())}
     name = "levels, step 4"
@@ -117,7 +125,15 @@ def test_plan_takes_levels_in_any_environment_too(tmp_path, capsys):
     levels = [f"{data}8}}", *common, f"training.begin={tmp_path / 'world'}"]
     levels += ["model.macros=[3]", "--output", str(tmp_path / "levels")]
     assert cli.main(["train", "hierarchy_maze", *levels]) == 0
-    little = ["--planner", "candidates=8", "elites=4", "kept=2", "iterations=2"]
+    little = [
+        "--planner",
+        "candidates=8",
+        "elites=4",
+        "kept=2",
+        "iterations=2",
+        "horizon=2",
+        "every=1",
+    ]
     assert cli.main(["plan", str(tmp_path / "levels"), "--episodes", "4", *little]) == 1
     rows = {
         row["name"]: row for row in json.loads((tmp_path / "levels/plan/plan.json").read_text())

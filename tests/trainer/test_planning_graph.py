@@ -14,8 +14,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from vicreg_jepa.methods import build
-from vicreg_jepa.planning.captured import Captured, inputs, of, on
+from vicreg_jepa.planning.captured import Captured, inputs, kind_of, of, on
 from vicreg_jepa.planning.energies import Arrival, GoalDistance
+from vicreg_jepa.planning.noise import coloured
 from vicreg_jepa.planning.planner import Effort, Plan, Planner, PlanRequest
 from vicreg_jepa.planning.planners import CEM, ICEM, MPPI, CategoricalCEM, Gradient
 
@@ -105,6 +106,36 @@ def test_a_search_stays_on_its_device(name, predictor):
     with OneDevice("meta"):
         plan = planner.search(model, moved_there)
     assert plan.actions.shape == (COUNT, SIZES["horizon"], 2)
+
+
+def test_a_recording_serves_requests_of_its_kind_alone(monkeypatch):
+    model, captured = world_model(), Captured(PLANNERS["ICEM"])
+    latent = model.encoder.head.out_features
+    first = captured.asked(model, request(latent, 1))
+    kind = kind_of(model, first)
+    assert kind_of(model, captured.asked(model, request(latent, 2))) == kind
+    nearer = dataclasses.replace(first, arrival=Arrival(first.arrival.goal, 0.25))
+    passing = dataclasses.replace(first, arrival=Arrival(first.arrival.goal, 0.5, at="any"))
+    exact = dataclasses.replace(first, start=first.start.double())
+    for other in (nearer, passing, exact):
+        assert kind_of(model, other) != kind
+    assert kind_of(world_model(), first) != kind
+    with monkeypatch.context() as autocast:
+        autocast.setattr(torch, "is_autocast_enabled", lambda device: True)
+        assert kind_of(model, first) != kind
+    with torch.no_grad():
+        model.predictor.change[0].weight.mul_(2)
+    assert kind_of(model, first) == kind  # in place
+    model.predictor.change[0].weight.data = model.predictor.change[0].weight.data.clone()
+    assert kind_of(model, first) != kind
+
+
+def test_what_a_graph_reads_is_kept():
+    """A matrix of the noise is not made anew in between."""
+    kept = coloured(3, 2.0, torch.device("cpu"))
+    for colour in range(200):
+        coloured(3, colour / 7, torch.device("cpu"))
+    assert coloured(3, 2.0, torch.device("cpu")) is kept
 
 
 def test_what_a_graph_cannot_hold_is_refused():

@@ -46,6 +46,17 @@ def test_what_no_window_spans_is_a_tie_for_any_model():
         each = curves.curves(method, four, contexts=(4,), stride=stride)
         a, b, c, d = (curve.mean for curve in each)
         assert (abs(a + b - c - d) < 1e-6) == tie
+        surprise_of = lambda videos, each=each: {"mean": [curve.mean for curve in each]}  # noqa: E731
+        told = physics_test.scores(surprise_of, four[None], "colour")["mean"].told
+        assert (told == (0.5,)) == tie
+
+
+def test_a_tie_up_to_rounding_is_a_tie():
+    """The same windows in another batch differ in the last bits."""
+    videos = torch.zeros(3, 4, 2, 1, 1, 3, dtype=torch.uint8)
+    rows = [0.5, 0.7, 0.5, 0.700001, 0.5, 0.7, 0.5, 0.7001, 0.5, 0.7, 0.5, 0.6999]
+    scores = physics_test.scores(lambda videos: {"mean": rows}, videos, "colour")
+    assert scores["mean"].told == (0.5, 1.0, 0.0)
 
 
 def test_the_line_counts_ties_as_half(monkeypatch):

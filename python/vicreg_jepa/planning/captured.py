@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vicreg_jepa.planning import checks
 from vicreg_jepa.planning.energies import Arrival
@@ -15,19 +15,21 @@ from vicreg_jepa.planning.model import LatentModel
 from vicreg_jepa.planning.planner import Plan, Planner, PlanRequest
 
 WARM_UPS = 2  # searches before the recording: libraries choose kernels and keep constants
+MOST = 16  # recordings that are kept: each has memory of its own
 
 
 @dataclass(frozen=True)
 class _Recording:
     """A graph, the request that it reads its inputs from, and the plan that it writes.
 
-    model: kept, so that no other model can come to have the same id.
+    keeps: what else the graph reads by its address and must therefore live as long: the planner
+    with its tensors, the model, and the model's tensors.
     """
 
     graph: Any  # torch.cuda.CUDAGraph
     request: PlanRequest
     plan: Plan
-    model: LatentModel
+    keeps: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,21 @@ class Captured:
     """`planner`, replayed as a CUDA graph. It is asked for plans as any planner.
 
     A search launches thousands of small kernels, one after the other, so that a GPU waits for the
-    host; a graph launches them all at once. The first request for a model and a number of
-    environments warms up and records, which takes some searches' time; later ones replay. The
-    graph reads the model's parameters where they are, so training them in place is seen, while a
-    parameter that is replaced by another tensor is not. Its memory stays taken until `Captured`
-    is deleted.
+    host; a graph launches them all at once. The first request of its kind warms up and records,
+    which takes some searches' time; later ones replay. Of one kind are requests for the same model
+    and device, of as many environments, of the same dtypes (also of autocast) and the same
+    threshold. The graph reads the model's parameters where they are, so training them in place is
+    seen; a model whose parameters were replaced, as by `.to`, is recorded anew. The last MOST
+    recordings are kept, each with its memory.
 
     planner: without effort, since a graph has no data-dependent shapes. Raises ValueError for a
     planner with effort. A planner on several levels cannot be captured either.
     """
 
     planner: Planner
-    _recorded: dict[Any, _Recording] = field(default_factory=dict, init=False, repr=False)
+    _recorded: dict[Any, _Recording] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.planner, Planner):
@@ -74,11 +79,11 @@ class Captured:
         if request.start.device.type != "cuda":
             raise ValueError(f"start: got a tensor on {request.start.device}, takes one on a GPU")
         asked = self.asked(model, request)
-        arrival = asked.arrival
-        assert arrival is not None
-        key = (id(model), asked.start.device, asked.start.shape, arrival.threshold, arrival.at)
+        key = kind_of(model, asked)
         if key not in self._recorded:
             self._recorded[key] = self._record(model, asked)
+            while len(self._recorded) > MOST:
+                del self._recorded[next(iter(self._recorded))]
         recording = self._recorded[key]
         for its, given in zip(inputs(recording.request), inputs(asked), strict=True):
             its.copy_(given)
@@ -108,16 +113,41 @@ class Captured:
     def _record(self, model: LatentModel, asked: PlanRequest) -> _Recording:
         request = of(asked, *(value.clone() for value in inputs(asked)))
         planner = on(self.planner, asked.start.device)
-        stream = torch.cuda.Stream(asked.start.device)
-        stream.wait_stream(torch.cuda.current_stream(asked.start.device))
-        with torch.cuda.device(asked.start.device), torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                planner.search(model, request)
-        torch.cuda.current_stream(asked.start.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(asked.start.device), torch.cuda.graph(graph):
-            plan = planner.search(model, request)
-        return _Recording(graph, request, plan, model)
+        # Autocast keeps copies of weights for a while, and a graph would read them afterwards.
+        cast = torch.autocast(
+            "cuda", enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False
+        )
+        with torch.cuda.device(asked.start.device), cast:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    planner.search(model, request)
+            torch.cuda.current_stream().wait_stream(stream)
+            # A stream of this device: without one torch takes that of the first graph's device.
+            with torch.cuda.graph(graph, stream=stream):
+                plan = planner.search(model, request)
+        return _Recording(graph, request, plan, (planner, model, tensors_of(model)))
+
+
+def kind_of(model: LatentModel, asked: PlanRequest) -> tuple[Any, ...]:
+    """What must be equal for a recording to serve: all that is a constant of the graph."""
+    arrival, start = asked.arrival, asked.start
+    assert arrival is not None
+    cast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    places = tuple(value.data_ptr() for value in tensors_of(model))
+    return (
+        id(model), places, cast, start.device, start.shape, *(one.dtype for one in inputs(asked)),
+        arrival.threshold, arrival.at,
+    )  # fmt: skip
+
+
+def tensors_of(model: LatentModel) -> tuple[Tensor, ...]:
+    """The parameters and buffers of a model that is a module, as they are now."""
+    if not isinstance(model, nn.Module):
+        return ()
+    return tuple(value.detach() for value in (*model.parameters(), *model.buffers()))
 
 
 def inputs(asked: PlanRequest) -> tuple[Tensor, ...]:

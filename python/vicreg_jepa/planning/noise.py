@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class Draws:
         return math.sqrt(2) * torch.erfinv(2 * self.uniform(iteration, *shape) - 1)
 
 
-@lru_cache(maxsize=64)
+@cache  # without a bound: a CUDA graph (captured.py) reads the matrix after this call
 def coloured(horizon: int, colour: float, device: torch.device) -> Tensor:
     """[H, H]: the matrix M for which white @ M, of white noise [..., H], has a power spectrum
     proportional to 1 / f**colour and unit variance. Colour 0 is white noise; the frequency 0

@@ -124,14 +124,17 @@ class Effort:
         return sorted(set(every))
 
 
-def check_horizon(planner: Planner) -> None:
-    """Raises ValueError for a horizon that the planner's effort never comes to."""
+def check_horizon(planner: Planner, whose: str = "") -> None:
+    """Raises ValueError for a horizon that the planner's effort never comes to. whose: follows
+    the horizon in the message.
+    """
     assert planner.effort is not None
     longest = planner.effort.horizons(planner)[-1]
     if longest < planner.horizon:
         raise ValueError(
-            f"--planner: got horizon={planner.horizon} and iterations={planner.iterations}, which "
-            f"end at plans of {longest} actions: take more iterations, or a shorter horizon"
+            f"--planner: got horizon={planner.horizon}{whose}, every={planner.effort.every} and "
+            f"iterations={planner.iterations}, which end at plans of {longest} actions: takes more "
+            "iterations, a smaller every, or a shorter horizon"
         )
 
 

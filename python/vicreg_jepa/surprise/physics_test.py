@@ -20,6 +20,8 @@ PLACES = {"in view": False, "behind a panel": True}
 # The points of relative accuracy by which a model must be above the best control at a property: a
 # control that does as well shows that the property can be told without having learned it.
 MARGIN = 25
+# Relative: the same windows in another batch, and summed in another order, differ by up to this.
+TIE = 1e-5
 # uint8 [N, F, H, W, 3] -> {the reduction of a curve ("mean", "maximum" and, of models, "peak"): N
 # numbers}
 SurpriseOf = Callable[[Tensor], dict[str, list[float]]]
@@ -32,9 +34,9 @@ class Score:
 
     A quadruplet is told apart if its two impossible videos together surprise more than its two
     possible ones, which is IntPhys' relative score. Its videos are made of the same frames, so an
-    effect of single frames cancels. told: of each quadruplet, 1, or 0.5 for a tie. delays: for how
-    many frames up to the first difference both its possible videos show the same picture. values:
-    of its four videos.
+    effect of single frames cancels. told: of each quadruplet, 1, or 0.5 for a tie (equal to TIE).
+    delays: for how many frames up to the first difference both its possible videos show the same
+    picture. values: of its four videos.
     """
 
     property: str
@@ -80,7 +82,8 @@ def scores(surprise_of: SurpriseOf, videos: Tensor, property: str) -> dict[str, 
     for kind, values in surprise_of(videos.flatten(0, 1)).items():
         grid = torch.tensor(values, dtype=torch.float64).view(count, 2, 2)
         possible, impossible = grid.sum(dim=2).unbind(dim=1)
-        told = ((impossible > possible) + 0.5 * (impossible == possible)).tolist()
+        tie = torch.isclose(impossible, possible, rtol=TIE, atol=0)
+        told = torch.where(tie, 0.5, (impossible > possible).double()).tolist()
         result[kind] = Score(
             property,
             count,

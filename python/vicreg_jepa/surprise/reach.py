@@ -68,5 +68,5 @@ def line(frames: int, stride: int, count: int) -> str:
     most = 100 * (inside + total) / (2 * total)
     return (
         f"windows of {frames} frames, {stride} apart, span {inside} of {total} exchanges behind a "
-        f"panel; the others are ties, so at most {most:.1f} % can be told apart there"
+        f"panel; the mean ties in the others, so it can tell at most {most:.1f} % apart there"
     )

@@ -31,14 +31,13 @@ HASTE = 0.2  # as to_goal's
 
 
 def low_planner(settings: dict[str, Any]) -> Planner:
-    """The planner of the lowest level: a subgoal is near, so a plan is short. settings: override
-    those of LOW; `every` is its effort's.
+    """The planner of the lowest level: a subgoal is near, so a plan is short, and its horizon
+    grows after every iteration. settings: override those of LOW; `every` is of flat planning alone.
     """
-    chosen = {"every": 1, **LOW, **settings}
-    effort = Effort(horizon=1, growth=2.0, every=chosen.pop("every"))
-    made = ICEM(**chosen, effort=effort)
-    if "horizon" in settings:
-        check_horizon(made)
+    chosen = {name: value for name, value in settings.items() if name != "every"}
+    made = ICEM(**{**LOW, **chosen}, effort=Effort(horizon=1, growth=2.0, every=1))
+    if chosen:
+        check_horizon(made, " of the lowest level")
     return made
 
 
