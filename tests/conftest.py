@@ -34,6 +34,7 @@ LONGEST = (
     "trainer/test_ranks.py",
     "attention/test_triton.py",
     "bench/test_gpu_rehearsal.py",
+    "trainer/test_world_commands.py",
     "bench/test_gpu_parity.py",
     "trainer/test_demo.py",
     "trainer/test_curves.py",
