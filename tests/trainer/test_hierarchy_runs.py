@@ -23,6 +23,7 @@ WORLD = [*TINY, *NETWORKS, "data.window=6", "loss.unroll=4", "training.batch=8"]
 WORLD += ["training.steps=2", "training.save_every=2"]
 LEVELS = [*TINY, *NETWORKS, "data.window=16", "model.macros=[4, 12]", "training.batch=8"]
 LEVELS += ["training.steps=4", "training.save_every=2", "model.landmarks=400"]
+LITTLE = ["candidates=8", "elites=4", "kept=2", "iterations=2", "horizon=2", "every=1"]
 KINDS = (", flat", ", flat, counted steps", "")
 
 
@@ -78,16 +79,7 @@ def test_landmarks_are_counted_while_it_trains(runs):
 def test_plan_compares_levels_with_flat_planning(runs, capsys):
     output = runs / "pictures"
     words = ["--episodes", "4", "--steps", "12", "--output", str(output)]
-    little = [
-        "--planner",
-        "candidates=8",
-        "elites=4",
-        "kept=2",
-        "iterations=2",
-        "horizon=2",
-        "every=1",
-    ]
-    assert cli.main(["plan", str(runs / "levels"), *words, *little]) == 1
+    assert cli.main(["plan", str(runs / "levels"), *words, "--planner", *LITTLE]) == 1
     rows = {row["name"]: row for row in json.loads((output / "plan.json").read_text())}
     name = "levels, step 4"
     true = "true dynamics"
@@ -108,15 +100,8 @@ def test_plan_compares_levels_with_flat_planning(runs, capsys):
 def test_plan_takes_levels_in_any_environment_too(tmp_path, capsys):
     """They had been planned with as if the run had none."""
     walks = tmp_path / "walks"
-    collected = [
-        "vicreg_jepa/Maze-v0",
-        "cells=2",
-        "maze=0",
-        "max_episode_steps=24",
-        "--repeat",
-        "3",
-    ]
-    collected += ["--episodes", "4", "--length", "8", "--output", str(walks)]
+    collected = ["vicreg_jepa/Maze-v0", "cells=2", "maze=0", "max_episode_steps=24"]
+    collected += ["--repeat", "3", "--episodes", "4", "--length", "8", "--output", str(walks)]
     assert cli.main(["collect", *collected]) == 0
     data = "data={kind: trajectories, path: " + str(walks) + ", size: 27, window: "
     common = [*NETWORKS, "training.batch=2", "training.steps=2", "training.save_every=2"]
@@ -125,16 +110,9 @@ def test_plan_takes_levels_in_any_environment_too(tmp_path, capsys):
     levels = [f"{data}8}}", *common, f"training.begin={tmp_path / 'world'}"]
     levels += ["model.macros=[3]", "--output", str(tmp_path / "levels")]
     assert cli.main(["train", "hierarchy_maze", *levels]) == 0
-    little = [
-        "--planner",
-        "candidates=8",
-        "elites=4",
-        "kept=2",
-        "iterations=2",
-        "horizon=2",
-        "every=1",
-    ]
-    assert cli.main(["plan", str(tmp_path / "levels"), "--episodes", "4", *little]) == 1
+    assert (
+        cli.main(["plan", str(tmp_path / "levels"), "--episodes", "4", "--planner", *LITTLE]) == 1
+    )
     rows = {
         row["name"]: row for row in json.loads((tmp_path / "levels/plan/plan.json").read_text())
     }

@@ -27,14 +27,8 @@ SMALL = [
     "model.dim=8", "model.keypoints=4", "model.predictor_dim=32", "training.batch=8",
     "training.steps=2", "training.save_every=2", "data.window=6", "loss.unroll=4",
 ]  # fmt: skip
-LITTLE = [
-    "candidates=8",
-    "elites=4",
-    "kept=2",
-    "iterations=2",
-    "every=1",
-    "horizon=2",
-]  # settings of the planner
+# Settings of the planner.
+LITTLE = ["candidates=8", "elites=4", "kept=2", "iterations=2", "every=1", "horizon=2"]
 OF_LATENTS = [*SMALL, "loss.pairs=2", "model.latent=8"]
 
 

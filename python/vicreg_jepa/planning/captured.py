@@ -1,4 +1,4 @@
-"""A planner whose search is one CUDA graph, recorded once for each size of the batch."""
+"""A planner whose search is one CUDA graph, recorded once for each kind of request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vicreg_jepa.planning import checks
 from vicreg_jepa.planning.energies import Arrival
 from vicreg_jepa.planning.model import LatentModel
-from vicreg_jepa.planning.planner import Plan, Planner, PlanRequest
+from vicreg_jepa.planning.planner import Around, Plan, Planner, PlanRequest
 
 WARM_UPS = 2  # searches before the recording: libraries choose kernels and keep constants
 MOST = 16  # recordings that are kept: each has memory of its own
@@ -33,7 +33,7 @@ class _Recording:
 
 
 @dataclass(frozen=True)
-class Captured:
+class Captured(Around):
     """`planner`, replayed as a CUDA graph. It is asked for plans as any planner.
 
     A search launches thousands of small kernels, one after the other, so that a GPU waits for the
@@ -58,16 +58,6 @@ class Captured:
             raise ValueError(f"planner: got {type(self.planner).__name__}, takes a Planner")
         if self.planner.effort is not None:
             raise ValueError("planner: got one with effort, takes one without")
-
-    @property
-    def interval(self) -> int:
-        return self.planner.interval
-
-    def held(self, actions: Tensor) -> Tensor:
-        return self.planner.held(actions)
-
-    def shifted(self, actions: Tensor, steps: int) -> Tensor:
-        return self.planner.shifted(actions, steps)
 
     def plan(self, model: LatentModel, request: PlanRequest) -> Plan:
         """Search as `planner.plan` does, on tensors of one CUDA device.

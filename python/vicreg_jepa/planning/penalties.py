@@ -11,7 +11,7 @@ from vicreg_jepa.planning import checks
 from vicreg_jepa.planning.energies import Energy
 from vicreg_jepa.planning.guardrails import Constraint
 from vicreg_jepa.planning.model import LatentModel
-from vicreg_jepa.planning.planner import Plan, Planner, PlanRequest
+from vicreg_jepa.planning.planner import Around, Plan, Planner, PlanRequest
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def violations(constraint: Constraint, path: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Lagrangian:
+class Lagrangian(Around):
     """A planner with a multiplier for a constraint, found by dual ascent: it plans, raises the
     multiplier by rate times the plan's violation, and plans again from that plan.
     """
@@ -61,16 +61,6 @@ class Lagrangian:
             raise ValueError("planner: got one with an effort, takes one without")
         checks.whole("rounds", self.rounds, 1)
         checks.number("rate", self.rate, open_low=True)
-
-    @property
-    def interval(self) -> int:
-        return self.planner.interval
-
-    def held(self, actions: Tensor) -> Tensor:
-        return self.planner.held(actions)
-
-    def shifted(self, actions: Tensor, steps: int) -> Tensor:
-        return self.planner.shifted(actions, steps)
 
     def plan(self, model: LatentModel, request: PlanRequest) -> Plan:
         energy, former = request.minimised, request.former

@@ -250,6 +250,22 @@ class Planner(ABC):
             raise ValueError("above: got levels above, takes none: this planner has one level")
 
 
+class Around:
+    """A planner that searches with another one, `planner`, and executes as that one does."""
+
+    planner: Planner
+
+    @property
+    def interval(self) -> int:
+        return self.planner.interval
+
+    def held(self, actions: Tensor) -> Tensor:
+        return self.planner.held(actions)
+
+    def shifted(self, actions: Tensor, steps: int) -> Tensor:
+        return self.planner.shifted(actions, steps)
+
+
 @dataclass(frozen=True)
 class _Best:
     """The best plans so far: fields as in Plan."""

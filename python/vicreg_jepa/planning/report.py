@@ -131,8 +131,7 @@ def planner(settings: dict[str, Any] | None = None) -> Planner:
     defaults = {"horizon": 12, "candidates": 192, "elites": 16, "iterations": 20}
     effort = Effort(horizon=1, growth=2.0, every=every)
     made = ICEM(**{**defaults, **chosen}, effort=effort)
-    if settings:
-        check_horizon(made)
+    check_horizon(made)
     return made
 
 

@@ -36,8 +36,7 @@ def low_planner(settings: dict[str, Any]) -> Planner:
     """
     chosen = {name: value for name, value in settings.items() if name != "every"}
     made = ICEM(**{**LOW, **chosen}, effort=Effort(horizon=1, growth=2.0, every=1))
-    if chosen:
-        check_horizon(made, " of the lowest level")
+    check_horizon(made, " of the lowest level")
     return made
 
 
