@@ -148,26 +148,6 @@ def test_a_verdict_compares_levels_with_flat_planning(levels, steps, fine):
     assert (report.verdict(rows) == []) == fine
 
 
-@pytest.mark.parametrize(
-    ("levels", "steps", "failed"),
-    [
-        (40, 100.0, 0),  # a third of the best one's steps, and no more than the small one's
-        (40, 101.0, 2),
-        (39, 100.0, 1),
-        (50, 100.0, 0),
-        (50, 110.0, 1),  # well above the best one, but with more steps than the small one
-    ],
-)
-def test_levels_are_above_the_best_flat_planning_and_below_none(levels, steps, failed):
-    rows = [
-        Row("straight", 50, 5),
-        Row("run, flat", 50, 35, 100.0, of="run"),
-        Row("run, flat, large", 50, 40, 300.0, of="run"),
-        Row("run", 50, levels, steps),
-    ]
-    assert len(report.verdict(rows)) == failed
-
-
 def test_a_chunk_counts_as_far_as_it_goes():
     level = Macro(6, 2, 8, 3, 16, 1)
     chunks, lengths = torch.rand(5, 6, 2), torch.tensor([1, 2, 3, 6, 6])
